@@ -1,0 +1,1 @@
+"""The front door: configuration, caches, tokenizer, generation."""

@@ -1,0 +1,116 @@
+"""What a sequence carries from one pass to the next: plain dataclasses of tensors, one entry a layer.
+
+`Cache` is the one visible object: a forward reads it and writes it, nothing else holds state.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qwen35.config import Config
+
+
+@dataclass
+class KVCache:
+    """Keys (after norm and RoPE) and values of one full-attention layer.
+
+    k, v: [B, G, capacity, K]; positions at and beyond `length` hold nothing of meaning.
+    """
+
+    k: Tensor
+    v: Tensor
+    length: int = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add k, v [B, G, T, K] and return everything held, [B, G, P, K] each (views)."""
+        end = self.length + k.shape[2]
+        if end > self.k.shape[2]:
+            # Doubling keeps the copying linear in the length of the sequence.
+            capacity = max(end, 2 * self.k.shape[2])
+            self.k, self.v = (self._grown(held, capacity) for held in (self.k, self.v))
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+    def _grown(self, held: Tensor, capacity: int) -> Tensor:
+        B, G, _, K = held.shape
+        grown = held.new_empty(B, G, capacity, K)
+        grown[:, :, : self.length] = held[:, :, : self.length]
+        return grown
+
+    def rollback(self, tokens: int) -> None:
+        """Forget the last `tokens` positions."""
+        self.length -= tokens
+
+
+@dataclass
+class DeltaState:
+    """State of one gated-delta-net layer after the tokens seen so far.
+
+    conv: [B, C, taps - 1], the last raw (pre-convolution) qkv columns, in the model's dtype.
+    recurrent: [B, HV, K, V], the matrix memory, float32 (float64 in a float64 model).
+    columns, trail: of the last pass, the raw columns [B, C, taps - 1 + T] (with those before it in
+        front) and the recurrent state before it and after each of its steps, so that rejected drafts
+        can be taken back. A step is a token in a decode pass, a chunk of 64 in prefill.
+    """
+
+    conv: Tensor
+    recurrent: Tensor
+    columns: Tensor | None = None
+    trail: list[Tensor] = field(default_factory=list)
+
+    def advance(self, columns: Tensor, states: list[Tensor]) -> None:
+        """Move past a pass that saw `columns` and left `states` after its steps."""
+        kept = self.conv.shape[2]
+        self.columns, self.trail = columns, [self.recurrent, *states]
+        self.conv, self.recurrent = columns[:, :, columns.shape[2] - kept :], states[-1]
+
+    def rollback(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens of the last pass, a decode pass."""
+        if tokens == 0:
+            return
+        assert self.columns is not None and tokens < len(self.trail), "only a decode pass goes back"
+        self.columns = self.columns[:, :, :-tokens]
+        self.trail = self.trail[:-tokens]
+        self.conv = self.columns[:, :, self.columns.shape[2] - self.conv.shape[2] :]
+        self.recurrent = self.trail[-1]
+
+
+@dataclass
+class Cache:
+    """All state of one batch of sequences. `length` is the number of trunk positions computed."""
+
+    layers: list[KVCache | DeltaState]
+    mtp: KVCache | None
+    length: int = 0
+
+    @classmethod
+    def empty(
+        cls, config: Config, dtype: torch.dtype, device: torch.device | str = "cpu", batch: int = 1
+    ) -> "Cache":
+        """Before the first token: no keys, zero states."""
+
+        def kv() -> KVCache:
+            shape = (batch, config.num_key_value_heads, 0, config.head_dim)
+            return KVCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
+
+        def delta() -> DeltaState:
+            heads = config.linear_num_value_heads
+            sizes = (config.linear_key_head_dim, config.linear_value_head_dim)
+            wide = torch.promote_types(dtype, torch.float32)
+            conv = (batch, config.conv_dim, config.linear_conv_kernel_dim - 1)
+            return DeltaState(
+                torch.zeros(conv, dtype=dtype, device=device),
+                torch.zeros(batch, heads, *sizes, dtype=wide, device=device),
+            )
+
+        layers = [kv() if kind == "full_attention" else delta() for kind in config.layer_types]
+        return cls(layers, kv() if config.mtp_num_hidden_layers else None)
+
+    def rollback(self, tokens: int) -> None:
+        """Take back the last `tokens` trunk positions (at most those of the last decode pass)."""
+        for layer in self.layers:
+            layer.rollback(tokens)
+        self.length -= tokens

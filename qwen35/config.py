@@ -1,0 +1,285 @@
+"""The shape of a model: one frozen dataclass, read from a checkpoint's `config.json`.
+
+Axis legend of the whole project (shape comments, first-line unpacking):
+    B batch    T tokens    D hidden    P positions in a cache    E experts    I intermediate
+    H query or key heads    G kv heads    HV value heads    K key head size    V value head size
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen35.errors import InputError
+
+LayerType = Literal["linear_attention", "full_attention"]
+
+MOE_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
+DENSE_TYPES = ("qwen3_5", "qwen3_5_text")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and switches of one Qwen3.5 (3.6, 3-Next) text model. Names are `config.json`'s own."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    layer_types: tuple[LayerType, ...]
+    # gated full attention
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    partial_rotary_factor: float
+    # gated delta net
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int = 4
+    output_gate_type: str = "swish"  # how z gates the delta net's output: swish (= silu) or sigmoid
+    # feed-forward: dense where num_experts is 0
+    intermediate_size: int = 0
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    mlp_only_layers: tuple[int, ...] = ()
+    decoder_sparse_step: int = 1
+    # the rest
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 262144
+    tie_word_embeddings: bool = False
+    mtp_num_hidden_layers: int = 1
+    eos_token_id: tuple[int, ...] = ()
+    model_type: str = "qwen3_5_moe"
+
+    def __post_init__(self) -> None:
+        self._require_positive()
+        divides = (
+            ("num_attention_heads", "num_key_value_heads"),
+            ("linear_num_value_heads", "linear_num_key_heads"),
+        )
+        for whole, part in divides:
+            if getattr(self, whole) % getattr(self, part):
+                raise InputError(
+                    f"config: {whole} = {getattr(self, whole)} is not a multiple of "
+                    f"{part} = {getattr(self, part)}"
+                )
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise InputError(
+                f"config: head_dim = {self.head_dim} times partial_rotary_factor = "
+                f"{self.partial_rotary_factor} gives {self.rotary_dim} rotary channels; "
+                f"expected an even number in 2..{self.head_dim}"
+            )
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise InputError(
+                f"config: layer_types has {len(self.layer_types)} entries, "
+                f"num_hidden_layers = {self.num_hidden_layers}"
+            )
+        unknown = set(self.layer_types) - {"linear_attention", "full_attention"}
+        if unknown:
+            raise InputError(
+                f"config: layer_types holds {sorted(map(str, unknown))}; "
+                "known are linear_attention and full_attention"
+            )
+        if self.num_experts_per_tok > self.num_experts:
+            raise InputError(
+                f"config: num_experts_per_tok = {self.num_experts_per_tok} is more than "
+                f"num_experts = {self.num_experts}"
+            )
+        if self.output_gate_type not in ("swish", "silu", "sigmoid"):
+            raise InputError(
+                f"config: output_gate_type = {self.output_gate_type!r}; known are swish, silu, sigmoid"
+            )
+        if self.mtp_num_hidden_layers not in (0, 1):
+            raise InputError(
+                f"config: mtp_num_hidden_layers = {self.mtp_num_hidden_layers}; supported are 0 and 1"
+            )
+
+    def _require_positive(self) -> None:
+        names = [
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "linear_num_key_heads", "linear_num_value_heads",
+            "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
+            "max_position_embeddings", "decoder_sparse_step",
+        ]  # fmt: skip
+        if self.num_experts:
+            names += ["num_experts_per_tok", "moe_intermediate_size"]
+        if not all(map(self.is_sparse, range(self.num_hidden_layers))):
+            names += ["intermediate_size"]
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"config: {name} = {value!r}; expected a positive integer")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that RoPE turns."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the delta net's convolution: q, k and v side by side."""
+        keys = self.linear_num_key_heads * self.linear_key_head_dim
+        return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether this layer's feed-forward is a mixture of experts (else a dense MLP)."""
+        on_step = (layer + 1) % self.decoder_sparse_step == 0
+        return self.num_experts > 0 and on_step and layer not in self.mlp_only_layers
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Config":
+        """Read a `config.json`. Raises InputError naming the file."""
+        try:
+            document = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path}: not readable as JSON: {error}") from None
+        try:
+            return cls.from_dict(document)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> "Config":
+        """From a parsed `config.json`, nested (`text_config`) or flat, of any family member."""
+        if not isinstance(document, dict):
+            raise InputError(f"config: a JSON object was expected, not {type(document).__name__}")
+        text = document.get("text_config") or document
+        model_type = text.get("model_type", document.get("model_type"))
+        if model_type not in MOE_TYPES + DENSE_TYPES:
+            known = ", ".join(MOE_TYPES + DENSE_TYPES)
+            raise InputError(f"config: model_type = {model_type!r}; known are {known}")
+        _refuse_unsupported(text)
+        # Qwen3-Next keeps the two rope numbers at the top level, Qwen3.5 in rope_parameters.
+        rope = text.get("rope_parameters") or {}
+        given = {name: text[name] for name in cls.__dataclass_fields__ if name in text}
+        given |= {
+            "model_type": model_type,
+            "layer_types": tuple(text.get("layer_types") or _layer_types(text)),
+            "rope_theta": rope.get("rope_theta", text.get("rope_theta")),
+            "partial_rotary_factor": rope.get(
+                "partial_rotary_factor", text.get("partial_rotary_factor", 0.25)
+            ),
+            "tie_word_embeddings": bool(
+                document.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+            ),
+            "mlp_only_layers": tuple(text.get("mlp_only_layers") or ()),
+            "eos_token_id": as_ids(text.get("eos_token_id")),
+            # Qwen3-Next does not say how many MTP layers it has: it has one.
+            "mtp_num_hidden_layers": text.get("mtp_num_hidden_layers", 1),
+            # HF writes None for "not given"; the family's default is silu.
+            "output_gate_type": text.get("output_gate_type") or "swish",
+        }
+        missing = [
+            name
+            for name, field in cls.__dataclass_fields__.items()
+            if given.get(name) is None and not _has_default(field)
+        ]
+        if missing:
+            raise InputError(f"config: {', '.join(missing)} missing")
+        return cls(**given)
+
+    @classmethod
+    def published(cls, name: str) -> "Config":
+        """The config of a published model by its size, e.g. `Config.published("397B-A17B")`."""
+        if name not in PUBLISHED:
+            raise InputError(f"config: no published size {name!r}; known are {', '.join(PUBLISHED)}")
+        return cls.from_dict(FAMILY | PUBLISHED[name])
+
+
+def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    """`eos_token_id` is an int in one file and a list in another."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _has_default(field: Any) -> bool:
+    return field.default is not field.default_factory  # both are MISSING when there is no default
+
+
+def _layer_types(text: dict[str, Any]) -> list[str]:
+    interval = text.get("full_attention_interval", 4)
+    count = text.get("num_hidden_layers") or 0
+    return [
+        "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(count)
+    ]
+
+
+def _refuse_unsupported(text: dict[str, Any]) -> None:
+    """A key that changes the arithmetic and that the reference does not implement is an error."""
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    expected = (
+        ("rope_type", rope_type, "default"),
+        ("hidden_act", text.get("hidden_act", "silu"), "silu"),
+        ("attention_bias", text.get("attention_bias") or False, False),
+        ("attn_output_gate", text.get("attn_output_gate", True), True),
+        ("mtp_use_dedicated_embeddings", text.get("mtp_use_dedicated_embeddings") or False, False),
+    )
+    for name, value, supported in expected:
+        if value != supported:
+            raise InputError(f"config: {name} = {value!r}; supported is {supported!r}")
+
+
+# What the Qwen3.5 family shares, and each member's own sizes (sources: the published config.json files).
+FAMILY: dict[str, Any] = {
+    "vocab_size": 248320,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4,
+    "rope_parameters": {"rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25},
+    "max_position_embeddings": 262144,
+    "eos_token_id": 248044,
+}
+
+
+def _dense(layers: int, hidden: int, heads: int, kv: int, value_heads: int, inter: int, tied: bool):
+    return {
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "linear_num_value_heads": value_heads,
+        "intermediate_size": inter,
+        "tie_word_embeddings": tied,
+    }
+
+
+def _moe(layers: int, hidden: int, heads: int, value_heads: int, experts: int, top: int, inter: int):
+    return {
+        "model_type": "qwen3_5_moe_text",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 2,
+        "linear_num_value_heads": value_heads,
+        "num_experts": experts,
+        "num_experts_per_tok": top,
+        "moe_intermediate_size": inter,
+        "shared_expert_intermediate_size": inter,
+    }
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "0.8B": _dense(24, 1024, 8, 2, 16, 3584, True),
+    "2B": _dense(24, 2048, 8, 2, 16, 6144, True),
+    "4B": _dense(32, 2560, 16, 4, 32, 9216, True),
+    "9B": _dense(32, 4096, 16, 4, 32, 12288, False),
+    "27B": _dense(64, 5120, 24, 4, 48, 17408, False),
+    "35B-A3B": _moe(40, 2048, 16, 32, 256, 8, 512),
+    "122B-A10B": _moe(48, 3072, 32, 64, 256, 8, 1024),
+    "397B-A17B": _moe(60, 4096, 32, 64, 512, 10, 1024),
+    "Qwen3-Next-80B-A3B": _moe(48, 2048, 16, 32, 512, 10, 512)
+    | {"model_type": "qwen3_next", "vocab_size": 151936, "eos_token_id": 151645},
+}
