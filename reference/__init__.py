@@ -1,0 +1,1 @@
+"""Qwen3.5 in plain eager PyTorch: the specification."""

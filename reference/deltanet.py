@@ -1,0 +1,132 @@
+"""Gated delta net: linear attention whose memory is a matrix a head, decayed and corrected by each token.
+
+Per value head, with state S [K, V]: the memory decays by exp(g), the value it would return for key k is
+compared with v, and the difference is written with strength beta. `recurrent` says exactly that, token
+by token; `chunk` computes the same from 64 tokens at once (Yang et al. 2024, arXiv 2412.06464).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qwen35.cache import DeltaState
+from qwen35.config import Config
+from reference.linear import DECODE_ROWS, GRID, Linear
+from reference.norm import RMSNormGated, wide
+
+
+def recurrent(
+    q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The gated delta rule, one token after the other.
+
+    q, k: [B, T, HV, K], normalised, q scaled; v: [B, T, HV, V]; g: [B, T, HV] log decay <= 0;
+    beta: [B, T, HV] in 0..1; state: [B, HV, K, V]. All float32 (or float64).
+    Returns the read-outs [B, T, HV, V] and the state after each token (new tensors).
+    """
+    outputs, states = [], []
+    decays, strengths = g.exp()[..., None, None], beta[..., None, None]
+    steps = (q[..., None, :], k[..., None, :], v[..., None, :], decays, strengths)
+    for q_t, k_t, v_t, decay, strength in zip(*(x.unbind(1) for x in steps), strict=True):
+        decayed = state * decay  # [B, HV, K, V]
+        recalled = k_t @ decayed  # [B, HV, 1, V], what the memory holds for this key
+        delta = strength * (v_t - recalled)
+        state = decayed + k_t.transpose(2, 3) * delta
+        outputs.append(q_t @ state)  # [B, HV, 1, V]
+        states.append(state)
+    return torch.cat(outputs, dim=2).transpose(1, 2), states
+
+
+def chunk(
+    q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The same rule from GRID tokens at a time; arguments as in `recurrent`, states after each chunk.
+
+    Inside a chunk the corrections of earlier tokens enter those of later ones through a unit lower
+    triangular system (the WY form); only the state passes from chunk to chunk.
+    """
+    outputs, states = [], []
+    by_head = (x.transpose(1, 2) for x in (q, k, v, g, beta))
+    for q_c, k_c, v_c, g_c, beta_c in zip(*(x.split(GRID, dim=2) for x in by_head), strict=True):
+        log_decay = g_c.cumsum(-1)  # [B, HV, C], since the chunk's start
+        # decay[i, j] = exp(sum of g over j+1..i); masked before exp: above the diagonal it overflows.
+        later = torch.ones(g_c.shape[2], g_c.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        gap = log_decay[..., :, None] - log_decay[..., None, :]
+        decay = gap.masked_fill(later, -torch.inf).exp()  # [B, HV, C, C]
+
+        strength = beta_c[..., None]  # [B, HV, C, 1]
+        overlap = strength * (k_c @ k_c.transpose(2, 3)) * decay  # its strict lower part is used
+        from_start = log_decay.exp()[..., None]  # [B, HV, C, 1]
+        wanted = strength * (v_c - from_start * (k_c @ state))  # corrections if tokens were alone
+        delta = torch.linalg.solve_triangular(overlap, wanted, upper=False, unitriangular=True)
+
+        inner = (q_c @ k_c.transpose(2, 3)) * decay  # [B, HV, C, C]
+        outputs.append(from_start * (q_c @ state) + inner @ delta)  # [B, HV, C, V]
+        to_end = decay[..., -1, :, None]  # [B, HV, C, 1]
+        state = from_start[:, :, -1:] * state + (k_c * to_end).transpose(2, 3) @ delta
+        states.append(state)
+    return torch.cat(outputs, dim=2).transpose(1, 2), states
+
+
+def causal_conv1d(columns: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise causal convolution, then SiLU.
+
+    columns: [B, C, taps - 1 + T], the raw inputs with those before the pass in front; weight:
+    [C, 1, taps], the last tap for the current token. Returns [B, T, C].
+    """
+    windows = columns.unfold(2, weight.shape[-1], 1)  # [B, C, T, taps]
+    return F.silu((windows * weight.to(columns.dtype)).sum(-1)).transpose(1, 2)
+
+
+def l2norm(x: Tensor) -> Tensor:
+    """x / sqrt(sum x^2 + 1e-6) over the last axis (the sum, not the mean: eps is not scaled)."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+class GatedDeltaNet(nn.Module):
+    """x: [B, T, D] after the tokens that `state` has seen -> [B, T, D]; updates `state`.
+
+    A decode pass (T <= DECODE_ROWS) goes token by token, and any of its tokens can be taken back.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.num_k_heads, self.num_v_heads = config.linear_num_key_heads, config.linear_num_value_heads
+        self.head_k_dim, self.head_v_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        value_dim = self.num_v_heads * self.head_v_dim
+        self.in_proj_qkv = Linear(D, config.conv_dim)  # rows: all of q, all of k, all of v
+        self.in_proj_z = Linear(D, value_dim)
+        self.in_proj_b = Linear(D, self.num_v_heads)
+        self.in_proj_a = Linear(D, self.num_v_heads)
+        taps = config.linear_conv_kernel_dim
+        self.conv1d = nn.Conv1d(
+            config.conv_dim, config.conv_dim, taps, groups=config.conv_dim, bias=False
+        )
+        self.A_log = nn.Parameter(torch.zeros(self.num_v_heads))
+        self.dt_bias = nn.Parameter(torch.ones(self.num_v_heads))
+        self.norm = RMSNormGated(self.head_v_dim, config.rms_norm_eps, config.output_gate_type)
+        self.out_proj = Linear(value_dim, D)
+
+    def forward(self, x: Tensor, state: DeltaState) -> Tensor:
+        B, T, D = x.shape
+        columns = torch.cat((state.conv, self.in_proj_qkv(x).transpose(1, 2)), dim=2)
+        mixed = wide(causal_conv1d(columns, self.conv1d.weight))  # [B, T, C]
+        z = self.in_proj_z(x).view(B, T, self.num_v_heads, self.head_v_dim)
+        beta = wide(self.in_proj_b(x)).sigmoid()  # [B, T, HV]
+        a = wide(self.in_proj_a(x))
+        g = -wide(self.A_log).exp() * F.softplus(a + wide(self.dt_bias))  # [B, T, HV], log decay
+
+        key_dim = self.num_k_heads * self.head_k_dim
+        q_flat, k_flat, v_flat = mixed.split([key_dim, key_dim, z.shape[2:].numel()], dim=-1)
+        # A key head serves HV / H consecutive value heads.
+        shared = self.num_v_heads // self.num_k_heads
+        q_heads = l2norm(q_flat.view(B, T, -1, self.head_k_dim)) * self.head_k_dim**-0.5
+        q = q_heads.repeat_interleave(shared, dim=2)  # [B, T, HV, K]
+        k = l2norm(k_flat.view(B, T, -1, self.head_k_dim)).repeat_interleave(shared, dim=2)
+        v = v_flat.view(B, T, -1, self.head_v_dim)  # [B, T, HV, V]
+
+        rule = recurrent if T <= DECODE_ROWS else chunk
+        read, states = rule(q, k, v, g=g, beta=beta, state=state.recurrent)  # [B, T, HV, V]
+        state.advance(columns, states)
+        return self.out_proj(self.norm(read.to(x.dtype), z).flatten(2))

@@ -1,0 +1,53 @@
+"""The two RMS norms: around zero with weight 1 + w, and the delta net's gated one with a plain weight."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the accumulating dtype: float32, or float64 when x already is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * (1 + w) over the last axis, in float32, with one cast at the end.
+
+    The checkpoint stores w around zero: a plain weight would silence every layer.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_wide = wide(x)
+        inverse_rms = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + self.eps)
+        return (x_wide * inverse_rms * (1 + wide(self.weight))).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class RMSNormGated(nn.Module):
+    """y = w * x / rms(x) * act(gate), norm first, gate after. x, gate: [..., V]; w plain, around one.
+
+    gate_type: "swish" or "silu" (the same function), or "sigmoid".
+    """
+
+    def __init__(self, dim: int, eps: float, gate_type: str) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gate_type = gate_type
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        x_wide = wide(x)
+        inverse_rms = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + self.eps)
+        normed = wide(self.weight) * (x_wide * inverse_rms)
+        activation = torch.sigmoid if self.gate_type == "sigmoid" else F.silu
+        return (normed * activation(wide(gate))).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, gate={self.gate_type}"
