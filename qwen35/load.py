@@ -1,0 +1,81 @@
+"""The one place where a checkpoint becomes a model."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qwen35.errors import InputError
+from reference.model import Model
+from weights.checkpoint import Checkpoint
+
+TINY = Path(__file__).parent / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def locate(model: str | Path | None) -> Path:
+    """The folder of a model: the embedded checkpoint (None), a folder, or a hub id, downloaded."""
+    if model is None:
+        return TINY
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or len(path.parts) != 2 or str(model).startswith("."):
+        raise InputError(f"{model}: no such folder (a hub id has the form owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.pt", "*.pth"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{model}: neither a folder nor a hub model in reach: {reason}") from None
+
+
+def load(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Model:
+    """Build the reference model of a checkpoint folder, in eval mode, without gradients.
+
+    dtype: of the activations and the dense weights; None takes the checkpoint's own. On a CPU, weights
+    that are already in that dtype stay mapped files, and experts always do (they are cast when hit):
+    what a token does not touch is never read. A_log and the delta net's norm keep the file's float32.
+
+    A checkpoint without MTP tensors gives a model with `mtp` None. Raises InputError when a tensor is
+    missing, unknown or of another shape.
+    """
+    checkpoint = Checkpoint(folder)
+    config = checkpoint.config
+    if not any(name.startswith("mtp.") for name in checkpoint.entries):
+        config = replace(config, mtp_num_hidden_layers=0)
+    if not config.mtp_num_hidden_layers:
+        checkpoint.ignore("mtp.")
+    if config.tie_word_embeddings:
+        checkpoint.ignore("lm_head.")
+    with torch.device("meta"):
+        model = Model(config)
+    # `named_parameters` names a tied head once, under embed_tokens: so does the file.
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    checkpoint.check(shapes)
+    wanted = dtype or checkpoint.entries["embed_tokens.weight"].dtype
+    for name in shapes:
+        entry = checkpoint.entries[name]
+        tensor = entry.read().to(device, _kept_dtype(name, entry.dtype, wanted))
+        _assign(model, name, tensor)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model.eval()
+
+
+def _kept_dtype(name: str, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    if ".experts." in name:
+        return stored
+    if name.endswith((".A_log", ".linear_attn.norm.weight")):
+        return torch.promote_types(stored, wanted)
+    return wanted
+
+
+def _assign(model: Model, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
