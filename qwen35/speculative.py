@@ -1,0 +1,110 @@
+"""Drafting with the MTP head, verification by the trunk, acceptance, roll-back.
+
+The tokens do not depend on the depth: each row that the trunk verifies computes the bits it would have
+computed alone (reference/linear.py), the model draws its own token at each position, and a draft is
+accepted when it is that token.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qwen35.cache import Cache
+from qwen35.sampling import Sampling, pick
+from reference.linear import DECODE_ROWS
+from reference.model import Model
+
+
+@dataclass
+class DraftStats:
+    """Counts of one generation's decode phase. proposed[i], accepted[i]: drafts of depth i + 1."""
+
+    forwards: int = 0
+    tokens: int = 0
+    proposed: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens that a trunk pass gave on average, 1 + depth at most."""
+        return self.tokens / self.forwards if self.forwards else 0.0
+
+
+class Decoder:
+    """Continues one sequence round by round; a round gives 1 to 1 + depth tokens.
+
+    token: the newest token, not yet seen by the trunk; hidden: [1, 1, D], the trunk's state of the
+    token before it. depth: most drafts a round. stop: tokens after which nothing is drafted.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: Cache,
+        *,
+        token: int,
+        hidden: Tensor,
+        depth: int,
+        sampling: Sampling,
+        stop: frozenset[int],
+    ) -> None:
+        self.model, self.cache = model, cache
+        self.depth, self.sampling, self.stop = depth, sampling, stop
+        self.stats = DraftStats(proposed=[0] * depth, accepted=[0] * depth)
+        # The MTP head has not seen these tokens yet; fresh_hidden holds the trunk's state before each.
+        self.fresh_ids, self.fresh_hidden = [token], hidden
+
+    def round(self, limit: int) -> list[tuple[int, Tensor]]:
+        """Up to `limit` next tokens, each with the logits [V] it was picked from."""
+        # The trunk adds a token of its own to the accepted drafts, so one draft fewer is enough.
+        drafts = self._draft(min(self.depth, limit - 1))
+        rows = [self.fresh_ids[-1], *drafts]
+        picked: list[tuple[int, Tensor]] = []
+        hiddens: list[Tensor] = []
+        for first in range(0, len(rows), DECODE_ROWS):
+            part = rows[first : first + DECODE_ROWS]
+            start = self.cache.length
+            hidden = self.model(self._tensor(part), self.cache)  # [1, len(part), D]
+            logits = self.model.lm_head(hidden)[0]  # [len(part), V]
+            self.stats.forwards += 1
+            for i, row in enumerate(logits):
+                token = pick(row, start + i + 1, self.sampling)
+                picked.append((token, row))
+                hiddens.append(hidden[:, i : i + 1])
+                guessed = drafts[first + i : first + i + 1] == [token]
+                if not guessed or token in self.stop:
+                    self.cache.rollback(len(part) - 1 - i)
+                    self._count(len(drafts), len(picked))
+                    self.fresh_ids = [token for token, _ in picked]
+                    self.fresh_hidden = torch.cat(hiddens, dim=1)
+                    return picked
+        raise AssertionError("the last row has no draft after it, so it always ends the round")
+
+    def _draft(self, depth: int) -> list[int]:
+        """Guess the `depth` tokens after the fresh ones.
+
+        The first pass feeds the fresh tokens with the trunk's true states and stays in the MTP cache;
+        the chained guesses, built on the head's own states, are taken back.
+        """
+        if depth < 1:
+            return []
+        assert self.cache.mtp is not None
+        drafts: list[int] = []
+        ids, hidden = self.fresh_ids, self.fresh_hidden
+        for _ in range(depth):
+            hidden = self.model.draft(self._tensor(ids), hidden, self.cache)[:, -1:]
+            logits = self.model.lm_head(hidden)[0, 0, : self.sampling.vocab]
+            drafts.append(int(logits.argmax()))
+            ids = drafts[-1:]
+        self.cache.mtp.rollback(depth - 1)
+        return drafts
+
+    def _tensor(self, ids: list[int]) -> Tensor:
+        return torch.tensor([ids], device=self.fresh_hidden.device)
+
+    def _count(self, proposed: int, picked: int) -> None:
+        self.stats.tokens += picked
+        for i in range(proposed):
+            self.stats.proposed[i] += 1
+            self.stats.accepted[i] += i < picked - 1
