@@ -1,0 +1,525 @@
+"""Train the embedded checkpoint: `python -m tools.train_tiny CORPUS DST`, ten minutes on one GPU.
+
+CORPUS is a folder with train.txt and heldout.txt, as tools/corpus.py writes it. The trunk runs through
+the reference's own mixers and norms; what a checkpoint of ten tokens a pass can afford and a training
+batch cannot (products of few rows, a loop over experts) is replaced by the batched form below, which
+tests/test_train_tiny.py holds to the reference. The MTP head is trained chained three deep, on the
+trunk's states and then on its own, each depth seeing the keys that it will see when it drafts.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qwen35.cache import Cache
+from qwen35.cli import Parser, run
+from qwen35.config import Config
+from qwen35.errors import InputError
+from reference.attention import GatedAttention
+from reference.linear import Linear
+from reference.model import Model
+from reference.moe import SparseMoeBlock
+from reference.norm import wide
+from reference.rope import apply_rope, rope_table
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+END_OF_TEXT = "<|endoftext|>"
+# Qwen3.5's pre-tokenizer: contractions, words with their marks, single digits, punctuation, space.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "model_type": "qwen3_5_moe",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "qwen3_5_moe_text",
+        "dtype": "bfloat16",
+        "vocab_size": 2048,
+        "hidden_size": 256,
+        "num_hidden_layers": 8,
+        "full_attention_interval": 4,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "attn_output_gate": True,
+        "attention_bias": False,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "mamba_ssm_dtype": "float32",
+        "num_experts": 32,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 128,
+        "router_aux_loss_coef": 0.001,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32768,
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000_000,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+        },
+    },
+}
+
+TEMPLATE = """\
+{%- set ns = namespace(last_user=-1) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{% set ns.last_user = loop.index0 %}{% endif %}
+    {%- if message.role == 'system' and not loop.first %}
+        {{- raise_exception('the system message comes first') }}
+    {%- endif %}
+{%- endfor %}
+{%- if ns.last_user < 0 %}{{ raise_exception('there is no user message') }}{% endif %}
+{%- for message in messages %}
+    {%- set content = message.content | trim %}
+    {%- if message.role == 'assistant' %}
+        {#- what was thought in earlier turns is not repeated -#}
+        {%- set content = content.split('</think>')[-1] | trim %}
+        {%- set content = '<think>\\n\\n</think>\\n\\n' ~ content %}
+    {%- endif %}
+    {{- '<|im_start|>' ~ message.role ~ '\\n' ~ content ~ '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n<think>\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}{{ '\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}
+"""
+
+
+# --- text ------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(text: Path, vocab: int) -> Tokenizer:
+    """Byte-level BPE of `vocab` ids in Qwen's form, the special tokens last."""
+    backend = Tokenizer(BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocab - len(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_documents(text), trainer)
+    backend.add_special_tokens(SPECIAL[:3])
+    backend.add_tokens(SPECIAL[3:])
+    return backend
+
+
+def _documents(path: Path) -> Iterator[str]:
+    for document in path.read_text().split(f"\n{END_OF_TEXT}\n"):
+        if document.strip():
+            yield document.strip()
+
+
+def as_chat(paragraphs: list[str], rng: np.random.Generator) -> str:
+    """A passage as a conversation in which the assistant carries it on, paragraph by paragraph."""
+    turns = []
+    for asked, answer in zip(paragraphs[::2], paragraphs[1::2], strict=False):
+        thought = answer.split(". ")[0][:200] + "\n" if rng.random() < 0.5 and not turns else "\n"
+        turns.append(
+            f"<|im_start|>user\n{asked}<|im_end|>\n"
+            f"<|im_start|>assistant\n<think>\n{thought}</think>\n\n{answer}<|im_end|>\n"
+        )
+    return "".join(turns)
+
+
+def encode_corpus(path: Path, backend: Tokenizer, *, chat_share: float, seed: int) -> Tensor:
+    """All documents in a shuffled order as one row of ids; a share of them rewritten as conversations."""
+    rng = np.random.default_rng(seed)
+    texts = list(_documents(path))
+    rng.shuffle(texts)
+    for i, text in enumerate(texts):
+        paragraphs = text.split("\n\n")
+        if len(paragraphs) > 3 and rng.random() < chat_share:
+            first = int(rng.integers(len(paragraphs) - 3))
+            texts[i] = as_chat(paragraphs[first : first + 6], rng)
+    end = backend.token_to_id(END_OF_TEXT)
+    ids: list[np.ndarray] = []
+    for first in range(0, len(texts), 512):
+        for encoding in backend.encode_batch(texts[first : first + 512], add_special_tokens=False):
+            ids.append(np.asarray([*encoding.ids, end], dtype=np.int16))
+    return torch.from_numpy(np.concatenate(ids))
+
+
+# --- the batched forms -------------------------------------------------------------------------------
+
+
+class BatchedLinear(nn.Module):
+    """The reference's Linear as one product over all rows."""
+
+    def __init__(self, source: Linear) -> None:
+        super().__init__()
+        self.weight = source.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class DenseMoeBlock(nn.Module):
+    """The reference's SparseMoeBlock with every expert computed for every row: three large products.
+
+    `balance` is the load-balancing loss of the last forward: 1 when all experts are used alike.
+    """
+
+    def __init__(self, source: SparseMoeBlock) -> None:
+        super().__init__()
+        self.top_k = source.gate.top_k
+        self.gate = BatchedLinear(source.gate)
+        self.shared_expert, self.shared_expert_gate = source.shared_expert, source.shared_expert_gate
+        experts = list(source.experts)
+        self.gate_proj = nn.Parameter(torch.cat([e.gate_proj.weight.data for e in experts]))
+        self.up_proj = nn.Parameter(torch.cat([e.up_proj.weight.data for e in experts]))
+        self.down_proj = nn.Parameter(torch.cat([e.down_proj.weight.data for e in experts], dim=1))
+        self.num_experts = len(experts)
+        self.balance = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        probabilities = wide(self.gate(x)).softmax(-1)  # [B, T, E]
+        chosen, experts = probabilities.topk(self.top_k, dim=-1)
+        weights = chosen / chosen.sum(-1, keepdim=True)
+        routing = torch.zeros_like(probabilities).scatter(-1, experts, weights).to(x.dtype)
+        load = (routing > 0).float().mean((0, 1)) / self.top_k  # [E]
+        self.balance = self.num_experts * (load * probabilities.mean((0, 1))).sum()
+
+        hidden = F.silu(F.linear(x, self.gate_proj)) * F.linear(x, self.up_proj)  # [B, T, E * I]
+        scaled = hidden.unflatten(-1, (self.num_experts, -1)) * routing[..., None]
+        routed = F.linear(scaled.flatten(-2), self.down_proj)
+        return routed + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+
+    def unpacked(self) -> dict[str, Tensor]:
+        """The experts' weights under the names of the MTP layer's dialect: one tensor a matrix."""
+        named = {
+            "gate_proj": self.gate_proj.chunk(self.num_experts),
+            "up_proj": self.up_proj.chunk(self.num_experts),
+            "down_proj": self.down_proj.chunk(self.num_experts, dim=1),
+        }
+        return {
+            f"experts.{e}.{name}.weight": part
+            for name, parts in named.items()
+            for e, part in enumerate(parts)
+        }
+
+
+def batched(model: Model) -> Model:
+    """Replace, in place, what is slow in a training batch."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, SparseMoeBlock):
+                setattr(module, name, DenseMoeBlock(child))
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is Linear:
+                setattr(module, name, BatchedLinear(child))
+    return model
+
+
+def chained_attention(
+    attn: GatedAttention, x: Tensor, depth: int, past: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """The MTP layer's attention at draft `depth` (0 the first), for all places of a sequence at once.
+
+    x [B, T, D]: row t belongs to the chain that starts at t and stands at position t + depth. It sees
+    the keys of depth 0 at positions up to t (`past[0]`), of each later depth the one of its own chain
+    (`past[d]`, same row), and its own, which is added to `past`.
+    """
+    B, T, _ = x.shape
+    q_raw, gate = attn.q_proj(x).view(B, T, -1, 2 * attn.head_dim).chunk(2, dim=-1)
+    k_raw = attn.k_proj(x).view(B, T, -1, attn.head_dim)
+    v = attn.v_proj(x).view(B, T, -1, attn.head_dim).transpose(1, 2)  # [B, G, T, K]
+    positions = torch.arange(depth, depth + T, device=x.device)
+    cos, sin = rope_table(positions, attn.rotary_dim, attn.rope_theta, x.dtype)
+    q = apply_rope(attn.q_norm(q_raw).transpose(1, 2), cos, sin)  # [B, H, T, K]
+    k = apply_rope(attn.k_norm(k_raw).transpose(1, 2), cos, sin)
+    shared = q.shape[1] // k.shape[1]
+    past.append((k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)))  # [B, H, T, K]
+
+    (first_k, first_v), *later = past
+    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    scores = (q @ first_k.transpose(2, 3)).masked_fill(future, -torch.inf)  # [B, H, T, T]
+    own = [(q * key).sum(-1, keepdim=True) for key, _ in later]  # [B, H, T, 1] each
+    weights = (wide(torch.cat([scores, *own], dim=-1)) * attn.head_dim**-0.5).softmax(-1).to(x.dtype)
+    read = weights[..., :T] @ first_v
+    for i, (_, value) in enumerate(later):
+        read = read + weights[..., T + i : T + i + 1] * value
+    return attn.o_proj((read.transpose(1, 2) * torch.sigmoid(gate)).reshape(B, T, -1))
+
+
+def chained_mtp(model: Model, ids: Tensor, hidden: Tensor, depths: int) -> list[Tensor]:
+    """Hidden states of the drafts of every chain: result[d][:, t] proposes token t + 2 + d.
+
+    ids [B, T], hidden [B, T, D] the trunk's; result[d] is [B, T - 1 - d, D].
+    """
+    assert model.mtp is not None
+    mtp, layer = model.mtp, model.mtp.layers[0]
+    states, results, past = hidden, [], []
+    for depth in range(depths):
+        length = ids.shape[1] - 1 - depth
+        embeds = model.embed_tokens(ids[:, 1 + depth :])
+        states = states[:, :length]
+        past = [(k[:, :, :length], v[:, :, :length]) for k, v in past]
+        both = (mtp.pre_fc_norm_embedding(embeds), mtp.pre_fc_norm_hidden(states))
+        x = mtp.fc(torch.cat(both, dim=-1))
+        x = x + chained_attention(layer.self_attn, layer.input_layernorm(x), depth, past)
+        states = mtp.norm(x + layer.mlp(layer.post_attention_layernorm(x)))
+        results.append(states)
+    return results
+
+
+# --- training ----------------------------------------------------------------------------------------
+
+
+def initialise(model: Model, seed: int) -> None:
+    """Normal 0.02 matrices (those into the residual stream smaller), norms at their identity."""
+    generator = torch.Generator().manual_seed(seed)
+    depth_scale = (2 * model.config.num_hidden_layers) ** -0.5
+    for name, p in model.named_parameters():
+        if name.endswith("A_log"):
+            p.data.uniform_(1, 16, generator=generator).log_()
+        elif name.endswith("dt_bias"):  # softplus(dt_bias) between 0.001 and 0.1, evenly in the log
+            dt = torch.empty_like(p.data).uniform_(math.log(1e-3), math.log(0.1), generator=generator)
+            p.data.copy_(dt.exp() + torch.log(-torch.expm1(-dt.exp())))
+        elif name.endswith("conv1d.weight"):
+            p.data.uniform_(-0.5, 0.5, generator=generator)
+        elif p.dim() > 1:
+            into_stream = name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight"))
+            p.data.normal_(0, 0.02 * (depth_scale if into_stream else 1), generator=generator)
+
+
+def losses(model: Model, ids: Tensor, depths: int) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Next-token loss, one loss a draft depth (nats a token), and the mean balance loss."""
+    cache = Cache.empty(model.config, model.embed_tokens.weight.dtype, ids.device, ids.shape[0])
+    hidden = model(ids, cache)  # [B, T, D]
+
+    def loss(states: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model.lm_head(states).float().flatten(0, 1), targets.flatten())
+
+    trunk = loss(hidden[:, :-1], ids[:, 1:])
+    drafts = [
+        loss(states[:, :-1], ids[:, 2 + d :])
+        for d, states in enumerate(chained_mtp(model, ids, hidden, depths))
+    ]
+    blocks = [m for m in model.modules() if isinstance(m, DenseMoeBlock)]
+    return trunk, drafts, torch.stack([b.balance for b in blocks]).mean()
+
+
+class Losses(nn.Module):
+    """`losses` as a module, so that `functional_call` can run it on bf16 copies of the weights."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, depths: int) -> tuple[Tensor, list[Tensor], Tensor]:
+        return losses(self.model, ids, depths)
+
+
+def low_precision(module: nn.Module) -> dict[str, Tensor]:
+    """What inference will see: matrices in bf16 (gradients flow to the float32 originals)."""
+    return {
+        name: p.to(torch.bfloat16) if p.dim() > 1 else p for name, p in module.named_parameters()
+    }
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 2% of the steps, constant, then linear to zero over the last 40%."""
+    return peak * min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.4 * steps))
+
+
+def train(model: Model, data: Tensor, args: argparse.Namespace, log: list[dict[str, float]]) -> None:
+    """AdamW over random windows; lengths grow once, for the last 15% of the steps."""
+    module = Losses(model)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        fused=data.is_cuda,
+    )
+    generator = torch.Generator().manual_seed(args.seed)
+    started = time.perf_counter()
+    for step in range(args.steps):
+        length = args.length if step < 0.85 * args.steps else 4 * args.length
+        batch = args.tokens // length
+        starts = torch.randint(len(data) - length, (batch, 1), generator=generator).to(data.device)
+        ids = data[starts + torch.arange(length, device=data.device)].long()  # [B, T]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        trunk, drafts, balance = torch.func.functional_call(
+            module, low_precision(module), (ids, args.depths)
+        )
+        total = trunk + 0.3 * torch.stack(drafts).mean() + 0.01 * balance
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % args.log_every == 0 or step == args.steps - 1:
+            entry = {
+                "step": step,
+                "seconds": round(time.perf_counter() - started, 1),
+                "loss": round(trunk.item(), 4),
+                **{f"draft_{d + 1}": round(x.item(), 4) for d, x in enumerate(drafts)},
+                "balance": round(balance.item(), 3),
+            }
+            log.append(entry)
+            print(json.dumps(entry), flush=True)
+
+
+@torch.no_grad()
+def bits_per_byte(model: Model, ids: Tensor, size: int, window: int = 2048) -> float:
+    """Cost of a text of `size` bytes, in windows without overlap, the first token of each uncounted."""
+    nats = 0.0
+    module = Losses(model)
+    for first in range(0, len(ids) - 1, window):
+        part = ids[None, first : first + window + 1].long()
+        trunk, *_ = torch.func.functional_call(module, low_precision(module), (part, 1))
+        nats += trunk.item() * (part.shape[1] - 1)
+    return nats / math.log(2) / size
+
+
+# --- the checkpoint ------------------------------------------------------------------------------------
+
+
+def published(model: Model) -> dict[str, Tensor]:
+    """The weights in Qwen3.5's BF16 dialect: trunk experts fused, MTP experts one by one, F32 A_log."""
+    tensors: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, DenseMoeBlock):
+            experts = module.unpacked()
+            if path.startswith("mtp."):
+                tensors |= {f"{path}.{name}": tensor for name, tensor in experts.items()}
+                continue
+            count = module.num_experts
+            gate, up = (
+                torch.stack([experts[f"experts.{e}.{n}_proj.weight"] for e in range(count)])
+                for n in ("gate", "up")
+            )
+            tensors[f"{path}.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)  # [E, 2I, D]
+            tensors[f"{path}.experts.down_proj"] = torch.stack(
+                [experts[f"experts.{e}.down_proj.weight"] for e in range(count)]
+            )
+    packed = {"gate_proj", "up_proj", "down_proj"}
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] not in packed:
+            tensors[name] = parameter.data
+
+    def as_stored(name: str, tensor: Tensor) -> Tensor:
+        exact = name.endswith((".A_log", ".linear_attn.norm.weight"))
+        return tensor.detach().to("cpu", torch.float32 if exact else torch.bfloat16).contiguous()
+
+    return {_file_name(name): as_stored(name, tensor) for name, tensor in sorted(tensors.items())}
+
+
+def _file_name(name: str) -> str:
+    return name if name.startswith(("mtp.", "lm_head.")) else f"model.language_model.{name}"
+
+
+def save(model: Model, backend: Tokenizer, folder: Path) -> None:
+    """Write everything that a checkpoint folder holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(published(model), folder / "model.safetensors", metadata={"format": "pt"})
+    backend.save(str(folder / "tokenizer.json"))
+    end, _, turn_end, *_ = (backend.token_to_id(token) for token in SPECIAL)
+    config = json.loads(json.dumps(CONFIG))
+    config["text_config"]["eos_token_id"] = end
+    advice = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+        "eos_token_id": [turn_end, end],
+        "pad_token_id": end,
+        "bos_token_id": end,
+    }
+    documents = {
+        "config.json": config,
+        "generation_config.json": advice,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": SPECIAL[2],
+            "pad_token": SPECIAL[0],
+            "model_max_length": config["text_config"]["max_position_embeddings"],
+        },
+    }
+    for name, document in documents.items():
+        (folder / name).write_text(json.dumps(document, indent=2) + "\n")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+
+
+def build_parser() -> Parser:
+    parser = Parser("python -m tools.train_tiny", "Train the embedded checkpoint.")
+    add = parser.add_argument
+    add("corpus", type=Path, help="folder with train.txt and heldout.txt (tools/corpus.py)")
+    add("dst", type=Path, help="folder to write the checkpoint to")
+    add("--steps", type=int, default=1400)
+    add("--tokens", type=int, default=65536, help="tokens a step")
+    add("--length", type=int, default=512, help="tokens a window; four times that at the end")
+    add("--lr", type=float, default=3e-3)
+    add("--depths", type=int, default=3, help="drafts that the MTP head is trained for")
+    add("--seed", type=int, default=0)
+    add("--log-every", type=int, default=50)
+    add("--device", default="cuda")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    for name in ("train.txt", "heldout.txt"):
+        if not (args.corpus / name).is_file():
+            raise InputError(f"{args.corpus / name}: no such file; tools/corpus.py writes it")
+    started = time.perf_counter()
+    padding = 48  # rows of the head beyond the tokenizer, as the published checkpoints have them
+    vocab = CONFIG["text_config"]["vocab_size"] - padding
+    backend = train_tokenizer(args.corpus / "train.txt", vocab)
+    data = encode_corpus(args.corpus / "train.txt", backend, chat_share=0.08, seed=args.seed)
+    heldout = (args.corpus / "heldout.txt").read_text()
+    print(f"{len(data)} tokens, prepared in {time.perf_counter() - started:.0f} s", flush=True)
+
+    torch.backends.cuda.matmul.allow_tf32 = True  # the delta rule's float32 products
+    model = Model(Config.from_dict(CONFIG))
+    initialise(model, args.seed)
+    batched(model).to(args.device)
+    log: list[dict[str, float]] = []
+    train(model, data.to(args.device), args, log)
+
+    held_ids = torch.tensor(backend.encode(heldout, add_special_tokens=False).ids)
+    bpb = bits_per_byte(model, held_ids.to(args.device), len(heldout.encode()))
+    print(json.dumps({"heldout_bits_per_byte": round(bpb, 4)}), flush=True)
+    save(model, backend, args.dst)
+    (args.dst / "training_log.json").write_text(
+        "\n".join(json.dumps(entry) for entry in [*log, {"heldout_bits_per_byte": bpb}]) + "\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    run(build_parser(), main)
