@@ -11,7 +11,7 @@ from reference.rope import apply_rope, rope_table
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention in which the last query sees every key. Scale K^-1/2, softmax in float32.
+    """Softmax attention in which the last query sees every key. Scale K^-1/2, all in float32.
 
     q: [B, H, T, K]; k, v: [B, G, P, K] with P >= T, H a multiple of G; query head h reads kv head
     h // (H / G). Returns [B, H, T, K] in q's dtype.
@@ -22,19 +22,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     B, H, T, K = q.shape
     G, P = k.shape[1:3]
     tile = 1 if T <= DECODE_ROWS else GRID
-    scaled = (q * K**-0.5).reshape(B, G, H // G, T, K)
+    scaled = (wide(q) * K**-0.5).view(B, G, H // G, T, K)
+    keys, values = wide(k).transpose(2, 3), wide(v)  # [B, G, K, P], [B, G, P, K]
     outputs = []
     for first in range(0, T, tile):
         rows = scaled[:, :, :, first : first + tile].flatten(2, 3)  # [B, G, H/G * t, K]
         t = rows.shape[2] // (H // G)
         seen = P - T + first + t
-        scores = wide(rows @ k[:, :, :seen].transpose(2, 3))  # [B, G, H/G * t, seen]
+        scores = rows @ keys[..., :seen]  # [B, G, H/G * t, seen]
         if t > 1:  # a single query sees every key that is there
             future = torch.ones(t, seen, dtype=torch.bool, device=q.device).triu(seen - t + 1)
             scores = scores.masked_fill(future.repeat(H // G, 1), -torch.inf)
-        weights = scores.softmax(-1).to(q.dtype)
-        outputs.append((weights @ v[:, :, :seen]).view(B, H, t, K))
-    return torch.cat(outputs, dim=2)
+        weights = scores.softmax(-1)
+        outputs.append((weights @ values[:, :, :seen]).view(B, H, t, K))
+    return torch.cat(outputs, dim=2).to(q.dtype)
 
 
 class GatedAttention(nn.Module):

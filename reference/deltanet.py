@@ -69,13 +69,19 @@ def chunk(
 
 
 def causal_conv1d(columns: Tensor, weight: Tensor) -> Tensor:
-    """Depthwise causal convolution, then SiLU.
+    """Depthwise causal convolution, then SiLU, in float32.
 
     columns: [B, C, taps - 1 + T], the raw inputs with those before the pass in front; weight:
-    [C, 1, taps], the last tap for the current token. Returns [B, T, C].
+    [C, 1, taps], the last tap for the current token. Returns [B, T, C]. One tap after the other, since
+    a library's convolution may sum in another order for another T.
     """
-    windows = columns.unfold(2, weight.shape[-1], 1)  # [B, C, T, taps]
-    return F.silu((windows * weight.to(columns.dtype)).sum(-1)).transpose(1, 2)
+    taps = weight.shape[-1]
+    T = columns.shape[-1] - (taps - 1)
+    columns_wide, taps_wide = wide(columns), wide(weight)
+    mixed = columns_wide[:, :, :T] * taps_wide[:, :, 0]
+    for j in range(1, taps):
+        mixed = torch.addcmul(mixed, columns_wide[:, :, j : j + T], taps_wide[:, :, j])
+    return F.silu(mixed).transpose(1, 2)
 
 
 def l2norm(x: Tensor) -> Tensor:
@@ -92,8 +98,10 @@ class GatedDeltaNet(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         D = config.hidden_size
-        self.num_k_heads, self.num_v_heads = config.linear_num_key_heads, config.linear_num_value_heads
-        self.head_k_dim, self.head_v_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        self.num_k_heads = config.linear_num_key_heads
+        self.num_v_heads = config.linear_num_value_heads
+        self.head_k_dim = config.linear_key_head_dim
+        self.head_v_dim = config.linear_value_head_dim
         value_dim = self.num_v_heads * self.head_v_dim
         self.in_proj_qkv = Linear(D, config.conv_dim)  # rows: all of q, all of k, all of v
         self.in_proj_z = Linear(D, value_dim)
@@ -111,22 +119,25 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, state: DeltaState) -> Tensor:
         B, T, D = x.shape
         columns = torch.cat((state.conv, self.in_proj_qkv(x).transpose(1, 2)), dim=2)
-        mixed = wide(causal_conv1d(columns, self.conv1d.weight))  # [B, T, C]
+        mixed = causal_conv1d(columns, self.conv1d.weight)  # [B, T, C], float32
         z = self.in_proj_z(x).view(B, T, self.num_v_heads, self.head_v_dim)
         beta = wide(self.in_proj_b(x)).sigmoid()  # [B, T, HV]
         a = wide(self.in_proj_a(x))
         g = -wide(self.A_log).exp() * F.softplus(a + wide(self.dt_bias))  # [B, T, HV], log decay
 
-        key_dim = self.num_k_heads * self.head_k_dim
-        q_flat, k_flat, v_flat = mixed.split([key_dim, key_dim, z.shape[2:].numel()], dim=-1)
-        # A key head serves HV / H consecutive value heads.
-        shared = self.num_v_heads // self.num_k_heads
-        q_heads = l2norm(q_flat.view(B, T, -1, self.head_k_dim)) * self.head_k_dim**-0.5
-        q = q_heads.repeat_interleave(shared, dim=2)  # [B, T, HV, K]
-        k = l2norm(k_flat.view(B, T, -1, self.head_k_dim)).repeat_interleave(shared, dim=2)
-        v = v_flat.view(B, T, -1, self.head_v_dim)  # [B, T, HV, V]
+        key_dim, value_dim = self.num_k_heads * self.head_k_dim, self.num_v_heads * self.head_v_dim
+        q_flat, k_flat, v_flat = mixed.split([key_dim, key_dim, value_dim], dim=-1)
+        q = self.per_value_head(l2norm(q_flat.unflatten(-1, (-1, self.head_k_dim))))
+        k = self.per_value_head(l2norm(k_flat.unflatten(-1, (-1, self.head_k_dim))))
+        v = v_flat.unflatten(-1, (-1, self.head_v_dim))  # [B, T, HV, V]
 
         rule = recurrent if T <= DECODE_ROWS else chunk
-        read, states = rule(q, k, v, g=g, beta=beta, state=state.recurrent)  # [B, T, HV, V]
+        scaled_q = q * self.head_k_dim**-0.5
+        read, states = rule(scaled_q, k, v, g=g, beta=beta, state=state.recurrent)  # [B, T, HV, V]
         state.advance(columns, states)
         return self.out_proj(self.norm(read.to(x.dtype), z).flatten(2))
+
+    def per_value_head(self, x: Tensor) -> Tensor:
+        """[B, T, H, K] -> [B, T, HV, K]: a key head serves HV / H consecutive value heads."""
+        shared = self.num_v_heads // self.num_k_heads
+        return x.unsqueeze(3).expand(-1, -1, -1, shared, -1).flatten(2, 3)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 DECODE_ROWS = 4  # most rows of a decode pass: one token and three drafts
-GRID = 64  # prompts are computed on an absolute grid of this many tokens; also the delta rule's chunk
+GRID = 64  # tokens; prompts are computed on an absolute grid of it, and it is the delta rule's chunk
 
 
 def row_tile(rows: int) -> int:
@@ -30,14 +30,15 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
         weight = self.weight.to(x.dtype)
-        N, tile = len(rows), row_tile(len(rows))
+        N = x.shape[:-1].numel()
+        tile = row_tile(N)
         if N == tile:
-            return F.linear(rows, weight).view(*x.shape[:-1], -1)
-        padded = F.pad(rows, (0, 0, 0, -N % tile))
-        product = torch.cat([F.linear(part, weight) for part in padded.split(tile)])
-        return product[:N].view(*x.shape[:-1], -1)
+            return F.linear(x, weight)
+        padded = F.pad(x.reshape(N, -1), (0, 0, 0, -N % tile))
+        parts = [F.linear(part, weight) for part in padded.split(tile)]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return rows[:N].view(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         return "{1} -> {0}".format(*self.weight.shape)

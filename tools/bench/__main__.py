@@ -1,0 +1,22 @@
+"""Choose a benchmark: `python -m tools.bench OP ...`."""
+
+import sys
+
+from qwen35.cli import Parser, run
+from tools.bench import generate, language, mapped
+
+OPS = {"generate": generate, "language": language, "mapped": mapped}
+
+
+def main() -> None:
+    choose = Parser("python -m tools.bench", "Benchmarks; each has its own --help.")
+    choose.add_argument("op", choices=OPS)
+    op = OPS[choose.parse_args(sys.argv[1:2]).op]
+    parser = Parser(f"python -m tools.bench {sys.argv[1]}", op.__doc__ or "")
+    parser.add_argument("--json", action="store_true", help="print the JSON document alone")
+    op.add_arguments(parser)
+    run(parser, op.main, sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Prefill and decode beside transformers: same weights, same prompt, one run after the other."""
+
+import argparse
+import math
+
+import torch
+
+from qwen35.cli import Parser
+from qwen35.errors import InputError
+from qwen35.generate import Generation, prefill
+from qwen35.load import DTYPES, load, locate
+from qwen35.sampling import Sampling
+from qwen35.tokenizer import Tokenizer
+from reference.model import Model
+from tools.bench import report
+from tools.bench.language import HELDOUT, SEPARATOR
+
+
+def add_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="DIR|HUB_ID", help="default: the embedded checkpoint")
+    add("--dtype", choices=DTYPES, help="of both sides (default: the checkpoint's own)")
+    add("--prefill-tokens", type=int, default=2048)
+    add("--prompt-tokens", type=int, default=64, help="of each text whose continuation is timed")
+    add("--new-tokens", type=int, default=128)
+    add("--prompts", type=int, default=5, help="held-out documents that are continued")
+    add("--draft-tokens", type=int, default=3)
+    add("--repeats", type=int, default=5)
+    add("--threads", type=int, default=2, help="torch threads, on both sides")
+
+
+def _transformers(folder: str, model: Model) -> torch.nn.Module:
+    """The same folder as transformers loads it, in our model's dtype, at its own defaults."""
+    try:
+        import transformers
+    except ImportError:
+        raise InputError("transformers is not installed; pip install -e '.[test]'") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    dtype = model.embed_tokens.weight.dtype
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return theirs.eval()
+
+
+def main(args: argparse.Namespace) -> int:
+    torch.set_num_threads(args.threads)
+    folder = locate(args.model)
+    model, tokenizer = load(folder, dtype=DTYPES.get(args.dtype)), Tokenizer(folder)
+    theirs = _transformers(str(folder), model)
+    text = HELDOUT.read_text()
+    long_prompt = torch.tensor([tokenizer.encode(text)[: args.prefill_tokens]])
+    documents = sorted(text.split(f"\n{SEPARATOR}\n"), key=len, reverse=True)[: args.prompts]
+    start = tokenizer.encode(SEPARATOR)
+    prompts = [(start + tokenizer.encode(d))[: args.prompt_tokens] for d in documents]
+
+    def our_prefill() -> None:
+        with torch.inference_mode():
+            hidden = prefill(
+                model, long_prompt[0].tolist(), model.new_cache(), chunk=2048, draft=False
+            )
+            model.lm_head(hidden)
+
+    def their_prefill() -> None:
+        with torch.inference_mode():
+            theirs(long_prompt, logits_to_keep=1, use_cache=True)
+
+    rows = _rows("prefill", report.alternate(
+        {"ours": our_prefill, "transformers": their_prefill}, args.repeats
+    ), args.prefill_tokens)  # fmt: skip
+
+    forwards = tokens = 0
+    for number, ids in enumerate(prompts):
+        # A run that makes one token is taken off, so that what is timed is decode alone.
+        def ours(new: int, ids: list[int] = ids) -> Generation:
+            generation = Generation(
+                model, ids, new, Sampling(vocab=tokenizer.size), frozenset(), args.draft_tokens
+            )
+            for _ in generation:
+                pass
+            return generation
+
+        def other(new: int, ids: list[int] = ids) -> torch.Tensor:
+            with torch.inference_mode():
+                return theirs.generate(  # pyright: ignore[reportCallIssue]
+                    torch.tensor([ids]), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                    attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                )[0, len(ids) :]  # fmt: skip
+
+        generation = ours(args.new_tokens)
+        forwards += generation.draft.forwards
+        tokens += generation.draft.tokens
+        same = _same_start(generation.token_ids, other(args.new_tokens).tolist())
+        seconds = report.alternate(
+            {
+                "ours": lambda ours=ours: ours(args.new_tokens),
+                "transformers": lambda other=other: other(args.new_tokens),
+                "ours, first token": lambda ours=ours: ours(1),
+                "transformers, first token": lambda other=other: other(1),
+            },
+            args.repeats,
+        )
+        decode = {
+            name: [a - b for a, b in zip(seconds[name], seconds[f"{name}, first token"], strict=True)]
+            for name in ("ours", "transformers")
+        }
+        rows += _rows(f"decode {number + 1}", decode, args.new_tokens - 1, same_tokens=same)
+    ratios = [row["times_faster"] for row in rows if "times_faster" in row]
+    rows.append({"name": "decode, geometric mean", "times_faster": _mean(ratios[1:])})
+    config = {
+        "model": str(args.model or "embedded"),
+        "dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
+        "draft_tokens": args.draft_tokens,
+        "tokens_per_forward": tokens / forwards,
+        "repeats": args.repeats,
+    }
+    report.emit("generate", config, rows, only_json=args.json)
+    return 0
+
+
+def _rows(
+    op: str, seconds: dict[str, list[float]], tokens: int, same_tokens: int | None = None
+) -> list[report.Row]:
+    """Ours and theirs with the ratio of the medians; same_tokens: equal ids before the first other one."""
+    rows = [
+        {"name": f"{op}, {name}"} | report.spread(values) | {"tokens_per_s": 0.0}
+        for name, values in seconds.items()
+    ]
+    for row in rows:
+        row["tokens_per_s"] = tokens / row["median_ms"] * 1e3
+    rows[0]["times_faster"] = rows[1]["median_ms"] / rows[0]["median_ms"]
+    if same_tokens is not None:
+        rows[0]["same_tokens"] = same_tokens
+    return rows
+
+
+def _same_start(ours: list[int], theirs: list[int]) -> int:
+    pairs = zip(ours, theirs, strict=True)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(ours))
+
+
+def _mean(ratios: list[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))

@@ -1,0 +1,99 @@
+"""How well a checkpoint writes: bits per byte of held-out text beside `xz -9`, tokens per forward."""
+
+import argparse
+import lzma
+import math
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from qwen35.cli import Parser
+from qwen35.errors import InputError
+from qwen35.generate import Generation
+from qwen35.load import DTYPES, TINY, load, locate
+from qwen35.sampling import Sampling
+from qwen35.tokenizer import Tokenizer
+from reference.linear import GRID
+from reference.model import Model
+from tools.bench import report
+
+HELDOUT = TINY / "heldout.txt"
+SEPARATOR = "<|endoftext|>"
+
+
+def add_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="DIR|HUB_ID", help="default: the embedded checkpoint")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("--text", type=Path, default=HELDOUT, help=f"documents with {SEPARATOR} lines between")
+    add("--documents", type=int, help="use the first N documents only (default: all)")
+    add("--prompt-tokens", type=int, default=64, help="of a document, before it is continued")
+    add("--new-tokens", type=int, default=128, help="drafted and counted for each document")
+    add("--draft-tokens", type=int, default=3)
+
+
+@torch.inference_mode()
+def bits(model: Model, ids: list[int]) -> float:
+    """Bits of ids[1:] given what stands before each."""
+    cache = model.new_cache()
+    total = 0.0
+    for first in range(0, len(ids) - 1, 2048):
+        part = torch.tensor([ids[first : min(first + 2048, len(ids) - 1)]])
+        logits = model.lm_head(model(part, cache))[0].float()
+        targets = torch.tensor(ids[first + 1 : first + 1 + part.shape[1]])
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    return total / math.log(2)
+
+
+def main(args: argparse.Namespace) -> int:
+    folder = locate(args.model)
+    model, tokenizer = load(folder, dtype=DTYPES.get(args.dtype)), Tokenizer(folder)
+    try:
+        text = args.text.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{args.text}: not readable as text: {error}") from None
+    documents = [part.strip("\n") for part in text.split(f"\n{SEPARATOR}\n")][: args.documents]
+    if args.prompt_tokens < GRID:
+        raise InputError(f"prompt_tokens = {args.prompt_tokens}; expected at least {GRID}")
+    start = tokenizer.encode(SEPARATOR)
+    total_bits = total_bytes = forwards = tokens = 0
+    sampling = Sampling(vocab=tokenizer.size)
+    accepted, proposed = [0] * args.draft_tokens, [0] * args.draft_tokens
+    for document in tqdm(documents, desc="held-out documents", disable=None, leave=False):
+        ids = start + tokenizer.encode(document)
+        total_bits += bits(model, ids)
+        total_bytes += len(document.encode())
+        generation = Generation(
+            model, ids[: args.prompt_tokens], args.new_tokens, sampling,
+            frozenset(start), args.draft_tokens,
+        )  # fmt: skip
+        for _ in generation:
+            pass
+        forwards += generation.draft.forwards
+        tokens += generation.draft.tokens
+        accepted = [a + b for a, b in zip(accepted, generation.draft.accepted, strict=True)]
+        proposed = [a + b for a, b in zip(proposed, generation.draft.proposed, strict=True)]
+    packed = len(lzma.compress("\n".join(documents).encode(), preset=9))
+    ours, theirs = total_bits / total_bytes, packed * 8 / total_bytes
+    rows = [
+        {"name": "bits per byte", "value": ours},
+        {"name": "bits per byte, xz -9", "value": theirs},
+        {"name": "ratio to xz -9", "value": ours / theirs},
+        {"name": "tokens per forward", "value": tokens / forwards if forwards else 0.0},
+        *(
+            {"name": f"accepted at depth {i + 1}", "value": a / p if p else 0.0}
+            for i, (a, p) in enumerate(zip(accepted, proposed, strict=True))
+        ),
+    ]
+    config = {
+        "model": str(args.model or "embedded"),
+        "bytes": total_bytes,
+        "documents": len(documents),
+        "draft_tokens": args.draft_tokens,
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+        "decode_tokens": tokens,
+    }
+    report.emit("language", config, rows, only_json=args.json)
+    return 0

@@ -1,0 +1,132 @@
+"""A large checkpoint beside the embedded one: seconds to its first token, anonymous memory at its peak.
+
+The checkpoint is made on the spot: a sparse file, whose experts are holes that read as zeros, so that it
+costs no disk. Each run is a process of its own, as a user would start it. Before each the file is put
+out of the page cache; one uncounted run before them makes a virtual machine back the memory it uses.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen35.cli import Parser
+from qwen35.config import Config
+from qwen35.errors import InputError
+from reference.model import Model
+from tools.bench import report
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="of routed experts")
+    parser.add_argument("--repeats", type=int, default=3)
+
+
+def large_config(gigabytes: float) -> dict[str, Any]:
+    """A small trunk of 8 layers with as many experts of 1024 x 512 as fill the bytes asked for."""
+    hidden, inner, layers = 1024, 512, 8
+    experts = round(gigabytes * 1e9 / (layers * 3 * hidden * inner * 2))
+    return {
+        "model_type": "qwen3_5_moe_text", "vocab_size": 2048, "hidden_size": hidden,
+        "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "head_dim": 128, "linear_num_key_heads": 4, "linear_num_value_heads": 16,
+        "linear_key_head_dim": 64, "linear_value_head_dim": 64, "num_experts": experts,
+        "num_experts_per_tok": 4, "moe_intermediate_size": inner,
+        "shared_expert_intermediate_size": inner, "mtp_num_hidden_layers": 0,
+        "rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    }  # fmt: skip
+
+
+def write_sparse(folder: Path, config: dict[str, Any]) -> int:
+    """Write the checkpoint with fused experts: small random weights, holes for experts. Returns bytes."""
+    with torch.device("meta"):
+        model = Model(Config.from_dict(config))
+    sizes = config["num_experts"], config["moe_intermediate_size"], config["hidden_size"]
+    shapes: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        layer, inside, _ = name.partition(".experts.")
+        if inside:
+            shapes[f"{layer}.experts.gate_up_proj"] = [sizes[0], 2 * sizes[1], sizes[2]]
+            shapes[f"{layer}.experts.down_proj"] = [sizes[0], sizes[2], sizes[1]]
+        else:
+            shapes[name] = list(parameter.shape)
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        first, end = end, end + 2 * torch.Size(shape).numel()
+        stored = name if name.startswith("lm_head.") else f"model.{name}"
+        header[stored] = {"dtype": "BF16", "shape": shape, "data_offsets": [first, end]}
+    packed = json.dumps(header).encode()
+    packed += b" " * (-len(packed) % 8)
+    generator = torch.Generator().manual_seed(0)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(packed).to_bytes(8, "little") + packed)
+        start = file.tell()
+        for name, entry in header.items():
+            if ".experts." not in name:
+                values = torch.randn(entry["shape"], generator=generator) * 0.02
+                file.seek(start + entry["data_offsets"][0])
+                file.write(values.bfloat16().view(torch.uint8).numpy().tobytes())
+        file.truncate(start + end)
+    (folder / "config.json").write_text(json.dumps(config))
+    return start + end
+
+
+def first_token(folder: Path | None) -> tuple[float, int]:
+    """Seconds until one token is printed, and the peak of anonymous memory in bytes, of a process."""
+    command = [sys.executable, "-m", "qwen35.generate", "--prompt-ids", "5", "--max-new-tokens", "1"]
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command + (["--model", str(folder)] if folder else []),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    peak = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        sizes = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]
+        peak = max([peak, *(int(size) * 1024 for size in sizes)])
+        time.sleep(0.01)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise InputError(f"{folder}: {errors.strip()}")
+    return time.perf_counter() - started, peak
+
+
+def evict(file: Path) -> None:
+    """Put a file out of the page cache."""
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
+        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def main(args: argparse.Namespace) -> int:
+    config = large_config(args.gigabytes)
+    with tempfile.TemporaryDirectory() as folder:
+        large = Path(folder)
+        size = write_sparse(large, config)
+        first_token(large)
+        runs: dict[str, list[tuple[float, int]]] = {}
+        for _ in range(args.repeats):
+            runs.setdefault("embedded", []).append(first_token(None))
+            evict(large / "model.safetensors")
+            runs.setdefault("large, not in the page cache", []).append(first_token(large))
+            runs.setdefault("large, in the page cache", []).append(first_token(large))
+    rows: list[report.Row] = []
+    for name, measured in runs.items():
+        seconds = [s for s, _ in measured]
+        rows.append({"name": name} | report.spread(seconds))
+        rows[-1]["anonymous_gib"] = max(peak for _, peak in measured) / 2**30
+        rows[-1]["more_than_embedded_ms"] = rows[-1]["median_ms"] - rows[0]["median_ms"]
+    described = {"file_gb": size / 1e9, "experts": config["num_experts"], "layers": 8}
+    report.emit("mapped", described, rows, only_json=args.json)
+    return 0

@@ -1,0 +1,57 @@
+"""What all benchmarks print: a table for people, and one JSON document as the last line."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+
+def device_name() -> str:
+    """The processor and the number of threads that torch uses."""
+    with open("/proc/cpuinfo") as lines:
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def emit(op: str, config: dict[str, Any], rows: list[Row], *, only_json: bool) -> None:
+    """Print the table (unless only_json), then the document."""
+    if not only_json:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        cells = [names, *([_shown(row.get(name, "")) for name in names] for row in rows)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+        for line in cells:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    document = {"op": op, "config": config, "device": device_name(), "rows": rows}
+    print(json.dumps(document), flush=True)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each of `runs`, taken in turn `repeats` times after one warm-up each."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(repeats):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def spread(seconds: list[float]) -> Row:
+    """Median and range in milliseconds."""
+    return {
+        "median_ms": statistics.median(seconds) * 1e3,
+        "min_ms": min(seconds) * 1e3,
+        "max_ms": max(seconds) * 1e3,
+    }

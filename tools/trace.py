@@ -1,0 +1,45 @@
+"""`python -m tools.trace MODEL (--prompt TEXT | --ids 1,2,3) -o FILE`: node outputs as safetensors."""
+
+import argparse
+import json
+from pathlib import Path
+
+from qwen35.cli import Parser, parse_ids, run
+from qwen35.errors import InputError
+from qwen35.load import DTYPES, load, locate
+from qwen35.tokenizer import Tokenizer
+from qwen35.trace import save_trace, trace
+
+
+def build_parser() -> Parser:
+    parser = Parser("python -m tools.trace", "Write the outputs of a model's nodes to a file.")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a checkpoint folder, a hub id, or `tiny`")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--ids", metavar="IDS", help="token ids: 1,2,3")
+    add("--pattern", default="*", metavar="GLOB", help="which nodes, as in 'layers.3.*' (default: all)")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("-o", "--output", type=Path, required=True, metavar="FILE")
+    add("--json", action="store_true", help="print what was written as one JSON document")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    folder = locate(None if args.model == "tiny" else args.model)
+    if not args.output.parent.is_dir():
+        raise InputError(f"{args.output}: {args.output.parent} is not a folder")
+    ids = parse_ids(args.ids) if args.ids is not None else Tokenizer(folder).encode(args.prompt)
+    model = load(folder, dtype=DTYPES.get(args.dtype))
+    outputs = trace(model, ids, args.pattern)
+    save_trace(args.output, outputs, model, ids)
+    if args.json:
+        shapes = {name: list(output.shape) for name, output in outputs.items()}
+        print(json.dumps({"file": str(args.output), "ids": ids, "nodes": shapes}))
+    else:
+        print(f"{len(outputs)} nodes for {len(ids)} tokens in {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(build_parser(), main)
