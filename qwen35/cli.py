@@ -25,7 +25,9 @@ def parse_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"ids {text!r}; expected numbers with commas between, as in 1,2,3") from None
+        raise InputError(
+            f"ids {text!r}; expected numbers with commas between, as in 1,2,3"
+        ) from None
 
 
 def run(

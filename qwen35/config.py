@@ -57,7 +57,25 @@ class Config:
     model_type: str = "qwen3_5_moe"
 
     def __post_init__(self) -> None:
-        self._require_positive()
+        for name in COUNTS:
+            _expect(
+                name, getattr(self, name), _is_integer(getattr(self, name), 0), "an integer >= 0"
+            )
+        routed = ("num_experts_per_tok", "moe_intermediate_size") if self.num_experts else ()
+        for name in SIZES + routed:
+            _expect(
+                name, getattr(self, name), _is_integer(getattr(self, name), 1), "an integer >= 1"
+            )
+        for name in ("rope_theta", "partial_rotary_factor", "rms_norm_eps"):
+            value = getattr(self, name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            _expect(name, value, is_number and 0 < value < float("inf"), "a positive number")
+        for name in ("eos_token_id", "mlp_only_layers"):
+            value = getattr(self, name)
+            _expect(name, value, all(_is_integer(i, 0) for i in value), "integers >= 0")
+        if not all(map(self.is_sparse, range(self.num_hidden_layers))):
+            inter = self.intermediate_size
+            _expect("intermediate_size", inter, inter > 0, "an integer >= 1 for the dense layers")
         divides = (
             ("num_attention_heads", "num_key_value_heads"),
             ("linear_num_value_heads", "linear_num_key_heads"),
@@ -99,22 +117,6 @@ class Config:
                 f"config: mtp_num_hidden_layers = {self.mtp_num_hidden_layers}; supported are 0 and 1"
             )
 
-    def _require_positive(self) -> None:
-        names = [
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "linear_num_key_heads", "linear_num_value_heads",
-            "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
-            "max_position_embeddings", "decoder_sparse_step",
-        ]  # fmt: skip
-        if self.num_experts:
-            names += ["num_experts_per_tok", "moe_intermediate_size"]
-        if not all(map(self.is_sparse, range(self.num_hidden_layers))):
-            names += ["intermediate_size"]
-        for name in names:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"config: {name} = {value!r}; expected a positive integer")
-
     @property
     def rotary_dim(self) -> int:
         """Channels of a head that RoPE turns."""
@@ -150,7 +152,8 @@ class Config:
         """From a parsed `config.json`, nested (`text_config`) or flat, of any family member."""
         if not isinstance(document, dict):
             raise InputError(f"config: a JSON object was expected, not {type(document).__name__}")
-        text = document.get("text_config") or document
+        text = document.get("text_config", document)
+        _expect("text_config", text, isinstance(text, dict), "an object")
         model_type = text.get("model_type", document.get("model_type"))
         if model_type not in MOE_TYPES + DENSE_TYPES:
             known = ", ".join(MOE_TYPES + DENSE_TYPES)
@@ -158,10 +161,13 @@ class Config:
         _refuse_unsupported(text)
         # Qwen3-Next keeps the two rope numbers at the top level, Qwen3.5 in rope_parameters.
         rope = text.get("rope_parameters") or {}
+        types = text.get("layer_types") or _layer_types(text)
+        is_list = isinstance(types, list) and all(isinstance(kind, str) for kind in types)
+        _expect("layer_types", types, is_list, "a list of layer types")
         given = {name: text[name] for name in cls.__dataclass_fields__ if name in text}
         given |= {
             "model_type": model_type,
-            "layer_types": tuple(text.get("layer_types") or _layer_types(text)),
+            "layer_types": tuple(types),
             "rope_theta": rope.get("rope_theta", text.get("rope_theta")),
             "partial_rotary_factor": rope.get(
                 "partial_rotary_factor", text.get("partial_rotary_factor", 0.25)
@@ -189,7 +195,9 @@ class Config:
     def published(cls, name: str) -> "Config":
         """The config of a published model by its size, e.g. `Config.published("397B-A17B")`."""
         if name not in PUBLISHED:
-            raise InputError(f"config: no published size {name!r}; known are {', '.join(PUBLISHED)}")
+            raise InputError(
+                f"config: no published size {name!r}; known are {', '.join(PUBLISHED)}"
+            )
         return cls.from_dict(FAMILY | PUBLISHED[name])
 
 
@@ -197,7 +205,20 @@ def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
     """`eos_token_id` is an int in one file and a list in another."""
     if value is None:
         return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    ids = value if isinstance(value, list) else [value]
+    _expect(
+        "eos_token_id", value, all(_is_integer(i, 0) for i in ids), "a token id or a list of them"
+    )
+    return tuple(ids)
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _expect(name: str, value: Any, holds: bool, expected: str) -> None:
+    if not holds:
+        raise InputError(f"config: {name} = {value!r}; expected {expected}")
 
 
 def _has_default(field: Any) -> bool:
@@ -205,8 +226,9 @@ def _has_default(field: Any) -> bool:
 
 
 def _layer_types(text: dict[str, Any]) -> list[str]:
-    interval = text.get("full_attention_interval", 4)
-    count = text.get("num_hidden_layers") or 0
+    interval, count = text.get("full_attention_interval", 4), text.get("num_hidden_layers", 0)
+    _expect("full_attention_interval", interval, _is_integer(interval, 1), "an integer >= 1")
+    _expect("num_hidden_layers", count, _is_integer(count, 0), "an integer >= 1")
     return [
         "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(count)
     ]
@@ -214,10 +236,15 @@ def _layer_types(text: dict[str, Any]) -> list[str]:
 
 def _refuse_unsupported(text: dict[str, Any]) -> None:
     """A key that changes the arithmetic and that the reference does not implement is an error."""
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    rope_types = []
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = text.get(key) or {}
+        _expect(key, rope, isinstance(rope, dict), "an object")
+        rope_types.append(
+            ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
+        )
     expected = (
-        ("rope_type", rope_type, "default"),
+        *rope_types,
         ("hidden_act", text.get("hidden_act", "silu"), "silu"),
         ("attention_bias", text.get("attention_bias") or False, False),
         ("attn_output_gate", text.get("attn_output_gate", True), True),
@@ -227,6 +254,17 @@ def _refuse_unsupported(text: dict[str, Any]) -> None:
         if value != supported:
             raise InputError(f"config: {name} = {value!r}; supported is {supported!r}")
 
+
+SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+    "linear_value_head_dim", "linear_conv_kernel_dim", "max_position_embeddings",
+    "decoder_sparse_step",
+)  # fmt: skip
+COUNTS = (
+    "intermediate_size", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "mtp_num_hidden_layers",
+)  # fmt: skip
 
 # What the Qwen3.5 family shares, and each member's own sizes (sources: the published config.json files).
 FAMILY: dict[str, Any] = {
@@ -256,7 +294,9 @@ def _dense(layers: int, hidden: int, heads: int, kv: int, value_heads: int, inte
     }
 
 
-def _moe(layers: int, hidden: int, heads: int, value_heads: int, experts: int, top: int, inter: int):
+def _moe(
+    layers: int, hidden: int, heads: int, value_heads: int, experts: int, top: int, inter: int
+):
     return {
         "model_type": "qwen3_5_moe_text",
         "num_hidden_layers": layers,

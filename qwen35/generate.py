@@ -50,7 +50,9 @@ def prefill(
         hidden = model(torch.tensor([ids[first:last]], device=device), cache)  # [1, T, D]
         following = ids[first + 1 : last + 1]
         if draft and following:
-            model.draft(torch.tensor([following], device=device), hidden[:, : len(following)], cache)
+            model.draft(
+                torch.tensor([following], device=device), hidden[:, : len(following)], cache
+            )
         progress(last - first)
     return hidden[:, -1:]
 
@@ -82,7 +84,9 @@ class Generation:
             raise InputError(f"the prompt has {len(self.prompt)} tokens, the context {context}")
         wrong = [i for i in self.prompt if not 0 <= i < config.vocab_size]
         if wrong:
-            raise InputError(f"prompt id {wrong[0]} is not in the vocabulary 0..{config.vocab_size - 1}")
+            raise InputError(
+                f"prompt id {wrong[0]} is not in the vocabulary 0..{config.vocab_size - 1}"
+            )
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens = {self.max_new_tokens}; expected at least 1")
         if self.prefill_chunk < GRID or self.prefill_chunk % GRID:
@@ -92,11 +96,14 @@ class Generation:
         if self.draft_tokens < 0:
             raise InputError(f"draft_tokens = {self.draft_tokens}; expected an integer >= 0")
         if self.draft_tokens and self.model.mtp is None:
-            raise InputError(f"draft_tokens = {self.draft_tokens}, but the checkpoint has no MTP head")
+            raise InputError(
+                f"draft_tokens = {self.draft_tokens}, but the checkpoint has no MTP head"
+            )
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         started = time.perf_counter()
+        self.token_ids = []
         cache = self.model.new_cache()
         hidden = prefill(
             self.model, self.prompt, cache,
@@ -140,8 +147,9 @@ def generation_config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
+        as_ids(document.get("eos_token_id") if isinstance(document, dict) else None)
+    except (OSError, ValueError) as error:  # an InputError is a ValueError
+        raise InputError(f"{path}: not readable: {error}") from None
     if not isinstance(document, dict):
         raise InputError(f"{path}: a JSON object was expected, not {type(document).__name__}")
     return document
@@ -236,7 +244,7 @@ def _prompt(args: argparse.Namespace) -> str | list[int] | None:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # a device without values, such as meta, fails here
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {name!r} cannot be used here: {reason}") from None
@@ -249,14 +257,20 @@ def _sampling(
     """What the options say. A conversation falls back on the checkpoint's advice, a base prompt on greedy."""
     advised = defaults if args.chat and defaults.get("do_sample") else {}
 
-    def chosen(name: str, otherwise: float) -> Any:
+    def chosen(name: str, kind: type[float] | type[int], otherwise: float) -> Any:
         given = getattr(args, name)
-        return advised.get(name, otherwise) if given is None else given
+        value = advised.get(name) if given is None else given
+        try:
+            return kind(otherwise if value is None else value)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"generation_config.json: {name} = {value!r}; expected a number"
+            ) from None
 
     return Sampling(
-        temperature=chosen("temperature", 0.0),
-        top_k=chosen("top_k", 0),
-        top_p=chosen("top_p", 1.0),
+        temperature=chosen("temperature", float, 0.0),
+        top_k=chosen("top_k", int, 0),
+        top_p=chosen("top_p", float, 1.0),
         seed=args.seed,
         vocab=tokenizer.size if tokenizer else None,
     )
@@ -305,7 +319,10 @@ def _converse(
 
 def _ask() -> str:
     print("> ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip()
+    try:
+        return sys.stdin.readline().strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not text: {error}") from None
 
 
 def _document(result: Generation, text: str, load_s: float) -> dict[str, Any]:

@@ -44,7 +44,10 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     Filters in the usual order: temperature, top-k, then the smallest set of most likely tokens whose
     probabilities reach top_p (at least one). Ties at an edge go to the lower id.
     """
-    scaled = logits[: sampling.vocab].double() / sampling.temperature
+    real = logits[: sampling.vocab].double()
+    scaled = (
+        real - real.max()
+    ) / sampling.temperature  # the largest is 0, whatever the temperature
     ranked, order = scaled.sort(descending=True, stable=True)
     if sampling.top_k:
         ranked[sampling.top_k :] = -torch.inf

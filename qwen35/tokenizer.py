@@ -37,6 +37,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; the written form of a special token becomes that token."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text is not UTF-8: character {error.start} is {text[error.start]!r}"
+            ) from None
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -57,8 +63,9 @@ class Tokenizer:
             return _environment().from_string(self._template).render(
                 messages=messages, add_generation_prompt=True, enable_thinking=thinking
             )  # fmt: skip
-        except jinja2.TemplateError as error:
-            raise InputError(f"{self._folder}: the chat template fails: {error}") from None
+        except Exception as error:  # a template is foreign code and may raise anything
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"{self._folder}: the chat template fails: {reason}") from None
 
 
 class TextStream:
@@ -74,17 +81,20 @@ class TextStream:
 
 
 def _read_template(folder: Path) -> str | None:
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text()
-    path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return None
+    own, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     try:
+        if own.exists():
+            return own.read_text()
+        if not path.exists():
+            return None
         template = json.loads(path.read_text()).get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not readable as a JSON object: {error}") from None
-    if isinstance(template, list):  # several named ones
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        if isinstance(template, list):  # several named ones
+            template = {named["name"]: named["template"] for named in template}.get("default")
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        file = own if own.exists() else path
+        raise InputError(f"{file}: no readable chat template: {error!r}") from None
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{path}: chat_template is {template!r}; expected text")
     return template
 
 

@@ -27,7 +27,9 @@ def nodes(model: Model, pattern: str) -> dict[str, nn.Module]:
         if not isinstance(module, nn.ModuleList) or name.endswith(".experts")
     }
     if not found:
-        raise InputError(f"pattern {pattern!r} matches no node; names look like layers.3.mlp.experts")
+        raise InputError(
+            f"pattern {pattern!r} matches no node; names look like layers.3.mlp.experts"
+        )
     return found
 
 
@@ -48,7 +50,9 @@ def trace(model: Model, ids: list[int], pattern: str = "*") -> dict[str, Tensor]
         )
     wrong = [i for i in ids if not 0 <= i < config.vocab_size]
     if wrong:
-        raise InputError(f"prompt id {wrong[0]} is not in the vocabulary 0..{config.vocab_size - 1}")
+        raise InputError(
+            f"prompt id {wrong[0]} is not in the vocabulary 0..{config.vocab_size - 1}"
+        )
     found = nodes(model, pattern)
     cache = model.new_cache()
     tokens = torch.tensor([ids], device=model.embed_tokens.weight.device)

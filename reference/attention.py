@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from qwen35.cache import KVCache
 from qwen35.config import Config
+from reference.activation import sigmoid, wide
 from reference.linear import DECODE_ROWS, GRID, Linear
-from reference.norm import RMSNorm, wide
+from reference.norm import RMSNorm
 from reference.rope import apply_rope, rope_table
 
 
@@ -68,4 +69,4 @@ class GatedAttention(nn.Module):
 
         keys, values = cache.append(k, v)  # [B, G, P, K]
         attended = causal_attention(q, keys, values).transpose(1, 2)  # [B, T, H, K]
-        return self.o_proj((attended * torch.sigmoid(gate)).reshape(B, T, -1))
+        return self.o_proj((attended * sigmoid(gate)).reshape(B, T, -1))

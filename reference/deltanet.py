@@ -7,12 +7,12 @@ by token; `chunk` computes the same from 64 tokens at once (Yang et al. 2024, ar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qwen35.cache import DeltaState
 from qwen35.config import Config
+from reference.activation import sigmoid, silu, softplus, wide
 from reference.linear import DECODE_ROWS, GRID, Linear
-from reference.norm import RMSNormGated, wide
+from reference.norm import RMSNormGated
 
 
 def recurrent(
@@ -24,17 +24,18 @@ def recurrent(
     beta: [B, T, HV] in 0..1; state: [B, HV, K, V]. All float32 (or float64).
     Returns the read-outs [B, T, HV, V] and the state after each token (new tensors).
     """
+    B, T, HV, _ = v.shape
     outputs, states = [], []
-    decays, strengths = g.exp()[..., None, None], beta[..., None, None]
-    steps = (q[..., None, :], k[..., None, :], v[..., None, :], decays, strengths)
-    for q_t, k_t, v_t, decay, strength in zip(*(x.unbind(1) for x in steps), strict=True):
-        decayed = state * decay  # [B, HV, K, V]
-        recalled = k_t @ decayed  # [B, HV, 1, V], what the memory holds for this key
+    rows = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, g.exp()[..., None], beta[..., None]))
+    memory = state.flatten(0, 1)  # [B * HV, K, V]
+    for q_t, k_t, v_t, decay, strength in zip(*(x.split(1, dim=1) for x in rows), strict=True):
+        decayed = memory * decay
+        recalled = k_t @ decayed  # [B * HV, 1, V], what the memory holds for this key
         delta = strength * (v_t - recalled)
-        state = decayed + k_t.transpose(2, 3) * delta
-        outputs.append(q_t @ state)  # [B, HV, 1, V]
-        states.append(state)
-    return torch.cat(outputs, dim=2).transpose(1, 2), states
+        memory = torch.baddbmm(decayed, k_t.transpose(1, 2), delta)
+        outputs.append(q_t @ memory)  # [B * HV, 1, V]
+        states.append(memory.unflatten(0, (B, HV)))
+    return torch.cat(outputs, dim=1).unflatten(0, (B, HV)).transpose(1, 2), states
 
 
 def chunk(
@@ -81,7 +82,7 @@ def causal_conv1d(columns: Tensor, weight: Tensor) -> Tensor:
     mixed = columns_wide[:, :, :T] * taps_wide[:, :, 0]
     for j in range(1, taps):
         mixed = torch.addcmul(mixed, columns_wide[:, :, j : j + T], taps_wide[:, :, j])
-    return F.silu(mixed).transpose(1, 2)
+    return silu(mixed).transpose(1, 2).contiguous()
 
 
 def l2norm(x: Tensor) -> Tensor:
@@ -121,23 +122,21 @@ class GatedDeltaNet(nn.Module):
         columns = torch.cat((state.conv, self.in_proj_qkv(x).transpose(1, 2)), dim=2)
         mixed = causal_conv1d(columns, self.conv1d.weight)  # [B, T, C], float32
         z = self.in_proj_z(x).view(B, T, self.num_v_heads, self.head_v_dim)
-        beta = wide(self.in_proj_b(x)).sigmoid()  # [B, T, HV]
+        beta = sigmoid(wide(self.in_proj_b(x)))  # [B, T, HV]
         a = wide(self.in_proj_a(x))
-        g = -wide(self.A_log).exp() * F.softplus(a + wide(self.dt_bias))  # [B, T, HV], log decay
+        g = -wide(self.A_log).exp() * softplus(a + wide(self.dt_bias))  # [B, T, HV], log decay
 
-        key_dim, value_dim = self.num_k_heads * self.head_k_dim, self.num_v_heads * self.head_v_dim
-        q_flat, k_flat, v_flat = mixed.split([key_dim, key_dim, value_dim], dim=-1)
-        q = self.per_value_head(l2norm(q_flat.unflatten(-1, (-1, self.head_k_dim))))
-        k = self.per_value_head(l2norm(k_flat.unflatten(-1, (-1, self.head_k_dim))))
+        value_dim = self.num_v_heads * self.head_v_dim
+        qk_flat, v_flat = mixed.split([mixed.shape[-1] - value_dim, value_dim], dim=-1)
         v = v_flat.unflatten(-1, (-1, self.head_v_dim))  # [B, T, HV, V]
+        qk = l2norm(qk_flat.unflatten(-1, (2, -1, self.head_k_dim)))  # [B, T, 2, H, K]
+        # A key head serves HV / H consecutive value heads.
+        shared = self.num_v_heads // self.num_k_heads
+        repeated = qk.unsqueeze(4).expand(-1, -1, -1, -1, shared, -1).flatten(3, 4)
+        q, k = repeated.unbind(2)  # [B, T, HV, K] each
 
         rule = recurrent if T <= DECODE_ROWS else chunk
         scaled_q = q * self.head_k_dim**-0.5
         read, states = rule(scaled_q, k, v, g=g, beta=beta, state=state.recurrent)  # [B, T, HV, V]
         state.advance(columns, states)
         return self.out_proj(self.norm(read.to(x.dtype), z).flatten(2))
-
-    def per_value_head(self, x: Tensor) -> Tensor:
-        """[B, T, H, K] -> [B, T, HV, K]: a key head serves HV / H consecutive value heads."""
-        shared = self.num_v_heads // self.num_k_heads
-        return x.unsqueeze(3).expand(-1, -1, -1, shared, -1).flatten(2, 3)

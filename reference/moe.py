@@ -2,11 +2,10 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qwen35.config import Config
+from reference.activation import sigmoid, silu, wide
 from reference.linear import Linear, row_tile
-from reference.norm import wide
 
 
 class MLP(nn.Module):
@@ -19,7 +18,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Router(Linear):
@@ -55,7 +54,9 @@ class Experts(nn.ModuleList):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         N, k = experts.shape
-        tile = row_tile(N)  # each expert's rows are padded to it: the products of a pass have one size
+        tile = row_tile(
+            N
+        )  # each expert's rows are padded to it: the products of a pass have one size
         chosen, pairs = experts.flatten().sort(stable=True)  # [N * k], grouped by expert
         counts = chosen.bincount(minlength=len(self))  # [E]
         padding = -counts % tile
@@ -93,5 +94,5 @@ class SparseMoeBlock(nn.Module):
         routed = self.experts(rows, experts, weights)
         if self.shared_expert is None or self.shared_expert_gate is None:
             return routed.view_as(x)
-        openness = torch.sigmoid(self.shared_expert_gate(rows))  # [N, 1]
+        openness = sigmoid(self.shared_expert_gate(rows))  # [N, 1]
         return (routed + openness * self.shared_expert(rows)).view_as(x)

@@ -2,12 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-
-def wide(x: Tensor) -> Tensor:
-    """x in the accumulating dtype: float32, or float64 when x already is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from reference.activation import sigmoid, silu, wide
 
 
 class RMSNorm(nn.Module):
@@ -46,7 +42,7 @@ class RMSNormGated(nn.Module):
         x_wide = wide(x)
         inverse_rms = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + self.eps)
         normed = wide(self.weight) * (x_wide * inverse_rms)
-        activation = torch.sigmoid if self.gate_type == "sigmoid" else F.silu
+        activation = sigmoid if self.gate_type == "sigmoid" else silu
         return (normed * activation(wide(gate))).to(x.dtype)
 
     def extra_repr(self) -> str:

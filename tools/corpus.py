@@ -159,7 +159,7 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if tag in self.hidden:
-            del self.hidden[self.hidden.index(tag):]
+            del self.hidden[self.hidden.index(tag) :]
         if tag not in self.INLINE:
             self.flush()
 
@@ -207,7 +207,7 @@ def streams(data: bytes) -> Iterator[bytes]:
         unpack = zlib.decompressobj()
         if match.start() >= end:
             try:
-                out = unpack.decompress(data[match.start():])
+                out = unpack.decompress(data[match.start() :])
             except zlib.error:
                 continue
             if unpack.eof:
@@ -221,9 +221,9 @@ def read_rdata(data: bytes) -> Iterator[Blocks]:
         lines, at = [], 0
         mark = re.compile(rb"\x00(?:\x04\x00|\x00\x80)\x09")
         while found := mark.search(stream, at):
-            size = int.from_bytes(stream[found.end():found.end() + 4], "big")
+            size = int.from_bytes(stream[found.end() : found.end() + 4], "big")
             at = found.end() + 4 + size
-            lines.append(stream[found.end() + 4:at])
+            lines.append(stream[found.end() + 4 : at])
         yield from read_text(b"\n".join(lines))
 
 

@@ -18,7 +18,12 @@ def build_parser() -> Parser:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--ids", metavar="IDS", help="token ids: 1,2,3")
-    add("--pattern", default="*", metavar="GLOB", help="which nodes, as in 'layers.3.*' (default: all)")
+    add(
+        "--pattern",
+        default="*",
+        metavar="GLOB",
+        help="which nodes, as in 'layers.3.*' (default: all)",
+    )
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("-o", "--output", type=Path, required=True, metavar="FILE")
     add("--json", action="store_true", help="print what was written as one JSON document")

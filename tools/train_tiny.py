@@ -28,11 +28,11 @@ from qwen35.cache import Cache
 from qwen35.cli import Parser, run
 from qwen35.config import Config
 from qwen35.errors import InputError
+from reference.activation import wide
 from reference.attention import GatedAttention
 from reference.linear import Linear
 from reference.model import Model
 from reference.moe import SparseMoeBlock
-from reference.norm import wide
 from reference.rope import apply_rope, rope_table
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
@@ -196,7 +196,10 @@ class DenseMoeBlock(nn.Module):
         super().__init__()
         self.top_k = source.gate.top_k
         self.gate = BatchedLinear(source.gate)
-        self.shared_expert, self.shared_expert_gate = source.shared_expert, source.shared_expert_gate
+        self.shared_expert, self.shared_expert_gate = (
+            source.shared_expert,
+            source.shared_expert_gate,
+        )
         experts = list(source.experts)
         self.gate_proj = nn.Parameter(torch.cat([e.gate_proj.weight.data for e in experts]))
         self.up_proj = nn.Parameter(torch.cat([e.up_proj.weight.data for e in experts]))
@@ -268,7 +271,9 @@ def chained_attention(
     future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
     scores = (q @ first_k.transpose(2, 3)).masked_fill(future, -torch.inf)  # [B, H, T, T]
     own = [(q * key).sum(-1, keepdim=True) for key, _ in later]  # [B, H, T, 1] each
-    weights = (wide(torch.cat([scores, *own], dim=-1)) * attn.head_dim**-0.5).softmax(-1).to(x.dtype)
+    weights = (
+        (wide(torch.cat([scores, *own], dim=-1)) * attn.head_dim**-0.5).softmax(-1).to(x.dtype)
+    )
     read = weights[..., :T] @ first_v
     for i, (_, value) in enumerate(later):
         read = read + weights[..., T + i : T + i + 1] * value
@@ -307,7 +312,9 @@ def initialise(model: Model, seed: int) -> None:
         if name.endswith("A_log"):
             p.data.uniform_(1, 16, generator=generator).log_()
         elif name.endswith("dt_bias"):  # softplus(dt_bias) between 0.001 and 0.1, evenly in the log
-            dt = torch.empty_like(p.data).uniform_(math.log(1e-3), math.log(0.1), generator=generator)
+            dt = torch.empty_like(p.data).uniform_(
+                math.log(1e-3), math.log(0.1), generator=generator
+            )
             p.data.copy_(dt.exp() + torch.log(-torch.expm1(-dt.exp())))
         elif name.endswith("conv1d.weight"):
             p.data.uniform_(-0.5, 0.5, generator=generator)
@@ -356,7 +363,9 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.4 * steps))
 
 
-def train(model: Model, data: Tensor, args: argparse.Namespace, log: list[dict[str, float]]) -> None:
+def train(
+    model: Model, data: Tensor, args: argparse.Namespace, log: list[dict[str, float]]
+) -> None:
     """AdamW over random windows; lengths grow once, for the last 15% of the steps."""
     module = Losses(model)
     matrices = [p for p in model.parameters() if p.dim() > 1]

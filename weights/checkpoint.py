@@ -1,7 +1,9 @@
 """A checkpoint folder: which tensors it holds, under the model's own names, mapped and read when asked.
 
 One name space: `Checkpoint.entries` is keyed by parameter names of `reference.model.Model`, whatever the
-dialect on disk. An entry knows where its bytes lie and how to view them; nothing is read before `read`.
+dialect on disk. An entry knows where its bytes lie and how to view them. The safetensors library checks
+each file; the bytes are mapped here, once a file, because the library's own reads touch the first page
+of every tensor, and a checkpoint with an expert a tensor has a hundred thousand of them.
 """
 
 import json
@@ -9,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,31 +57,34 @@ class Checkpoint:
         self.entries: dict[str, Entry] = {}
         self.ignored: list[str] = []
         for file, expected in _shards(self.folder):
-            handle = _open(file)
-            names = set(handle.keys())
+            stored = _stored(file)
+            names = set(stored)
             if expected is not None and names != expected:
                 only_here, only_there = sorted(names - expected), sorted(expected - names)
-                where = f"{file}: in the file but not in {INDEX}" if only_here else f"{file}: in {INDEX} but not in the file"
+                where = (
+                    f"{file}: in the file but not in {INDEX}"
+                    if only_here
+                    else f"{file}: in {INDEX} but not in the file"
+                )
                 raise InputError(f"{where}: {_some(only_here or only_there)}")
             for name in sorted(names):
-                self._add(name, handle, file)
+                self._add(stored[name], file)
 
-    def _add(self, stored: str, handle: safe_open, file: Path) -> None:
-        name = re.sub(r"^model\.(language_model\.)?", "", stored)
+    def _add(self, whole: Entry, file: Path) -> None:
+        name = re.sub(r"^model\.(language_model\.)?", "", whole.stored_as)
         if name.startswith("visual."):
-            self.ignored.append(stored)
+            self.ignored.append(whole.stored_as)
             return
-        view = handle.get_slice(stored)
-        kind = view.get_dtype()
-        if kind not in DTYPES:
-            raise InputError(f"{file}: {stored} has dtype {kind}; readable are {', '.join(DTYPES)}")
-        whole = Entry(
-            stored, tuple(view.get_shape()), DTYPES[kind], lambda: handle.get_tensor(stored)
-        )
+        if whole.dtype not in DTYPES.values():
+            raise InputError(
+                f"{file}: {whole.stored_as} has dtype {whole.dtype}; readable are {', '.join(DTYPES)}"
+            )
         for part_name, part in _split(name, whole, self.config):
             if part_name in self.entries:
                 other = self.entries[part_name].stored_as
-                raise InputError(f"{file}: {part_name} is given twice, by {other} and by {stored}")
+                raise InputError(
+                    f"{file}: {part_name} is given twice, by {other} and by {whole.stored_as}"
+                )
             self.entries[part_name] = part
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
@@ -117,18 +123,45 @@ def _shards(folder: Path) -> Iterable[tuple[Path, set[str] | None]]:
         raise InputError(f"{folder / INDEX}: no readable weight_map: {error!r}") from None
     for file in promised:
         # A hub cache links its files elsewhere, which is fine; a *name* that leaves the folder is not.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or not file.endswith(".safetensors")
+        ):
             raise InputError(f"{folder / INDEX}: {file!r} is not a safetensors file of this folder")
     return [(folder / file, names) for file, names in sorted(promised.items())]
 
 
-def _open(file: Path) -> safe_open:
+def _stored(file: Path) -> dict[str, Entry]:
+    """The tensors of one file by their stored names, as views of its mapping."""
     try:
-        return safe_open(file, framework="pt")
+        with safe_open(file, framework="pt"):  # checks the header against the file
+            pass
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(length))
+        size = file.stat().st_size
+        mapping = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{file}: not a whole safetensors file: {error}") from None
+    content = torch.tensor([], dtype=torch.uint8).set_(mapping)[8 + length :]
+
+    def entry(name: str, described: dict[str, Any]) -> Entry:
+        shape = tuple(described["shape"])
+        dtype = DTYPES.get(described["dtype"], described["dtype"])
+        return Entry(name, shape, dtype, lambda: _view(content, described, dtype))
+
+    return {name: entry(name, d) for name, d in header.items() if name != "__metadata__"}
+
+
+def _view(content: Tensor, described: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    first, end = described["data_offsets"]
+    stored = content[first:end]
+    if stored.storage_offset() % dtype.itemsize:  # legal, and rare: such a tensor is copied
+        stored = stored.clone()
+    return stored.view(dtype).view(described["shape"])
 
 
 def _split(name: str, whole: Entry, config: Config) -> Iterable[tuple[str, Entry]]:
@@ -157,7 +190,9 @@ def _split(name: str, whole: Entry, config: Config) -> Iterable[tuple[str, Entry
 
 def _size(entry: Entry, dims: int) -> tuple[int, ...]:
     if len(entry.shape) != dims:
-        raise InputError(f"{entry.stored_as} has shape {list(entry.shape)}; {dims} axes were expected")
+        raise InputError(
+            f"{entry.stored_as} has shape {list(entry.shape)}; {dims} axes were expected"
+        )
     return entry.shape
 
 

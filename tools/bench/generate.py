@@ -100,7 +100,9 @@ def main(args: argparse.Namespace) -> int:
             args.repeats,
         )
         decode = {
-            name: [a - b for a, b in zip(seconds[name], seconds[f"{name}, first token"], strict=True)]
+            name: [
+                a - b for a, b in zip(seconds[name], seconds[f"{name}, first token"], strict=True)
+            ]
             for name in ("ours", "transformers")
         }
         rows += _rows(f"decode {number + 1}", decode, args.new_tokens - 1, same_tokens=same)

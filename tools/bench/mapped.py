@@ -81,7 +81,15 @@ def write_sparse(folder: Path, config: dict[str, Any]) -> int:
 
 def first_token(folder: Path | None) -> tuple[float, int]:
     """Seconds until one token is printed, and the peak of anonymous memory in bytes, of a process."""
-    command = [sys.executable, "-m", "qwen35.generate", "--prompt-ids", "5", "--max-new-tokens", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "qwen35.generate",
+        "--prompt-ids",
+        "5",
+        "--max-new-tokens",
+        "1",
+    ]
     started = time.perf_counter()
     process = subprocess.Popen(
         command + (["--model", str(folder)] if folder else []),

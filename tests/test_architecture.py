@@ -1,0 +1,195 @@
+"""The house rules that a reader relies on, over the syntax tree: who imports whom, and
+how plain the reference stays."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("qwen35", "weights", "reference", "fast", "tests", "tools")
+NOUNS = ("qwen35.config", "qwen35.cache", "qwen35.errors")
+FRONT = ("qwen35", "reference", "fast", "weights")  # what the front door may use
+
+# What a file may import of this repository, by the longest prefix of its name that is listed.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "qwen35.config": NOUNS,
+    "qwen35.cache": NOUNS,
+    "qwen35.errors": (),
+    "weights": ("weights", *NOUNS),
+    "reference": ("reference", "weights", *NOUNS),
+    "fast": ("fast", "weights", *NOUNS),
+    "qwen35": FRONT,
+    "tools": (*FRONT, "tools"),
+    "tests": (*FRONT, "tools", "tests"),
+}
+
+
+def sources(*packages: str) -> list[Path]:
+    """The Python files of these packages."""
+    return sorted(file for package in packages for file in (ROOT / package).rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    """`weights/checkpoint.py` -> `weights.checkpoint`."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def parse(file: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(file.read_text(), str(file))
+
+
+def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
+    """Every module that is imported anywhere in a file, inside functions too, by absolute name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")
+            if node.level:
+                base = base[: len(base) - node.level + is_package]
+            else:
+                base = []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (_longest_module(f"{stem}.{alias.name}") for alias in node.names)
+
+
+def _longest_module(name: str) -> str:
+    """`qwen35.config.Config` -> `qwen35.config`: the part that is a file or a package."""
+    parts = name.split(".")
+    while len(parts) > 1:
+        place = ROOT.joinpath(*parts)
+        if place.with_suffix(".py").exists() or place.is_dir():
+            break
+        parts.pop()
+    return ".".join(parts)
+
+
+def _under(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def rule_for(module: str) -> tuple[str, ...]:
+    """The imports that a module may have, by the most particular rule."""
+    matching = [prefix for prefix in ALLOWED if _under(module, (prefix,))]
+    return ALLOWED[max(matching, key=len)]
+
+
+@pytest.mark.parametrize("file", sources(*PACKAGES), ids=lambda f: str(f.relative_to(ROOT)))
+def test_import_directions(file: Path) -> None:
+    """tools, tests -> front door -> fast, reference -> weights -> nouns; never backwards."""
+    module = module_name(file)
+    found = set(imports(parse(file), module, file.name == "__init__.py"))
+    inside = {name for name in found if name.split(".")[0] in PACKAGES}
+    wrong = sorted(name for name in inside if not _under(name, rule_for(module)))
+    assert not wrong, f"{module} may not import {', '.join(wrong)}"
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "expected"),
+    [
+        ("import reference.moe", "fast.moe", {"reference.moe"}),
+        ("from reference import moe", "fast.moe", {"reference.moe"}),
+        ("from reference.moe import MLP", "fast.moe", {"reference.moe"}),
+        ("def f():\n    import fast", "reference.moe", {"fast"}),
+        ("from . import load", "qwen35.generate", {"qwen35.load"}),
+        ("from .load import load", "qwen35.generate", {"qwen35.load"}),
+        ("from qwen35 import config", "weights.checkpoint", {"qwen35.config"}),
+    ],
+)
+def test_the_import_finder(source: str, module: str, expected: set[str]) -> None:
+    """The check is itself checked: no form of import slips through."""
+    assert set(imports(ast.parse(source), module, is_package=False)) == expected
+
+
+def test_the_rules_refuse_what_they_should() -> None:
+    """The directions that matter most, spelled out."""
+    refused = [
+        ("reference.moe", "fast.moe"),
+        ("fast.moe", "reference.moe"),
+        ("weights.checkpoint", "reference.model"),
+        ("weights.checkpoint", "fast"),
+        ("weights.checkpoint", "qwen35.load"),
+        ("reference.model", "qwen35.generate"),
+        ("qwen35.config", "weights.checkpoint"),
+        ("qwen35.load", "tools.train_tiny"),
+    ]
+    assert not [(a, b) for a, b in refused if _under(b, rule_for(a))]
+
+
+def test_the_front_package_is_empty() -> None:
+    """`import qwen35` runs nothing: the file holds one docstring."""
+    body = parse(ROOT / "qwen35" / "__init__.py").body
+    assert len(body) == 1
+    assert isinstance(body[0], ast.Expr)
+    assert isinstance(body[0].value, ast.Constant)
+    assert isinstance(body[0].value.value, str)
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda]:
+    """Every function of a file, nested ones too."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    yield from (node for node in ast.walk(tree) if isinstance(node, kinds))
+
+
+@pytest.mark.parametrize("file", sources("reference"), ids=lambda f: f.name)
+def test_the_reference_takes_what_it_needs_as_arguments(file: Path) -> None:
+    """No **kwargs that pass through unseen, no global state, no environment, no hooks."""
+    tree = parse(file)
+    assert not [f.lineno for f in functions(tree) if f.args.kwarg]
+    hidden = (ast.Global, ast.Nonlocal)
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, hidden)]
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert not names & {"environ", "getenv", "register_forward_hook", "register_forward_pre_hook"}
+    assert not set(imports(tree, module_name(file), False)) & {"os", "sys"}
+
+
+@pytest.mark.parametrize("file", sources("reference"), ids=lambda f: f.name)
+def test_forwards_stay_short(file: Path) -> None:
+    """A forward is read in one piece."""
+    long = {
+        f"{f.name} at line {f.lineno}": f.end_lineno - f.lineno + 1
+        for f in functions(parse(file))
+        if isinstance(f, ast.FunctionDef)
+        and f.name == "forward"
+        and f.end_lineno is not None
+        and f.end_lineno - f.lineno + 1 > 40
+    }
+    assert not long
+
+
+def test_the_reference_can_be_read_in_an_hour() -> None:
+    """The whole specification, blank lines and comments included."""
+    lines = {file.name: len(file.read_text().splitlines()) for file in sources("reference")}
+    assert 0 < sum(lines.values()) < 750, lines
+
+
+def repository_texts() -> Iterator[tuple[str, str]]:
+    """Every text file that is part of the repository: no caches, no hidden work folders."""
+    skipped = re.compile(r"(^|/)(\.(?!github|gitignore)[^/]*|__pycache__|[^/]*\.egg-info)(/|$)")
+    for file in sorted(ROOT.rglob("*")):
+        name = file.relative_to(ROOT).as_posix()
+        if skipped.search(name) or not file.is_file() or file.suffix == ".safetensors":
+            continue
+        try:
+            yield name, file.read_text()
+        except UnicodeDecodeError:
+            continue
+
+
+def test_no_file_names_a_place_on_one_machine() -> None:
+    """An absolute path of somebody's machine is of no use to anybody else."""
+    places = "|".join(("work", "root", "tmp"))
+    path = re.compile(rf"(?<![\w.~/-])/(?:{places})/\w")
+    found = [
+        f"{name}:{number}"
+        for name, text in repository_texts()
+        for number, line in enumerate(text.splitlines(), 1)
+        if path.search(line)
+    ]
+    assert not found
