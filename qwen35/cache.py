@@ -49,32 +49,33 @@ class KVCache:
 class DeltaState:
     """State of one gated-delta-net layer after the tokens seen so far.
 
-    conv: [B, C, taps - 1], the last raw (pre-convolution) qkv columns, in the model's dtype.
+    conv: [B, taps - 1, C], the last raw (pre-convolution) qkv rows, in the model's dtype.
     recurrent: [B, HV, K, V], the matrix memory, float32 (float64 in a float64 model).
-    columns, trail: of the last pass, the raw columns [B, C, taps - 1 + T] (with those before it in
-        front) and the recurrent state before it and after each of its steps, so that rejected drafts
-        can be taken back. A step is a token in a decode pass, a chunk of 64 in prefill.
+    rows, trail: of the last pass, if it was a decode pass, the raw rows [B, taps - 1 + T, C] (with
+        those before it in front) and the recurrent state before it and after each of its tokens, so
+        that rejected drafts can be taken back.
     """
 
     conv: Tensor
     recurrent: Tensor
-    columns: Tensor | None = None
+    rows: Tensor | None = None
     trail: list[Tensor] = field(default_factory=list)
 
-    def advance(self, columns: Tensor, states: list[Tensor]) -> None:
-        """Move past a pass that saw `columns` and left `states` after its steps."""
-        kept = self.conv.shape[2]
-        self.columns, self.trail = columns, [self.recurrent, *states]
-        self.conv, self.recurrent = columns[:, :, columns.shape[2] - kept :], states[-1]
+    def advance(self, rows: Tensor, states: list[Tensor]) -> None:
+        """Move past a pass that saw `rows` and left `states`, one a token in a decode pass, after it."""
+        kept = self.conv.shape[1]
+        T = rows.shape[1] - kept
+        by_token = len(states) == T
+        self.rows, self.trail = (rows, [self.recurrent, *states]) if by_token else (None, [])
+        self.conv, self.recurrent = rows[:, T:].clone(), states[-1]
 
     def rollback(self, tokens: int) -> None:
         """Forget the last `tokens` tokens of the last pass, a decode pass."""
         if tokens == 0:
             return
-        assert self.columns is not None and tokens < len(self.trail), "only a decode pass goes back"
-        self.columns = self.columns[:, :, :-tokens]
-        self.trail = self.trail[:-tokens]
-        self.conv = self.columns[:, :, self.columns.shape[2] - self.conv.shape[2] :]
+        assert self.rows is not None and tokens < len(self.trail), "only a decode pass goes back"
+        self.rows, self.trail = self.rows[:, :-tokens], self.trail[:-tokens]
+        self.conv = self.rows[:, self.rows.shape[1] - self.conv.shape[1] :]
         self.recurrent = self.trail[-1]
 
 
@@ -100,7 +101,7 @@ class Cache:
             heads = config.linear_num_value_heads
             sizes = (config.linear_key_head_dim, config.linear_value_head_dim)
             wide = torch.promote_types(dtype, torch.float32)
-            conv = (batch, config.conv_dim, config.linear_conv_kernel_dim - 1)
+            conv = (batch, config.linear_conv_kernel_dim - 1, config.conv_dim)
             return DeltaState(
                 torch.zeros(conv, dtype=dtype, device=device),
                 torch.zeros(batch, heads, *sizes, dtype=wide, device=device),

@@ -47,21 +47,20 @@ def chunk(
     triangular system (the WY form); only the state passes from chunk to chunk.
     """
     outputs, states = [], []
-    by_head = (x.transpose(1, 2) for x in (q, k, v, g, beta))
+    by_head = (x.transpose(1, 2).contiguous() for x in (q, k, v, g, beta))
     for q_c, k_c, v_c, g_c, beta_c in zip(*(x.split(GRID, dim=2) for x in by_head), strict=True):
-        log_decay = g_c.cumsum(-1)  # [B, HV, C], since the chunk's start
-        # decay[i, j] = exp(sum of g over j+1..i); masked before exp: above the diagonal it overflows.
-        later = torch.ones(g_c.shape[2], g_c.shape[2], dtype=torch.bool, device=q.device).triu(1)
-        gap = log_decay[..., :, None] - log_decay[..., None, :]
-        decay = gap.masked_fill(later, -torch.inf).exp()  # [B, HV, C, C]
-
+        log_decay = g_c.cumsum(-1)[..., None]  # [B, HV, C, 1], since the chunk's start
+        # decay[i, j] = exp(sum of g over j+1..i), lower triangle: above it, exp would overflow.
+        decay = (log_decay - log_decay.transpose(2, 3)).tril().exp().tril()  # [B, HV, C, C]
         strength = beta_c[..., None]  # [B, HV, C, 1]
-        overlap = strength * (k_c @ k_c.transpose(2, 3)) * decay  # its strict lower part is used
-        from_start = log_decay.exp()[..., None]  # [B, HV, C, 1]
+        k_t = k_c.transpose(2, 3)
+
+        overlap = (strength * k_c) @ k_t * decay  # its strict lower part is used
+        from_start = log_decay.exp()
         wanted = strength * (v_c - from_start * (k_c @ state))  # corrections if tokens were alone
         delta = torch.linalg.solve_triangular(overlap, wanted, upper=False, unitriangular=True)
 
-        inner = (q_c @ k_c.transpose(2, 3)) * decay  # [B, HV, C, C]
+        inner = q_c @ k_t * decay  # [B, HV, C, C]
         outputs.append(from_start * (q_c @ state) + inner @ delta)  # [B, HV, C, V]
         to_end = decay[..., -1, :, None]  # [B, HV, C, 1]
         state = from_start[:, :, -1:] * state + (k_c * to_end).transpose(2, 3) @ delta
@@ -69,20 +68,20 @@ def chunk(
     return torch.cat(outputs, dim=2).transpose(1, 2), states
 
 
-def causal_conv1d(columns: Tensor, weight: Tensor) -> Tensor:
-    """Depthwise causal convolution, then SiLU, in float32.
+def causal_conv1d(rows: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise causal convolution over time, then SiLU, in float32.
 
-    columns: [B, C, taps - 1 + T], the raw inputs with those before the pass in front; weight:
+    rows: [B, taps - 1 + T, C], the raw inputs with those before the pass in front; weight:
     [C, 1, taps], the last tap for the current token. Returns [B, T, C]. One tap after the other, since
     a library's convolution may sum in another order for another T.
     """
-    taps = weight.shape[-1]
-    T = columns.shape[-1] - (taps - 1)
-    columns_wide, taps_wide = wide(columns), wide(weight)
-    mixed = columns_wide[:, :, :T] * taps_wide[:, :, 0]
-    for j in range(1, taps):
-        mixed = torch.addcmul(mixed, columns_wide[:, :, j : j + T], taps_wide[:, :, j])
-    return silu(mixed).transpose(1, 2).contiguous()
+    taps = wide(weight)[:, 0].unbind(-1)  # [C] each
+    rows_wide = wide(rows)
+    T = rows.shape[1] - (len(taps) - 1)
+    mixed = rows_wide[:, :T] * taps[0]
+    for j in range(1, len(taps)):
+        mixed = torch.addcmul(mixed, rows_wide[:, j : j + T], taps[j])
+    return silu(mixed)
 
 
 def l2norm(x: Tensor) -> Tensor:
@@ -119,8 +118,8 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, state: DeltaState) -> Tensor:
         B, T, D = x.shape
-        columns = torch.cat((state.conv, self.in_proj_qkv(x).transpose(1, 2)), dim=2)
-        mixed = causal_conv1d(columns, self.conv1d.weight)  # [B, T, C], float32
+        rows = torch.cat((state.conv, self.in_proj_qkv(x)), dim=1)  # [B, taps - 1 + T, C]
+        mixed = causal_conv1d(rows, self.conv1d.weight)  # [B, T, C], float32
         z = self.in_proj_z(x).view(B, T, self.num_v_heads, self.head_v_dim)
         beta = sigmoid(wide(self.in_proj_b(x)))  # [B, T, HV]
         a = wide(self.in_proj_a(x))
@@ -138,5 +137,5 @@ class GatedDeltaNet(nn.Module):
         rule = recurrent if T <= DECODE_ROWS else chunk
         scaled_q = q * self.head_k_dim**-0.5
         read, states = rule(scaled_q, k, v, g=g, beta=beta, state=state.recurrent)  # [B, T, HV, V]
-        state.advance(columns, states)
+        state.advance(rows, states)
         return self.out_proj(self.norm(read.to(x.dtype), z).flatten(2))

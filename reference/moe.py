@@ -54,9 +54,7 @@ class Experts(nn.ModuleList):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         N, k = experts.shape
-        tile = row_tile(
-            N
-        )  # each expert's rows are padded to it: the products of a pass have one size
+        tile = row_tile(N)  # an expert's rows are padded to it, so that products have one size
         chosen, pairs = experts.flatten().sort(stable=True)  # [N * k], grouped by expert
         counts = chosen.bincount(minlength=len(self))  # [E]
         padding = -counts % tile
@@ -66,8 +64,15 @@ class Experts(nn.ModuleList):
         grouped = x.new_zeros(sum(sizes), x.shape[1])
         grouped.index_copy_(0, places, x.index_select(0, pairs // k))
 
-        groups = zip(self, grouped.split(sizes), sizes, strict=True)
-        outputs = torch.cat([expert(rows) for expert, rows, size in groups if size])
+        # Each expert's products see its own rows alone; one activation serves all of them.
+        hit = [expert for expert, size in zip(self, sizes, strict=True) if size]
+        sizes_hit = [size for size in sizes if size]
+        per_expert = list(zip(hit, grouped.split(sizes_hit), strict=True))
+        gate = torch.cat([expert.gate_proj(rows) for expert, rows in per_expert])
+        up = torch.cat([expert.up_proj(rows) for expert, rows in per_expert])
+        hidden = zip(hit, (silu(gate) * up).split(sizes_hit), strict=True)
+        outputs = torch.cat([expert.down_proj(rows) for expert, rows in hidden])  # [sum, D]
+
         place_of_pair = torch.empty_like(pairs).index_copy_(0, pairs, places)
         by_pair = outputs.index_select(0, place_of_pair)  # [N * k, D], in the order of `experts`
         scaled = by_pair.view(N, k, -1) * weights.to(x.dtype)[..., None]  # [N, k, D]

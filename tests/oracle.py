@@ -238,9 +238,9 @@ def state_errors(ours: KVCache | DeltaState, theirs: Any) -> Errors:
             "keys": relative(ours.k[:, :, : ours.length], theirs.keys),
             "values": relative(ours.v[:, :, : ours.length], theirs.values),
         }
-    kept = ours.conv.shape[2]
+    kept = ours.conv.shape[1]
     return {
-        "conv state": relative(ours.conv, theirs.conv_states[0][..., -kept:]),
+        "conv state": relative(ours.conv.transpose(1, 2), theirs.conv_states[0][..., -kept:]),
         "recurrent state": relative(ours.recurrent, theirs.recurrent_states[0]),
     }
 

@@ -223,7 +223,7 @@ def test_convolution(T: int, dtype: torch.dtype) -> None:
     """Against torch's conv1d; bfloat16 by the two-times rule's yardstick, conv1d in bfloat16."""
     columns = random(2, 10, 3 + T, seed=1, dtype=dtype)
     weight = random(10, 1, 4, seed=2, dtype=dtype, scale=0.5)
-    got = causal_conv1d(columns, weight)
+    got = causal_conv1d(columns.transpose(1, 2), weight)
     truth = F.silu(F.conv1d(columns.double(), weight.double(), groups=10)).transpose(1, 2)
     assert got.shape == (2, T, 10)
     if dtype == torch.bfloat16:
@@ -239,15 +239,16 @@ def test_convolution_is_causal_and_its_last_tap_is_now() -> None:
     weight = random(5, 1, 4, seed=4, dtype=torch.float64)
     changed = columns.clone()
     changed[:, :, 3 + 4] += 1.0  # token 4
-    differs = (causal_conv1d(columns, weight) != causal_conv1d(changed, weight)).any(-1)[0]
+    before, after = (causal_conv1d(x.transpose(1, 2), weight) for x in (columns, changed))
+    differs = (before != after).any(-1)[0]
     assert differs.nonzero().flatten().tolist() == [4, 5, 6, 7]
 
 
 def test_convolution_reads_nothing_before_its_columns() -> None:
     """The columns may be a view into memory that holds NaN on either side."""
-    around = torch.full((2, 10, 40), torch.nan)
-    around[:, :, 10:20] = random(2, 10, 10, seed=5, dtype=torch.float32)
-    view = around[:, :, 10:20]
+    around = torch.full((2, 40, 10), torch.nan)
+    around[:, 10:20] = random(2, 10, 10, seed=5, dtype=torch.float32)
+    view = around[:, 10:20]
     weight = random(10, 1, 4, seed=6, dtype=torch.float32)
     assert torch.equal(causal_conv1d(view, weight), causal_conv1d(view.clone(), weight))
 
@@ -263,16 +264,14 @@ def test_state_carries_over_passes(cuts: tuple[int, ...]) -> None:
     assert relative(pieces, whole) < 1e-12
     assert relative(state.conv, whole_state.conv) < 1e-12
     assert relative(state.recurrent, whole_state.recurrent) < 1e-12
-    raw = layer.in_proj_qkv(x)[:, -3:].transpose(
-        1, 2
-    )  # the last raw columns, zeros before the start
-    assert relative(state.conv[:, :, -raw.shape[2] :], raw) < 1e-12
+    raw = layer.in_proj_qkv(x)[:, -3:]  # the last raw rows
+    assert relative(state.conv[:, -raw.shape[1] :], raw) < 1e-12
 
 
 def fresh_state(layer: torch.nn.Module) -> DeltaState:
     channels = layer.conv1d.weight.shape[0]
     heads = (layer.num_v_heads, layer.head_k_dim, layer.head_v_dim)
     return DeltaState(
-        torch.zeros(2, channels, 3, dtype=torch.float64),
+        torch.zeros(2, 3, channels, dtype=torch.float64),
         torch.zeros(2, *heads, dtype=torch.float64),
     )

@@ -1,7 +1,7 @@
 """Prefill and decode beside transformers: same weights, same prompt, one run after the other."""
 
 import argparse
-import math
+import statistics
 
 import torch
 
@@ -141,4 +141,4 @@ def _same_start(ours: list[int], theirs: list[int]) -> int:
 
 
 def _mean(ratios: list[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return statistics.geometric_mean(ratios)
