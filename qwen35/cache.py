@@ -95,7 +95,8 @@ class Cache:
 
         def kv() -> KVCache:
             shape = (batch, config.num_key_value_heads, 0, config.head_dim)
-            return KVCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
+            k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+            return KVCache(k, v)
 
         def delta() -> DeltaState:
             heads = config.linear_num_value_heads

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def prefill(
     whole = len(ids) // GRID * GRID
     edges = [*range(0, whole, chunk), whole, len(ids)]
     hidden = torch.empty(0)
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in pairwise(edges):
         if first == last:
             continue
         hidden = model(torch.tensor([ids[first:last]], device=device), cache)  # [1, T, D]
@@ -254,7 +255,7 @@ def _device(name: str) -> torch.device:
 def _sampling(
     args: argparse.Namespace, defaults: dict[str, Any], tokenizer: Tokenizer | None
 ) -> Sampling:
-    """What the options say. A conversation falls back on the checkpoint's advice, a base prompt on greedy."""
+    """What the options say; else a conversation takes the checkpoint's advice; a prompt is greedy."""
     advised = defaults if args.chat and defaults.get("do_sample") else {}
 
     def chosen(name: str, kind: type[float] | type[int], otherwise: float) -> Any:

@@ -64,7 +64,7 @@ def load(
         tensor = entry.read().to(device, _kept_dtype(name, entry.dtype, wanted))
         _assign(model, name, tensor)
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+        model.lm_head.weight = model.embed_tokens.weight  # pyright: ignore (a Parameter)
     return model.eval()
 
 

@@ -20,7 +20,7 @@ def nodes(model: Model, pattern: str) -> dict[str, nn.Module]:
     """The modules whose name matches a glob. What happens inside a routed expert is left out unless
     the pattern names it (`layers.3.mlp.experts.7.*`). Raises when nothing matches."""
     inside = ".experts." in pattern
-    found = {
+    found: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if name and fnmatchcase(name, pattern) and (inside or ".experts." not in name)
@@ -80,7 +80,7 @@ class _recording:  # noqa: N801 (a context manager, used like a function)
     def __enter__(self) -> None:
         self.handles = [
             module.register_forward_hook(
-                lambda _module, _inputs, output, name=name: self.record(name, output)
+                lambda _module, _inputs, output, name=name: self.record(name, output)  # pyright: ignore
             )
             for name, module in self.modules.items()
         ]

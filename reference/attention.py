@@ -56,7 +56,7 @@ class GatedAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cache: KVCache) -> Tensor:
-        B, T, D = x.shape
+        B, T, _ = x.shape
         q_and_gate = self.q_proj(x).view(B, T, -1, 2 * self.head_dim)
         q_raw, gate = q_and_gate.chunk(2, dim=-1)  # [B, T, H, K] each
         k_raw = self.k_proj(x).view(B, T, -1, self.head_dim)  # [B, T, G, K]

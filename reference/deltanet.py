@@ -24,7 +24,7 @@ def recurrent(
     beta: [B, T, HV] in 0..1; state: [B, HV, K, V]. All float32 (or float64).
     Returns the read-outs [B, T, HV, V] and the state after each token (new tensors).
     """
-    B, T, HV, _ = v.shape
+    B, _, HV, _ = v.shape
     outputs, states = [], []
     rows = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, g.exp()[..., None], beta[..., None]))
     memory = state.flatten(0, 1)  # [B * HV, K, V]
@@ -117,7 +117,7 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = Linear(value_dim, D)
 
     def forward(self, x: Tensor, state: DeltaState) -> Tensor:
-        B, T, D = x.shape
+        B, T, _ = x.shape
         rows = torch.cat((state.conv, self.in_proj_qkv(x)), dim=1)  # [B, taps - 1 + T, C]
         mixed = causal_conv1d(rows, self.conv1d.weight)  # [B, T, C], float32
         z = self.in_proj_z(x).view(B, T, self.num_v_heads, self.head_v_dim)

@@ -21,10 +21,23 @@ def row_tile(rows: int) -> int:
     return DECODE_ROWS if rows <= DECODE_ROWS else GRID
 
 
-class Linear(nn.Module):
-    """y = x W^T without bias. weight [N, K], uninitialised; x [..., K] -> [..., N] in x's dtype.
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """y = x W^T in x's dtype. x [..., K], weight [N, K] (cast at use) -> [..., N]."""
+    weight_cast = weight.to(x.dtype)
+    rows = x.shape[:-1].numel()
+    tile = row_tile(rows)
+    if rows == tile:
+        return F.linear(x, weight_cast)
+    padded = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % tile))
+    parts = [F.linear(part, weight_cast) for part in padded.split(tile)]
+    product = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return product[:rows].view(*x.shape[:-1], -1)
 
-    The weight may be kept in another dtype (a mapped checkpoint's own): it is cast at use.
+
+class Linear(nn.Module):
+    """`linear` with a weight [N, K] of its own, uninitialised, and no bias: a model's file has it.
+
+    The weight may be kept in another dtype than the activations (a mapped checkpoint's own).
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -32,15 +45,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        N = x.shape[:-1].numel()
-        tile = row_tile(N)
-        if N == tile:
-            return F.linear(x, weight)
-        padded = F.pad(x.reshape(N, -1), (0, 0, 0, -N % tile))
-        parts = [F.linear(part, weight) for part in padded.split(tile)]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return rows[:N].view(*x.shape[:-1], -1)
+        return linear(x, self.weight)
 
     def extra_repr(self) -> str:
-        return "{1} -> {0}".format(*self.weight.shape)
+        out_features, in_features = self.weight.shape
+        return f"{in_features} -> {out_features}"

@@ -1,6 +1,5 @@
 """The model: embedding, decoder layers, final norm, head, and the MTP head beside them."""
 
-import torch
 from torch import Tensor, nn
 
 from qwen35.cache import Cache
@@ -32,7 +31,7 @@ class Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+            self.lm_head.weight = self.embed_tokens.weight  # pyright: ignore (a Parameter)
         self.mtp = MTP(config) if config.mtp_num_hidden_layers else None
 
     def forward(self, ids: Tensor, cache: Cache) -> Tensor:

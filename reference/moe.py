@@ -5,11 +5,11 @@ from torch import Tensor, nn
 
 from qwen35.config import Config
 from reference.activation import sigmoid, silu, wide
-from reference.linear import Linear, row_tile
+from reference.linear import Linear, linear, row_tile
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), [..., D] -> [..., D]: a dense layer's, the shared and a routed expert."""
+    """down(silu(gate(x)) * up(x)), [..., D] -> [..., D]: a dense layer, the shared or a routed expert."""
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class MLP(nn.Module):
         return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Router(Linear):
+class Router(nn.Module):
     """x [N, D] -> the chosen experts [N, k] (int64), best first, and their weights [N, k] in float32.
 
     Softmax over all experts, in float32. Ties go to the lower index (a stable sort), so that the choice
@@ -29,16 +29,21 @@ class Router(Linear):
     """
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config.hidden_size, config.num_experts)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        probabilities = wide(super().forward(x)).softmax(-1)  # [N, E]
+        probabilities = wide(linear(x, self.weight)).softmax(-1)  # [N, E]
         ranked, experts = probabilities.sort(dim=-1, descending=True, stable=True)
         chosen = ranked[:, : self.top_k]
         weights = chosen / chosen.sum(-1, keepdim=True) if self.norm_topk_prob else chosen
         return experts[:, : self.top_k], weights
+
+    def extra_repr(self) -> str:
+        experts, hidden = self.weight.shape
+        return f"{hidden} -> top {self.top_k} of {experts}"
 
 
 class Experts(nn.ModuleList):

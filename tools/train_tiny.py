@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -178,9 +178,9 @@ def encode_corpus(path: Path, backend: Tokenizer, *, chat_share: float, seed: in
 class BatchedLinear(nn.Module):
     """The reference's Linear as one product over all rows."""
 
-    def __init__(self, source: Linear) -> None:
+    def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
-        self.weight = source.weight
+        self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -195,12 +195,12 @@ class DenseMoeBlock(nn.Module):
     def __init__(self, source: SparseMoeBlock) -> None:
         super().__init__()
         self.top_k = source.gate.top_k
-        self.gate = BatchedLinear(source.gate)
+        self.gate = BatchedLinear(source.gate.weight)
         self.shared_expert, self.shared_expert_gate = (
             source.shared_expert,
             source.shared_expert_gate,
         )
-        experts = list(source.experts)
+        experts: list[Any] = list(source.experts)
         self.gate_proj = nn.Parameter(torch.cat([e.gate_proj.weight.data for e in experts]))
         self.up_proj = nn.Parameter(torch.cat([e.up_proj.weight.data for e in experts]))
         self.down_proj = nn.Parameter(torch.cat([e.down_proj.weight.data for e in experts], dim=1))
@@ -243,7 +243,7 @@ def batched(model: Model) -> Model:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is Linear:
-                setattr(module, name, BatchedLinear(child))
+                setattr(module, name, BatchedLinear(child.weight))
     return model
 
 
@@ -286,7 +286,7 @@ def chained_mtp(model: Model, ids: Tensor, hidden: Tensor, depths: int) -> list[
     ids [B, T], hidden [B, T, D] the trunk's; result[d] is [B, T - 1 - d, D].
     """
     assert model.mtp is not None
-    mtp, layer = model.mtp, model.mtp.layers[0]
+    mtp, layer = model.mtp, cast(Any, model.mtp.layers[0])
     states, results, past = hidden, [], []
     for depth in range(depths):
         length = ids.shape[1] - 1 - depth

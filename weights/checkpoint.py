@@ -23,13 +23,18 @@ from qwen35.errors import InputError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-# The dtypes that a plain weight may have, as safetensors writes them.
+# Dtypes as safetensors writes them. PLAIN are those that a weight may have without scales beside it.
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
+PLAIN = ("BF16", "F16", "F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,10 @@ class Checkpoint:
         if name.startswith("visual."):
             self.ignored.append(whole.stored_as)
             return
-        if whole.dtype not in DTYPES.values():
+        if whole.dtype not in (DTYPES[kind] for kind in PLAIN):
+            kind = next(kind for kind, dtype in DTYPES.items() if dtype == whole.dtype)
             raise InputError(
-                f"{file}: {whole.stored_as} has dtype {whole.dtype}; readable are {', '.join(DTYPES)}"
+                f"{file}: {whole.stored_as} has dtype {kind}; readable are {', '.join(PLAIN)}"
             )
         for part_name, part in _split(name, whole, self.config):
             if part_name in self.entries:
@@ -146,22 +152,24 @@ def _stored(file: Path) -> dict[str, Entry]:
         raise InputError(f"{file}: no such file") from None
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{file}: not a whole safetensors file: {error}") from None
-    content = torch.tensor([], dtype=torch.uint8).set_(mapping)[8 + length :]
+    content = torch.tensor([], dtype=torch.uint8).set_(mapping)[8 + length :]  # pyright: ignore
 
     def entry(name: str, described: dict[str, Any]) -> Entry:
-        shape = tuple(described["shape"])
-        dtype = DTYPES.get(described["dtype"], described["dtype"])
-        return Entry(name, shape, dtype, lambda: _view(content, described, dtype))
+        kind, shape = described["dtype"], tuple(described["shape"])
+        if kind not in DTYPES:
+            raise InputError(f"{file}: {name} has dtype {kind}; known are {', '.join(DTYPES)}")
+        dtype = DTYPES[kind]
+
+        def read() -> Tensor:
+            first, end = described["data_offsets"]
+            stored = content[first:end]
+            if stored.storage_offset() % dtype.itemsize:  # legal, and rare: such a tensor is copied
+                stored = stored.clone()
+            return stored.view(dtype).view(shape)
+
+        return Entry(name, shape, dtype, read)
 
     return {name: entry(name, d) for name, d in header.items() if name != "__metadata__"}
-
-
-def _view(content: Tensor, described: dict[str, Any], dtype: torch.dtype) -> Tensor:
-    first, end = described["data_offsets"]
-    stored = content[first:end]
-    if stored.storage_offset() % dtype.itemsize:  # legal, and rare: such a tensor is copied
-        stored = stored.clone()
-    return stored.view(dtype).view(described["shape"])
 
 
 def _split(name: str, whole: Entry, config: Config) -> Iterable[tuple[str, Entry]]:

@@ -122,13 +122,12 @@ def main(args: argparse.Namespace) -> int:
 def _rows(
     op: str, seconds: dict[str, list[float]], tokens: int, same_tokens: int | None = None
 ) -> list[report.Row]:
-    """Ours and theirs with the ratio of the medians; same_tokens: equal ids before the first other one."""
-    rows = [
-        {"name": f"{op}, {name}"} | report.spread(values) | {"tokens_per_s": 0.0}
-        for name, values in seconds.items()
-    ]
-    for row in rows:
-        row["tokens_per_s"] = tokens / row["median_ms"] * 1e3
+    """Ours and theirs with the ratio of the medians; same_tokens: equal ids before the first other."""
+    rows = []
+    for name, values in seconds.items():
+        spread = report.spread(values)
+        speed = {"tokens_per_s": tokens / spread["median_ms"] * 1e3}
+        rows.append({"name": f"{op}, {name}"} | spread | speed)
     rows[0]["times_faster"] = rows[1]["median_ms"] / rows[0]["median_ms"]
     if same_tokens is not None:
         rows[0]["same_tokens"] = same_tokens
