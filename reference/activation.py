@@ -11,7 +11,7 @@ from torch import Tensor
 
 def wide(x: Tensor) -> Tensor:
     """x in the accumulating dtype: float32, or float64 when x already is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def sigmoid(x: Tensor) -> Tensor:

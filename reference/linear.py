@@ -23,7 +23,7 @@ def row_tile(rows: int) -> int:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """y = x W^T in x's dtype. x [..., K], weight [N, K] (cast at use) -> [..., N]."""
-    weight_cast = weight.to(x.dtype)
+    weight_cast = weight if weight.dtype == x.dtype else weight.to(x.dtype)
     rows = x.shape[:-1].numel()
     tile = row_tile(rows)
     if rows == tile:

@@ -7,9 +7,11 @@ which proves the formulas; float32 then only has to show that nothing is lost on
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from tests.family import FAMILY
+from qwen35.load import TINY, load
+from qwen35.tokenizer import Tokenizer
+from tests.family import FAMILY, randomise, small_model
 from tests.oracle import (
     COMPARISONS,
     LENGTHS,
@@ -20,6 +22,7 @@ from tests.oracle import (
     state_errors,
     their_hidden,
     their_logits,
+    their_model,
     token_ids,
     within_twice,
 )
@@ -77,6 +80,30 @@ def test_logits(name: str, length: int) -> None:
         logits = model.lm_head(model(ids, model.new_cache()))
         error, most = within_twice(logits, their_logits(theirs, ids), truth)
         assert error <= most
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("name", FAMILY)
+def test_logits_with_weights_as_they_are_initialised(name: str, length: int) -> None:
+    """Matrices of standard deviation 0.02, transformers' own: the logits agree within 5e-5."""
+    model = small_model(name)
+    randomise(model, seed=1, scale=0.02 * model.config.hidden_size**0.5)
+    ids = token_ids(length, model)
+    logits = model.lm_head(model(ids, model.new_cache()))
+    assert (logits - their_logits(their_model(name, model), ids)).abs().max() < 5e-5
+
+
+def test_logits_of_the_embedded_model() -> None:
+    """The trained checkpoint as transformers itself loads it, in float32: within 5e-5."""
+    model = load(TINY, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        TINY, dtype=torch.float32, attn_implementation="eager"
+    )
+    text = (TINY / "heldout.txt").read_text()[:2000]
+    ids = torch.tensor([Tokenizer(TINY).encode(text)])
+    logits = model.lm_head(model(ids, model.new_cache()))
+    assert ids.shape[1] > 400
+    assert (logits - theirs(ids).logits).abs().max() < 5e-5
 
 
 @pytest.mark.parametrize("name", ["4B", "397B-A17B"])

@@ -31,6 +31,7 @@ def add_arguments(parser: Parser) -> None:
     add("--prompt-tokens", type=int, default=64, help="of a document, before it is continued")
     add("--new-tokens", type=int, default=128, help="drafted and counted for each document")
     add("--draft-tokens", type=int, default=3)
+    add("--temperature", type=float, default=0.0, help="of the continuations; 0 is greedy")
 
 
 @torch.inference_mode()
@@ -58,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"prompt_tokens = {args.prompt_tokens}; expected at least {GRID}")
     start = tokenizer.encode(SEPARATOR)
     total_bits = total_bytes = forwards = tokens = 0
-    sampling = Sampling(vocab=tokenizer.size)
+    sampling = Sampling(temperature=args.temperature, vocab=tokenizer.size)
     accepted, proposed = [0] * args.draft_tokens, [0] * args.draft_tokens
     for document in tqdm(documents, desc="held-out documents", disable=None, leave=False):
         ids = start + tokenizer.encode(document)
@@ -91,6 +92,7 @@ def main(args: argparse.Namespace) -> int:
         "bytes": total_bytes,
         "documents": len(documents),
         "draft_tokens": args.draft_tokens,
+        "temperature": args.temperature,
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
         "decode_tokens": tokens,
