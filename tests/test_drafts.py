@@ -1,0 +1,53 @@
+"""What the decoder drafts is what a drafter without any memory would draft.
+
+Wrong drafts cannot change the tokens, only waste passes: no comparison of tokens sees them.
+"""
+
+import torch
+
+from qwen35.generate import prefill
+from qwen35.load import TINY, load
+from qwen35.sampling import Sampling, pick
+from qwen35.speculative import Decoder
+from qwen35.tokenizer import Tokenizer
+from reference.model import Model
+
+
+@torch.inference_mode()
+def drafts_from_scratch(model: Model, ids: list[int], depth: int, vocab: int) -> list[int]:
+    """The drafts after `ids`: trunk and head over the whole sequence, then the chain, fresh caches."""
+    cache = model.new_cache()
+    hidden = model(torch.tensor([ids[:-1]]), cache)
+    state = model.draft(torch.tensor([ids[1:]]), hidden, cache)[:, -1:]
+    drafts = [int(model.lm_head(state)[0, 0, :vocab].argmax())]
+    while len(drafts) < depth:
+        state = model.draft(torch.tensor([drafts[-1:]]), state, cache)
+        drafts.append(int(model.lm_head(state)[0, 0, :vocab].argmax()))
+    return drafts
+
+
+@torch.inference_mode()
+def test_every_round_drafts_as_from_scratch() -> None:
+    """In float64, so that no near-tie decides; a prompt across the grid, some drafts refused."""
+    model, tokenizer = load(TINY, dtype=torch.float64), Tokenizer(TINY)
+    ids = tokenizer.encode((TINY / "heldout.txt").read_text()[:2000])[:70]
+    sampling = Sampling(temperature=0.7, seed=5, vocab=tokenizer.size)
+    cache = model.new_cache()
+    hidden = prefill(model, ids, cache, chunk=64, draft=True)
+    token = pick(model.lm_head(hidden)[0, 0], len(ids), sampling)
+    decoder = Decoder(
+        model, cache, token=token, hidden=hidden, depth=3, sampling=sampling, stop=frozenset()
+    )
+    drafted: list[list[int]] = []
+    draft = decoder._draft
+    decoder._draft = lambda depth: drafted.append(draft(depth)) or drafted[-1]
+    sequence = [*ids, token]
+    accepted = []
+    for _ in range(12):
+        picked = [token for token, _ in decoder.round(limit=10)]
+        assert drafted[-1] == drafts_from_scratch(model, sequence, 3, tokenizer.size)
+        assert cache.mtp is not None
+        assert cache.mtp.length == len(sequence) - 1
+        sequence += picked
+        accepted.append(len(picked) - 1)
+    assert 0 in accepted and max(accepted) > 1
