@@ -133,6 +133,20 @@ class Config:
         on_step = (layer + 1) % self.decoder_sparse_step == 0
         return self.num_experts > 0 and on_step and layer not in self.mlp_only_layers
 
+    def check_prompt(self, ids: list[int], new_tokens: int) -> None:
+        """Raise InputError unless `ids` are a prompt that leaves room for `new_tokens` more."""
+        if not ids:
+            raise InputError("the prompt is empty; at least one token is needed")
+        if len(ids) + new_tokens > self.max_position_embeddings:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, the context {self.max_position_embeddings}"
+            )
+        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
+        if wrong:
+            raise InputError(
+                f"prompt id {wrong[0]} is not in the vocabulary 0..{self.vocab_size - 1}"
+            )
+
     @classmethod
     def from_file(cls, path: Path) -> "Config":
         """Read a `config.json`. Raises InputError naming the file."""

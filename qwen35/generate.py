@@ -77,17 +77,7 @@ class Generation:
     decode_s: float = 0.0
 
     def __post_init__(self) -> None:
-        config = self.model.config
-        context = config.max_position_embeddings
-        if not self.prompt:
-            raise InputError("the prompt is empty; at least one token is needed")
-        if len(self.prompt) >= context:
-            raise InputError(f"the prompt has {len(self.prompt)} tokens, the context {context}")
-        wrong = [i for i in self.prompt if not 0 <= i < config.vocab_size]
-        if wrong:
-            raise InputError(
-                f"prompt id {wrong[0]} is not in the vocabulary 0..{config.vocab_size - 1}"
-            )
+        self.model.config.check_prompt(self.prompt, new_tokens=1)
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens = {self.max_new_tokens}; expected at least 1")
         if self.prefill_chunk < GRID or self.prefill_chunk % GRID:

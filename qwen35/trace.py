@@ -41,18 +41,7 @@ def trace(model: Model, ids: list[int], pattern: str = "*") -> dict[str, Tensor]
     name.0, name.1, ... (a router: the experts, their weights). An expert that no token reached has no
     entry. The MTP head runs over ids[1:], as in a prefill. No hook stays behind.
     """
-    config = model.config
-    if not ids:
-        raise InputError("the prompt is empty; at least one token is needed")
-    if len(ids) > config.max_position_embeddings:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens, the context {config.max_position_embeddings}"
-        )
-    wrong = [i for i in ids if not 0 <= i < config.vocab_size]
-    if wrong:
-        raise InputError(
-            f"prompt id {wrong[0]} is not in the vocabulary 0..{config.vocab_size - 1}"
-        )
+    model.config.check_prompt(ids, new_tokens=0)
     found = nodes(model, pattern)
     cache = model.new_cache()
     tokens = torch.tensor([ids], device=model.embed_tokens.weight.device)

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 DECODE_ROWS = 4  # most rows of a decode pass: one token and three drafts
-GRID = (
-    64  # tokens; prompts are computed on an absolute grid of it, and it is the delta rule's chunk
-)
+GRID = 64  # tokens: prompts are computed on an absolute grid of it; also the delta rule's chunk
 
 
 def row_tile(rows: int) -> int:

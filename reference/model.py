@@ -17,7 +17,7 @@ class Model(nn.Module):
     the final norm; updates `cache`. `lm_head` turns hidden states into logits [B, T, vocab].
 
     A pass of at most DECODE_ROWS tokens is a decode pass; a longer one is prefill and must start on
-    the 64-token grid (see `prefill` and `decode`).
+    the 64-token grid (see `qwen35.generate.prefill`).
     """
 
     def __init__(self, config: Config) -> None:
