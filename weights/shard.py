@@ -1,0 +1,241 @@
+"""Which rank of a tensor-parallel group holds which rows or columns of each tensor.
+
+TABLE says it, one line a kind of tensor. A rank's modules are then the reference's own, built from
+`Plan.rank_config` and filled with its shards, and the ranks join their results so: mixers and
+feed-forwards give contributions that add up, the embedding too (a row that a rank lacks counts as
+zero), and the head gives vocabulary after vocabulary. What is whole on each rank is listed as such.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from qwen35.config import Config
+from qwen35.errors import InputError
+
+SIZES = (1, 2, 4, 8)  # ranks of a group
+
+
+@dataclass(frozen=True)
+class Section:
+    """A stretch of an axis: units of `width` elements, as many as the config's field `count` says.
+
+    The units are dealt out in order, equally many to each rank (see `units`).
+    """
+
+    count: str
+    width: Callable[[Config], int] = lambda c: 1
+
+
+def _value_heads_per_key_head(c: Config) -> int:
+    return c.linear_num_value_heads // c.linear_num_key_heads
+
+
+VOCABULARY = Section("vocab_size")
+# Delta net. A key head and the value heads that it serves go to one rank.
+KEYS = Section("linear_num_key_heads", lambda c: c.linear_key_head_dim)
+VALUES = Section("linear_num_value_heads", lambda c: c.linear_value_head_dim)
+VALUE_HEADS = Section("linear_num_value_heads")
+QKVZ_GROUPS = Section(
+    "linear_num_key_heads",
+    lambda c: 2 * (c.linear_key_head_dim + _value_heads_per_key_head(c) * c.linear_value_head_dim),
+)
+BA_GROUPS = Section("linear_num_key_heads", lambda c: 2 * _value_heads_per_key_head(c))
+# Full attention. Of each query head the rows of the query, then those of its gate.
+QUERIES_AND_GATES = Section("num_attention_heads", lambda c: 2 * c.head_dim)
+ATTENDED = Section("num_attention_heads", lambda c: c.head_dim)
+KV = Section("num_key_value_heads", lambda c: c.head_dim)
+# Feed-forward.
+ROUTED = Section("moe_intermediate_size")
+SHARED = Section("shared_expert_intermediate_size")
+DENSE = Section("intermediate_size")
+
+# (names, axis that is cut, its sections from first to last); axis None: whole on each rank. The first
+# line that matches holds. N is a number, * anything, (a|b) either; layers.N is also mtp.layers.N.
+TABLE: tuple[tuple[str, int | None, tuple[Section, ...]], ...] = (
+    ("layers.N.mlp.experts.N.(gate|up)_proj.weight", 0, (ROUTED,)),
+    ("layers.N.mlp.experts.N.down_proj.weight", 1, (ROUTED,)),
+    ("layers.N.mlp.experts.gate_up_proj", 1, (ROUTED, ROUTED)),  # [E, 2I, D]: gate, then up
+    ("layers.N.mlp.experts.down_proj", 2, (ROUTED,)),  # [E, D, I]
+    ("layers.N.mlp.shared_expert.(gate|up)_proj.weight", 0, (SHARED,)),
+    ("layers.N.mlp.shared_expert.down_proj.weight", 1, (SHARED,)),
+    ("layers.N.mlp.(gate|up)_proj.weight", 0, (DENSE,)),
+    ("layers.N.mlp.down_proj.weight", 1, (DENSE,)),
+    ("layers.N.mlp.(gate|shared_expert_gate).weight", None, ()),
+    ("layers.N.linear_attn.in_proj_qkv.weight", 0, (KEYS, KEYS, VALUES)),  # q, then k, then v
+    ("layers.N.linear_attn.conv1d.weight", 0, (KEYS, KEYS, VALUES)),
+    ("layers.N.linear_attn.in_proj_z.weight", 0, (VALUES,)),
+    ("layers.N.linear_attn.(in_proj_a.weight|in_proj_b.weight|A_log|dt_bias)", 0, (VALUE_HEADS,)),
+    ("layers.N.linear_attn.in_proj_qkvz.weight", 0, (QKVZ_GROUPS,)),  # Qwen3-Next
+    ("layers.N.linear_attn.in_proj_ba.weight", 0, (BA_GROUPS,)),  # Qwen3-Next
+    ("layers.N.linear_attn.out_proj.weight", 1, (VALUES,)),
+    ("layers.N.linear_attn.norm.weight", None, ()),
+    ("layers.N.self_attn.q_proj.weight", 0, (QUERIES_AND_GATES,)),
+    ("layers.N.self_attn.(k|v)_proj.weight", 0, (KV,)),
+    ("layers.N.self_attn.o_proj.weight", 1, (ATTENDED,)),
+    ("layers.N.self_attn.(q|k)_norm.weight", None, ()),
+    ("layers.N.(input|post_attention)_layernorm.weight", None, ()),
+    ("(embed_tokens|lm_head).weight", 0, (VOCABULARY,)),
+    ("norm.weight", None, ()),
+    ("mtp.(fc|norm|pre_fc_norm_embedding|pre_fc_norm_hidden).weight", None, ()),
+    ("visual.*", None, ()),
+)
+
+
+def units(count: int, size: int, rank: int) -> tuple[int, int]:
+    """(first, end) of the units that a rank holds: count / size of them, or, where there are fewer
+    units than ranks (KV heads), the one that it shares with its neighbours."""
+    first = rank * count // size
+    return first, first - (-count // size)  # count / size, rounded up
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a rank holds: ranges (first, end) along one axis, joined in order. Axis None: all of it."""
+
+    axis: int | None
+    ranges: tuple[tuple[int, int], ...] = ()
+
+    def cut(self, tensor: Tensor, per: int = 1) -> Tensor:
+        """The rank's part of `tensor`: a view if it is one range, else a copy.
+
+        per: elements along `axis` that one entry of `tensor` stands for, if they are packed or grouped
+        along this axis: 2 for MXFP4's bytes, 32 for its scales, 128 for FP8's block scales.
+        """
+        if self.axis is None:
+            return tensor
+        length = tensor.shape[self.axis] * per if self.axis < tensor.dim() else 0
+        for first, end in self.ranges:
+            if first % per or end % per:
+                raise InputError(
+                    f"the range {first}..{end} of axis {self.axis} is not a multiple of {per}, "
+                    "the elements that one entry stands for"
+                )
+            if end > length:
+                raise InputError(
+                    f"the range {first}..{end} of axis {self.axis} is not in a tensor of shape "
+                    f"{list(tensor.shape)} with {per} elements an entry"
+                )
+        parts = [
+            tensor.narrow(self.axis, first // per, (end - first) // per)
+            for first, end in self.ranges
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
+
+
+def join(shards: Sequence[Shard], tensors: Sequence[Tensor], per: int = 1) -> Tensor:
+    """The whole tensor from every rank's part: what `Shard.cut` took apart, with the same `per`."""
+    axis = shards[0].axis
+    if axis is None:
+        return tensors[0]
+    pieces: dict[tuple[int, int], Tensor] = {}  # what several ranks hold counts once
+    for shard, tensor in zip(shards, tensors, strict=True):
+        lengths = [(end - first) // per for first, end in shard.ranges]
+        pieces |= zip(shard.ranges, tensor.split(lengths, axis), strict=True)
+    return torch.cat([piece for _, piece in sorted(pieces.items(), key=lambda p: p[0])], axis)
+
+
+class Plan:
+    """The shards of one model over `size` ranks.
+
+    Raises InputError where the config's sizes do not divide: a plan that exists can cut every tensor
+    (but for packed groups, which `Shard.cut` checks).
+    """
+
+    def __init__(self, config: Config, size: int) -> None:
+        if size not in SIZES:
+            known = ", ".join(map(str, SIZES))
+            raise InputError(f"tensor-parallel size {size} is not supported; known are {known}")
+        self.config = config
+        self.size = size
+        self._counts = {name: getattr(config, name) for name in _counted(config)}
+        for name, count in self._counts.items():
+            if name == KV.count and size % count == 0:
+                continue
+            if count % size:
+                or_else = f", nor does it divide {size}" if name == KV.count else ""
+                raise InputError(
+                    f"{name} = {count} is not divisible by tensor-parallel size {size}{or_else}"
+                )
+        self._table = [(_compiled(names), axis, sections) for names, axis, sections in TABLE]
+
+    def shard(self, name: str, shape: Sequence[int], rank: int) -> Shard:
+        """What `rank` holds of a tensor of the checkpoint.
+
+        name: the checkpoint's, with or without its prefix. shape: that of the whole tensor in elements,
+        however it is packed. `X.weight_scale` and `X.weight_scale_inv` are cut as their weight, whose
+        shape they are given with. Raises InputError for a name that TABLE lacks.
+        """
+        if not 0 <= rank < self.size:
+            raise InputError(f"rank {rank} is not in 0..{self.size - 1}")
+        axis, sections = self._rule(name)
+        if axis is None:
+            return Shard(None)
+        lengths = []
+        for section in sections:
+            if section.count not in self._counts:
+                raise InputError(
+                    f"{name} is cut along {section.count}, which this config has no use for"
+                )
+            lengths.append(self._counts[section.count] * section.width(self.config))
+        if len(shape) <= axis or shape[axis] != sum(lengths):
+            raise InputError(
+                f"{name} has shape {list(shape)}; the config needs {sum(lengths)} on axis {axis}"
+            )
+        if self.size == 1:  # nothing is cut, so no group can be in the way, and nothing is copied
+            return Shard(None)
+        ranges, start = [], 0
+        for section, length in zip(sections, lengths, strict=True):
+            width = section.width(self.config)
+            first, end = units(self._counts[section.count], self.size, rank)
+            ranges.append((start + first * width, start + end * width))
+            start += length
+        return Shard(axis, tuple(ranges))
+
+    def fraction(self, name: str, shape: Sequence[int]) -> Fraction:
+        """The elements that one rank holds of a tensor, over all of its elements; equal for all ranks."""
+        shard = self.shard(name, shape, 0)
+        if shard.axis is None:
+            return Fraction(1)
+        return Fraction(sum(end - first for first, end in shard.ranges), shape[shard.axis])
+
+    def rank_config(self) -> Config:
+        """The sizes of one rank's modules. Ids and prompts are still the whole config's to check."""
+        held = {name: units(count, self.size, 0) for name, count in self._counts.items()}
+        return replace(self.config, **{name: end - first for name, (first, end) in held.items()})
+
+    def _rule(self, name: str) -> tuple[int | None, tuple[Section, ...]]:
+        """The axis and its sections, from the first line of the table that matches."""
+        bare = re.sub(r"^model\.(language_model\.)?", "", name)
+        weight = re.sub(r"\.weight_scale(_inv)?$", ".weight", bare)
+        for names, axis, sections in self._table:
+            if names.fullmatch(weight):
+                return axis, sections
+        raise InputError(f"{name}: the tensor-parallel plan has no line for this name")
+
+
+def _counted(config: Config) -> list[str]:
+    """The fields that count something to be dealt out in this config: others may have any value."""
+    sparse = [config.is_sparse(i) for i in range(config.num_hidden_layers)]
+    has_attention = "full_attention" in config.layer_types or config.mtp_num_hidden_layers > 0
+    used = {
+        "vocab_size": True,
+        "num_attention_heads": has_attention,
+        "num_key_value_heads": has_attention,
+        "linear_num_key_heads": "linear_attention" in config.layer_types,
+        "linear_num_value_heads": "linear_attention" in config.layer_types,
+        "moe_intermediate_size": config.num_experts > 0,
+        "shared_expert_intermediate_size": config.num_experts > 0,
+        "intermediate_size": not all(sparse),
+    }
+    return [name for name, is_used in used.items() if is_used]
+
+
+def _compiled(names: str) -> re.Pattern[str]:
+    """A line's names as a regular expression."""
+    pattern = names.replace(".", r"\.").replace("N", r"\d+").replace("*", ".+")
+    return re.compile(rf"(mtp\.)?{pattern}" if names.startswith("layers.N") else pattern)
