@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -35,6 +36,9 @@ def run(
 ) -> NoReturn:
     """Parse, run, exit: 0 fine, 1 a check failed, 2 bad input, 130 interrupted."""
     args = parser.parse_args(argv)
+    warnings.showwarning = lambda message, *_, **__: print(
+        f"{parser.prog}: warning: {message}", file=sys.stderr
+    )
     try:
         status = main(args)
         sys.stdout.flush()

@@ -242,7 +242,8 @@ def _has_default(field: Any) -> bool:
 def _layer_types(text: dict[str, Any]) -> list[str]:
     interval, count = text.get("full_attention_interval", 4), text.get("num_hidden_layers", 0)
     _expect("full_attention_interval", interval, _is_integer(interval, 1), "an integer >= 1")
-    _expect("num_hidden_layers", count, _is_integer(count, 0), "an integer >= 1")
+    in_reach = _is_integer(count, 0) and count <= MOST_LAYERS
+    _expect("num_hidden_layers", count, in_reach, f"an integer from 1 to {MOST_LAYERS}")
     return [
         "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(count)
     ]
@@ -268,6 +269,8 @@ def _refuse_unsupported(text: dict[str, Any]) -> None:
         if value != supported:
             raise InputError(f"config: {name} = {value!r}; supported is {supported!r}")
 
+
+MOST_LAYERS = 10_000  # a list is made of them before anything else can be compared with the number
 
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

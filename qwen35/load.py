@@ -1,5 +1,6 @@
 """The one place where a checkpoint becomes a model."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from qwen35.errors import InputError
 from reference.model import Model
-from weights.checkpoint import Checkpoint
+from reference.quantized import FP8Linear, MXFP4Linear
+from weights.checkpoint import Checkpoint, Entry
 
 TINY = Path(__file__).parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -39,13 +41,16 @@ def load(
     """Build the reference model of a checkpoint folder, in eval mode, without gradients.
 
     dtype: of the activations and the dense weights; None takes the checkpoint's own. On a CPU, weights
-    that are already in that dtype stay mapped files, and experts always do (they are cast when hit):
-    what a token does not touch is never read. A_log and the delta net's norm keep the file's float32.
+    that are already in that dtype stay mapped files, and experts always do, in whatever format the file
+    has them (they are cast or decoded when hit): what a token does not touch is never read. Other weights
+    in FP8 or MXFP4 are decoded here. A_log and the delta net's norm keep the file's float32.
 
     A checkpoint without MTP tensors gives a model with `mtp` None. Raises InputError when a tensor is
-    missing, unknown or of another shape.
+    missing, unknown or of another shape; warns when the file is not quantised as its config claims.
     """
     checkpoint = Checkpoint(folder)
+    for problem in checkpoint.problems:
+        warnings.warn(f"{checkpoint.folder}: {problem}", stacklevel=2)
     config = checkpoint.config
     if not any(name.startswith("mtp.") for name in checkpoint.entries):
         config = replace(config, mtp_num_hidden_layers=0)
@@ -53,16 +58,29 @@ def load(
         checkpoint.ignore("mtp.")
     if config.tie_word_embeddings:
         checkpoint.ignore("lm_head.")
+    layers, experts = config.num_hidden_layers, config.num_experts
+    if len(checkpoint.entries) < layers * max(
+        experts, 1
+    ):  # before a model of that size is laid out
+        raise InputError(
+            f"{checkpoint.folder}: {len(checkpoint.entries)} parameters in the file, too few for "
+            f"{layers} layers of {experts} experts"
+        )
     with torch.device("meta"):
         model = Model(config)
     # `named_parameters` names a tied head once, under embed_tokens: so does the file.
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     checkpoint.check(shapes)
-    wanted = dtype or checkpoint.entries["embed_tokens.weight"].dtype
+    embedding = checkpoint.entries["embed_tokens.weight"]
+    wanted = dtype or (embedding.dtype if embedding.format == "plain" else torch.bfloat16)
     for name in shapes:
         entry = checkpoint.entries[name]
-        tensor = entry.read().to(device, _kept_dtype(name, entry.dtype, wanted))
-        _assign(model, name, tensor)
+        if ".experts." in name and entry.format != "plain":
+            module = name.removesuffix(".weight")
+            model.set_submodule(module, _quantized_linear(entry).to(device))
+        else:
+            kept = _kept_dtype(name, entry.dtype, wanted)
+            _assign(model, name, entry.read(kept).to(device))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight  # pyright: ignore (a Parameter)
     return model.eval()
@@ -74,6 +92,13 @@ def _kept_dtype(name: str, stored: torch.dtype, wanted: torch.dtype) -> torch.dt
     if name.endswith((".A_log", ".linear_attn.norm.weight")):
         return torch.promote_types(stored, wanted)
     return wanted
+
+
+def _quantized_linear(entry: Entry) -> MXFP4Linear | FP8Linear:
+    assert entry.scale is not None and entry.view is None  # only whole matrices are published so
+    if entry.format == "mxfp4":
+        return MXFP4Linear(entry.weight.read(), entry.scale.read(), entry.stored_as)
+    return FP8Linear(entry.weight.read(), entry.scale.read(), entry.stored_as, entry.block)
 
 
 def _assign(model: Model, name: str, tensor: Tensor) -> None:

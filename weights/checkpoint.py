@@ -1,106 +1,195 @@
-"""A checkpoint folder: which tensors it holds, under the model's own names, mapped and read when asked.
+"""A checkpoint folder: which parameters it holds, under the model's own names, in whatever dialect.
 
-One name space: `Checkpoint.entries` is keyed by parameter names of `reference.model.Model`, whatever the
-dialect on disk. An entry knows where its bytes lie and how to view them. The safetensors library checks
-each file; the bytes are mapped here, once a file, because the library's own reads touch the first page
-of every tensor, and a checkpoint with an expert a tensor has a hundred thousand of them.
+One name space: `Checkpoint.entries` is keyed by parameter names of `reference.model.Model`. An entry
+knows the format of its numbers, where they lie, and how to get them.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwen35.config import Config
 from qwen35.errors import InputError
+from weights import fp8, mxfp4
+from weights.quantization import PREFIX, Quantization, disagreements
+from weights.storage import DTYPE_NAMES, Stored, open_folder, some
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
-# Dtypes as safetensors writes them. PLAIN are those that a weight may have without scales beside it.
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "U8": torch.uint8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
-PLAIN = ("BF16", "F16", "F32", "F64")
+Format = Literal["plain", "mxfp4", "fp8"]
+PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+SCALES = (".weight_scale", ".weight_scale_inv")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: its shape and dtype (known from the header) and how to get it."""
+    """One parameter: what the header says of it, and how to get it.
 
-    stored_as: str  # the tensor's name in the file
+    shape: of the parameter, whatever its numbers are packed in. view: what part of the stored tensor it
+    is, or in which order.
+    """
+
+    weight: Stored
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
+    format: Format = "plain"
+    scale: Stored | None = None
+    block: tuple[int, int] = fp8.BLOCK
+    view: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def stored_as(self) -> str:
+        return self.weight.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored numbers."""
+        return self.weight.dtype
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The parameter in `dtype`, decoded where it is quantised; mapped where nothing has to change.
+
+        None: the stored dtype, and bfloat16 for what is quantised. InputError for a scale that is NaN.
+        """
+        stored = self.weight.read()
+        if self.scale is None:
+            whole = stored if dtype is None else stored.to(dtype)
+        else:
+            whole = decode(
+                self.format, stored, self.scale.read(), dtype or torch.bfloat16, self.stored_as,
+                self.block,
+            )  # fmt: skip
+        return whole if self.view is None else self.view(whole)
+
+
+def decode(
+    format: Format,
+    weight: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    name: str,
+    block: tuple[int, int] = fp8.BLOCK,
+) -> Tensor:
+    """A quantised weight [N, K] as stored, in `dtype`. InputError naming it for a scale that is NaN."""
+    if format == "mxfp4":
+        powers = scale.view(torch.uint8)
+        if (powers == mxfp4.NAN_SCALE).any():
+            raise InputError(
+                f"{name}: a scale is 255, which is NaN in e8m0; at most 254 is expected"
+            )
+        return mxfp4.dequantize(weight, powers, dtype)
+    if not scale.isfinite().all():
+        raise InputError(f"{name}: a scale is not a finite number")
+    return fp8.dequantize(weight, scale, dtype, block)
 
 
 class Checkpoint:
-    """The BF16 dialects of Qwen3.5, 3.6 and 3-Next, in one file or in shards.
+    """The dialects of Qwen3.5, 3.6 and 3-Next: BF16, FP8 and MXFP4, in one file or in shards.
 
     config: the shape that `config.json` states. entries: by parameter name. ignored: names in the
-    file that are no part of the text model (the vision tower).
+    file that are no part of the text model (the vision tower). stored: everything, by name in the file.
+    problems: lines on what is not as `quantization_config` claims.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"{self.folder}: no such folder")
-        self.config = Config.from_file(self.folder / "config.json")
+        config_file = self.folder / "config.json"
+        self.config = Config.from_file(config_file)
+        self.document = json.loads(config_file.read_text())
+        try:
+            self.quantization = Quantization.from_config(self.document)
+        except InputError as error:
+            raise InputError(f"{config_file}: {error}") from None
         self.entries: dict[str, Entry] = {}
         self.ignored: list[str] = []
-        for file, expected in _shards(self.folder):
-            stored = _stored(file)
-            names = set(stored)
-            if expected is not None and names != expected:
-                only_here, only_there = sorted(names - expected), sorted(expected - names)
-                where = (
-                    f"{file}: in the file but not in {INDEX}"
-                    if only_here
-                    else f"{file}: in {INDEX} but not in the file"
-                )
-                raise InputError(f"{where}: {_some(only_here or only_there)}")
-            for name in sorted(names):
-                self._add(stored[name], file)
+        self.stored = {stored.name: stored for stored in open_folder(self.folder)}
+        formats: dict[str, str] = {}
+        for stored in self.stored.values():
+            self._add(stored, formats)
+        self.problems = disagreements(self.quantization, formats)
 
-    def _add(self, whole: Entry, file: Path) -> None:
-        name = re.sub(r"^model\.(language_model\.)?", "", whole.stored_as)
+    def _add(self, stored: Stored, formats: dict[str, str]) -> None:
+        name = PREFIX.sub("", stored.name)
         if name.startswith("visual."):
-            self.ignored.append(whole.stored_as)
+            self.ignored.append(stored.name)
             return
-        if whole.dtype not in (DTYPES[kind] for kind in PLAIN):
-            kind = next(kind for kind, dtype in DTYPES.items() if dtype == whole.dtype)
-            raise InputError(
-                f"{file}: {whole.stored_as} has dtype {kind}; readable are {', '.join(PLAIN)}"
-            )
-        for part_name, part in _split(name, whole, self.config):
+        module, _, leaf = stored.name.rpartition(".")
+        if stored.name.endswith(SCALES):
+            if f"{module}.weight" not in self.stored:
+                raise InputError(f"{stored.file}: {stored.name} has no {module}.weight beside it")
+            return
+        try:
+            whole = self._whole(stored)
+            parts = dict(_split(name, whole, self.config))
+        except InputError as error:
+            raise InputError(f"{stored.file}: {error}") from None
+        if leaf == "weight" and len(whole.shape) == 2 and not name.startswith("embed_tokens."):
+            formats[name.removesuffix(".weight")] = whole.format
+        for part_name, part in parts.items():
             if part_name in self.entries:
                 other = self.entries[part_name].stored_as
                 raise InputError(
-                    f"{file}: {part_name} is given twice, by {other} and by {whole.stored_as}"
+                    f"{stored.file}: {part_name} is given twice, by {other} and by {stored.name}"
                 )
             self.entries[part_name] = part
+
+    def _whole(self, stored: Stored) -> Entry:
+        """A stored tensor as an entry: its format follows from its dtype and the scales beside it."""
+        stem = stored.name.removesuffix(".weight")
+        beside = [f"{stem}{s}" for s in SCALES if f"{stem}{s}" in self.stored]
+        kind = DTYPE_NAMES[stored.dtype]
+        if stored.dtype in PLAIN:
+            if stored.name != stem and beside:
+                raise InputError(f"{beside[0]} is a scale, but {stored.name} has dtype {kind}")
+            return Entry(stored, stored.shape)
+        plain = ", ".join(DTYPE_NAMES[dtype] for dtype in PLAIN)
+        if stored.dtype not in (torch.uint8, fp8.E4M3):
+            raise InputError(
+                f"{stored.name} has dtype {kind}; readable are {plain}, U8 and F8_E4M3"
+            )
+        if stored.name == stem or len(beside) != 1:
+            raise InputError(
+                f"{stored.name} has dtype {kind} and {len(beside)} tensors of scales; one is expected, "
+                f"{' or '.join(f'{stem}{suffix}' for suffix in SCALES)}, or a dtype of {plain}"
+            )
+        if len(stored.shape) != 2:
+            raise InputError(
+                f"{stored.name} has dtype {kind} and shape {list(stored.shape)}; two axes were expected"
+            )
+        scale = self.stored[beside[0]]
+        rows, columns = stored.shape
+        if stored.dtype == fp8.E4M3:
+            if scale.dtype not in PLAIN:
+                raise InputError(
+                    f"{scale.name} has dtype {DTYPE_NAMES[scale.dtype]}; scales of FP8 are {plain}"
+                )
+            block = self.quantization.block if self.quantization else fp8.BLOCK
+            try:
+                fp8.granularity((rows, columns), scale.shape, block)
+            except InputError as error:
+                raise InputError(f"{scale.name}: {error}") from None
+            return Entry(stored, stored.shape, "fp8", scale, block)
+        groups = (rows, columns * 2 // mxfp4.GROUP)
+        is_e8m0 = scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
+        if scale.shape != groups or columns * 2 % mxfp4.GROUP or not is_e8m0:
+            raise InputError(
+                f"{scale.name} has shape {list(scale.shape)} and dtype {DTYPE_NAMES[scale.dtype]}; "
+                f"{stored.name} of shape {[rows, columns]} (MXFP4) needs {list(groups)} in U8"
+            )
+        return Entry(stored, (rows, columns * 2), "mxfp4", scale)
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Compare the books with the parameters that a model has: names, then shapes, both ways."""
         missing = [name for name in expected if name not in self.entries]
         if missing:
-            raise InputError(f"{self.folder}: missing {_some(missing)}")
+            raise InputError(f"{self.folder}: missing {some(missing)}")
         unknown = [e.stored_as for name, e in self.entries.items() if name not in expected]
         if unknown:
-            raise InputError(f"{self.folder}: not part of this model: {_some(unknown)}")
+            raise InputError(f"{self.folder}: not part of this model: {some(unknown)}")
         for name, shape in expected.items():
             if self.entries[name].shape != shape:
                 raise InputError(
@@ -114,82 +203,30 @@ class Checkpoint:
             self.ignored.append(self.entries.pop(name).stored_as)
 
 
-def _shards(folder: Path) -> Iterable[tuple[Path, set[str] | None]]:
-    """Each safetensors file with the names that the index promises in it (None without an index)."""
-    if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
-            raise InputError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
-        return [(folder / SINGLE, None)]
-    try:
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        promised: dict[str, set[str]] = {}
-        for name, file in weight_map.items():
-            promised.setdefault(file, set()).add(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / INDEX}: no readable weight_map: {error!r}") from None
-    for file in promised:
-        # A hub cache links its files elsewhere, which is fine; a *name* that leaves the folder is not.
-        if (
-            not isinstance(file, str)
-            or Path(file).name != file
-            or not file.endswith(".safetensors")
-        ):
-            raise InputError(f"{folder / INDEX}: {file!r} is not a safetensors file of this folder")
-    return [(folder / file, names) for file, names in sorted(promised.items())]
-
-
-def _stored(file: Path) -> dict[str, Entry]:
-    """The tensors of one file by their stored names, as views of its mapping."""
-    try:
-        with safe_open(file, framework="pt"):  # checks the header against the file
-            pass
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length))
-        size = file.stat().st_size
-        mapping = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{file}: not a whole safetensors file: {error}") from None
-    content = torch.tensor([], dtype=torch.uint8).set_(mapping)[8 + length :]  # pyright: ignore
-
-    def entry(name: str, described: dict[str, Any]) -> Entry:
-        kind, shape = described["dtype"], tuple(described["shape"])
-        if kind not in DTYPES:
-            raise InputError(f"{file}: {name} has dtype {kind}; known are {', '.join(DTYPES)}")
-        dtype = DTYPES[kind]
-
-        def read() -> Tensor:
-            first, end = described["data_offsets"]
-            stored = content[first:end]
-            if stored.storage_offset() % dtype.itemsize:  # legal, and rare: such a tensor is copied
-                stored = stored.clone()
-            return stored.view(dtype).view(shape)
-
-        return Entry(name, shape, dtype, read)
-
-    return {name: entry(name, d) for name, d in header.items() if name != "__metadata__"}
-
-
 def _split(name: str, whole: Entry, config: Config) -> Iterable[tuple[str, Entry]]:
     """The parameters that one stored tensor carries: several where experts or projections are fused."""
     layer, _, leaf = name.rpartition(".experts.")
+    if leaf in ("gate_up_proj", "down_proj") and _size(whole, 3)[0] != config.num_experts:
+        raise InputError(
+            f"{whole.stored_as} has shape {list(whole.shape)}; num_experts = {config.num_experts}"
+        )
     if leaf == "gate_up_proj":  # [E, 2I, D]: of each expert the gate's rows, then the up's
-        half = _size(whole, 3)[1] // 2
-        for e in range(whole.shape[0]):
+        half = whole.shape[1] // 2
+        for e in range(config.num_experts):
             expert = f"{layer}.experts.{e}"
             yield f"{expert}.gate_proj.weight", _part(whole, lambda t, e=e: t[e, :half])
             yield f"{expert}.up_proj.weight", _part(whole, lambda t, e=e: t[e, half:])
     elif leaf == "down_proj":  # [E, D, I]
-        for e in range(_size(whole, 3)[0]):
+        for e in range(config.num_experts):
             yield f"{layer}.experts.{e}.down_proj.weight", _part(whole, lambda t, e=e: t[e])
     elif name.endswith(".in_proj_qkvz.weight"):
         stem = name.removesuffix("_qkvz.weight")
+        _size(whole, 2)
         yield f"{stem}_qkv.weight", _part(whole, lambda t: _ungroup(t, config, "qkv"))
         yield f"{stem}_z.weight", _part(whole, lambda t: _ungroup(t, config, "z"))
     elif name.endswith(".in_proj_ba.weight"):
         stem = name.removesuffix("_ba.weight")
+        _size(whole, 2)
         yield f"{stem}_b.weight", _part(whole, lambda t: _ungroup(t, config, "b"))
         yield f"{stem}_a.weight", _part(whole, lambda t: _ungroup(t, config, "a"))
     else:
@@ -212,7 +249,7 @@ def _part(whole: Entry, view: Callable[[Tensor], Tensor]) -> Entry:
         raise InputError(
             f"{whole.stored_as} has shape {list(whole.shape)}, which the config's heads do not divide"
         ) from None
-    return Entry(whole.stored_as, tuple(shape), whole.dtype, lambda: view(whole.read()))
+    return replace(whole, shape=tuple(shape), view=view)
 
 
 def _ungroup(packed: Tensor, config: Config, wanted: str) -> Tensor:
@@ -225,9 +262,3 @@ def _ungroup(packed: Tensor, config: Config, wanted: str) -> Tensor:
     parts = packed.view(H, sum(sizes), D).split(sizes, dim=1)
     chosen = {"qkv": parts[:3], "z": parts[3:], "b": parts[:1], "a": parts[1:]}[wanted]
     return torch.cat([part.reshape(-1, D) for part in chosen])
-
-
-def _some(names: list[str]) -> str:
-    """The first few of a list of names, and how many more."""
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

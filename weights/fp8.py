@@ -1,0 +1,98 @@
+"""FP8 weights: e4m3 numbers with a scale for each 128 x 128 block, each row, or the whole matrix.
+
+A scale is multiplied, also where a file calls it `weight_scale_inv`: W[n, k] = weight[n, k] * scale. Its
+shape alone says which of the three it is.
+
+Format: OCP 8-bit Floating Point (e4m3: no infinities, largest magnitude 448). Scales per block: the FP8
+repositories of the family; per row ("per channel"): AMD's Quark.
+"""
+
+import torch
+from torch import Tensor
+
+from qwen35.errors import InputError
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0
+BLOCK = (128, 128)
+
+
+def granularity(
+    shape: tuple[int, ...], scale_shape: tuple[int, ...], block: tuple[int, int] = BLOCK
+) -> str:
+    """ "tensor", "channel" or "block": what one scale of scale_shape serves in a weight [N, K].
+
+    InputError naming both shapes when it is none of them.
+    """
+    N, K = shape
+    blocks = (-(-N // block[0]), -(-K // block[1]))
+    if scale_shape in ((), (1,)):
+        return "tensor"
+    if scale_shape in ((N,), (N, 1)):
+        return "channel"
+    if scale_shape == blocks:
+        return "block"
+    raise InputError(
+        f"an FP8 weight of shape {[N, K]} has scales of shape {list(scale_shape)}; expected [] (one), "
+        f"{[N, 1]} (a row) or {list(blocks)} (a block of {block[0]} x {block[1]})"
+    )
+
+
+def dequantize(
+    weight: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[int, int] = BLOCK
+) -> Tensor:
+    """weight [N, K] e4m3, scale [], [1], [N], [N, 1] or [ceil(N/128), ceil(K/128)] -> [N, K] in dtype.
+
+    The product is taken in float32 (in float64 when that is asked for) and rounded to dtype once. A NaN
+    in either makes its products NaN. InputError when the shapes do not belong together.
+    """
+    kind = granularity(tuple(weight.shape), tuple(scale.shape), block)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    wide, factor = weight.to(precise), scale.to(precise)  # [N, K]
+    if kind == "tensor":
+        wide *= factor
+    elif kind == "channel":
+        wide *= factor.view(-1, 1)
+    else:
+        columns = factor.repeat_interleave(block[1], dim=1)[:, : weight.shape[1]]  # [blocks, K]
+        for rows, factors in zip(wide.split(block[0]), columns, strict=True):
+            rows *= factors
+    return wide.to(dtype)
+
+
+def quantize_blocks(
+    weight: Tensor, block: tuple[int, int] = BLOCK, scale_dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor]:
+    """weight [N, K], floating point -> e4m3 [N, K], scale [ceil(N/128), ceil(K/128)] in scale_dtype.
+
+    See `quantize_channels` for the rule; the last blocks of an axis may be smaller.
+    """
+    N, K = weight.shape
+    across = [tile.split(block[1], dim=1) for tile in weight.split(block[0])]
+    pairs = [[_quantize(tile, scale_dtype) for tile in row] for row in across]
+    values = torch.cat([torch.cat([values for values, _ in row], dim=1) for row in pairs])
+    scales = torch.stack([torch.stack([scale for _, scale in row]) for row in pairs])
+    return values.view(N, K), scales
+
+
+def quantize_channels(
+    weight: Tensor, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """weight [N, K], floating point -> e4m3 [N, K], scale [N, 1] in scale_dtype.
+
+    scale = amax / 448, at least 2^-126, rounded to scale_dtype; then x / scale, rounded to the nearest
+    e4m3, ties to even, saturated at 448. All zeros: scale 1. With an infinity or a NaN among them: scale
+    and numbers NaN.
+    """
+    pairs = [_quantize(row, scale_dtype) for row in weight]
+    return torch.stack([values for values, _ in pairs]), torch.stack([s for _, s in pairs])[:, None]
+
+
+def _quantize(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Numbers that share a scale -> e4m3 of the same shape, scale []."""
+    wide = x.float()
+    amax = wide.abs().amax()
+    least = torch.finfo(torch.float32).tiny
+    scale = torch.where(amax == 0, 1.0, (amax / LARGEST).clamp(min=least)).to(scale_dtype)
+    scale = torch.where(amax.isfinite(), scale, torch.nan)
+    return (wide / scale.float()).clamp(-LARGEST, LARGEST).to(E4M3), scale

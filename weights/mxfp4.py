@@ -1,0 +1,101 @@
+"""MXFP4: four-bit numbers (e2m1) in groups of 32 along K, with one power of two (e8m0) a group.
+
+    code     bit 3 is the sign; bits 0 to 2 pick one of 0, 0.5, 1, 1.5, 2, 3, 4, 6
+    byte     two codes: element 2j in the low nibble, 2j + 1 in the high one
+    scale    byte s stands for 2^(s - 127); 255 is NaN
+
+Format: OCP Microscaling Formats (MX) v1.0. Rounding: the "even" rule of AMD's Quark, by which the
+published MXFP4 checkpoints of this family were made.
+"""
+
+import torch
+from torch import Tensor
+
+from qwen35.errors import InputError
+
+GROUP = 32  # elements along K that share a scale
+NAN_SCALE = 255
+MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+CHUNK = 1 << 18  # elements quantised at a time: the steps between stay in a core's cache
+
+_VALUES = torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], dtype=torch.float64)
+_BYTES = torch.arange(256)
+_PAIRS = torch.stack([_VALUES[_BYTES & 15], _VALUES[_BYTES >> 4]], dim=-1)  # [256, 2]
+# A pair of numbers as one word, so that decoding is one look-up a byte.
+_WORDS = {
+    torch.bfloat16: _PAIRS.bfloat16().view(torch.int32).flatten(),
+    torch.float32: _PAIRS.float().view(torch.int64).flatten(),
+    torch.float64: _PAIRS.view(torch.complex128).flatten(),
+}
+
+
+def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """packed [..., K/2] uint8, scale [..., K/32] uint8 -> [..., K] in dtype, row-major.
+
+    Exact in bfloat16, float32 and float64 (a product with a power of two), but for magnitudes from
+    2^128, which are infinite in the first two. A scale of 255 makes its group NaN. InputError when the
+    shapes do not belong together, or for another dtype.
+    """
+    if dtype not in _WORDS:
+        known = ", ".join(str(known) for known in _WORDS)
+        raise InputError(f"MXFP4 is decoded to {known}; {dtype} was asked for")
+    *rows, half = packed.shape
+    if scale.shape != (*rows, half * 2 // GROUP) or half * 2 % GROUP:
+        raise InputError(
+            f"MXFP4 bytes of shape {list(packed.shape)} and scales of shape {list(scale.shape)}; "
+            f"expected [..., K/2] and [..., K/{GROUP}]"
+        )
+    words = _WORDS[dtype].to(packed.device)
+    values = words.index_select(0, packed.flatten().int()).view(dtype)  # [... * K]
+    powers = scale.contiguous().view(torch.float8_e8m0fnu).to(dtype)  # [..., K/32]
+    groups = values.view(*scale.shape, GROUP).mul_(powers[..., None])
+    return groups.view(*rows, half * 2)
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [..., K], floating point -> packed [..., K/2] uint8, scale [..., K/32] uint8.
+
+    The rule, for each group of 32, in float32 (float64 is rounded to it first):
+        exponent = floor(log2(amax after its mantissa is rounded to the two leading bits)) - 2,
+        at least -127; scale = exponent + 127; code = x / 2^exponent, rounded to the nearest e2m1,
+        ties to the even code, magnitudes above 6 to 6; the sign is kept, of zeros too.
+    A group of zeros has scale 0. A group with an infinity or a NaN, which e2m1 cannot hold, becomes NaN
+    as a whole: scale 255, codes 0. InputError when 32 does not divide K.
+    """
+    *rows, K = weight.shape
+    if K % GROUP or not weight.is_floating_point():
+        raise InputError(
+            f"a weight of shape {list(weight.shape)} and {weight.dtype} cannot be MXFP4: "
+            f"its last axis must be a multiple of {GROUP}, its numbers floating point"
+        )
+    groups = weight.reshape(-1, GROUP)  # [n, 32]
+    packed = torch.empty(len(groups), GROUP // 2, dtype=torch.uint8, device=weight.device)
+    scale = torch.empty(len(groups), dtype=torch.uint8, device=weight.device)
+    step = CHUNK // GROUP
+    for first in range(0, len(groups), step):
+        part = slice(first, first + step)
+        packed[part], scale[part] = _quantize_groups(groups[part].float())
+    return packed.view(*rows, K // 2), scale.view(*rows, K // GROUP)
+
+
+def _quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [n, 32] float32 -> packed [n, 16], scale [n]."""
+    amax = x.abs().amax(-1, keepdim=True)  # [n, 1]; NaN when there is one
+    finite = amax.isfinite()
+    if not finite.all():
+        x = torch.where(finite, x, 0.0)
+    # float32 keeps exponent + 127 in the bits from 23 up: adding a quarter of a mantissa carries there.
+    stored = ((amax.view(torch.int32) + 0x200000 >> 23) - 2).clamp_(min=0)  # [n, 1], at most 253
+    inverse = (254 - stored << 23).view(torch.float32)  # 2^-exponent: a product with it is exact
+    scaled = x * inverse  # [n, 32], magnitudes below 7
+    size = scaled.abs()
+    # Codes are 0.5 apart up to 2, then 1, then 2; the smallest of the three roundings is the right one,
+    # and the offsets are even, so that ties go to the even code.
+    code = (size * 2).round_()
+    code = torch.minimum(code, size.round().add_(2))
+    code = torch.minimum(code, size.mul_(0.5).round_().add_(4)).clamp_(max=7)  # [n, 32]
+    sign = scaled.view(torch.int32) >> 28 & 8
+    codes = code.to(torch.int32) | sign  # [n, 32]
+    pair = codes.view(torch.int64)  # little-endian: the even element in the low half
+    packed = (pair | pair >> 28).to(torch.uint8)  # [n, 16]
+    return packed, torch.where(finite, stored, NAN_SCALE).to(torch.uint8).flatten()

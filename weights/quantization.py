@@ -1,0 +1,90 @@
+"""`quantization_config` of a config.json: a claim about which modules are quantised.
+
+What a tensor is, follows from its dtype and from the scales beside it (`weights/checkpoint.py`). The
+claim is only compared with that: repositories exist whose lists are wrong.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from qwen35.errors import InputError
+from weights import fp8
+
+METHODS = ("fp8", "quark")
+PREFIX = re.compile(r"^model\.(language_model\.)?")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """method: "fp8" (Qwen's repositories) or "quark" (AMD's). excluded: names or globs of modules.
+    block: rows and columns of an FP8 block."""
+
+    method: str
+    excluded: tuple[str, ...] = ()
+    block: tuple[int, int] = fp8.BLOCK
+
+    @classmethod
+    def from_config(cls, document: Mapping[str, Any]) -> "Quantization | None":
+        """Of a parsed config.json; None where it claims nothing. InputError for an unknown method."""
+        text = document.get("text_config")
+        nested = text.get("quantization_config") if isinstance(text, dict) else None
+        claim = document.get("quantization_config") or nested
+        if not claim:
+            return None
+        if not isinstance(claim, dict) or claim.get("quant_method") not in METHODS:
+            method = claim.get("quant_method") if isinstance(claim, dict) else claim
+            raise InputError(
+                f"quantization_config: quant_method = {method!r}; known are {', '.join(METHODS)}"
+            )
+        key = "exclude" if claim["quant_method"] == "quark" else "modules_to_not_convert"
+        excluded = claim.get(key) or []
+        if not isinstance(excluded, list) or not all(isinstance(e, str) for e in excluded):
+            raise InputError(f"quantization_config: {key} = {excluded!r}; expected a list of names")
+        block = claim.get("weight_block_size") or list(fp8.BLOCK)
+        if not isinstance(block, list) or len(block) != 2 or not all(_is_size(b) for b in block):
+            raise InputError(
+                f"quantization_config: weight_block_size = {block!r}; expected [128, 128]"
+            )
+        return cls(claim["quant_method"], tuple(excluded), (block[0], block[1]))
+
+    def excludes(self, module: str) -> bool:
+        """Whether the list names this module (less the checkpoint's prefix), a parent of it, or a glob
+        that fits: `lm_head`, `mtp.*`, `*mlp.gate`, `model.language_model.layers.0.mlp.gate`."""
+        return any(
+            fnmatchcase(module, entry) or module.startswith(f"{entry}.")
+            for entry in (PREFIX.sub("", entry) for entry in self.excluded)
+        )
+
+
+def disagreements(claim: Quantization | None, formats: Mapping[str, str]) -> list[str]:
+    """One line for each kind of module that is not as claimed.
+
+    formats: by name of a linear module (a matrix `.weight` that is no embedding) its format,
+    "mxfp4", "fp8" or "plain". Layer and expert numbers are left out of the lines.
+    """
+    wrong: Counter[tuple[str, str]] = Counter()
+    for module, found in formats.items():
+        claimed = claim is not None and not claim.excludes(module)
+        if claimed == (found != "plain"):
+            continue
+        if claim is None:
+            reason = f"{found}, but config.json has no quantization_config"
+        elif claimed:
+            reason = f"not quantised, but quantization_config ({claim.method}) does not exclude it"
+        else:
+            reason = f"{found}, but quantization_config ({claim.method}) excludes it"
+        wrong[kind(module), reason] += 1
+    return [f"{module} ({count} x): {reason}" for (module, reason), count in wrong.items()]
+
+
+def kind(name: str) -> str:
+    """A name with its layer and expert numbers as `*`: what many tensors have in common."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,151 @@
+"""Safetensors files as named tensors: headers first, bytes mapped, nothing read before it is asked for.
+
+The safetensors library checks each file; the bytes are mapped here, once a file, because the library's
+own reads touch the first page of every tensor, and a checkpoint with an expert a tensor has a hundred
+thousand of them.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qwen35.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# Dtypes as safetensors writes them.
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file, under its name in the file. `read` gives a view of the mapped bytes."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def shards(folder: Path) -> dict[Path, set[str] | None]:
+    """Each safetensors file of a folder, with the names that its index promises (None: no index)."""
+    if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise InputError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
+        return {folder / SINGLE: None}
+    try:
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        promised: dict[str, set[str]] = {}
+        for name, file in weight_map.items():
+            promised.setdefault(file, set()).add(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{folder / INDEX}: no readable weight_map: {error!r}") from None
+    for file in promised:
+        # A hub cache links its files elsewhere, which is fine; a *name* that leaves the folder is not.
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or not file.endswith(".safetensors")
+        ):
+            raise InputError(f"{folder / INDEX}: {file!r} is not a safetensors file of this folder")
+    return {folder / file: promised[file] for file in sorted(promised)}
+
+
+def open_folder(folder: Path) -> list[Stored]:
+    """The tensors of all files of a folder, in the order of files and names.
+
+    InputError for a file that is missing, cut off or not as the index says, and for a name in two files.
+    """
+    found: dict[str, Stored] = {}
+    files = shards(folder)
+    home = {name: file.name for file, names in files.items() for name in names or ()}
+    for file, promised in files.items():
+        stored = open_file(file)
+        names = set(stored)
+        if promised is not None and names != promised:
+            only_here, only_there = sorted(names - promised), sorted(promised - names)
+            twice = [name for name in only_here if name in home]
+            if twice:
+                raise InputError(
+                    f"{file}: {twice[0]} is in this file and, says {INDEX}, in {home[twice[0]]}"
+                )
+            where = (
+                f"{file}: in the file but not in {INDEX}"
+                if only_here
+                else f"{file}: in {INDEX} but not in the file"
+            )
+            raise InputError(f"{where}: {some(only_here or only_there)}")
+        found |= {name: stored[name] for name in sorted(names)}
+    return list(found.values())
+
+
+def open_file(file: Path) -> dict[str, Stored]:
+    """The tensors of one file by their names, as views of its mapping."""
+    try:
+        with safe_open(file, framework="pt"):  # checks the header against the file
+            pass
+        header, start = read_header(file)
+        size = file.stat().st_size
+        mapping = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size)
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except (SafetensorError, OSError, RuntimeError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not a whole safetensors file: {error}") from None
+    content = torch.tensor([], dtype=torch.uint8).set_(mapping)[start:]  # pyright: ignore
+
+    def stored(name: str, described: dict[str, Any]) -> Stored:
+        kind, shape = described["dtype"], tuple(described["shape"])
+        if kind not in DTYPES:
+            raise InputError(f"{file}: {name} has dtype {kind}; known are {', '.join(DTYPES)}")
+        dtype = DTYPES[kind]
+
+        def read() -> Tensor:
+            first, end = described["data_offsets"]
+            numbers = content[first:end]
+            if (
+                numbers.storage_offset() % dtype.itemsize
+            ):  # legal, and rare: such a tensor is copied
+                numbers = numbers.clone()
+            return numbers.view(dtype).view(shape)
+
+        return Stored(name, file, dtype, shape, read)
+
+    return {name: stored(name, described) for name, described in header.items()}
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file without its metadata, and where the tensors' bytes start."""
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def some(names: list[str]) -> str:
+    """The first few of a list of names, and how many more."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
