@@ -21,6 +21,7 @@ from weights.storage import DTYPE_NAMES, Stored, open_folder, some
 
 Format = Literal["plain", "mxfp4", "fp8"]
 PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+UNFINISHED = ".conversion"  # in a folder that weights/convert.py is still writing
 SCALES = (".weight_scale", ".weight_scale_inv")
 
 
@@ -80,9 +81,19 @@ def decode(
                 f"{name}: a scale is 255, which is NaN in e8m0; at most 254 is expected"
             )
         return mxfp4.dequantize(weight, powers, dtype)
-    if not scale.isfinite().all():
-        raise InputError(f"{name}: a scale is not a finite number")
+    check_scale(scale, name)
     return fp8.dequantize(weight, scale, dtype, block)
+
+
+def check_scale(scale: Tensor, name: str) -> None:
+    """Raise InputError when a scale of the weight `name` is NaN (255 in e8m0) or infinite."""
+    if scale.dtype == torch.uint8:
+        if (scale == mxfp4.NAN_SCALE).any():
+            raise InputError(
+                f"{name}: a scale is 255, which is NaN in e8m0; at most 254 is expected"
+            )
+    elif not scale.isfinite().all():
+        raise InputError(f"{name}: a scale is not a finite number")
 
 
 class Checkpoint:
@@ -97,9 +108,18 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"{self.folder}: no such folder")
+        if (self.folder / UNFINISHED).exists():
+            raise InputError(
+                f"{self.folder}: an unfinished conversion; the same command continues it"
+            )
         config_file = self.folder / "config.json"
         self.config = Config.from_file(config_file)
         self.document = json.loads(config_file.read_text())
+        if "tensor_parallel" in self.document:
+            raise InputError(
+                f"{config_file}: one rank's part, {self.document['tensor_parallel']}; "
+                "whole checkpoints are read here"
+            )
         try:
             self.quantization = Quantization.from_config(self.document)
         except InputError as error:
@@ -123,7 +143,7 @@ class Checkpoint:
                 raise InputError(f"{stored.file}: {stored.name} has no {module}.weight beside it")
             return
         try:
-            whole = self._whole(stored)
+            whole = self.whole(stored)
             parts = dict(_split(name, whole, self.config))
         except InputError as error:
             raise InputError(f"{stored.file}: {error}") from None
@@ -137,7 +157,7 @@ class Checkpoint:
                 )
             self.entries[part_name] = part
 
-    def _whole(self, stored: Stored) -> Entry:
+    def whole(self, stored: Stored) -> Entry:
         """A stored tensor as an entry: its format follows from its dtype and the scales beside it."""
         stem = stored.name.removesuffix(".weight")
         beside = [f"{stem}{s}" for s in SCALES if f"{stem}{s}" in self.stored]

@@ -71,31 +71,38 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     groups = weight.reshape(-1, GROUP)  # [n, 32]
     packed = torch.empty(len(groups), GROUP // 2, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(len(groups), dtype=torch.uint8, device=weight.device)
-    step = CHUNK // GROUP
-    for first in range(0, len(groups), step):
+    step = min(CHUNK // GROUP, len(groups))
+    buffers = torch.empty(
+        2, step, GROUP, device=weight.device
+    )  # fresh memory costs more than a pass
+    for first in range(0, len(groups), step or 1):
         part = slice(first, first + step)
-        packed[part], scale[part] = _quantize_groups(groups[part].float())
+        packed[part], scale[part] = _quantize_groups(
+            groups[part], *buffers[:, : len(groups) - first]
+        )
     return packed.view(*rows, K // 2), scale.view(*rows, K // GROUP)
 
 
-def _quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [n, 32] float32 -> packed [n, 16], scale [n]."""
-    amax = x.abs().amax(-1, keepdim=True)  # [n, 1]; NaN when there is one
-    finite = amax.isfinite()
+def _quantize_groups(groups: Tensor, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """groups [n, 32] -> packed [n, 16], scale [n]; x and size [n, 32] float32 are overwritten."""
+    x.copy_(groups)
+    amax = torch.abs(x, out=size).amax(-1, keepdim=True)  # [n, 1]; NaN when there is one
+    finite = amax < torch.inf  # not for NaN either
     if not finite.all():
-        x = torch.where(finite, x, 0.0)
+        x, size = x.where(finite, 0.0), size.where(finite, 0.0)
     # float32 keeps exponent + 127 in the bits from 23 up: adding a quarter of a mantissa carries there.
     stored = ((amax.view(torch.int32) + 0x200000 >> 23) - 2).clamp_(min=0)  # [n, 1], at most 253
     inverse = (254 - stored << 23).view(torch.float32)  # 2^-exponent: a product with it is exact
-    scaled = x * inverse  # [n, 32], magnitudes below 7
-    size = scaled.abs()
-    # Codes are 0.5 apart up to 2, then 1, then 2; the smallest of the three roundings is the right one,
-    # and the offsets are even, so that ties go to the even code.
-    code = (size * 2).round_()
-    code = torch.minimum(code, size.round().add_(2))
-    code = torch.minimum(code, size.mul_(0.5).round_().add_(4)).clamp_(max=7)  # [n, 32]
-    sign = scaled.view(torch.int32) >> 28 & 8
-    codes = code.to(torch.int32) | sign  # [n, 32]
-    pair = codes.view(torch.int64)  # little-endian: the even element in the low half
-    packed = (pair | pair >> 28).to(torch.uint8)  # [n, 16]
+    size *= inverse  # [n, 32], below 7
+    sign = x.view(torch.int32).bitwise_right_shift_(28).to(torch.uint8) & 8
+    # Codes are 0.5 apart up to 2, then 1, then 2; the smallest of the three roundings is the right one.
+    # A sum from 2^22, 2^23, 2^24 has those steps: rounded, ties to even, it counts them in its low bits.
+    # What is added besides, even numbers of steps, makes the three counts codes.
+    halves, ones, twos = (
+        torch.add(size, large, out=x).view(torch.int32).to(torch.uint8)
+        for large in (2**22, 2**23 + 2, 2**24 + 8)
+    )
+    codes = halves.minimum(ones).minimum(twos).clamp_(max=7) | sign  # [n, 32]
+    pair = codes.view(torch.int16)  # little-endian: the even element in the low half
+    packed = (pair | pair >> 4).to(torch.uint8)  # [n, 16]
     return packed, torch.where(finite, stored, NAN_SCALE).to(torch.uint8).flatten()

@@ -60,6 +60,49 @@ class Quantization:
         )
 
 
+def mxfp4_claim(excluded: list[str]) -> dict[str, Any]:
+    """The quantization_config of AMD's MXFP4 repositories, with these modules left out.
+
+    It says that activations are quantised too, as AMD's does: an engine may or may not follow.
+    """
+    weight = {
+        "dtype": "fp4",
+        "is_dynamic": False,
+        "qscheme": "per_group",
+        "ch_axis": -1,
+        "group_size": 32,
+        "symmetric": None,
+        "round_method": "half_even",
+        "scale_type": "float",
+        "scale_format": "e8m0",
+        "scale_calculation_mode": "even",
+        "mx_element_dtype": None,
+        "observer_cls": "PerBlockMXObserver",
+        "is_scale_quant": False,
+    }
+    return {
+        "quant_method": "quark",
+        "quant_mode": "eager_mode",
+        "global_quant_config": {
+            "weight": weight,
+            "input_tensors": weight | {"is_dynamic": True},
+            "output_tensors": None,
+            "bias": None,
+            "target_device": None,
+        },
+        "layer_quant_config": {},
+        "layer_type_quant_config": {},
+        "kv_cache_quant_config": {},
+        "exclude": excluded,
+        "export": {
+            "kv_cache_group": [],
+            "pack_method": "reorder",
+            "weight_format": "real_quantized",
+            "weight_merge_groups": None,
+        },
+    }
+
+
 def disagreements(claim: Quantization | None, formats: Mapping[str, str]) -> list[str]:
     """One line for each kind of module that is not as claimed.
 

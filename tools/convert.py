@@ -1,0 +1,84 @@
+"""`python -m tools.convert SRC DST --to mxfp4|bf16`: one checkpoint format into another, streaming."""
+
+import argparse
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from qwen35.cli import Parser, run
+from qwen35.errors import InputError
+from qwen35.load import TINY
+from weights.convert import SHARD_BYTES, WHAT, Options, convert
+from weights.shard import SIZES
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        "python -m tools.convert",
+        "Convert a checkpoint. A conversion that was stopped is continued by the same command.",
+    )
+    add = parser.add_argument
+    add("source", metavar="SRC", help="a checkpoint folder, a hub id, or `tiny`; it is only read")
+    add("target", metavar="DST", type=Path, help="a folder that is empty or not there yet")
+    add("--to", choices=("mxfp4", "bf16"), required=True)
+    add(
+        "--what",
+        choices=WHAT,
+        default="experts",
+        help="for mxfp4: routed experts, or all linear layers",
+    )
+    add(
+        "--tp",
+        type=int,
+        choices=SIZES,
+        default=1,
+        help="ranks: a folder for each (default: 1, whole)",
+    )
+    add(
+        "--keep-source",
+        action="store_true",
+        help="of a hub id: keep what was fetched, in its cache",
+    )
+    add(
+        "--shard-bytes",
+        type=int,
+        default=SHARD_BYTES,
+        metavar="N",
+        help=f"of an output file, at most (default: {SHARD_BYTES})",
+    )
+    add("--json", action="store_true", help="print the report as one JSON document")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.shard_bytes < 1:
+        raise InputError(f"--shard-bytes {args.shard_bytes}; expected a positive number")
+    folder = TINY if args.source == "tiny" else Path(args.source)
+    is_hub = not folder.is_dir() and len(folder.parts) == 2 and not folder.is_absolute()
+    options = Options(args.to, args.what, args.tp, args.shard_bytes)
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None, desc="converted") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = convert(
+            args.source if is_hub else folder, args.target, options,
+            keep_source=args.keep_source, progress=progress,
+        )  # fmt: skip
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    print(f"{report['files']} files, {report['bytes'] / 1e9:.3f} GB in {args.target}")
+    print(f"{'relative RMS':>12}  {'worst group':>11}  {'tensors':>7}  kind")
+    for kind, error in report["errors"].items():
+        relative, worst = error["relative_rms"], error["worst_group"]
+        print(f"{relative:>12.3%}  {worst:>11.3%}  {error['tensors']:>7}  {kind}")
+        if error["worst_at"]:
+            print(f"{'':>36}worst: {error['worst_at']}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(build_parser(), main)
