@@ -134,7 +134,7 @@ class Item:
         return list(dict.fromkeys(part.file.name for part in parts if part is not None))
 
     def outputs(self) -> list[tuple[str, torch.dtype, tuple[int, ...], int]]:
-        """Name, dtype, shape of what is written; elements along the last axis that an entry stands for."""
+        """Name, dtype and shape of what is written; elements of the last axis that an entry holds."""
         shape = self.entry.shape
         if self.to == "mxfp4" or (self.entry.format == "mxfp4" and self.to == "copy"):
             *rows, K = shape

@@ -16,7 +16,7 @@ from qwen35.errors import InputError
 GROUP = 32  # elements along K that share a scale
 NAN_SCALE = 255
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-CHUNK = 1 << 18  # elements quantised at a time: the steps between stay in a core's cache
+CHUNK = 1 << 19  # elements quantised at a time: the steps between stay in the cache
 
 _VALUES = torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], dtype=torch.float64)
 _BYTES = torch.arange(256)
