@@ -1,5 +1,6 @@
 """The one place where a checkpoint becomes a model."""
 
+import gc
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qwen35.config import Config
 from qwen35.errors import InputError
 from reference.model import Model
 from reference.quantized import FP8Linear, MXFP4Linear
@@ -51,13 +53,7 @@ def load(
     checkpoint = Checkpoint(folder)
     for problem in checkpoint.problems:
         warnings.warn(f"{checkpoint.folder}: {problem}", stacklevel=2)
-    config = checkpoint.config
-    if not any(name.startswith("mtp.") for name in checkpoint.entries):
-        config = replace(config, mtp_num_hidden_layers=0)
-    if not config.mtp_num_hidden_layers:
-        checkpoint.ignore("mtp.")
-    if config.tie_word_embeddings:
-        checkpoint.ignore("lm_head.")
+    config = text_model(checkpoint)
     layers, experts = config.num_hidden_layers, config.num_experts
     if len(checkpoint.entries) < layers * max(
         experts, 1
@@ -66,14 +62,12 @@ def load(
             f"{checkpoint.folder}: {len(checkpoint.entries)} parameters in the file, too few for "
             f"{layers} layers of {experts} experts"
         )
-    with torch.device("meta"):
-        model = Model(config)
-    # `named_parameters` names a tied head once, under embed_tokens: so does the file.
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    checkpoint.check(shapes)
+    model = lay_out(config)
+    expected = shapes(model)
+    checkpoint.check(expected)
     embedding = checkpoint.entries["embed_tokens.weight"]
     wanted = dtype or (embedding.dtype if embedding.format == "plain" else torch.bfloat16)
-    for name in shapes:
+    for name in expected:
         entry = checkpoint.entries[name]
         if ".experts." in name and entry.format != "plain":
             module = name.removesuffix(".weight")
@@ -84,6 +78,37 @@ def load(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.embed_tokens.weight  # pyright: ignore (a Parameter)
     return model.eval()
+
+
+def lay_out(config: Config) -> Model:
+    """The model without memory (on the meta device). The garbage collector rests meanwhile: it would walk
+    a hundred thousand new modules again and again."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.device("meta"):
+            return Model(config)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Of its parameters by name. A tied head is named once, under embed_tokens, as in the file."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def text_model(checkpoint: Checkpoint) -> Config:
+    """The shape of the model that a checkpoint's tensors make: its config, without an MTP head where it
+    has none. What is no part of that model is put aside."""
+    config = checkpoint.config
+    if not any(name.startswith("mtp.") for name in checkpoint.entries):
+        config = replace(config, mtp_num_hidden_layers=0)
+    if not config.mtp_num_hidden_layers:
+        checkpoint.ignore("mtp.")
+    if config.tie_word_embeddings:
+        checkpoint.ignore("lm_head.")
+    return config
 
 
 def _kept_dtype(name: str, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:

@@ -5,6 +5,7 @@ knows the format of its numbers, where they lie, and how to get them.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,6 +49,14 @@ class Entry:
     def dtype(self) -> torch.dtype:
         """Of the stored numbers."""
         return self.weight.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of the stored numbers and their scales; a part of a fused tensor has its share."""
+        packed = 2 if self.format == "mxfp4" else 1
+        whole = math.prod(self.weight.shape) * packed
+        stored = self.weight.nbytes + (self.scale.nbytes if self.scale else 0)
+        return stored * math.prod(self.shape) // whole if whole else 0
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """The parameter in `dtype`, decoded where it is quantised; mapped where nothing has to change.

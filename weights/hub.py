@@ -1,6 +1,7 @@
 """A model repository on the Hugging Face hub, at one commit: headers first, then file by file."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import build_hf_headers, httpx
 
 from qwen35.errors import InputError
-from weights.storage import INDEX
+from weights.storage import INDEX, SINGLE
 
 WEIGHTS = ".safetensors"
 BESIDE = (
@@ -19,6 +20,7 @@ BESIDE = (
     ".model",
     ".tiktoken",
 )  # the small files that belong to a model
+PROBABLY = 1 << 17  # bytes of a first request, which most headers fit into
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones
 
 
@@ -44,25 +46,33 @@ class Repository:
         with _one_line(f"{self.name}/{file}"):
             return Path(hf_hub_download(self.name, file, revision=self.commit, local_dir=folder))
 
-    def fetch_headers(self, folder: Path) -> None:
-        """Make a checkpoint folder without weights: the small files, and of each safetensors file its
-        header, followed by a hole as long as its tensors. Enough for all that is known from headers."""
+    def fetch_headers(self, folder: Path, beside: tuple[str, ...] = BESIDE) -> None:
+        """Make a checkpoint folder without weights: the small files whose names end so, and of each
+        safetensors file its header, followed by a hole as long as its tensors. Enough for all that is
+        known from headers."""
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.sizes:
-            if file.endswith(BESIDE):
+            if file.endswith(beside):
                 self.fetch(file, folder)
-        single = [] if INDEX in self.sizes else [f for f in self.sizes if f == f"model{WEIGHTS}"]
-        for file in single or [f for f in self.sizes if f.endswith(WEIGHTS)]:
-            header = self._first_bytes(file, 8)
-            length = int.from_bytes(header, "little")
-            if len(header) < 8 or length > LONGEST_HEADER:
-                raise InputError(
-                    f"{self.name}/{file}: claims a header of {length} bytes; "
-                    f"at most {LONGEST_HEADER} are expected"
-                )
-            with (folder / file).open("wb") as hollow:
-                hollow.write(self._first_bytes(file, 8 + length))
-                hollow.truncate(max(self.sizes[file], hollow.tell()))
+        weights = [SINGLE] if INDEX not in self.sizes else None
+        files = [f for f in self.sizes if f.endswith(WEIGHTS) and (weights is None or f in weights)]
+        with ThreadPoolExecutor(8) as pool:
+            for _ in pool.map(lambda file: self._fetch_header(file, folder / file), files):
+                pass
+
+    def _fetch_header(self, file: str, hollow: Path) -> None:
+        content = self._first_bytes(file, PROBABLY)
+        end = 8 + int.from_bytes(content[:8], "little")
+        if len(content) < 8 or end > LONGEST_HEADER:
+            raise InputError(
+                f"{self.name}/{file}: {len(content)} bytes are there and a header of {end - 8} bytes is "
+                f"claimed; at most {LONGEST_HEADER} are expected"
+            )
+        if end > len(content):
+            content = self._first_bytes(file, end)
+        with hollow.open("wb") as handle:
+            handle.write(content[:end])
+            handle.truncate(max(self.sizes[file], handle.tell()))
 
     def _first_bytes(self, file: str, count: int) -> bytes:
         url = hf_hub_url(self.name, file, revision=self.commit)

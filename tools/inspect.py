@@ -1,0 +1,346 @@
+"""`python -m tools.inspect MODEL`: what is in a checkpoint, from its headers alone."""
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen35.cache import Cache, DeltaState
+from qwen35.cli import Parser, run
+from qwen35.config import PUBLISHED, Config
+from qwen35.errors import InputError
+from qwen35.load import TINY, lay_out, shapes, text_model
+from weights import mxfp4
+from weights.checkpoint import Checkpoint
+from weights.hub import Repository
+from weights.quantization import kind
+from weights.shard import SIZES, Plan
+from weights.storage import DTYPE_NAMES, INDEX, SINGLE
+
+# Parts of the model by the names of their parameters; the first that fits holds.
+PARTS = (
+    ("MTP", "mtp.*"),
+    ("routed experts", "*.mlp.experts.*"),
+    ("shared experts", "*.mlp.shared_expert*"),
+    ("routers", "*.mlp.gate.*"),
+    ("dense MLPs", "*.mlp.*"),
+    ("delta nets", "*.linear_attn.*"),
+    ("attention", "*.self_attn.*"),
+    ("embedding", "embed_tokens.*"),
+    ("head", "lm_head.*"),
+    ("norms", "*"),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters of one kind, shape and format: layer after layer, expert after expert."""
+
+    name: str  # of one of them
+    shape: tuple[int, ...]
+    format: str  # "mxfp4", "fp8" or the dtype
+    count: int
+    nbytes: int  # of all of them
+
+    @property
+    def parameters(self) -> int:
+        return self.count * math.prod(self.shape)
+
+    @property
+    def part(self) -> str:
+        return next(part for part, pattern in PARTS if fnmatchcase(self.name, pattern))
+
+
+def build_parser() -> Parser:
+    parser = Parser("python -m tools.inspect", "Say what is in a checkpoint, from headers alone.")
+    parser.add_argument(
+        "model", metavar="MODEL",
+        help="a folder (config.json alone will do), a hub id, `tiny`, or a published size, as in "
+        f"{', '.join(PUBLISHED)}",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def groups_of(described: Iterable[tuple[str, tuple[int, ...], str, int]]) -> list[Group]:
+    """Parameters (name, shape, format, bytes) by kind, in their order."""
+    found: dict[tuple[str, tuple[int, ...], str], Group] = {}
+    for name, shape, format, nbytes in described:
+        key = kind(name), shape, format
+        group = found.get(key) or Group(name, shape, format, 0, 0)
+        found[key] = replace(group, count=group.count + 1, nbytes=group.nbytes + nbytes)
+    return list(found.values())
+
+
+def parameters(groups: list[Group], config: Config) -> dict[str, int]:
+    """Counts. `active`: what one token's pass through the trunk uses, without embedding and head."""
+    by_part: dict[str, int] = {}
+    for group in groups:
+        by_part[group.part] = by_part.get(group.part, 0) + group.parameters
+    mtp, routed = by_part.pop("MTP", 0), by_part.get("routed experts", 0)
+    trunk, embedding, head = (
+        sum(by_part.values()),
+        by_part.get("embedding", 0),
+        by_part.get("head", 0),
+    )
+    hit = routed * config.num_experts_per_tok // config.num_experts if config.num_experts else 0
+    active = trunk - routed + hit - embedding - head
+    with_head = active + (embedding if config.tie_word_embeddings else head)
+    return {
+        "trunk": trunk,
+        "routed_experts": routed,
+        "embedding": embedding,
+        "head": head,
+        "mtp": mtp,
+        "active": active,
+        "active_with_head": with_head,
+    }
+
+
+def per_rank(groups: list[Group], config: Config) -> list[dict[str, Any]]:
+    """Bytes that each rank holds, of weights and for each sequence, or why the model cannot be cut so."""
+    rows: list[dict[str, Any]] = []
+    for size in SIZES:
+        try:
+            plan = Plan(config, size)
+            held = sum(int(g.nbytes * plan.fraction(g.name, g.shape)) for g in groups)
+            _check_groups(plan, [group for group in groups if group.format == "mxfp4"])
+        except InputError as error:
+            rows.append({"tp": size, "problem": str(error)})
+        else:
+            rows.append({"tp": size, "weight_bytes": held, **state_bytes(plan.rank_config())})
+    return rows
+
+
+def _check_groups(plan: Plan, groups: list[Group]) -> None:
+    """Raise InputError where a rank's part would split a group of MXFP4."""
+    for group in groups:
+        shard = plan.shard(group.name, group.shape, 0)
+        if shard.axis == len(group.shape) - 1:
+            scales = torch.empty(*group.shape[:-1], group.shape[-1] // mxfp4.GROUP, device="meta")
+            try:
+                shard.cut(scales, mxfp4.GROUP)
+            except InputError as error:
+                raise InputError(f"{kind(group.name)} in MXFP4: {error}") from None
+
+
+def state_bytes(config: Config) -> dict[str, int]:
+    """What one sequence keeps, in BF16 but for the float32 recurrent state (`qwen35/cache.py`)."""
+    cache = Cache.empty(config, torch.bfloat16, torch.device("meta"), 1)
+    states = [state for state in cache.layers if isinstance(state, DeltaState)]
+    recurrent = sum(state.recurrent.nbytes for state in states)
+    conv = sum(state.conv.nbytes for state in states)
+    per_layer = 2 * config.num_key_value_heads * config.head_dim * torch.bfloat16.itemsize
+    attention = config.layer_types.count("full_attention")
+    return {
+        "recurrent_state_bytes": recurrent,
+        "conv_state_bytes": conv,
+        "kv_bytes_per_token": attention * per_layer,
+        "mtp_kv_bytes_per_token": config.mtp_num_hidden_layers * per_layer,
+    }
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """config: of the model that the tensors make. groups: its parameters. names: how they are stored."""
+
+    config: Config
+    groups: list[Group]
+    names: dict[str, Any]
+    problems: list[str]
+
+
+def inspect_config(config: Config) -> Inspected:
+    """A model of which only the shape is known, as if all of it were BF16."""
+    groups = groups_of(
+        (name, shape, "BF16", 2 * math.prod(shape))
+        for name, shape in shapes(lay_out(config)).items()
+    )
+    return Inspected(config, groups, {}, [])
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspected:
+    """A checkpoint whose headers are there; its problems are those that keep it from loading, and what
+    is not as its quantization_config claims."""
+    config = text_model(checkpoint)
+    problems = list(checkpoint.problems)
+    try:
+        checkpoint.check(shapes(lay_out(config)))
+    except InputError as error:
+        problems.append(str(error))
+    stored = [name for name in checkpoint.stored if name not in checkpoint.ignored]
+    vision = [checkpoint.stored[name] for name in checkpoint.ignored if ".visual." in name]
+    names = {
+        "prefix": next(
+            (n[: -len("embed_tokens.weight")] for n in stored if "embed_tokens" in n), ""
+        ),
+        "experts": _arrangement(stored, mtp=False),
+        "mtp_experts": _arrangement(stored, mtp=True),
+        "delta_projections": "grouped" if any("in_proj_qkvz" in n for n in stored) else "separate",
+        "quantization": checkpoint.quantization and checkpoint.quantization.method,
+        "files": len({tensor.file for tensor in checkpoint.stored.values()}),
+        "tensors": len(checkpoint.stored),
+        "vision_parameters": sum(math.prod(tensor.shape) for tensor in vision),
+        "vision_bytes": sum(tensor.nbytes for tensor in vision),
+    }
+    groups = groups_of(
+        (name, e.shape, e.format if e.format != "plain" else DTYPE_NAMES[e.dtype], e.nbytes)
+        for name, e in checkpoint.entries.items()
+    )
+    return Inspected(config, groups, names, problems)
+
+
+def _arrangement(stored: list[str], *, mtp: bool) -> str | None:
+    experts = [name for name in stored if ".experts." in name and name.startswith("mtp.") == mtp]
+    if not experts:
+        return None
+    return "fused" if any(name.endswith(".gate_up_proj") for name in experts) else "one by one"
+
+
+def open_model(model: str) -> Inspected:
+    """What MODEL stands for. Of a hub repository only headers and config are fetched."""
+    folder = TINY if model == "tiny" else Path(model)
+    if not folder.is_dir():
+        if model in PUBLISHED:
+            return inspect_config(Config.published(model))
+        if folder.is_absolute() or len(folder.parts) != 2 or model.startswith("."):
+            known = ", ".join(PUBLISHED)
+            raise InputError(f"{model}: no such folder, no hub id (owner/name), none of {known}")
+        with tempfile.TemporaryDirectory() as headers:
+            Repository(model).fetch_headers(Path(headers), ("config.json", INDEX))
+            return _inspect_folder(Path(headers))
+    return _inspect_folder(folder)
+
+
+def _inspect_folder(folder: Path) -> Inspected:
+    if (folder / INDEX).exists() or (folder / SINGLE).exists():
+        return inspect_checkpoint(Checkpoint(folder))
+    return inspect_config(Config.from_file(folder / "config.json"))
+
+
+def describe(found: Inspected) -> dict[str, Any]:
+    """The JSON document."""
+    parts: dict[tuple[str, str], dict[str, Any]] = {}
+    order = [part for part, _ in PARTS]
+    for group in sorted(found.groups, key=lambda group: order.index(group.part)):
+        new = {
+            "part": group.part,
+            "format": group.format,
+            "tensors": 0,
+            "parameters": 0,
+            "bytes": 0,
+        }
+        row = parts.setdefault((group.part, group.format), new)
+        row["tensors"] += group.count
+        row["parameters"] += group.parameters
+        row["bytes"] += group.nbytes
+    return {
+        "config": {
+            "model_type": found.config.model_type,
+            "layers": found.config.num_hidden_layers,
+            "hidden_size": found.config.hidden_size,
+            "num_experts": found.config.num_experts,
+            "num_experts_per_tok": found.config.num_experts_per_tok,
+            "context": found.config.max_position_embeddings,
+        },
+        "names": found.names,
+        "parameters": parameters(found.groups, found.config),
+        "parts": list(parts.values()),
+        "ranks": per_rank(found.groups, found.config),
+        "problems": found.problems,
+    }
+
+
+def print_document(document: dict[str, Any]) -> None:
+    """The same for people."""
+    config, names, counts = document["config"], document["names"], document["parameters"]
+    experts = (
+        f", top {config['num_experts_per_tok']} of {config['num_experts']} experts"
+        if config["num_experts"]
+        else ""
+    )
+    print(
+        f"{config['model_type']}, {config['layers']} layers of width {config['hidden_size']}{experts}"
+    )
+    if names:
+        print(
+            f"{names['tensors']} tensors in {names['files']} files, named {names['prefix']}*; "
+            f"experts {names['experts']}, of the MTP {names['mtp_experts']}; "
+            f"delta-net projections {names['delta_projections']}; "
+            f"quantization_config {names['quantization']}"
+        )
+        if names["vision_parameters"]:
+            print(f"vision tower, not used: {_gb(names['vision_bytes'])}")
+    else:
+        print("no weights here: figures from the config alone, as if all were BF16")
+    shown = {name: _billions(count) for name, count in counts.items()}
+    print(
+        f"trunk {shown['trunk']} parameters, active for a token {shown['active']}, with the head "
+        f"{shown['active_with_head']}; MTP {shown['mtp']}"
+    )
+    print()
+    _print_table(
+        ["part", "format", "tensors", "parameters", "size"],
+        [
+            [p["part"], p["format"], str(p["tensors"]), _billions(p["parameters"]), _gb(p["bytes"])]
+            for p in document["parts"]
+        ],
+    )
+    print()
+    _print_table(
+        ["TP", "weights a rank", "delta state a sequence", "KV a token", "MTP's KV a token"],
+        [
+            [str(row["tp"]), f"- {row['problem']}"]
+            if "problem" in row
+            else [
+                str(row["tp"]),
+                _gb(row["weight_bytes"]),
+                f"{(row['recurrent_state_bytes'] + row['conv_state_bytes']) / 1e6:.3f} MB",
+                f"{row['kv_bytes_per_token']} B",
+                f"{row['mtp_kv_bytes_per_token']} B",
+            ]
+            for row in document["ranks"]
+        ],
+    )
+    print()
+    if not document["problems"]:
+        print("no problems")
+    for problem in document["problems"]:
+        print(f"problem: {problem}")
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    whole = [row for row in rows if len(row) == len(header)]
+    widths = [max(len(row[i]) for row in [header, *whole]) for i in range(len(header))]
+    for row in [header, *rows]:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
+        )
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.3f} M"
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.3f} MB"
+
+
+def main(args: argparse.Namespace) -> int:
+    document = describe(open_model(args.model))
+    if args.json:
+        print(json.dumps(document))
+    else:
+        print_document(document)
+    return 1 if document["problems"] else 0
+
+
+if __name__ == "__main__":
+    run(build_parser(), main)
