@@ -44,8 +44,11 @@ def dequantize(
     """weight [N, K] e4m3, scale [], [1], [N], [N, 1] or [ceil(N/128), ceil(K/128)] -> [N, K] in dtype.
 
     The product is taken in float32 (in float64 when that is asked for) and rounded to dtype once. A NaN
-    in either makes its products NaN. InputError when the shapes do not belong together.
+    in either makes its products NaN. InputError when the shapes do not belong together, or for numbers
+    that are not e4m3.
     """
+    if weight.dtype != E4M3:
+        raise InputError(f"FP8 numbers have {weight.dtype}; expected {E4M3}")
     kind = granularity(tuple(weight.shape), tuple(scale.shape), block)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     wide, factor = weight.to(precise), scale.to(precise)  # [N, K]
@@ -67,7 +70,7 @@ def quantize_blocks(
 
     See `quantize_channels` for the rule; the last blocks of an axis may be smaller.
     """
-    N, K = weight.shape
+    N, K = _matrix(weight)
     across = [tile.split(block[1], dim=1) for tile in weight.split(block[0])]
     pairs = [[_quantize(tile, scale_dtype) for tile in row] for row in across]
     values = torch.cat([torch.cat([values for values, _ in row], dim=1) for row in pairs])
@@ -80,12 +83,22 @@ def quantize_channels(
 ) -> tuple[Tensor, Tensor]:
     """weight [N, K], floating point -> e4m3 [N, K], scale [N, 1] in scale_dtype.
 
-    scale = amax / 448, at least 2^-126, rounded to scale_dtype; then x / scale, rounded to the nearest
-    e4m3, ties to even, saturated at 448. All zeros: scale 1. With an infinity or a NaN among them: scale
-    and numbers NaN.
+    In float32: scale = amax / 448, at least 2^-126, rounded to scale_dtype; then x / scale, rounded to
+    the nearest e4m3, ties to even, saturated at 448. All zeros: scale 1. With an infinity or a NaN among
+    them: scale and numbers NaN. InputError for what is not a matrix of floating-point numbers.
     """
+    _matrix(weight)
     pairs = [_quantize(row, scale_dtype) for row in weight]
     return torch.stack([values for values, _ in pairs]), torch.stack([s for _, s in pairs])[:, None]
+
+
+def _matrix(weight: Tensor) -> tuple[int, int]:
+    if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
+        raise InputError(
+            f"a weight of shape {list(weight.shape)} and {weight.dtype} cannot be FP8: "
+            "two axes of floating-point numbers were expected"
+        )
+    return weight.shape[0], weight.shape[1]
 
 
 def _quantize(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

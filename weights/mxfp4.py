@@ -34,16 +34,17 @@ def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat1
 
     Exact in bfloat16, float32 and float64 (a product with a power of two), but for magnitudes from
     2^128, which are infinite in the first two. A scale of 255 makes its group NaN. InputError when the
-    shapes do not belong together, or for another dtype.
+    shapes do not belong together, or for another dtype of any of the three.
     """
     if dtype not in _WORDS:
         known = ", ".join(str(known) for known in _WORDS)
         raise InputError(f"MXFP4 is decoded to {known}; {dtype} was asked for")
     *rows, half = packed.shape
-    if scale.shape != (*rows, half * 2 // GROUP) or half * 2 % GROUP:
+    typed = packed.dtype == torch.uint8 and scale.dtype in (torch.uint8, torch.float8_e8m0fnu)
+    if scale.shape != (*rows, half * 2 // GROUP) or half * 2 % GROUP or not typed:
         raise InputError(
-            f"MXFP4 bytes of shape {list(packed.shape)} and scales of shape {list(scale.shape)}; "
-            f"expected [..., K/2] and [..., K/{GROUP}]"
+            f"MXFP4 bytes of shape {list(packed.shape)} and scales of shape {list(scale.shape)}, "
+            f"{packed.dtype} and {scale.dtype}; expected [..., K/2] and [..., K/{GROUP}], torch.uint8"
         )
     words = _WORDS[dtype].to(packed.device)
     values = words.index_select(0, packed.flatten().int()).view(dtype)  # [... * K]
@@ -72,9 +73,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     packed = torch.empty(len(groups), GROUP // 2, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(len(groups), dtype=torch.uint8, device=weight.device)
     step = min(CHUNK // GROUP, len(groups))
-    buffers = torch.empty(
-        2, step, GROUP, device=weight.device
-    )  # fresh memory costs more than a pass
+    # Reused: fresh memory costs more than a pass over it.
+    buffers = torch.empty(2, step, GROUP, device=weight.device)
     for first in range(0, len(groups), step or 1):
         part = slice(first, first + step)
         packed[part], scale[part] = _quantize_groups(

@@ -3,9 +3,9 @@
 import sys
 
 from qwen35.cli import Parser, run
-from tools.bench import generate, language, mapped
+from tools.bench import generate, language, mapped, quantize
 
-OPS = {"generate": generate, "language": language, "mapped": mapped}
+OPS = {"generate": generate, "language": language, "mapped": mapped, "quantize": quantize}
 
 
 def main() -> None:

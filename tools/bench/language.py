@@ -58,13 +58,14 @@ def main(args: argparse.Namespace) -> int:
     if args.prompt_tokens < GRID:
         raise InputError(f"prompt_tokens = {args.prompt_tokens}; expected at least {GRID}")
     start = tokenizer.encode(SEPARATOR)
-    total_bits = total_bytes = forwards = tokens = 0
+    total_bits = total_bytes = predicted = forwards = tokens = 0
     sampling = Sampling(temperature=args.temperature, vocab=tokenizer.size)
     accepted, proposed = [0] * args.draft_tokens, [0] * args.draft_tokens
     for document in tqdm(documents, desc="held-out documents", disable=None, leave=False):
         ids = start + tokenizer.encode(document)
         total_bits += bits(model, ids)
         total_bytes += len(document.encode())
+        predicted += len(ids) - 1
         generation = Generation(
             model, ids[: args.prompt_tokens], args.new_tokens, sampling,
             frozenset(start), args.draft_tokens,
@@ -79,6 +80,7 @@ def main(args: argparse.Namespace) -> int:
     ours, theirs = total_bits / total_bytes, packed * 8 / total_bytes
     rows = [
         {"name": "bits per byte", "value": ours},
+        {"name": "perplexity of a token", "value": 2 ** (total_bits / predicted)},
         {"name": "bits per byte, xz -9", "value": theirs},
         {"name": "ratio to xz -9", "value": ours / theirs},
         {"name": "tokens per forward", "value": tokens / forwards if forwards else 0.0},
