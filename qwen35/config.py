@@ -154,7 +154,7 @@ class Config:
             document = json.loads(path.read_text())
         except FileNotFoundError:
             raise InputError(f"{path}: no such file") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: not readable as JSON: {error}") from None
         try:
             return cls.from_dict(document)

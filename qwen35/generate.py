@@ -281,13 +281,15 @@ def _stream(result: Generation, tokenizer: Tokenizer | None, *, quiet: bool) -> 
                 print(pieces[-1], end="", flush=True)
     finally:  # also when interrupted: what was printed stays, with its figures
         bar.close()
-        if not quiet and result.token_ids:
-            print(flush=True)
-        _say(
-            f"{len(result.prompt)} prompt tokens (0 cached), first token after {result.ttft_s:.3f} s, "
-            f"{len(result.token_ids)} tokens at {result.tokens_per_s:.1f} tokens/s, "
-            f"{result.draft.tokens_per_forward:.2f} tokens/forward"
-        )
+        if result.token_ids:
+            if not quiet:
+                print(flush=True)
+            _say(
+                f"{len(result.prompt)} prompt tokens (0 cached), first token after "
+                f"{result.ttft_s:.3f} s, {len(result.token_ids)} tokens at "
+                f"{result.tokens_per_s:.1f} tokens/s, "
+                f"{result.draft.tokens_per_forward:.2f} tokens/forward"
+            )
     return "".join(pieces)
 
 

@@ -1,7 +1,6 @@
 """Checkpoint folders: every dialect gives the same model, and every bad file gives one line."""
 
 import json
-import math
 import os
 import struct
 import subprocess
@@ -24,15 +23,19 @@ from qwen35.errors import InputError
 from qwen35.load import load, locate
 from reference.model import Model
 from tests.checkpoints import (
+    IDS,
     INDEX,
     QWEN3_5,
     QWEN3_6,
     QWEN3_NEXT,
     SINGLE,
     Dialect,
+    assert_names,
     edit_json,
     edit_tensors,
+    logits_of,
     write,
+    write_hole,
     write_index,
     write_tensors,
 )
@@ -40,13 +43,6 @@ from tests.family import FAMILY, randomise
 from weights.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[1]
-IDS = torch.arange(3, 80)[None]
-
-
-def logits_of(model: Model, ids: Tensor = IDS) -> Tensor:
-    """Logits [T, V] of a prompt, in one pass."""
-    with torch.inference_mode():
-        return model.lm_head(model(ids, model.new_cache()))[0]
 
 
 def model_of(expected: dict[str, Tensor], sizes: dict[str, Any]) -> Model:
@@ -235,26 +231,16 @@ def write_sparse(folder: Path, sizes: dict[str, Any]) -> int:
     experts, width, hidden = (
         sizes[key] for key in ("num_experts", "moe_intermediate_size", "hidden_size")
     )
-    shapes: dict[str, list[int]] = {}
+    described: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, parameter in model.named_parameters():
-        if ".experts." in name:
-            block = name.split(".experts.")[0]
-            shapes[f"{block}.experts.gate_up_proj"] = [experts, 2 * width, hidden]
-            shapes[f"{block}.experts.down_proj"] = [experts, hidden, width]
-        else:
-            shapes[name] = list(parameter.shape)
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        end = offset + 2 * math.prod(shape)
         stored_as = name if name.startswith("lm_head.") else f"model.language_model.{name}"
-        header[stored_as] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with (folder / SINGLE).open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + offset)
-    return offset
+        if ".experts." in name:
+            block = stored_as.split(".experts.")[0]
+            described[f"{block}.experts.gate_up_proj"] = "BF16", (experts, 2 * width, hidden)
+            described[f"{block}.experts.down_proj"] = "BF16", (experts, hidden, width)
+        else:
+            described[stored_as] = "BF16", tuple(parameter.shape)
+    return write_hole(folder / SINGLE, described)
 
 
 def peak_anonymous_memory(process: subprocess.Popen) -> int:
@@ -345,167 +331,7 @@ def test_a_sharded_folder_of_transformers_loads(tmp_path: Path) -> None:
         assert torch.equal(parameter, parameters[stored_as])
 
 
-# --- config ---------------------------------------------------------------------------------------
-
-
-def test_published_sizes_give_the_published_counts() -> None:
-    """The shape of the 397B model, counted parameter by parameter on the meta device."""
-    with torch.device("meta"):
-        model = Model(Config.published("397B-A17B"))
-    counts = {"trunk": 0, "experts": 0, "mtp": 0}
-    for name, parameter in model.named_parameters():
-        part = "mtp" if name.startswith("mtp.") else "trunk"
-        counts[part] += parameter.numel()
-        if part == "trunk" and ".experts." in name:
-            counts["experts"] += parameter.numel()
-    assert round(counts["trunk"] / 1e9, 2) == 396.35
-    assert round(counts["experts"] / 1e9, 2) == 386.55
-    assert round(counts["mtp"] / 1e9, 2) == 6.60
-
-
-@pytest.mark.parametrize(
-    ("name", "billions"), [("0.8B", 0.75), ("4B", 4.21), ("9B", 8.95), ("27B", 26.90)]
-)
-def test_published_dense_sizes(name: str, billions: float) -> None:
-    """The dense members' trunks (a tied head counts once)."""
-    with torch.device("meta"):
-        model = Model(replace(Config.published(name), mtp_num_hidden_layers=0))
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert round(count / 1e9, 2) == billions
-
-
-def test_an_unknown_published_size_is_named() -> None:
-    """One line with the name asked for and those known."""
-    with pytest.raises(InputError, match=r"13B.*397B-A17B"):
-        Config.published("13B")
-
-
-def test_flat_nested_and_old_rope_keys_agree() -> None:
-    """Three generations of config.json say the same."""
-    flat = dict(FAMILY["397B-A17B"])
-    nested = {"model_type": "qwen3_5_moe", "text_config": flat}
-    old = {k: v for k, v in flat.items() if k != "rope_parameters"}
-    old |= {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
-    assert Config.from_dict(flat) == Config.from_dict(nested) == Config.from_dict(old)
-
-
-def test_layer_types_are_given_or_derived() -> None:
-    """Every fourth layer is full attention, unless the config lists them."""
-    derived = Config.from_dict(FAMILY["0.8B"]).layer_types
-    assert derived == (("linear_attention",) * 3 + ("full_attention",)) * 2
-    listed = ["full_attention"] + ["linear_attention"] * 7
-    assert Config.from_dict(FAMILY["0.8B"] | {"layer_types": listed}).layer_types == tuple(listed)
-
-
-@pytest.mark.parametrize(("value", "ids"), [(7, (7,)), ([7, 9], (7, 9)), (None, ()), ([], ())])
-def test_eos_is_an_int_or_a_list(value: int | list[int] | None, ids: tuple[int, ...]) -> None:
-    """Both forms are published."""
-    assert Config.from_dict(FAMILY["0.8B"] | {"eos_token_id": value}).eos_token_id == ids
-
-
-BAD_CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "unknown model type": ({"model_type": "llama"}, ["model_type", "llama", "qwen3_5_moe"]),
-    "attention heads do not divide": (
-        {"num_attention_heads": 7},
-        ["num_attention_heads", "7", "num_key_value_heads", "2"],
-    ),
-    "value heads do not divide": (
-        {"linear_num_value_heads": 5},
-        ["linear_num_value_heads", "5", "linear_num_key_heads", "2"],
-    ),
-    "layer_types too short": (
-        {"layer_types": ["full_attention"] * 3},
-        ["layer_types", "3", "num_hidden_layers", "8"],
-    ),
-    "layer_types unknown": (
-        {"layer_types": ["sliding_attention"] * 8},
-        ["layer_types", "sliding_attention", "full_attention"],
-    ),
-    "rope type": (
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e7}},
-        ["rope_type", "yarn", "default"],
-    ),
-    "rope type, beside new keys": (
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-        ["rope_type", "yarn", "default"],
-    ),
-    "activation": ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
-    "no output gate": ({"attn_output_gate": False}, ["attn_output_gate", "False", "True"]),
-    "gate type": ({"output_gate_type": "tanh"}, ["output_gate_type", "tanh", "sigmoid"]),
-    "odd rotary size": ({"head_dim": 36}, ["head_dim", "36", "9"]),
-    "zero": ({"hidden_size": 0}, ["hidden_size", "0", ">= 1"]),
-    "negative": ({"num_hidden_layers": -4}, ["num_hidden_layers", "-4"]),
-    "text for a number": ({"head_dim": "32"}, ["head_dim", "'32'"]),
-    "fraction": ({"head_dim": 32.5}, ["head_dim", "32.5"]),
-    "too many experts a token": (
-        {"num_experts_per_tok": 99},
-        ["num_experts_per_tok", "99", "num_experts", "16"],
-    ),
-    "two mtp layers": ({"mtp_num_hidden_layers": 2}, ["mtp_num_hidden_layers", "2"]),
-    # values that no tool writes, but that a file may hold
-    "text for the layer count": ({"num_hidden_layers": "8"}, ["num_hidden_layers", "'8'"]),
-    "text for the expert count": ({"num_experts": "16"}, ["num_experts", "'16'"]),
-    "zero interval": ({"full_attention_interval": 0}, ["full_attention_interval", "0"]),
-    "number for layer_types": ({"layer_types": 5}, ["layer_types", "5"]),
-    "text for rope_parameters": ({"rope_parameters": "default"}, ["rope_parameters", "default"]),
-    "text for the rope base": (
-        {"rope_parameters": {"rope_theta": "big", "partial_rotary_factor": 0.25}},
-        ["rope_theta", "big"],
-    ),
-    "text for the rotary part": (
-        {"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": "half"}},
-        ["partial_rotary_factor", "half"],
-    ),
-    "text for eps": ({"rms_norm_eps": "tiny"}, ["rms_norm_eps", "tiny"]),
-    "negative shared expert": (
-        {"shared_expert_intermediate_size": -1},
-        ["shared_expert_intermediate_size", "-1"],
-    ),
-    "text for eos": ({"eos_token_id": "<|end|>"}, ["eos_token_id", "<|end|>"]),
-    "list for text_config": ({"text_config": [1]}, ["text_config"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("changes", "words"), BAD_CONFIGS.values(), ids=BAD_CONFIGS.keys())
-def test_a_bad_config_is_one_line(changes: dict[str, Any], words: list[str]) -> None:
-    """The key, its value, and what was expected."""
-    with pytest.raises(InputError) as caught:
-        Config.from_dict(FAMILY["35B-A3B"] | changes)
-    assert_names(caught, words)
-
-
-@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "head_dim", "num_attention_heads"])
-def test_a_missing_config_key_is_named(key: str) -> None:
-    """No size is guessed."""
-    with pytest.raises(InputError, match=f"{key}.*missing"):
-        Config.from_dict({k: v for k, v in FAMILY["0.8B"].items() if k != key})
-
-
-def test_missing_rope_base_is_named() -> None:
-    """The base decides every angle: there is no default for it."""
-    with pytest.raises(InputError, match=r"rope_theta.*missing"):
-        Config.from_dict({k: v for k, v in FAMILY["0.8B"].items() if k != "rope_parameters"})
-
-
-@pytest.mark.parametrize(
-    "content", [b"{", b"", b"[1, 2]", b"\xff\xfe\x00", b"null"], ids=lambda b: repr(b)
-)
-def test_a_config_that_is_no_json_object(tmp_path: Path, content: bytes) -> None:
-    """The file is named."""
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(InputError) as caught:
-        Config.from_file(tmp_path / "config.json")
-    assert_names(caught, [str(tmp_path / "config.json")])
-
-
 # --- bad checkpoints ------------------------------------------------------------------------------
-
-
-def assert_names(caught: pytest.ExceptionInfo[InputError], words: list[str]) -> None:
-    """The message is one line and holds each of these words."""
-    message = str(caught.value)
-    assert "\n" not in message
-    assert not [word for word in words if word not in message], message
 
 
 PREFIX = "model.language_model."
@@ -556,7 +382,10 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], object], list[str]]] 
         _set(DOWN, torch.ones(15, 64, 32)),
         [DOWN, "[15, 64, 32]", "num_experts = 16"],
     ),
-    "too many fused experts": (_set(DOWN, torch.ones(17, 64, 32)), [DOWN, "[17, 64, 32]", "num_experts = 16"]),
+    "too many fused experts": (
+        _set(DOWN, torch.ones(17, 64, 32)),
+        [DOWN, "[17, 64, 32]", "num_experts = 16"],
+    ),
     "wrong dtype": (
         _set(NORM, torch.ones(64, dtype=torch.uint8)),
         [NORM, "U8", "BF16"],
@@ -653,6 +482,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "empty": lambda file: os.truncate(file, 0),
     "garbage": lambda file: file.write_bytes(b"not a safetensors file " * 50),
     "header length beyond the file": lambda file: file.write_bytes(b"\xff" * 8 + b"{}"),
+    "a header of 2^60 bytes": lambda file: file.write_bytes(
+        struct.pack("<Q", 1 << 60) + file.read_bytes()[8:]
+    ),
     "trailing bytes": lambda file: file.write_bytes(file.read_bytes() + b"x" * 64),
     "a pickle": lambda file: torch.save({"a": torch.ones(2)}, file),
     "a folder": lambda file: (file.unlink(), file.mkdir()),
@@ -669,16 +501,36 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: Callable[[Path], object
     assert_names(caught, [str(tmp_path / SINGLE)])
 
 
-def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
-    """A hostile header may point two names at the same bytes."""
-    write(tmp_path, "0.8B")
-    raw = (tmp_path / SINGLE).read_bytes()
+def edit_header(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite the header of a safetensors file, whatever becomes of it; the tensors' bytes stay."""
+    raw = file.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
-    norm, other = (f"{PREFIX}layers.{i}.input_layernorm.weight" for i in (0, 1))
-    header[other]["data_offsets"] = header[norm]["data_offsets"]
+    change(header)
     text = json.dumps(header).encode()
-    (tmp_path / SINGLE).write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+    file.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+OTHER_NORM = f"{PREFIX}layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h[OTHER_NORM].update(data_offsets=h[NORM]["data_offsets"]),
+        lambda h: h[NORM].update(data_offsets=[1 << 40, (1 << 40) + 128]),
+        lambda h: h[NORM].update(data_offsets=[-128, 0]),
+        lambda h: h[NORM].update(shape=[1 << 30, 1 << 30]),
+        lambda h: h[NORM].update(shape=[1 << 62], data_offsets=[0, 1 << 63]),
+    ],
+    ids=["overlap", "beyond the file", "before it", "2^60 numbers", "2^62 numbers, 2^63 bytes"],
+)
+def test_tensors_that_lie_elsewhere_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    """A hostile header may point two names at the same bytes, or one outside the file."""
+    write(tmp_path, "0.8B")
+    edit_header(tmp_path / SINGLE, change)
     with pytest.raises(InputError) as caught:
         load(tmp_path)
     assert_names(caught, [str(tmp_path / SINGLE)])
@@ -747,6 +599,16 @@ def test_an_index_that_forgets_a_tensor(sharded: Path) -> None:
     assert_names(caught, [forgotten, file, INDEX])
 
 
+def test_a_tensor_in_two_shards(sharded: Path) -> None:
+    """Which of the two would count is not for the reader to choose."""
+    file = sharded / "model-00002-of-00002.safetensors"
+    twice, home = next(item for item in weight_map(sharded).items() if item[1] != file.name)
+    save_file(load_file(file) | {twice: load_file(sharded / home)[twice]}, file)
+    with pytest.raises(InputError) as caught:
+        load(sharded)
+    assert_names(caught, [str(file), twice, home])
+
+
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     """As after a download that stopped."""
     (sharded / "model-00002-of-00002.safetensors").unlink()
@@ -776,7 +638,7 @@ def test_an_index_that_cannot_be_read(sharded: Path, content: str) -> None:
 def test_an_empty_index_misses_everything(sharded: Path) -> None:
     """No tensor at all is a missing tensor."""
     write_index(sharded, {})
-    with pytest.raises(InputError, match="0 parameters.*8 layers"):
+    with pytest.raises(InputError, match=r"0 parameters.*8 layers"):
         load(sharded)
 
 

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from qwen35.errors import InputError
@@ -54,10 +56,18 @@ class Quantization:
     def excludes(self, module: str) -> bool:
         """Whether the list names this module (less the checkpoint's prefix), a parent of it, or a glob
         that fits: `lm_head`, `mtp.*`, `*mlp.gate`, `model.language_model.layers.0.mlp.gate`."""
-        return any(
-            fnmatchcase(module, entry) or module.startswith(f"{entry}.")
-            for entry in (PREFIX.sub("", entry) for entry in self.excluded)
+        names, globs = self._entries
+        parents = accumulate(module.split("."), "{}.{}".format)
+        return any(parent in names for parent in parents) or any(
+            fnmatchcase(module, glob) for glob in globs
         )
+
+    @cached_property
+    def _entries(self) -> tuple[frozenset[str], tuple[str, ...]]:
+        """The list less the checkpoint's prefix: names, and globs. A name may be one of thousands."""
+        entries = [PREFIX.sub("", entry) for entry in self.excluded]
+        globs = tuple(entry for entry in entries if set("*?[") & set(entry))
+        return frozenset(entries).difference(globs), globs
 
 
 def mxfp4_claim(excluded: list[str]) -> dict[str, Any]:
@@ -129,5 +139,8 @@ def kind(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
+LARGEST_BLOCK = 1 << 16  # rows or columns: a block is laid out once while it is decoded
+
+
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST_BLOCK

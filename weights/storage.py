@@ -6,6 +6,7 @@ thousand of them.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ def shards(folder: Path) -> dict[Path, set[str] | None]:
             not isinstance(file, str)
             or Path(file).name != file
             or not file.endswith(".safetensors")
+            or not file.isprintable()
         ):
             raise InputError(f"{folder / INDEX}: {file!r} is not a safetensors file of this folder")
     return {folder / file: promised[file] for file in sorted(promised)}
@@ -113,11 +115,14 @@ def open_file(file: Path) -> dict[str, Stored]:
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
     except (SafetensorError, OSError, RuntimeError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not a whole safetensors file: {error}") from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: not a whole safetensors file: {reason}") from None
     content = torch.tensor([], dtype=torch.uint8).set_(mapping)[start:]  # pyright: ignore
 
     def stored(name: str, described: dict[str, Any]) -> Stored:
         kind, shape = described["dtype"], tuple(described["shape"])
+        if not name.isprintable() or math.prod(size or 1 for size in shape) >= 1 << 63:
+            raise InputError(f"{file}: no tensor: {name!r} of shape {list(shape)}")
         if kind not in DTYPES:
             raise InputError(f"{file}: {name} has dtype {kind}; known are {', '.join(DTYPES)}")
         dtype = DTYPES[kind]
@@ -147,5 +152,5 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
 
 def some(names: list[str]) -> str:
     """The first few of a list of names, and how many more."""
-    shown = ", ".join(names[:3])
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
