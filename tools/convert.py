@@ -10,6 +10,7 @@ from qwen35.cli import Parser, run
 from qwen35.errors import InputError
 from qwen35.load import TINY
 from weights.convert import SHARD_BYTES, WHAT, Options, convert
+from weights.hub import is_hub_id
 from weights.shard import SIZES
 
 
@@ -22,31 +23,15 @@ def build_parser() -> Parser:
     add("source", metavar="SRC", help="a checkpoint folder, a hub id, or `tiny`; it is only read")
     add("target", metavar="DST", type=Path, help="a folder that is empty or not there yet")
     add("--to", choices=("mxfp4", "bf16"), required=True)
+    add("--what", choices=WHAT, help="for mxfp4 (default: experts, those of the trunk)")
     add(
-        "--what",
-        choices=WHAT,
-        default="experts",
-        help="for mxfp4: routed experts, or all linear layers",
+        "--tp", type=int, choices=SIZES, default=1, help="ranks: a folder for each (default: whole)"
     )
     add(
-        "--tp",
-        type=int,
-        choices=SIZES,
-        default=1,
-        help="ranks: a folder for each (default: 1, whole)",
+        "--keep-source", action="store_true", help="of a hub id: keep what is fetched, in its cache"
     )
-    add(
-        "--keep-source",
-        action="store_true",
-        help="of a hub id: keep what was fetched, in its cache",
-    )
-    add(
-        "--shard-bytes",
-        type=int,
-        default=SHARD_BYTES,
-        metavar="N",
-        help=f"of an output file, at most (default: {SHARD_BYTES})",
-    )
+    size = f"of an output file, at most (default: {SHARD_BYTES})"
+    add("--shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help=size)
     add("--json", action="store_true", help="print the report as one JSON document")
     return parser
 
@@ -55,8 +40,12 @@ def main(args: argparse.Namespace) -> int:
     if args.shard_bytes < 1:
         raise InputError(f"--shard-bytes {args.shard_bytes}; expected a positive number")
     folder = TINY if args.source == "tiny" else Path(args.source)
-    is_hub = not folder.is_dir() and len(folder.parts) == 2 and not folder.is_absolute()
-    options = Options(args.to, args.what, args.tp, args.shard_bytes)
+    is_hub = not folder.is_dir() and is_hub_id(args.source)
+    if args.to == "bf16" and args.what:
+        raise InputError(
+            f"--what {args.what} goes with --to mxfp4; bf16 takes all that is quantised"
+        )
+    options = Options(args.to, args.what or "experts", args.tp, args.shard_bytes)
     with tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None, desc="converted") as bar:
 
         def progress(done: int, total: int) -> None:
@@ -71,12 +60,14 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(report))
         return 0
     print(f"{report['files']} files, {report['bytes'] / 1e9:.3f} GB in {args.target}")
-    print(f"{'relative RMS':>12}  {'worst group':>11}  {'tensors':>7}  kind")
-    for kind, error in report["errors"].items():
+    errors = report["errors"]
+    print("relative RMS  worst group  tensors  kind")
+    for kind, error in errors.items():
         relative, worst = error["relative_rms"], error["worst_group"]
         print(f"{relative:>12.3%}  {worst:>11.3%}  {error['tensors']:>7}  {kind}")
-        if error["worst_at"]:
-            print(f"{'':>36}worst: {error['worst_at']}")
+    lost_most = max(errors.values(), key=lambda error: error["worst_group"], default=None)
+    if lost_most and lost_most["worst_at"]:
+        print(f"the worst group is {lost_most['worst_at']}")
     return 0
 
 

@@ -19,7 +19,7 @@ from qwen35.errors import InputError
 from qwen35.load import TINY, lay_out, shapes, text_model
 from weights import mxfp4
 from weights.checkpoint import Checkpoint
-from weights.hub import Repository
+from weights.hub import Repository, is_hub_id
 from weights.quantization import kind
 from weights.shard import SIZES, Plan
 from weights.storage import DTYPE_NAMES, INDEX, SINGLE
@@ -210,7 +210,7 @@ def open_model(model: str) -> Inspected:
     if not folder.is_dir():
         if model in PUBLISHED:
             return inspect_config(Config.published(model))
-        if folder.is_absolute() or len(folder.parts) != 2 or model.startswith("."):
+        if not is_hub_id(model):
             known = ", ".join(PUBLISHED)
             raise InputError(f"{model}: no such folder, no hub id (owner/name), none of {known}")
         with tempfile.TemporaryDirectory() as headers:

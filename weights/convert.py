@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,14 +26,17 @@ from torch import Tensor
 from qwen35.errors import InputError
 from weights import mxfp4
 from weights.checkpoint import SCALES, UNFINISHED, Checkpoint, Entry, check_scale
-from weights.hub import BESIDE, WEIGHTS, Repository
+from weights.hub import BESIDE, WEIGHTS
 from weights.quantization import PREFIX, kind, mxfp4_claim
+from weights.rounding import Rounding
 from weights.shard import Plan, Shard
-from weights.storage import DTYPE_NAMES, INDEX, Stored, open_file
+from weights.source import Folder, Hub
+from weights.storage import INDEX, PARTIAL, Stored, header, read_json, row_major, write_whole
 
+FINISHED = f"{UNFINISHED}.done"  # what is about to be removed
+TASK = "task.json"
 REPORT = "conversion.json"
 SHARD_BYTES = 4_000_000_000
-MEASURED = 1 << 20  # elements whose error is taken at a time
 
 # Which linear layers are quantised, by name less the prefix. Whatever is chosen, the router, the gate of
 # the shared expert, in_proj_a and in_proj_b, the convolution, embedding and head are not, as in all
@@ -62,58 +65,6 @@ class Options:
     what: str = "experts"
     tp: int = 1
     shard_bytes: int = SHARD_BYTES
-
-
-# --- where the bytes come from ----------------------------------------------------------------------
-
-
-class Source(Protocol):
-    """headers: a folder with the headers of all files. identity: what must not change until the end.
-    open: the tensors of one file. close: they are not needed again."""
-
-    headers: Path
-    identity: dict[str, Any]
-
-    def open(self, file: str) -> dict[str, Stored]: ...
-    def close(self, file: str) -> None: ...
-
-
-class Folder:
-    """A checkpoint folder as a source; it is only read."""
-
-    def __init__(self, folder: Path) -> None:
-        self.headers = folder
-        files = sorted(file for file in folder.glob("*") if file.is_file())
-        stats = {file.name: file.stat() for file in files}
-        self.identity = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-
-    def open(self, file: str) -> dict[str, Stored]:
-        return open_file(self.headers / file)
-
-    def close(self, file: str) -> None:
-        pass
-
-
-class Hub:
-    """A hub repository as a source: its files are fetched one at a time into `work`, and dropped, or
-    into the hub's own cache, and kept."""
-
-    def __init__(self, name: str, work: Path, *, keep: bool) -> None:
-        begun = _read_json(work / "source.json") or {}
-        commit = begun.get("commit") if begun.get("repository") == name else None
-        self.repository = Repository(name, commit)
-        self.headers = work / "headers"
-        self.files = None if keep else work / "files"
-        self.identity = {"repository": name, "commit": self.repository.commit}
-        self.repository.fetch_headers(self.headers)
-        _write_whole(work / "source.json", json.dumps(self.identity))
-
-    def open(self, file: str) -> dict[str, Stored]:
-        return open_file(self.repository.fetch(file, self.files))
-
-    def close(self, file: str) -> None:
-        if self.files:
-            (self.files / file).unlink(missing_ok=True)
 
 
 # --- what becomes of each tensor --------------------------------------------------------------------
@@ -274,10 +225,15 @@ def convert(
     relative RMS error of each kind of tensor that was converted, and its worst group.
 
     InputError where `target` has content, or an unfinished conversion of something else; for bad input
-    as `Checkpoint` says; for a weight that is not finite; when the disk is full.
+    as `Checkpoint` says, and for weights that are not finite: then nothing is left behind; when the disk
+    is full or the hub out of reach: then the same call continues.
     """
-    work = target / UNFINISHED
-    if target.exists() and not work.exists() and (not target.is_dir() or any(target.iterdir())):
+    work, finished = target / UNFINISHED, target / FINISHED
+    if finished.exists():  # a conversion was killed when all was done but to remove its traces
+        shutil.rmtree(finished)
+        return next(read_json(report) for report in sorted(target.rglob(REPORT)))
+    existed = target.exists()
+    if existed and not work.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: there is something already; a conversion overwrites nothing")
     if isinstance(source, Path) and target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{target}: lies inside {source}, which is only read")
@@ -287,11 +243,18 @@ def convert(
         try:
             conversion = _Conversion(source, target, options, keep_source, progress)
         except BaseException:
-            if not (work / "task.json").exists():  # nothing was begun: leave no trace
-                shutil.rmtree(work)
-                target.rmdir()
+            if not (work / TASK).exists():  # nothing was begun
+                _clear(target, keep=existed)
             raise
-        return conversion.run()
+        try:
+            return conversion.run()
+        except WeightError:  # the source has to change, so this cannot be continued
+            _clear(target, keep=existed)
+            raise
+
+
+class WeightError(InputError):
+    """A weight of the source that cannot be converted."""
 
 
 class _Conversion:
@@ -310,25 +273,19 @@ class _Conversion:
         is_folder = isinstance(source, Path)
         self.source = Folder(source) if is_folder else Hub(source, self.work, keep=keep_source)
         task = {"source": self.source.identity, "options": asdict(options)}
-        begun = _read_json(self.work / "task.json") or task
-        for key in task:
-            if begun.get(key) != task[key]:
-                raise InputError(
-                    f"{target}: holds an unfinished conversion with {key} {begun.get(key)}; "
-                    f"asked for is {task[key]}"
-                )
+        _compare(target, read_json(self.work / TASK) or task, task)
         self.checkpoint = Checkpoint(self.source.headers)
         self.shards = Plan(self.checkpoint.config, options.tp)
         items = plan(self.checkpoint, options)
         self.files = arrange(items, self.shards, options.shard_bytes)
         ranks = [f"rank-{rank}-of-{options.tp}" for rank in range(options.tp)]
         self.folders = [target / rank for rank in ranks] if options.tp > 1 else [target]
+        for left_over in target.rglob(f"*{PARTIAL}"):
+            left_over.unlink()
+        self._check_space()
         for folder in self.folders:
             folder.mkdir(exist_ok=True)
-            for left_over in folder.glob("*.partial"):
-                left_over.unlink()
-        self._check_space()
-        _write_whole(self.work / "task.json", json.dumps(task))
+        write_whole(self.work / TASK, json.dumps(task))
 
     def run(self) -> dict[str, Any]:
         total = sum(file.nbytes for file in self.files) * self.options.tp
@@ -347,7 +304,8 @@ class _Conversion:
         report = self._report(total)
         for rank, folder in enumerate(self.folders):
             self._finish(folder, rank, report)
-        shutil.rmtree(self.work)
+        finished = self.work.rename(self.target / FINISHED)  # at once: from here on it is whole
+        shutil.rmtree(finished)
         return report
 
     def _name(self, number: int) -> str:
@@ -362,7 +320,7 @@ class _Conversion:
 
     def _check_space(self) -> None:
         left = [file for number, file in enumerate(self.files) if not self._is_done(number)]
-        needed = sum(file.nbytes for file in left) * self.options.tp
+        needed = sum(file.nbytes for file in left) * self.options.tp + self.source.room()
         free = shutil.disk_usage(self.target).free
         if needed > free:
             raise InputError(
@@ -371,54 +329,42 @@ class _Conversion:
 
     def _write(self, number: int, file: OutputFile, total: int) -> None:
         """One output file, for every rank: under another name first, then its errors, then its name."""
-        errors: dict[str, Error] = {}
+        errors: dict[str, Rounding] = {}
         finals = [folder / self._name(number) for folder in self.folders]
-        partials = [final.with_name(f"{final.name}.partial") for final in finals]
+        partials = [final.with_name(f"{final.name}{PARTIAL}") for final in finals]
         with ExitStack() as stack:
             handles = [stack.enter_context(partial.open("wb")) for partial in partials]
             for handle in handles:
-                handle.write(_header(file.slots))
+                handle.write(header([(slot.name, slot.dtype, slot.shape) for slot in file.slots]))
             for item, slots in file.items:
                 tensors = self._convert(item, errors)
                 for rank, handle in enumerate(handles):
                     shard = self.shards.shard(item.name, item.entry.shape, rank)
                     for tensor, slot in zip(tensors, slots, strict=True):
                         part = shard.cut(tensor, _per(shard, tensor.dim(), slot.per))
-                        handle.write(_bytes(part))
+                        handle.write(row_major(part))
                         self.done += slot.nbytes
                 self.progress(self.done, total)
             for handle in handles:
                 handle.flush()
                 os.fsync(handle.fileno())
         described = {name: asdict(error) for name, error in errors.items()}
-        _write_whole(self._errors_of(number), json.dumps(described))
+        write_whole(self._errors_of(number), json.dumps(described))
         for partial, final in zip(partials, finals, strict=True):
             partial.replace(final)
 
-    def _convert(self, item: Item, errors: dict[str, "Error"]) -> list[Tensor]:
+    def _convert(self, item: Item, errors: dict[str, Rounding]) -> list[Tensor]:
         """The output tensors of an item, whole, in the order of its slots."""
         weight, scale = item.entry.weight, item.entry.scale
         entry = replace(item.entry, weight=self._real(weight), scale=scale and self._real(scale))
-        if item.to == "copy":
-            if entry.scale is None:
-                return [entry.read()]
-            powers = entry.scale.read().view(torch.uint8)
-            check_scale(powers, entry.stored_as)
-            return [entry.weight.read(), powers]
-        exact = entry.read() if entry.scale is None else entry.read(torch.float32)
-        error = errors.setdefault(kind(PREFIX.sub("", item.name)), Error())
-        if item.to == "bf16":
-            rounded = exact.bfloat16()
-            error.add(item.name, exact, lambda rows: rounded[rows].float())
-            return [rounded]
-        packed, powers = mxfp4.quantize(exact)
-        if (powers == mxfp4.NAN_SCALE).any():
-            raise InputError(f"{entry.stored_as}: holds an infinity or a NaN, which MXFP4 cannot")
-        error.add(
-            item.name, exact,
-            lambda rows: mxfp4.dequantize(packed[rows], powers[rows], torch.float32),
-        )  # fmt: skip
-        return [packed, powers]
+        error = Rounding()
+        try:
+            tensors = convert_tensor(entry, item.name, item.to, error)
+        except InputError as bad:
+            raise WeightError(str(bad)) from None
+        if item.to != "copy":
+            errors.setdefault(kind(PREFIX.sub("", item.name)), Rounding()).merge(error)
+        return tensors
 
     def _real(self, stored: Stored) -> Stored:
         """The same tensor in its source file, of which only the header may have been here until now."""
@@ -428,10 +374,10 @@ class _Conversion:
         return self.opened[file][stored.name]
 
     def _report(self, total: int) -> dict[str, Any]:
-        errors: dict[str, Error] = {}
+        errors: dict[str, Rounding] = {}
         for number in range(len(self.files)):
-            for name, described in (_read_json(self._errors_of(number)) or {}).items():
-                errors.setdefault(name, Error()).merge(Error(**described))
+            for name, described in (read_json(self._errors_of(number)) or {}).items():
+                errors.setdefault(name, Rounding()).merge(Rounding(**described))
         return {
             **asdict(self.options),
             "files": len(self.files) * self.options.tp,
@@ -443,7 +389,7 @@ class _Conversion:
         """What stands beside the weights; config.json, without which nothing loads, comes last."""
         for file in self.source.headers.iterdir():
             if file.name.endswith(BESIDE) and file.name not in ("config.json", INDEX, REPORT):
-                _write_whole(folder / file.name, file.read_bytes())
+                write_whole(folder / file.name, file.read_bytes())
         weight_map = {
             slot.name: self._name(number)
             for number, file in enumerate(self.files)
@@ -451,9 +397,9 @@ class _Conversion:
         }
         size = sum(file.nbytes for file in self.files)
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_whole(folder / INDEX, json.dumps(index, indent=2))
-        _write_whole(folder / REPORT, json.dumps(report, indent=2))
-        _write_whole(folder / "config.json", json.dumps(self._config(rank), indent=2))
+        write_whole(folder / INDEX, json.dumps(index, indent=2))
+        write_whole(folder / REPORT, json.dumps(report, indent=2))
+        write_whole(folder / "config.json", json.dumps(self._config(rank), indent=2))
 
     def _config(self, rank: int) -> dict[str, Any]:
         """The source's config.json with what the output claims about its formats."""
@@ -475,7 +421,7 @@ class _Conversion:
             parts.setdefault(entry.stored_as, []).append(name)
         excluded: list[str] = []
         for item, slots in (pair for file in self.files for pair in file.items):
-            if len(slots) > 1 or len(item.entry.shape) < 2 or "embed" in item.name:
+            if len(slots) > 1 or len(item.entry.shape) < 2 or "embed_tokens" in item.name:
                 continue
             bare = PREFIX.sub("", item.name)
             fused = ".experts." in item.name and not item.name.endswith(".weight")
@@ -484,96 +430,55 @@ class _Conversion:
         return list(dict.fromkeys(excluded))
 
 
-# --- errors of a conversion -------------------------------------------------------------------------
+def convert_tensor(
+    entry: Entry, name: str, to: Literal["copy", "mxfp4", "bf16"], error: Rounding
+) -> list[Tensor]:
+    """A parameter in another format: one tensor, or MXFP4's bytes [N, K/2] and scales [N, K/32].
+
+    error: what is lost is added to it, under `name`. InputError for a number that is not finite.
+    """
+    if to == "copy":
+        if entry.scale is None:
+            return [entry.read()]
+        powers = entry.scale.read().view(torch.uint8)
+        check_scale(powers, entry.stored_as)
+        return [entry.weight.read(), powers]
+    exact = entry.read() if entry.scale is None else entry.read(torch.float32)
+    if to == "bf16":
+        rounded = exact.bfloat16()
+        if not rounded.isfinite().all():
+            raise InputError(f"{entry.stored_as}: holds an infinity or a NaN")
+        error.add(name, exact, lambda rows: rounded[rows].float())
+        return [rounded]
+    packed, powers = mxfp4.quantize(exact)
+    if (powers == mxfp4.NAN_SCALE).any():
+        raise InputError(f"{entry.stored_as}: holds an infinity or a NaN, which MXFP4 cannot")
+    error.add(
+        name, exact, lambda rows: mxfp4.dequantize(packed[rows], powers[rows], torch.float32)
+    )  # fmt: skip
+    return [packed, powers]
 
 
-@dataclass
-class Error:
-    """Over all tensors of a kind: sums, and the group (32 along K, or a row) that lost most."""
-
-    tensors: int = 0
-    elements: int = 0
-    squares: float = 0.0
-    error_squares: float = 0.0
-    worst: float = 0.0  # relative RMS of that group
-    worst_at: str = ""
-
-    def add(self, name: str, exact: Tensor, approximate: Callable[[slice], Tensor]) -> None:
-        """Compare a matrix [N, K] with `approximate(rows)`, float32, a slice of rows at a time."""
-        N, K = exact.shape
-        group = mxfp4.GROUP if K % mxfp4.GROUP == 0 else K
-        step = max(1, MEASURED // K)
-        self.tensors += 1
-        self.elements += N * K
-        for first in range(0, N, step):
-            rows = slice(first, first + step)
-            x = exact[rows].float().view(-1, group)
-            lost = (approximate(rows).view(-1, group) - x).square_().sum(-1)  # [groups]
-            whole = x.square().sum(-1)
-            self.squares += whole.sum(dtype=torch.float64).item()
-            self.error_squares += lost.sum(dtype=torch.float64).item()
-            relative = (lost / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
-            worst, at = relative.max(0)
-            if worst.item() > self.worst:
-                self.worst = worst.item()
-                row, column = divmod(int(at), K // group)
-                self.worst_at = f"{name}[{first + row}, {column * group}:{(column + 1) * group}]"
-
-    def merge(self, other: "Error") -> None:
-        self.tensors += other.tensors
-        self.elements += other.elements
-        self.squares += other.squares
-        self.error_squares += other.error_squares
-        if other.worst > self.worst:
-            self.worst, self.worst_at = other.worst, other.worst_at
-
-    def summary(self) -> dict[str, Any]:
-        relative = math.sqrt(self.error_squares / self.squares) if self.squares else 0.0
-        return {
-            "tensors": self.tensors,
-            "elements": self.elements,
-            "relative_rms": relative,
-            "worst_group": self.worst,
-            "worst_at": self.worst_at,
-        }
+# --- the folder -------------------------------------------------------------------------------------
 
 
-# --- files ------------------------------------------------------------------------------------------
+def _compare(target: Path, begun: dict[str, Any], task: dict[str, Any]) -> None:
+    """Raise InputError naming what is not as when the conversion was begun."""
+    for part, now in task.items():
+        before = begun[part]
+        for key in {**before, **now}:
+            if before.get(key) != now.get(key):
+                raise InputError(
+                    f"{target}: holds an unfinished conversion whose {part} had {key} = "
+                    f"{before.get(key)}; now it is {now.get(key)}"
+                )
 
 
-def _header(slots: list[Slot]) -> bytes:
-    """The length and the JSON of a safetensors file that holds these, in this order."""
-    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for slot in slots:
-        first, end = end, end + slot.nbytes
-        described[slot.name] = {
-            "dtype": DTYPE_NAMES[slot.dtype],
-            "shape": list(slot.shape),
-            "data_offsets": [first, end],
-        }
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in row-major order, without a copy where it is so already."""
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def _write_whole(file: Path, content: str | bytes) -> None:
-    """Write a small file so that it is there whole or not at all, also after a crash."""
-    partial = file.with_name(f"{file.name}.partial")
-    with partial.open("wb") as handle:
-        handle.write(content.encode() if isinstance(content, str) else content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(file)
-
-
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text()) if file.exists() else None
+def _clear(target: Path, *, keep: bool) -> None:
+    """Take away what a conversion wrote; the folder too, unless it was there before."""
+    shutil.rmtree(target)
+    if keep:
+        target.mkdir()
 
 
 @contextmanager
@@ -595,6 +500,6 @@ def _disk_errors(target: Path) -> Iterator[None]:
     except InputError:
         raise
     except OSError as error:
-        for partial in target.rglob("*.partial"):
+        for partial in target.rglob(f"*{PARTIAL}"):
             partial.unlink(missing_ok=True)
         raise InputError(f"{error.filename or target}: {error.strerror or error}") from None

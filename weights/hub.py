@@ -1,5 +1,6 @@
 """A model repository on the Hugging Face hub, at one commit: headers first, then file by file."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ BESIDE = (
     ".tiktoken",
 )  # the small files that belong to a model
 PROBABLY = 1 << 17  # bytes of a first request, which most headers fit into
+ATTEMPTS = 3  # at a request for a header
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones
 
 
@@ -29,7 +31,7 @@ class Repository:
 
     def __init__(self, name: str, commit: str | None = None) -> None:
         self.name = name
-        with _one_line(name):
+        with one_line(name):
             info = HfApi().model_info(name, revision=commit, files_metadata=True)
         self.commit = info.sha or commit or "main"
         self.sizes = {
@@ -41,9 +43,9 @@ class Repository:
     def fetch(self, file: str, folder: Path | None) -> Path:
         """Download one file into `folder`, or into the hub's own cache (None), and return its path.
 
-        What a broken connection left is continued.
+        A connection that breaks is taken up again where it was, a few times.
         """
-        with _one_line(f"{self.name}/{file}"):
+        with one_line(f"{self.name}/{file}"):
             return Path(hf_hub_download(self.name, file, revision=self.commit, local_dir=folder))
 
     def fetch_headers(self, folder: Path, beside: tuple[str, ...] = BESIDE) -> None:
@@ -75,22 +77,39 @@ class Repository:
             handle.truncate(max(self.sizes[file], handle.tell()))
 
     def _first_bytes(self, file: str, count: int) -> bytes:
+        """Of a file, or all of a shorter one."""
         url = hf_hub_url(self.name, file, revision=self.commit)
         headers = build_hf_headers() | {"Range": f"bytes=0-{count - 1}"}
-        with _one_line(f"{self.name}/{file}"):
-            request = get_session().stream("GET", url, headers=headers, follow_redirects=True)
-            with request as response:
-                response.raise_for_status()
-                content = b""
-                for piece in response.iter_bytes():
-                    content += piece
-                    if len(content) >= count:  # a server may send more than the range
-                        break
-        return content[:count]
+        with one_line(f"{self.name}/{file}"):
+            for attempt in range(ATTEMPTS):
+                try:
+                    return _read_stream(url, headers, count)
+                except httpx.TransportError:
+                    if attempt == ATTEMPTS - 1:
+                        raise
+                    time.sleep(attempt)
+        raise AssertionError("unreachable")
+
+
+def _read_stream(url: str, headers: dict[str, str], count: int) -> bytes:
+    content = b""
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+        response.raise_for_status()
+        for piece in response.iter_bytes():
+            content += piece
+            if len(content) >= count:  # a server may send more than the range
+                break
+    return content[:count]
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no folder here has the form owner/name."""
+    path = Path(name)
+    return len(path.parts) == 2 and not path.is_absolute() and not name.startswith(".")
 
 
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def one_line(what: str) -> Iterator[None]:
     """Turn what the hub's client raises into one line that names `what`."""
     try:
         yield

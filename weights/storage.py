@@ -7,6 +7,7 @@ thousand of them.
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from qwen35.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PARTIAL = ".partial"  # ends the name of a file that is being written
 
 # Dtypes as safetensors writes them.
 DTYPES = {
@@ -109,7 +111,7 @@ def open_file(file: Path) -> dict[str, Stored]:
     try:
         with safe_open(file, framework="pt"):  # checks the header against the file
             pass
-        header, start = read_header(file)
+        described_by_name, start = read_header(file)
         size = file.stat().st_size
         mapping = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size)
     except FileNotFoundError:
@@ -138,7 +140,7 @@ def open_file(file: Path) -> dict[str, Stored]:
 
         return Stored(name, file, dtype, shape, read)
 
-    return {name: stored(name, described) for name, described in header.items()}
+    return {name: stored(name, described) for name, described in described_by_name.items()}
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
@@ -148,6 +150,42 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
         header = json.loads(handle.read(length))
     header.pop("__metadata__", None)
     return header, 8 + length
+
+
+def header(described: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
+    """The start of a safetensors file that holds tensors of these names, dtypes and shapes in this order:
+    its length and its JSON. Their bytes follow without gaps."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in described:
+        first, end = end, end + math.prod(shape) * dtype.itemsize
+        offsets = [first, end]
+        entries[name] = {
+            "dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets
+        }  # fmt: skip
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def row_major(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as they stand in a file, without a copy where they lie so already."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a small file so that it is there whole or not at all, also after a crash."""
+    partial = file.with_name(f"{file.name}{PARTIAL}")
+    with partial.open("wb") as handle:
+        handle.write(content.encode() if isinstance(content, str) else content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(file)
+
+
+def read_json(file: Path) -> Any:
+    """A JSON file of our own; None where it is not there."""
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def some(names: list[str]) -> str:

@@ -1,0 +1,64 @@
+"""What a change of format loses."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weights import mxfp4
+
+MEASURED = 1 << 20  # elements whose error is taken at a time
+
+
+@dataclass
+class Rounding:
+    """Over all tensors of a kind: sums, and the group (32 along K, or a row) that lost most."""
+
+    tensors: int = 0
+    elements: int = 0
+    squares: float = 0.0
+    error_squares: float = 0.0
+    worst: float = 0.0  # relative RMS of that group
+    worst_at: str = ""
+
+    def add(self, name: str, exact: Tensor, approximate: Callable[[slice], Tensor]) -> None:
+        """Compare a matrix [N, K] with `approximate(rows)`, float32, a slice of rows at a time."""
+        N, K = exact.shape
+        group = mxfp4.GROUP if K % mxfp4.GROUP == 0 else K
+        step = max(1, MEASURED // K)
+        self.tensors += 1
+        self.elements += N * K
+        for first in range(0, N, step):
+            rows = slice(first, first + step)
+            x = exact[rows].float().view(-1, group)
+            lost = (approximate(rows).view(-1, group) - x).square_().sum(-1)  # [groups]
+            whole = x.square().sum(-1)
+            self.squares += whole.sum(dtype=torch.float64).item()
+            self.error_squares += lost.sum(dtype=torch.float64).item()
+            relative = (lost / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+            worst, at = relative.max(0)
+            if worst.item() > self.worst:
+                self.worst = worst.item()
+                row, column = divmod(int(at), K // group)
+                self.worst_at = f"{name}[{first + row}, {column * group}:{(column + 1) * group}]"
+
+    def merge(self, other: "Rounding") -> None:
+        self.tensors += other.tensors
+        self.elements += other.elements
+        self.squares += other.squares
+        self.error_squares += other.error_squares
+        if other.worst > self.worst:
+            self.worst, self.worst_at = other.worst, other.worst_at
+
+    def summary(self) -> dict[str, Any]:
+        relative = math.sqrt(self.error_squares / self.squares) if self.squares else 0.0
+        return {
+            "tensors": self.tensors,
+            "elements": self.elements,
+            "relative_rms": relative,
+            "worst_group": self.worst,
+            "worst_at": self.worst_at,
+        }

@@ -1,0 +1,72 @@
+"""Where a conversion reads: a folder, or a hub repository whose files come and go."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from qwen35.errors import InputError
+from weights.hub import Repository
+from weights.storage import Stored, open_file, read_json, write_whole
+
+
+class Source(Protocol):
+    """headers: a folder with the headers of all files. identity: what must not change until the end.
+    open: the tensors of one file. close: they are not needed again. room: bytes of disk that it takes."""
+
+    headers: Path
+    identity: dict[str, Any]
+
+    def open(self, file: str) -> dict[str, Stored]: ...
+    def close(self, file: str) -> None: ...
+    def room(self) -> int: ...
+
+
+class Folder:
+    """A checkpoint folder as a source; it is only read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.headers = folder
+        files = sorted(file for file in folder.glob("*") if file.is_file())
+        stats = {file.name: file.stat() for file in files}
+        self.identity = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+    def open(self, file: str) -> dict[str, Stored]:
+        return open_file(self.headers / file)
+
+    def close(self, file: str) -> None:
+        pass
+
+    def room(self) -> int:
+        return 0
+
+
+class Hub:
+    """A hub repository as a source: its files are fetched one at a time into `work`, and dropped, or
+    into the hub's own cache, and kept. `work` remembers the commit: a conversion that is continued stays
+    with it."""
+
+    def __init__(self, name: str, work: Path, *, keep: bool) -> None:
+        begun = read_json(work / "source.json") or {"repository": name, "commit": None}
+        if begun["repository"] != name:
+            raise InputError(
+                f"{work.parent}: holds an unfinished conversion of {begun['repository']}; "
+                f"asked for is {name}"
+            )
+        self.repository = Repository(name, begun["commit"])
+        self.headers = work / "headers"
+        self.files = None if keep else work / "files"
+        self.identity = {"repository": name, "commit": self.repository.commit}
+        write_whole(work / "source.json", json.dumps(self.identity))
+        for cut_off in work.glob("files/**/*.incomplete"):  # of a process that was killed
+            cut_off.unlink()
+        self.repository.fetch_headers(self.headers)
+
+    def open(self, file: str) -> dict[str, Stored]:
+        return open_file(self.repository.fetch(file, self.files))
+
+    def close(self, file: str) -> None:
+        if self.files:
+            (self.files / file).unlink(missing_ok=True)
+
+    def room(self) -> int:
+        return max(self.repository.sizes.values(), default=0) if self.files else 0
