@@ -802,7 +802,7 @@ def test_rows_that_groups_do_not_divide(
 FUSED = "model.language_model.layers.1.mlp.experts.gate_up_proj"
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2.0**127 * 1.75])
 def test_a_weight_that_is_not_finite(
     little: Path, capsys: pytest.CaptureFixture[str], bad: float
 ) -> None:

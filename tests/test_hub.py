@@ -6,6 +6,8 @@ import re
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,10 +19,12 @@ import pytest
 from tests.checkpoints import INDEX, QUANTIZED_SIZES, QWEN3_5, QWEN3_5_FP8, write
 from tests.hub_server import HubServer
 from tests.test_convert import Children, contents, is_complete
+from tools.inspect import describe, open_model
 from weights.checkpoint import UNFINISHED
 from weights.convert import Options, convert
 from weights.hub import PROBABLY
 
+ROOT = Path(__file__).parents[1]
 MEMBER = "397B-A17B"
 DIALECT = replace(QWEN3_5, fused_trunk=False, shards=4)
 NAME = "someone/model"
@@ -45,13 +49,19 @@ def server(place: Path) -> Iterator[HubServer]:
     started.close()
 
 
+def environment(server: HubServer, place: Path) -> dict[str, str]:
+    """The only hub there is, for the real client."""
+    return {
+        "HF_ENDPOINT": server.address, "HF_HOME": str(place / "hf"), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def children(place: Path, server: HubServer) -> Iterator[Children]:
     """Command lines that know no other hub than the server."""
-    started = Children(
-        place, HF_ENDPOINT=server.address, HF_HOME=str(place / "hf"), HF_HUB_DISABLE_XET="1",
-        HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_PROGRESS_BARS="1", NO_PROXY="127.0.0.1",
-    )  # fmt: skip
+    started = Children(place, **environment(server, place))
     yield started
     started.close()
 
@@ -106,6 +116,21 @@ def test_the_same_as_from_a_folder(
         assert hub.sent(small) == (place / "in" / small).stat().st_size
     assert hub.sent("README.md") == 0
     assert not list((place / "hf").rglob("*.safetensors"))
+
+
+def test_inspect_downloads_no_weights(hub: HubServer, place: Path) -> None:
+    """The document is that of the folder; of each shard no more is sent than its header may need."""
+    command = [sys.executable, "-m", "tools.inspect", NAME, "--json"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment(hub, place), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == describe(open_model(str(place / "in")))
+    for shard in SHARDS:
+        limit = max(PROBABLY, header_length(place / "in" / shard))
+        assert len(hub.fetched(shard)) == 1
+        assert hub.sent(shard) <= limit + 2**16  # what a socket holds beyond what is read
+    assert hub.sent("tokenizer.json") == 0
 
 
 def test_the_source_can_be_kept(

@@ -34,6 +34,7 @@ from weights.source import Folder, Hub
 from weights.storage import INDEX, PARTIAL, Stored, header, read_json, row_major, write_whole
 
 FINISHED = f"{UNFINISHED}.done"  # what is about to be removed
+LARGEST_SCALE = 252  # with the next one 4 and 6 are beyond float32 and bfloat16
 TASK = "task.json"
 REPORT = "conversion.json"
 SHARD_BYTES = 4_000_000_000
@@ -451,11 +452,13 @@ def convert_tensor(
         error.add(name, exact, lambda rows: rounded[rows].float())
         return [rounded]
     packed, powers = mxfp4.quantize(exact)
-    if (powers == mxfp4.NAN_SCALE).any():
-        raise InputError(f"{entry.stored_as}: holds an infinity or a NaN, which MXFP4 cannot")
-    error.add(
-        name, exact, lambda rows: mxfp4.dequantize(packed[rows], powers[rows], torch.float32)
-    )  # fmt: skip
+    if (powers > LARGEST_SCALE).any():
+        raise InputError(
+            f"{entry.stored_as}: holds an infinity, a NaN or a magnitude of 2^127 x 1.75 and more, "
+            "which MXFP4 cannot"
+        )
+    decode = mxfp4.dequantize
+    error.add(name, exact, lambda rows: decode(packed[rows], powers[rows], torch.float32))
     return [packed, powers]
 
 
