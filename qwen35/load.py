@@ -1,15 +1,18 @@
 """The one place where a checkpoint becomes a model."""
 
+import copy
 import gc
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qwen35.config import Config
 from qwen35.errors import InputError
+from qwen35.swap import Replacement, matching, outermost, swap
 from reference.model import Model
 from reference.quantized import FP8Linear, MXFP4Linear
 from weights.checkpoint import Checkpoint, Entry
@@ -35,8 +38,15 @@ def locate(model: str | Path | None) -> Path:
         return Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.pt", "*.pth"]))
 
 
+Swaps = Sequence[tuple[str, Replacement]]  # (pattern of node names, what stands there instead)
+
+
 def load(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    swaps: Swaps = (),
 ) -> Model:
     """Build the reference model of a checkpoint folder, in eval mode, without gradients.
 
@@ -45,37 +55,89 @@ def load(
     has them (they are cast or decoded when hit): what a token does not touch is never read. Other weights
     in FP8 or MXFP4 are decoded here. A_log and the delta net's norm keep the file's float32.
 
+    swaps: nodes that something else stands for (`qwen35/swap.py`), each replaced as soon as its part of
+    the model is there, so that no more than one layer exists twice.
+
     A checkpoint without MTP tensors gives a model with `mtp` None. Raises InputError when a tensor is
     missing, unknown or of another shape; warns when the file is not quantised as its config claims.
     """
-    checkpoint = Checkpoint(folder)
-    for problem in checkpoint.problems:
-        warnings.warn(f"{checkpoint.folder}: {problem}", stacklevel=2)
-    config = text_model(checkpoint)
+    loader = Loader(folder, dtype=dtype, device=device, swaps=swaps)
+    model = loader.skeleton
+    for stage in loader.stages:
+        model.set_submodule(stage, loader.fill(stage, model.get_submodule(stage)))
+    if loader.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight  # pyright: ignore (a Parameter)
+    return model.eval()
+
+
+class Loader:
+    """A checkpoint as a model of which one stage at a time may exist.
+
+    stages: names of the modules that a pass goes through one after the other: embed_tokens, each layer,
+    norm, lm_head, mtp. skeleton: the model on the meta device.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        swaps: Swaps = (),
+    ) -> None:
+        self.checkpoint = Checkpoint(folder)
+        for problem in self.checkpoint.problems:
+            warnings.warn(f"{self.checkpoint.folder}: {problem}", stacklevel=3)
+        self.config = text_model(self.checkpoint)
+        _check_count(self.checkpoint, self.config)
+        self.skeleton = lay_out(self.config)
+        self.checkpoint.check(shapes(self.skeleton))
+        embedding = self.checkpoint.entries["embed_tokens.weight"]
+        stored = embedding.dtype if embedding.format == "plain" else torch.bfloat16
+        self.dtype, self.device = dtype or stored, device
+        layers = [f"layers.{i}" for i in range(self.config.num_hidden_layers)]
+        last = ["mtp"] if self.skeleton.mtp is not None else []
+        self.stages = ["embed_tokens", *layers, "norm", "lm_head", *last]
+        self.swaps = {
+            name: replacement
+            for pattern, replacement in swaps
+            for name in outermost(matching(self.skeleton, pattern))
+        }
+
+    def stage(self, name: str) -> nn.Module:
+        """One stage, filled, for as long as the caller holds it."""
+        return self.fill(name, copy.deepcopy(self.skeleton.get_submodule(name))).eval()
+
+    def fill(self, stage: str, module: nn.Module) -> nn.Module:
+        """Give a stage on the meta device its weights, then put in its swaps."""
+        for name in [name for name, _ in module.named_parameters()]:
+            self._assign(module, name, f"{stage}.{name}")
+        for node, replacement in self.swaps.items():
+            if node == stage:
+                module = replacement.from_reference(module)
+            elif node.startswith(f"{stage}."):
+                swap(module, node.removeprefix(f"{stage}."), replacement)
+        return module
+
+    def _assign(self, module: nn.Module, name: str, parameter: str) -> None:
+        tied = parameter == "lm_head.weight" and self.config.tie_word_embeddings
+        entry = self.checkpoint.entries["embed_tokens.weight" if tied else parameter]
+        path, _, leaf = name.rpartition(".")
+        if ".experts." in parameter and entry.format != "plain":
+            module.set_submodule(path, _quantized_linear(entry).to(self.device))
+            return
+        tensor = entry.read(_kept_dtype(parameter, entry.dtype, self.dtype)).to(self.device)
+        setattr(module.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _check_count(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse a config far too large for its file before a model of that size is laid out."""
     layers, experts = config.num_hidden_layers, config.num_experts
-    if len(checkpoint.entries) < layers * max(
-        experts, 1
-    ):  # before a model of that size is laid out
+    if len(checkpoint.entries) < layers * max(experts, 1):
         raise InputError(
             f"{checkpoint.folder}: {len(checkpoint.entries)} parameters in the file, too few for "
             f"{layers} layers of {experts} experts"
         )
-    model = lay_out(config)
-    expected = shapes(model)
-    checkpoint.check(expected)
-    embedding = checkpoint.entries["embed_tokens.weight"]
-    wanted = dtype or (embedding.dtype if embedding.format == "plain" else torch.bfloat16)
-    for name in expected:
-        entry = checkpoint.entries[name]
-        if ".experts." in name and entry.format != "plain":
-            module = name.removesuffix(".weight")
-            model.set_submodule(module, _quantized_linear(entry).to(device))
-        else:
-            kept = _kept_dtype(name, entry.dtype, wanted)
-            _assign(model, name, entry.read(kept).to(device))
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight  # pyright: ignore (a Parameter)
-    return model.eval()
 
 
 def lay_out(config: Config) -> Model:
@@ -122,8 +184,3 @@ def _quantized_linear(entry: Entry) -> MXFP4Linear | FP8Linear:
     if entry.format == "mxfp4":
         return MXFP4Linear(entry.weight.read(), entry.scale.read(), entry.stored_as)
     return FP8Linear(entry.weight.read(), entry.scale.read(), entry.stored_as, entry.block)
-
-
-def _assign(model: Model, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))

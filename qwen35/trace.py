@@ -3,9 +3,12 @@
 import hashlib
 import json
 import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
+from types import FrameType
 
 import torch
 from safetensors.torch import save_file
@@ -13,45 +16,49 @@ from torch import Tensor, nn
 
 from qwen35.config import Config
 from qwen35.errors import InputError
+from qwen35.swap import matching
 from reference.model import Model
 
+TRACED = ("reference.", "fast.")  # packages whose functions' locals a trace may hold
 
-def nodes(model: Model, pattern: str) -> dict[str, nn.Module]:
+
+def nodes(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     """The modules whose name matches a glob. What happens inside a routed expert is left out unless
-    the pattern names it (`layers.3.mlp.experts.7.*`). Raises when nothing matches."""
+    the pattern names it (`layers.3.mlp.experts.7.*`). InputError when nothing matches."""
     inside = ".experts." in pattern
-    found: dict[str, nn.Module] = {
+    return {
         name: module
-        for name, module in model.named_modules()
-        if name and fnmatchcase(name, pattern) and (inside or ".experts." not in name)
+        for name, module in matching(model, pattern).items()
+        if inside or ".experts." not in name
         if not isinstance(module, nn.ModuleList) or name.endswith(".experts")
     }
-    if not found:
-        raise InputError(
-            f"pattern {pattern!r} matches no node; names look like layers.3.mlp.experts"
-        )
-    return found
 
 
 @torch.inference_mode()
-def trace(model: Model, ids: list[int], pattern: str = "*") -> dict[str, Tensor]:
+def trace(
+    model: Model, ids: list[int], pattern: str = "*", *, named_locals: bool = False
+) -> dict[str, Tensor]:
     """Run `ids` from an empty cache; return name -> output of each matching node.
 
     `lm_head` holds the logits of all positions [B, T, vocab]. A node with several outputs gives
     name.0, name.1, ... (a router: the experts, their weights). An expert that no token reached has no
     entry. The MTP head runs over ids[1:], as in a prefill. No hook stays behind.
+
+    named_locals: also the tensors that a node's forward, and the functions of the reference that it
+    calls, had bound to names when they returned, as in `layers.0.linear_attn:beta` and
+    `layers.0.linear_attn:chunk.state`.
     """
     model.config.check_prompt(ids, new_tokens=0)
     found = nodes(model, pattern)
     cache = model.new_cache()
     tokens = torch.tensor([ids], device=model.embed_tokens.weight.device)
     outputs: dict[str, Tensor] = {}
-    with _recording({n: m for n, m in found.items() if not _is_mtp(n)}, outputs):
+    with recording({n: m for n, m in found.items() if not _is_mtp(n)}, outputs, named_locals):
         hidden = model(tokens, cache)
         model.lm_head(hidden)
     mtp_nodes = {n: m for n, m in found.items() if _is_mtp(n)}
     if mtp_nodes and len(ids) > 1:
-        with _recording(mtp_nodes, outputs):
+        with recording(mtp_nodes, outputs, named_locals):
             model.draft(tokens[:, 1:], hidden[:, :-1], cache)
     return outputs
 
@@ -60,30 +67,64 @@ def _is_mtp(name: str) -> bool:
     return name == "mtp" or name.startswith("mtp.")
 
 
-class _recording:  # noqa: N801 (a context manager, used like a function)
-    """Hooks that copy outputs into `outputs`, taken off on leaving."""
+@contextmanager
+def recording(
+    modules: dict[str, nn.Module], outputs: dict[str, Tensor], named_locals: bool = False
+) -> Iterator[None]:
+    """Put what these modules return into `outputs` while the block runs. Tensors are not copied: a
+    forward of this project never writes into what it has returned."""
 
-    def __init__(self, modules: dict[str, nn.Module], outputs: dict[str, Tensor]) -> None:
-        self.modules, self.outputs = modules, outputs
+    def record(name: str, value: object) -> None:
+        if isinstance(value, Tensor):
+            outputs[name] = value.detach()
+        elif isinstance(value, tuple):
+            for i, part in enumerate(value):
+                record(f"{name}.{i}", part)
 
-    def __enter__(self) -> None:
-        self.handles = [
-            module.register_forward_hook(
-                lambda _module, _inputs, output, name=name: self.record(name, output)  # pyright: ignore
-            )
-            for name, module in self.modules.items()
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
+    handles = [
+        module.register_forward_hook(lambda _m, _i, output, name=name: record(name, output))
+        for name, module in modules.items()
+    ]
+    if named_locals:
+        sys.setprofile(_profiler({id(module): name for name, module in modules.items()}, record))
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+        for handle in handles:
             handle.remove()
 
-    def record(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
-        if isinstance(output, Tensor):
-            self.outputs[name] = output.detach().clone()
+
+def _profiler(
+    names: dict[int, str], record: Callable[[str, object], None]
+) -> Callable[[FrameType, str, object], None]:
+    """A profile function that records the locals of forwards, and of the functions of the same package
+    that they call, when they return. Names in the source become names in the trace."""
+    running: list[
+        str | None
+    ] = []  # the node whose forward runs, innermost last; None: one not asked for
+
+    def profile(frame: FrameType, event: str, _: object) -> None:
+        if event not in ("call", "return") or not frame.f_globals.get("__name__", "").startswith(
+            TRACED
+        ):
             return
-        for i, part in enumerate(output):
-            self.outputs[f"{name}.{i}"] = part.detach().clone()
+        function = frame.f_code.co_name
+        is_forward = function == "forward" and "self" in frame.f_locals
+        if event == "call":
+            if is_forward:
+                running.append(names.get(id(frame.f_locals["self"])))
+            return
+        node = running[-1] if running else None
+        if node is not None and not function.startswith("<"):
+            stem = f"{node}:" if is_forward else f"{node}:{function}."
+            for name, value in frame.f_locals.items():
+                if isinstance(value, Tensor):
+                    record(f"{stem}{name}", value)
+        if is_forward:
+            running.pop()
+
+    return profile
 
 
 def config_hash(config: Config) -> str:
@@ -102,7 +143,8 @@ def save_trace(path: Path, outputs: dict[str, Tensor], model: Model, ids: list[i
     }
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        tensors = {name: output.cpu().contiguous() for name, output in outputs.items()}
+        # Copies, since a node may return what its last part returned.
+        tensors = {name: output.cpu().contiguous().clone() for name, output in outputs.items()}
         save_file(tensors, unfinished, metadata)
         unfinished.replace(path)
     except Exception as error:  # the library's own SafetensorError, or an OSError

@@ -1,0 +1,78 @@
+"""Replace nodes of a built model by name, for good or for the length of a `with` block.
+
+A replacement is a class with `from_reference(module)`, which takes over that node's weights (and may pack
+them), and with the forward signature of the node that it replaces. It knows torch, not this model.
+"""
+
+import difflib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from itertools import accumulate
+from typing import Protocol
+
+from torch import nn
+
+from qwen35.errors import InputError
+
+
+class Replacement(Protocol):
+    """A class whose instances can stand for a node."""
+
+    def from_reference(self, module: nn.Module) -> nn.Module: ...
+
+
+def matching(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The modules whose dotted name fits a glob (`*` also spans dots). InputError, with the nearest
+    names, when there is none."""
+    named = {name: module for name, module in model.named_modules() if name}
+    found = {name: module for name, module in named.items() if fnmatchcase(name, pattern)}
+    if not found:
+        near = difflib.get_close_matches(pattern, named, n=3, cutoff=0.3) or list(named)[:3]
+        raise InputError(f"pattern {pattern!r} matches no node; the nearest are {', '.join(near)}")
+    return found
+
+
+def outermost(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Of nodes by name those that lie in no other: the rest goes with them."""
+
+    def parents(name: str) -> Iterator[str]:
+        return accumulate(name.split(".")[:-1], "{}.{}".format)
+
+    return {n: module for n, module in found.items() if not any(p in found for p in parents(n))}
+
+
+def swap(model: nn.Module, pattern: str, replacement: Replacement) -> list[str]:
+    """Replace every node that fits `pattern` by `replacement.from_reference(node)`; return their names.
+
+    One after the other, and each old node is let go before the next is packed. InputError when nothing
+    fits, when `from_reference` refuses a node (those before it stay replaced), or when the new node's
+    forward has other parameters than the old one's.
+    """
+    names = list(outermost(matching(model, pattern)))
+    for name in names:
+        model.set_submodule(name, _instead(name, model.get_submodule(name), replacement))
+    return names
+
+
+@contextmanager
+def swapped(model: nn.Module, pattern: str, replacement: Replacement) -> Iterator[list[str]]:
+    """`swap` until the end of the block, for an A/B in a notebook; the old nodes are kept meanwhile."""
+    before = outermost(matching(model, pattern))
+    try:
+        yield swap(model, pattern, replacement)
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
+
+
+def _instead(name: str, module: nn.Module, replacement: Replacement) -> nn.Module:
+    fresh = replacement.from_reference(module)
+    old, new = (list(inspect.signature(m.forward).parameters) for m in (module, fresh))
+    if old != new:
+        raise InputError(
+            f"{name}: {type(fresh).__name__}.forward takes ({', '.join(new)}), "
+            f"{type(module).__name__}.forward ({', '.join(old)})"
+        )
+    return fresh
