@@ -51,4 +51,8 @@ def run(
     except BrokenPipeError:  # the reader of stdout went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except OSError as error:  # such as a name that is too long, or a folder that may not be read
+        if args.debug:
+            raise
+        parser.exit(2, f"{parser.prog}: {error.filename or 'error'}: {error.strerror or error}\n")
     parser.exit(status)

@@ -34,7 +34,7 @@ def locate(model: str | Path | None) -> Path:
         raise InputError(f"{model}: no such folder (a hub id has the form owner/name)")
     from huggingface_hub import snapshot_download
 
-    with one_line(str(model)):
+    with one_line(f"{model} (no such folder here)"):
         return Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.pt", "*.pth"]))
 
 
@@ -93,8 +93,10 @@ class Loader:
         self.skeleton = lay_out(self.config)
         self.checkpoint.check(shapes(self.skeleton))
         embedding = self.checkpoint.entries["embed_tokens.weight"]
-        stored = embedding.dtype if embedding.format == "plain" else torch.bfloat16
-        self.dtype, self.device = dtype or stored, device
+        quantised = any(entry.format != "plain" for entry in self.checkpoint.entries.values())
+        # MXFP4 has no float16 form: its scales reach further.
+        own = torch.bfloat16 if quantised and embedding.dtype.itemsize < 4 else embedding.dtype
+        self.dtype, self.device = dtype or own, device
         layers = [f"layers.{i}" for i in range(self.config.num_hidden_layers)]
         last = ["mtp"] if self.skeleton.mtp is not None else []
         self.stages = ["embed_tokens", *layers, "norm", "lm_head", *last]
@@ -133,10 +135,11 @@ class Loader:
 def _check_count(checkpoint: Checkpoint, config: Config) -> None:
     """Refuse a config far too large for its file before a model of that size is laid out."""
     layers, experts = config.num_hidden_layers, config.num_experts
-    if len(checkpoint.entries) < layers * max(experts, 1):
+    sparse = sum(map(config.is_sparse, range(layers)))
+    if len(checkpoint.entries) < layers + sparse * experts:
         raise InputError(
             f"{checkpoint.folder}: {len(checkpoint.entries)} parameters in the file, too few for "
-            f"{layers} layers of {experts} experts"
+            f"{layers} layers, {sparse} of them with {experts} experts"
         )
 
 

@@ -62,4 +62,4 @@ class FP8Linear(nn.Module):
         kind = fp8.granularity(
             (out_features, in_features), tuple(self.weight_scale.shape), self.block
         )
-        return f"{in_features} -> {out_features}, a scale a {kind}"
+        return f"{in_features} -> {out_features}, a scale per {kind}"

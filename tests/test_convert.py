@@ -166,7 +166,8 @@ def wanted_of(
             if parts
             else [bare]
         )
-        if what is None or not re.fullmatch(CHOSEN[what], params[0]):
+        stays = what is not None and tensor.dtype == U8
+        if not stays and (what is None or not re.fullmatch(CHOSEN[what], params[0])):
             is_plain = tensor.dtype in (BF16, F32)
             wanted[name] = tensor if is_plain else values[bare].float().bfloat16()
             continue
@@ -223,16 +224,15 @@ MANY_SOURCES = {**SOURCES, **MIXED}
 @pytest.mark.parametrize("what", CHOSEN)
 @pytest.mark.parametrize("name", MANY_SOURCES)
 def test_to_mxfp4(written: Written, tmp_path: Path, name: str, what: str) -> None:
-    """Chosen matrices are the quantised values of the source's, all else its bytes or its BF16; the
-    claim agrees with the tensors, and the source stays as it is."""
-    if (name, what) == ("mxfp4, shared expert too", "experts"):
-        dialect = replace(MXFP4_SHARED, shards=1)
-    else:
-        dialect = MANY_SOURCES[name]
+    """Chosen matrices are the quantised values of the source's, MXFP4 stays as it is, the rest is its
+    bytes or its BF16; the claim agrees with the tensors, and the source stays as it is."""
+    dialect = MANY_SOURCES[name]
     source, values = written(dialect)
     with untouched(source):
-        if (name, what) == ("mxfp4, mtp experts too", "experts"):
-            assert any(n.startswith("mtp.") and n.endswith("_scale") for n in tensors_of(source))
+        if what == "experts" and dialect in (MXFP4_MTP, MXFP4_SHARED):
+            with pytest.raises(InputError, match="nothing to convert"):
+                convert(source, tmp_path / "out", Options("mxfp4", what))
+            return
         convert(source, tmp_path / "out", Options("mxfp4", what, shard_bytes=300_000))
     wanted = wanted_of(source, values, dialect, CONFIG, what)
     assert_same(tensors_of(tmp_path / "out"), wanted)
@@ -753,7 +753,7 @@ def test_a_target_inside_the_source(little: Path, capsys: pytest.CaptureFixture[
     (little.parent / "link").symlink_to(little)
     for target in (little / "out", little / "a/b", little.parent / "link/out"):
         check_refused(capsys, little, target, words=[str(target), "inside"])
-    check_refused(capsys, little, little, words=[str(little), "already"], left=True)
+    check_refused(capsys, little, little, words=[str(little), "inside"], left=True)
 
 
 @pytest.mark.parametrize(
@@ -945,6 +945,55 @@ def test_bad_arguments(little: Path, capsys: pytest.CaptureFixture[str]) -> None
         check_refused(capsys, little, little.parent / "out", *args, words=[str(args[1])])
     status, _, err = cli(capsys, little, little.parent / "out")
     assert (status, err.count("\n")) == (2, 1)
+
+
+def test_a_source_that_is_no_model(little: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tensor too few, and one too many, are named before anything is written."""
+    edit_tensors(little, lambda tensors: tensors.pop("model.language_model.norm.weight"))
+    check_refused(capsys, little, little.parent / "out", words=["missing norm.weight"])
+    edit_tensors(little, lambda t: t.update({"model.language_model.norm.weight": torch.ones(64)}))
+    edit_tensors(little, lambda tensors: tensors.update(extra=torch.ones(3)))
+    check_refused(capsys, little, little.parent / "out", words=["not part of this model", "extra"])
+
+
+def test_folders_made_for_a_target_go_again(
+    little: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those above it too; one that was there stays, and so does what a link points to."""
+    edit_tensors(little, lambda tensors: tensors[FUSED][1, 40, 3].fill_(math.nan))
+    check_refused(capsys, little, little.parent / "a/b/c", words=[FUSED])
+    assert not (little.parent / "a").exists()
+    (little.parent / "there").mkdir()
+    (little.parent / "link").symlink_to("there")
+    check_refused(capsys, little, little.parent / "link", words=[FUSED], left=True)
+    assert list((little.parent / "there").iterdir()) == []
+
+
+def test_names_that_are_too_long(little: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, as for any other name."""
+    for source, target in ((little, "x" * 5000), ("y" * 5000, little.parent / "out")):
+        status, out, err = cli(capsys, source, target, "--to", "mxfp4")
+        assert (status, out, err.count("\n")) == (2, "", 1), err
+
+
+def test_folders_beside_the_weights_are_left_out(little: Path) -> None:
+    """One that is called like a small file too."""
+    (little / "notes.txt").mkdir()
+    convert(little, little.parent / "out", TO_MXFP4)
+    assert not (little.parent / "out" / "notes.txt").exists()
+
+
+def test_traces_of_another_conversion(little: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was killed while it cleared up is finished by the same command only."""
+    target = little.parent / "out"
+    convert(little, target, TO_MXFP4)
+    (target / FINISHED).mkdir()
+    check_refused(capsys, little, target, "--tp", 2, words=["other options"], left=True)
+    assert cli(capsys, little, target, "--to", "mxfp4")[0] == 0
+    assert not (target / FINISHED).exists()
+    (target / FINISHED).mkdir()
+    (target / REPORT).unlink()
+    check_refused(capsys, little, target, words=[FINISHED, REPORT], left=True)
 
 
 # --- killed ---------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ from tests.family import FAMILY
 from tests.test_checkpoint import ROOT, peak_anonymous_memory
 from weights import checkpoint as checkpoint_module
 from weights.checkpoint import Checkpoint
+from weights.convert import Options, convert
 from weights.quantization import Quantization, disagreements
 
 MEMBER = "397B-A17B"
@@ -192,11 +193,11 @@ def test_entries_are_the_parameters(written: Written, dialect: Dialect) -> None:
     ("dialect", "line"),
     [
         (MXFP4, "(gate_proj): MXFP4Linear(160 -> 192)"),
-        (QWEN3_5_FP8, "(down_proj): FP8Linear(192 -> 160, a scale a block)"),
-        (repacked(QWEN3_5_FP8, block=FP8_TENSOR), "FP8Linear(192 -> 160, a scale a tensor)"),
+        (QWEN3_5_FP8, "(down_proj): FP8Linear(192 -> 160, a scale per block)"),
+        (repacked(QWEN3_5_FP8, block=FP8_TENSOR), "FP8Linear(192 -> 160, a scale per tensor)"),
         (
             replace(MXFP4, quantized=(("layers.*.mlp.experts.*", FP8_CHANNEL_BF16),)),
-            "FP8Linear(160 -> 192, a scale a channel)",
+            "FP8Linear(160 -> 192, a scale per channel)",
         ),
     ],
     ids=["mxfp4", "fp8", "fp8 a tensor", "fp8 a channel"],
@@ -439,6 +440,49 @@ def test_a_long_list_is_looked_up_not_walked(monkeypatch: pytest.MonkeyPatch) ->
     formats = {f"layers.0.mlp.experts.{e}.up_proj": "mxfp4" for e in range(100)}
     assert disagreements(claim, formats | {plain[-1]: "plain"}) == []
     assert compared == ["*.gate"] * 100
+
+
+def test_fused_experts_are_compared_one_by_one(tmp_path: Path) -> None:
+    """A claim that does not exclude them speaks of fused BF16 experts too."""
+    write(tmp_path, "35B-A3B")
+    rest = ["lm_head", "*.linear_attn", "*.self_attn", "*.mlp.gate", "*.shared_expert*", "mtp"]
+    edit_json(
+        tmp_path / "config.json", quantization_config={"quant_method": "quark", "exclude": rest}
+    )
+    problems = Checkpoint(tmp_path).problems
+    experts, layers = FAMILY["35B-A3B"]["num_experts"], FAMILY["35B-A3B"]["num_hidden_layers"]
+    found = [p.split(":")[0] for p in problems if ".experts." in p]
+    assert sorted(found) == [
+        f"layers.*.mlp.experts.*.{part}_proj ({experts * layers} x)"
+        for part in ("down", "gate", "up")
+    ]
+    everything = {"quant_method": "quark", "exclude": [*rest, "re:model.*mlp.experts.*"]}
+    edit_json(tmp_path / "config.json", quantization_config=everything)
+    assert not [problem for problem in Checkpoint(tmp_path).problems if ".experts." in problem]
+
+
+def test_an_expression_of_the_list_that_cannot_be_read(tmp_path: Path) -> None:
+    """One line that shows it."""
+    write(tmp_path, "35B-A3B")
+    claim = {"quant_method": "quark", "exclude": ["re:(unclosed"]}
+    edit_json(tmp_path / "config.json", quantization_config=claim)
+    with pytest.raises(InputError, match=r"unclosed"):
+        Checkpoint(tmp_path)
+
+
+def test_experts_in_some_layers_only(tmp_path: Path) -> None:
+    """decoder_sparse_step and mlp_only_layers: a file has experts where the config says so."""
+    write(tmp_path, "35B-A3B", decoder_sparse_step=8, intermediate_size=96, mlp_only_layers=[])
+    assert load(tmp_path).config.decoder_sparse_step == 8
+
+
+def test_float16_beside_mxfp4_runs_in_bfloat16(tmp_path: Path) -> None:
+    """The scales of MXFP4 reach further than float16."""
+    write(tmp_path / "in", "35B-A3B", dtype=torch.float16)
+    convert(tmp_path / "in", tmp_path / "out", Options("mxfp4"))
+    model = load(tmp_path / "out")
+    assert model.embed_tokens.weight.dtype == torch.bfloat16
+    assert logits_of(model).isfinite().all()
 
 
 # --- bad tensors ----------------------------------------------------------------------------------

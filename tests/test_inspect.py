@@ -13,7 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 from qwen35.config import Config
-from tests.checkpoints import QWEN3_5, QWEN3_6, QWEN3_NEXT, SINGLE, edit_json, edit_tensors, write
+from tests.checkpoints import (
+    QUANTIZED_SIZES,
+    QWEN3_5,
+    QWEN3_5_FP8,
+    QWEN3_6,
+    QWEN3_NEXT,
+    SINGLE,
+    edit_json,
+    edit_tensors,
+    write,
+)
 from tests.family import FAMILY
 from tools.inspect import describe, open_model
 from weights.convert import Options, convert
@@ -138,6 +148,15 @@ def test_groups_of_32_that_a_rank_would_split_are_named(tmp_path: Path) -> None:
     two = describe(open_model(str(tmp_path / "mxfp4")))["ranks"][1]
     assert "down_proj" in two["problem"]
     assert "32" in two["problem"]
+
+
+def test_blocks_of_fp8_that_a_rank_would_split_are_named(tmp_path: Path) -> None:
+    """192 rows at two ranks: 96 each, less than a block of 128."""
+    write(tmp_path, "397B-A17B", QWEN3_5_FP8, **QUANTIZED_SIZES)
+    one, two, *_ = describe(open_model(str(tmp_path)))["ranks"]
+    assert "problem" not in one
+    assert "128" in two["problem"]
+    assert "fp8" in two["problem"]
 
 
 def test_problems_make_it_exit_1(tmp_path: Path) -> None:

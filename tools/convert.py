@@ -1,6 +1,7 @@
 """`python -m tools.convert SRC DST --to mxfp4|bf16`: one checkpoint format into another, streaming."""
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from tqdm import tqdm
 
 from qwen35.cli import Parser, run
 from qwen35.errors import InputError
-from qwen35.load import TINY
+from qwen35.load import TINY, lay_out, shapes, text_model
+from weights.checkpoint import Checkpoint
 from weights.convert import SHARD_BYTES, WHAT, Options, convert
 from weights.hub import is_hub_id
 from weights.shard import SIZES
@@ -36,6 +38,13 @@ def build_parser() -> Parser:
     return parser
 
 
+def check(checkpoint: Checkpoint) -> None:
+    """Raise InputError unless a checkpoint's tensors make a model of its config."""
+    as_a_model = copy.copy(checkpoint)  # what is no part of it is put aside here only
+    as_a_model.entries, as_a_model.ignored = dict(checkpoint.entries), list(checkpoint.ignored)
+    as_a_model.check(shapes(lay_out(text_model(as_a_model))))
+
+
 def main(args: argparse.Namespace) -> int:
     if args.shard_bytes < 1:
         raise InputError(f"--shard-bytes {args.shard_bytes}; expected a positive number")
@@ -54,14 +63,15 @@ def main(args: argparse.Namespace) -> int:
 
         report = convert(
             args.source if is_hub else folder, args.target, options,
-            keep_source=args.keep_source, progress=progress,
+            keep_source=args.keep_source, check=check, progress=progress,
         )  # fmt: skip
     if args.json:
         print(json.dumps(report))
         return 0
     print(f"{report['files']} files, {report['bytes'] / 1e9:.3f} GB in {args.target}")
     errors = report["errors"]
-    print("relative RMS  worst group  tensors  kind")
+    if errors:
+        print("relative RMS  worst group  tensors  kind")
     for kind, error in errors.items():
         relative, worst = error["relative_rms"], error["worst_group"]
         print(f"{relative:>12.3%}  {worst:>11.3%}  {error['tensors']:>7}  {kind}")

@@ -17,10 +17,9 @@ from qwen35.cli import Parser, run
 from qwen35.config import PUBLISHED, Config
 from qwen35.errors import InputError
 from qwen35.load import TINY, lay_out, shapes, text_model
-from weights import mxfp4
-from weights.checkpoint import Checkpoint
+from weights.checkpoint import Checkpoint, Entry
 from weights.hub import Repository, is_hub_id
-from weights.quantization import kind
+from weights.quantization import name_pattern
 from weights.shard import SIZES, Plan
 from weights.storage import DTYPE_NAMES, INDEX, SINGLE
 
@@ -46,8 +45,9 @@ class Group:
     name: str  # of one of them
     shape: tuple[int, ...]
     format: str  # "mxfp4", "fp8" or the dtype
-    count: int
-    nbytes: int  # of all of them
+    scale_block: tuple[int, int] | None  # rows and columns that share a scale
+    count: int = 0
+    nbytes: int = 0  # of all of them
 
     @property
     def parameters(self) -> int:
@@ -69,12 +69,12 @@ def build_parser() -> Parser:
     return parser
 
 
-def groups_of(described: Iterable[tuple[str, tuple[int, ...], str, int]]) -> list[Group]:
-    """Parameters (name, shape, format, bytes) by kind, in their order."""
+def groups_of(described: Iterable[tuple[Group, int]]) -> list[Group]:
+    """Parameters, each as a group that is empty yet and its bytes, together with those of their kind."""
     found: dict[tuple[str, tuple[int, ...], str], Group] = {}
-    for name, shape, format, nbytes in described:
-        key = kind(name), shape, format
-        group = found.get(key) or Group(name, shape, format, 0, 0)
+    for one, nbytes in described:
+        key = name_pattern(one.name), one.shape, one.format
+        group = found.get(key, one)
         found[key] = replace(group, count=group.count + 1, nbytes=group.nbytes + nbytes)
     return list(found.values())
 
@@ -111,7 +111,8 @@ def per_rank(groups: list[Group], config: Config) -> list[dict[str, Any]]:
         try:
             plan = Plan(config, size)
             held = sum(int(g.nbytes * plan.fraction(g.name, g.shape)) for g in groups)
-            _check_groups(plan, [group for group in groups if group.format == "mxfp4"])
+            for group in groups:
+                _check_blocks(plan, group)
         except InputError as error:
             rows.append({"tp": size, "problem": str(error)})
         else:
@@ -119,16 +120,17 @@ def per_rank(groups: list[Group], config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_groups(plan: Plan, groups: list[Group]) -> None:
-    """Raise InputError where a rank's part would split a group of MXFP4."""
-    for group in groups:
-        shard = plan.shard(group.name, group.shape, 0)
-        if shard.axis == len(group.shape) - 1:
-            scales = torch.empty(*group.shape[:-1], group.shape[-1] // mxfp4.GROUP, device="meta")
-            try:
-                shard.cut(scales, mxfp4.GROUP)
-            except InputError as error:
-                raise InputError(f"{kind(group.name)} in MXFP4: {error}") from None
+def _check_blocks(plan: Plan, group: Group) -> None:
+    """Raise InputError where a rank's part would split a block that shares a scale."""
+    shard = plan.shard(group.name, group.shape, 0)
+    if group.scale_block is None or shard.axis is None:
+        return
+    sizes = [-(-n // per) for n, per in zip(group.shape, group.scale_block, strict=True)]
+    try:
+        shard.cut(torch.empty(sizes, device="meta"), group.scale_block[shard.axis])
+    except InputError as error:
+        pattern = name_pattern(group.name)
+        raise InputError(f"scales of {pattern} ({group.format}): {error}") from None
 
 
 def state_bytes(config: Config) -> dict[str, int]:
@@ -160,7 +162,7 @@ class Inspected:
 def inspect_config(config: Config) -> Inspected:
     """A model of which only the shape is known, as if all of it were BF16."""
     groups = groups_of(
-        (name, shape, "BF16", 2 * math.prod(shape))
+        (Group(name, shape, "BF16", None), 2 * math.prod(shape))
         for name, shape in shapes(lay_out(config)).items()
     )
     return Inspected(config, groups, {}, [])
@@ -175,7 +177,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspected:
         checkpoint.check(shapes(lay_out(config)))
     except InputError as error:
         problems.append(str(error))
-    stored = [name for name in checkpoint.stored if name not in checkpoint.ignored]
+    ignored = set(checkpoint.ignored)
+    stored = [name for name in checkpoint.stored if name not in ignored]
     vision = [checkpoint.stored[name] for name in checkpoint.ignored if ".visual." in name]
     names = {
         "prefix": next(
@@ -191,10 +194,14 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspected:
         "vision_bytes": sum(tensor.nbytes for tensor in vision),
     }
     groups = groups_of(
-        (name, e.shape, e.format if e.format != "plain" else DTYPE_NAMES[e.dtype], e.nbytes)
+        (Group(name, e.shape, _format(e), e.scale_block), e.nbytes)
         for name, e in checkpoint.entries.items()
     )
     return Inspected(config, groups, names, problems)
+
+
+def _format(entry: Entry) -> str:
+    return DTYPE_NAMES[entry.dtype] if entry.format == "plain" else entry.format
 
 
 def _arrangement(stored: list[str], *, mtp: bool) -> str | None:
@@ -270,12 +277,14 @@ def print_document(document: dict[str, Any]) -> None:
         f"{config['model_type']}, {config['layers']} layers of width {config['hidden_size']}{experts}"
     )
     if names:
+        experts = f"experts {names['experts']}" if names["experts"] else "no experts"
+        if names["mtp_experts"]:
+            experts += f", the MTP's {names['mtp_experts']}"
+        claim = names["quantization"] or "none"
         print(
-            f"{names['tensors']} tensors in {names['files']} files, named {names['prefix']}*; "
-            f"experts {names['experts']}, of the MTP {names['mtp_experts']}; "
-            f"delta-net projections {names['delta_projections']}; "
-            f"quantization_config {names['quantization']}"
+            f"{names['tensors']} tensors in {names['files']} files, named {names['prefix']}*; {experts};"
         )
+        print(f"delta-net projections {names['delta_projections']}; quantization_config: {claim}")
         if names["vision_parameters"]:
             print(f"vision tower, not used: {_gb(names['vision_bytes'])}")
     else:
@@ -295,7 +304,7 @@ def print_document(document: dict[str, Any]) -> None:
     )
     print()
     _print_table(
-        ["TP", "weights a rank", "delta state a sequence", "KV a token", "MTP's KV a token"],
+        ["TP", "weights per rank", "delta state", "KV per token", "MTP's KV per token"],
         [
             [str(row["tp"]), f"- {row['problem']}"]
             if "problem" in row

@@ -30,8 +30,8 @@ SCALES = (".weight_scale", ".weight_scale_inv")
 class Entry:
     """One parameter: what the header says of it, and how to get it.
 
-    shape: of the parameter, whatever its numbers are packed in. view: what part of the stored tensor it
-    is, or in which order.
+    shape: of the parameter, whatever its numbers are packed in. view: stored tensor -> parameter, a slice
+    or a permutation of rows; None: all of it.
     """
 
     weight: Stored
@@ -49,6 +49,22 @@ class Entry:
     def dtype(self) -> torch.dtype:
         """Of the stored numbers."""
         return self.weight.dtype
+
+    @property
+    def is_fused_experts(self) -> bool:
+        """Whether the stored tensor holds all experts of a layer."""
+        return ".experts." in self.stored_as and not self.stored_as.endswith(".weight")
+
+    @property
+    def scale_block(self) -> tuple[int, int] | None:
+        """Rows and columns of the weight that share a scale; None where one has a row or all of it."""
+        if self.format == "mxfp4":
+            return (1, mxfp4.GROUP)
+        if self.scale is None or self.scale.shape != tuple(
+            -(-size // block) for size, block in zip(self.shape, self.block, strict=False)
+        ):
+            return None
+        return self.block
 
     @property
     def nbytes(self) -> int:
@@ -85,10 +101,7 @@ def decode(
     """A quantised weight [N, K] as stored, in `dtype`. InputError naming it for a scale that is NaN."""
     if format == "mxfp4":
         powers = scale.view(torch.uint8)
-        if (powers == mxfp4.NAN_SCALE).any():
-            raise InputError(
-                f"{name}: a scale is 255, which is NaN in e8m0; at most 254 is expected"
-            )
+        check_scale(powers, name)
         return mxfp4.dequantize(weight, powers, dtype)
     check_scale(scale, name)
     return fp8.dequantize(weight, scale, dtype, block)
@@ -108,9 +121,12 @@ def check_scale(scale: Tensor, name: str) -> None:
 class Checkpoint:
     """The dialects of Qwen3.5, 3.6 and 3-Next: BF16, FP8 and MXFP4, in one file or in shards.
 
-    config: the shape that `config.json` states. entries: by parameter name. ignored: names in the
-    file that are no part of the text model (the vision tower). stored: everything, by name in the file.
-    problems: lines on what is not as `quantization_config` claims.
+    config: the shape that `config.json` states; document: that file as it is; quantization: its claim.
+    stored: every tensor, by its name in the files. entries: by parameter name; parts: the parameters in a
+    stored tensor. ignored: stored names that are no part of the text model (the vision tower). problems:
+    lines on what is not as `quantization_config` claims.
+
+    InputError, one line, for a folder that is not such a checkpoint, or not whole.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -134,6 +150,7 @@ class Checkpoint:
         except InputError as error:
             raise InputError(f"{config_file}: {error}") from None
         self.entries: dict[str, Entry] = {}
+        self.parts: dict[str, list[str]] = {}
         self.ignored: list[str] = []
         self.stored = {stored.name: stored for stored in open_folder(self.folder)}
         formats: dict[str, str] = {}
@@ -156,8 +173,12 @@ class Checkpoint:
             parts = dict(_split(name, whole, self.config))
         except InputError as error:
             raise InputError(f"{stored.file}: {error}") from None
-        if leaf == "weight" and len(whole.shape) == 2 and not name.startswith("embed_tokens."):
-            formats[name.removesuffix(".weight")] = whole.format
+        if whole.is_fused_experts:  # config.json speaks of each expert by itself
+            prefix = stored.name.removesuffix(name)
+            formats |= {prefix + n.removesuffix(".weight"): whole.format for n in parts}
+        elif leaf == "weight" and len(whole.shape) == 2 and not name.startswith("embed_tokens."):
+            formats[module] = whole.format
+        self.parts[stored.name] = list(parts)
         for part_name, part in parts.items():
             if part_name in self.entries:
                 other = self.entries[part_name].stored_as
@@ -212,7 +233,7 @@ class Checkpoint:
         return Entry(stored, (rows, columns * 2), "mxfp4", scale)
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Compare the books with the parameters that a model has: names, then shapes, both ways."""
+        """Compare the entries with the parameters that a model has: names, then shapes, both ways."""
         missing = [name for name in expected if name not in self.entries]
         if missing:
             raise InputError(f"{self.folder}: missing {some(missing)}")

@@ -27,7 +27,7 @@ from qwen35.errors import InputError
 from weights import mxfp4
 from weights.checkpoint import SCALES, UNFINISHED, Checkpoint, Entry, check_scale
 from weights.hub import BESIDE, WEIGHTS
-from weights.quantization import PREFIX, kind, mxfp4_claim
+from weights.quantization import PREFIX, mxfp4_claim, name_pattern
 from weights.rounding import Rounding
 from weights.shard import Plan, Shard
 from weights.source import Folder, Hub
@@ -40,8 +40,8 @@ REPORT = "conversion.json"
 SHARD_BYTES = 4_000_000_000
 
 # Which linear layers are quantised, by name less the prefix. Whatever is chosen, the router, the gate of
-# the shared expert, in_proj_a and in_proj_b, the convolution, embedding and head are not, as in all
-# published repositories.
+# the shared expert, in_proj_a and in_proj_b (in_proj_ba), the convolution, mtp.fc, embedding, head and
+# the vision tower are not, as in all published repositories.
 WHAT = {
     "experts": ("layers.*.mlp.experts.*_proj",),
     "all-linear": tuple(
@@ -72,12 +72,30 @@ class Options:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """One tensor of the output. per: elements of the last axis that one of its values holds."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    per: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class Item:
-    """One tensor of the output: `entry` is what it is made of, `name` and `to` what it becomes."""
+    """One parameter of the output: `entry` is what it is made of, `name` and `to` what it becomes."""
 
     name: str
     entry: Entry
     to: Literal["copy", "mxfp4", "bf16"]
+
+    @property
+    def is_mxfp4(self) -> bool:
+        return self.to == "mxfp4" or (self.to == "copy" and self.entry.format == "mxfp4")
 
     @property
     def files(self) -> list[str]:
@@ -85,48 +103,52 @@ class Item:
         parts = (self.entry.weight, self.entry.scale)
         return list(dict.fromkeys(part.file.name for part in parts if part is not None))
 
-    def outputs(self) -> list[tuple[str, torch.dtype, tuple[int, ...], int]]:
-        """Name, dtype and shape of what is written; elements of the last axis that an entry holds."""
+    def slots(self) -> tuple[Slot, ...]:
+        """What is written for it, whole."""
         shape = self.entry.shape
-        if self.to == "mxfp4" or (self.entry.format == "mxfp4" and self.to == "copy"):
-            *rows, K = shape
-            return [
-                (self.name, torch.uint8, (*rows, K // 2), 2),
-                (f"{self.name}_scale", torch.uint8, (*rows, K // mxfp4.GROUP), mxfp4.GROUP),
-            ]
-        return [(self.name, torch.bfloat16 if self.to == "bf16" else self.entry.dtype, shape, 1)]
+        if not self.is_mxfp4:
+            dtype = torch.bfloat16 if self.to == "bf16" else self.entry.dtype
+            return (Slot(self.name, dtype, shape),)
+        *rows, K = shape
+        return (
+            Slot(self.name, torch.uint8, (*rows, K // 2), 2),
+            Slot(f"{self.name}_scale", torch.uint8, (*rows, K // mxfp4.GROUP), mxfp4.GROUP),
+        )
 
 
-def plan(checkpoint: Checkpoint, options: Options) -> list[Item]:
+def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
     """What the output consists of, in the order of the source's files.
 
-    To MXFP4, fused experts are taken apart, and what is quantised but not chosen becomes BF16. What is
-    neither is copied as it is, under its own name. InputError where nothing is to be done, or where a
-    chosen matrix cannot be cut into groups of 32.
+    To MXFP4: what is chosen is quantised, fused experts one by one; what is MXFP4 already stays so; what
+    is FP8 and not chosen becomes BF16. To BF16: all that is quantised. The rest is copied as it is, under
+    its own name. InputError where nothing is to be done, or where 32 does not divide a chosen matrix's K.
     """
     chosen = WHAT[options.what] if options.to == "mxfp4" else ()
-    parts: dict[str, list[tuple[str, Entry]]] = {}
-    for name, entry in checkpoint.entries.items():
-        parts.setdefault(entry.stored_as, []).append((name, entry))
+    ignored = set(checkpoint.ignored)
     items: list[Item] = []
     for stored in checkpoint.stored.values():
-        if stored.name in checkpoint.ignored:
+        if stored.name in ignored:
             items.append(Item(stored.name, Entry(stored, stored.shape), "copy"))
-        elif not stored.name.endswith(SCALES):
-            prefix = stored.name.removesuffix(PREFIX.sub("", stored.name))
-            whole = checkpoint.whole(stored)
-            fused = ".experts." in stored.name and not stored.name.endswith(".weight")
-            named = parts[stored.name] if fused else [(PREFIX.sub("", stored.name), whole)]
-            module = named[0][0].removesuffix(".weight")
-            if not any(fnmatchcase(module, pattern) for pattern in chosen):
-                to = "copy" if whole.format == "plain" else "bf16"
-                items.append(Item(stored.name, whole, to))
-                continue
-            for name, entry in named:
-                to = "copy" if entry.format == "mxfp4" else "mxfp4"
-                items.append(Item(prefix + name, entry, to))
-    if options.tp == 1 and all(item.to == "copy" for item in items):
-        target = f"{options.to} ({options.what})" if chosen else options.to
+            continue
+        if stored.name.endswith(SCALES):  # written with its weight
+            continue
+        whole = checkpoint.whole(stored)
+        bare = PREFIX.sub("", stored.name)
+        prefix = stored.name.removesuffix(bare)
+        parts = [
+            (prefix + name, checkpoint.entries[name]) for name in checkpoint.parts[stored.name]
+        ]
+        named = parts if whole.is_fused_experts else [(stored.name, whole)]
+        module = PREFIX.sub("", named[0][0]).removesuffix(".weight")
+        if any(fnmatchcase(module, pattern) for pattern in chosen):
+            to = "copy" if whole.format == "mxfp4" else "mxfp4"
+            items += [Item(name, entry, to) for name, entry in named]
+        else:
+            stays = whole.format == "plain" or (options.to == "mxfp4" and whole.format == "mxfp4")
+            items.append(Item(stored.name, whole, "copy" if stays else "bf16"))
+    target = f"{options.to} ({options.what})" if chosen else options.to
+    is_change = any(item.to != "copy" for item in items) or options.tp > 1
+    if not is_change or (chosen and not any(item.is_mxfp4 for item in items)):
         raise InputError(f"{checkpoint.folder}: nothing to convert to {target}")
     for item in items:
         if item.to == "mxfp4" and item.entry.shape[-1] % mxfp4.GROUP:
@@ -141,22 +163,9 @@ def plan(checkpoint: Checkpoint, options: Options) -> list[Item]:
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One output tensor of an item in a rank's file: the same place and size for each rank."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]  # of a rank's part
-    per: int  # elements of the last axis of the item that one entry stands for
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
 class OutputFile:
-    """Items of one source file that go into one file (one for each rank), with their slots."""
+    """Items of one source file that go into one file (one for each rank), with a rank's slots: the same
+    names, sizes and places for all ranks."""
 
     items: tuple[tuple[Item, tuple[Slot, ...]], ...]
 
@@ -173,18 +182,17 @@ class OutputFile:
         return list(dict.fromkeys(file for item, _ in self.items for file in item.files))
 
 
-def arrange(items: list[Item], shards: Plan, limit: int) -> list[OutputFile]:
+def arrange(items: list[Item], ranks: Plan, limit: int) -> list[OutputFile]:
     """Fill files of at most `limit` bytes (or one item) in order; no file takes from two source files
     but for scales. InputError where a rank's part would split a group of 32."""
     files: list[OutputFile] = []
     current: list[tuple[Item, tuple[Slot, ...]]] = []
     size = 0
     for item in items:
-        shard = shards.shard(item.name, item.entry.shape, 0)
-        slots = tuple(
-            Slot(name, dtype, _cut_shape(shard, shape, per, item.name), per)
-            for name, dtype, shape, per in item.outputs()
-        )
+        slots = item.slots()
+        if ranks.size > 1:
+            shard = ranks.shard(item.name, item.entry.shape, 0)
+            slots = tuple(_cut_slot(slot, shard) for slot in slots)
         nbytes = sum(slot.nbytes for slot in slots)
         changes_source = current and current[0][0].files[0] != item.files[0]
         if current and (changes_source or size + nbytes > limit):
@@ -195,17 +203,17 @@ def arrange(items: list[Item], shards: Plan, limit: int) -> list[OutputFile]:
     return [*files, OutputFile(tuple(current))]
 
 
-def _per(shard: Shard, dims: int, per: int) -> int:
-    """What one entry stands for along the axis that is cut: entries are packed along the last one."""
-    return per if shard.axis == dims - 1 else 1
-
-
-def _cut_shape(shard: Shard, shape: tuple[int, ...], per: int, name: str) -> tuple[int, ...]:
+def _cut_slot(slot: Slot, shard: Shard) -> Slot:
     try:
-        cut = shard.cut(torch.empty(shape, device="meta"), _per(shard, len(shape), per))
+        cut = _cut(torch.empty(slot.shape, device="meta"), shard, slot.per)
     except InputError as error:
-        raise InputError(f"{name}: {error}") from None
-    return tuple(cut.shape)
+        raise InputError(f"{slot.name}: {error}") from None
+    return replace(slot, shape=tuple(cut.shape))
+
+
+def _cut(tensor: Tensor, shard: Shard, per: int) -> Tensor:
+    """A rank's part; values are packed along the last axis, `per` elements in one."""
+    return shard.cut(tensor, per if shard.axis == tensor.dim() - 1 else 1)
 
 
 # --- the conversion ---------------------------------------------------------------------------------
@@ -217,10 +225,12 @@ def convert(
     options: Options,
     *,
     keep_source: bool = False,
+    check: Callable[[Checkpoint], object] = lambda checkpoint: None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Convert a folder (a Path), or a hub repository (its name), into the folder `target`.
 
+    check: called with the source before anything is written; what it raises ends the conversion.
     progress: called with the bytes of output that are done and their total. keep_source: leave what was
     fetched from the hub in its cache. Returns the report that is also written as conversion.json: the
     relative RMS error of each kind of tensor that was converted, and its worst group.
@@ -229,28 +239,28 @@ def convert(
     as `Checkpoint` says, and for weights that are not finite: then nothing is left behind; when the disk
     is full or the hub out of reach: then the same call continues.
     """
-    work, finished = target / UNFINISHED, target / FINISHED
-    if finished.exists():  # a conversion was killed when all was done but to remove its traces
-        shutil.rmtree(finished)
-        return next(read_json(report) for report in sorted(target.rglob(REPORT)))
-    existed = target.exists()
-    if existed and not work.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: there is something already; a conversion overwrites nothing")
     if isinstance(source, Path) and target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{target}: lies inside {source}, which is only read")
     with _disk_errors(target), ExitStack() as stack:
+        work, finished = target / UNFINISHED, target / FINISHED
+        if finished.exists():  # killed when all was done but to remove the traces
+            return _finished(target, source, options)
+        is_new = not target.exists() or work.exists()
+        if not is_new and (not target.is_dir() or any(target.iterdir())):
+            raise InputError(f"{target}: there is something already; nothing is overwritten")
+        made = [folder for folder in (target, *target.parents) if not folder.exists()]
         work.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_locked(work / "lock", target))
         try:
-            conversion = _Conversion(source, target, options, keep_source, progress)
+            conversion = _Conversion(source, target, options, keep_source, check, progress)
         except BaseException:
             if not (work / TASK).exists():  # nothing was begun
-                _clear(target, keep=existed)
+                _clear(target, made)
             raise
         try:
             return conversion.run()
         except WeightError:  # the source has to change, so this cannot be continued
-            _clear(target, keep=existed)
+            _clear(target, made)
             raise
 
 
@@ -267,6 +277,7 @@ class _Conversion:
         target: Path,
         options: Options,
         keep_source: bool,
+        check: Callable[[Checkpoint], object],
         progress: Callable[[int, int], object],
     ) -> None:
         self.work = target / UNFINISHED
@@ -276,11 +287,17 @@ class _Conversion:
         task = {"source": self.source.identity, "options": asdict(options)}
         _compare(target, read_json(self.work / TASK) or task, task)
         self.checkpoint = Checkpoint(self.source.headers)
-        self.shards = Plan(self.checkpoint.config, options.tp)
-        items = plan(self.checkpoint, options)
-        self.files = arrange(items, self.shards, options.shard_bytes)
-        ranks = [f"rank-{rank}-of-{options.tp}" for rank in range(options.tp)]
-        self.folders = [target / rank for rank in ranks] if options.tp > 1 else [target]
+        check(self.checkpoint)
+        self.ranks = Plan(self.checkpoint.config, options.tp)
+        items = items_of(self.checkpoint, options)
+        self.files = arrange(items, self.ranks, options.shard_bytes)
+        # After the last file that needs it, a source file is closed.
+        self.last_use = {name: i for i, file in enumerate(self.files) for name in file.sources}
+        self.total = sum(file.nbytes for file in self.files) * options.tp
+        self.done = 0
+        self.opened: dict[str, dict[str, Stored]] = {}
+        names = [f"rank-{rank}-of-{options.tp}" for rank in range(options.tp)]
+        self.folders = [target / name for name in names] if options.tp > 1 else [target]
         for left_over in target.rglob(f"*{PARTIAL}"):
             left_over.unlink()
         self._check_space()
@@ -289,20 +306,16 @@ class _Conversion:
         write_whole(self.work / TASK, json.dumps(task))
 
     def run(self) -> dict[str, Any]:
-        total = sum(file.nbytes for file in self.files) * self.options.tp
-        self.done = 0
-        self.opened: dict[str, dict[str, Stored]] = {}
         for number, file in enumerate(self.files):
-            if not self._is_done(number):
-                self._write(number, file, total)
-                later = {name for other in self.files[number + 1 :] for name in other.sources}
-                for name in set(self.opened) - later:
-                    del self.opened[name]
-                    self.source.close(name)
-            else:
+            if self._is_done(number):
                 self.done += file.nbytes * self.options.tp
-                self.progress(self.done, total)
-        report = self._report(total)
+                self.progress(self.done, self.total)
+                continue
+            self._write(number, file)
+            for name in [name for name in self.opened if self.last_use[name] <= number]:
+                del self.opened[name]
+                self.source.close(name)
+        report = self._report()
         for rank, folder in enumerate(self.folders):
             self._finish(folder, rank, report)
         finished = self.work.rename(self.target / FINISHED)  # at once: from here on it is whole
@@ -328,7 +341,7 @@ class _Conversion:
                 f"{self.target}: {needed} bytes are needed, {free} are free on the disk"
             )
 
-    def _write(self, number: int, file: OutputFile, total: int) -> None:
+    def _write(self, number: int, file: OutputFile) -> None:
         """One output file, for every rank: under another name first, then its errors, then its name."""
         errors: dict[str, Rounding] = {}
         finals = [folder / self._name(number) for folder in self.folders]
@@ -340,12 +353,11 @@ class _Conversion:
             for item, slots in file.items:
                 tensors = self._convert(item, errors)
                 for rank, handle in enumerate(handles):
-                    shard = self.shards.shard(item.name, item.entry.shape, rank)
+                    shard = self._shard(item, rank)
                     for tensor, slot in zip(tensors, slots, strict=True):
-                        part = shard.cut(tensor, _per(shard, tensor.dim(), slot.per))
-                        handle.write(row_major(part))
+                        handle.write(row_major(_cut(tensor, shard, slot.per)))
                         self.done += slot.nbytes
-                self.progress(self.done, total)
+                self.progress(self.done, self.total)
             for handle in handles:
                 handle.flush()
                 os.fsync(handle.fileno())
@@ -353,6 +365,11 @@ class _Conversion:
         write_whole(self._errors_of(number), json.dumps(described))
         for partial, final in zip(partials, finals, strict=True):
             partial.replace(final)
+
+    def _shard(self, item: Item, rank: int) -> Shard:
+        if self.options.tp == 1:
+            return Shard(None)
+        return self.ranks.shard(item.name, item.entry.shape, rank)
 
     def _convert(self, item: Item, errors: dict[str, Rounding]) -> list[Tensor]:
         """The output tensors of an item, whole, in the order of its slots."""
@@ -364,7 +381,7 @@ class _Conversion:
         except InputError as bad:
             raise WeightError(str(bad)) from None
         if item.to != "copy":
-            errors.setdefault(kind(PREFIX.sub("", item.name)), Rounding()).merge(error)
+            errors.setdefault(name_pattern(PREFIX.sub("", item.name)), Rounding()).merge(error)
         return tensors
 
     def _real(self, stored: Stored) -> Stored:
@@ -374,7 +391,7 @@ class _Conversion:
             self.opened[file] = self.source.open(file)
         return self.opened[file][stored.name]
 
-    def _report(self, total: int) -> dict[str, Any]:
+    def _report(self) -> dict[str, Any]:
         errors: dict[str, Rounding] = {}
         for number in range(len(self.files)):
             for name, described in (read_json(self._errors_of(number)) or {}).items():
@@ -382,13 +399,15 @@ class _Conversion:
         return {
             **asdict(self.options),
             "files": len(self.files) * self.options.tp,
-            "bytes": total,
+            "bytes": self.total,
             "errors": {name: error.summary() for name, error in errors.items()},
         }
 
     def _finish(self, folder: Path, rank: int, report: dict[str, Any]) -> None:
         """What stands beside the weights; config.json, without which nothing loads, comes last."""
         for file in self.source.headers.iterdir():
+            if not file.is_file():
+                continue
             if file.name.endswith(BESIDE) and file.name not in ("config.json", INDEX, REPORT):
                 write_whole(folder / file.name, file.read_bytes())
         weight_map = {
@@ -417,17 +436,14 @@ class _Conversion:
     def _excluded(self) -> list[str]:
         """The modules with a matrix (or a filter) that is not MXFP4, by their names in the file; of
         fused experts each by itself, since engines ask for each."""
-        parts: dict[str, list[str]] = {}
-        for name, entry in self.checkpoint.entries.items():
-            parts.setdefault(entry.stored_as, []).append(name)
-        excluded: list[str] = []
-        for item, slots in (pair for file in self.files for pair in file.items):
-            if len(slots) > 1 or len(item.entry.shape) < 2 or "embed_tokens" in item.name:
+        excluded = ["lm_head"]
+        for item in (item for file in self.files for item, _ in file.items):
+            if item.is_mxfp4 or len(item.entry.shape) < 2 or "embed_tokens" in item.name:
                 continue
             bare = PREFIX.sub("", item.name)
-            fused = ".experts." in item.name and not item.name.endswith(".weight")
-            for name in parts[item.entry.stored_as] if fused else [bare]:
-                excluded.append(item.name.removesuffix(bare) + name.removesuffix(".weight"))
+            names = self.checkpoint.parts[item.name] if item.entry.is_fused_experts else [bare]
+            prefix = item.name.removesuffix(bare)
+            excluded += [prefix + name.removesuffix(".weight") for name in names]
         return list(dict.fromkeys(excluded))
 
 
@@ -448,17 +464,20 @@ def convert_tensor(
     if to == "bf16":
         rounded = exact.bfloat16()
         if not rounded.isfinite().all():
-            raise InputError(f"{entry.stored_as}: holds an infinity or a NaN")
+            raise InputError(f"{entry.stored_as}: {name} holds an infinity or a NaN")
         error.add(name, exact, lambda rows: rounded[rows].float())
         return [rounded]
     packed, powers = mxfp4.quantize(exact)
     if (powers > LARGEST_SCALE).any():
         raise InputError(
-            f"{entry.stored_as}: holds an infinity, a NaN or a magnitude of 2^127 x 1.75 and more, "
-            "which MXFP4 cannot"
+            f"{entry.stored_as}: {name} holds an infinity, a NaN or a magnitude of 2^127 x 1.75 "
+            "and more, which MXFP4 cannot hold"
         )
-    decode = mxfp4.dequantize
-    error.add(name, exact, lambda rows: decode(packed[rows], powers[rows], torch.float32))
+
+    def decoded(rows: slice) -> Tensor:
+        return mxfp4.dequantize(packed[rows], powers[rows], torch.float32)
+
+    error.add(name, exact, decoded)
     return [packed, powers]
 
 
@@ -477,11 +496,36 @@ def _compare(target: Path, begun: dict[str, Any], task: dict[str, Any]) -> None:
                 )
 
 
-def _clear(target: Path, *, keep: bool) -> None:
-    """Take away what a conversion wrote; the folder too, unless it was there before."""
-    shutil.rmtree(target)
-    if keep:
-        target.mkdir()
+def _clear(target: Path, made: list[Path]) -> None:
+    """Take away what a conversion wrote. made: the folders that it had to make, the innermost first."""
+    if made:
+        shutil.rmtree(made[-1])
+        return
+    for child in target.iterdir():
+        if child.is_dir():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+
+
+def _finished(target: Path, source: Path | str, options: Options) -> dict[str, Any]:
+    """Remove the traces of a conversion that is whole; return its report. InputError when it was not the
+    one that is asked for."""
+    traces = target / FINISHED
+    begun = read_json(traces / TASK)
+    if begun is not None:  # None: it was being removed already
+        now = Folder(source).identity if isinstance(source, Path) else {"repository": source}
+        before = {name: value for name, value in begun["source"].items() if name != "commit"}
+        task = {"source": now, "options": asdict(options)}
+        _compare(target, {"source": before, "options": begun["options"]}, task)
+    reports = sorted(target.glob(REPORT)) or sorted(target.glob(f"*/{REPORT}"))
+    if not reports:
+        raise InputError(f"{traces}: left by a conversion, but there is no {REPORT}; remove it")
+    report = read_json(reports[0])
+    if any(report[name] != value for name, value in asdict(options).items()):
+        raise InputError(f"{target}: holds a finished conversion with other options")
+    shutil.rmtree(traces)
+    return report
 
 
 @contextmanager

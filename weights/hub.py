@@ -1,5 +1,6 @@
 """A model repository on the Hugging Face hub, at one commit: headers first, then file by file."""
 
+import errno
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ class Repository:
 
     def __init__(self, name: str, commit: str | None = None) -> None:
         self.name = name
-        with one_line(name):
+        with one_line(f"{name} (no such folder here)"):
             info = HfApi().model_info(name, revision=commit, files_metadata=True)
         self.commit = info.sha or commit or "main"
         self.sizes = {
@@ -120,5 +121,7 @@ def one_line(what: str) -> Iterator[None]:
         httpx.HTTPError,
         OSError,
     ) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{what}: not to be had from the hub: {lines[0]}") from None
+        raise InputError(f"{what}: cannot be fetched from the hub: {lines[0]}") from None

@@ -17,6 +17,7 @@ from qwen35.errors import InputError
 from weights import fp8
 
 METHODS = ("fp8", "quark")
+LARGEST_BLOCK = 1 << 16  # rows or columns: a block is laid out once while it is decoded
 PREFIX = re.compile(r"^model\.(language_model\.)?")
 
 
@@ -54,20 +55,30 @@ class Quantization:
         return cls(claim["quant_method"], tuple(excluded), (block[0], block[1]))
 
     def excludes(self, module: str) -> bool:
-        """Whether the list names this module (less the checkpoint's prefix), a parent of it, or a glob
-        that fits: `lm_head`, `mtp.*`, `*mlp.gate`, `model.language_model.layers.0.mlp.gate`."""
-        names, globs = self._entries
-        parents = accumulate(module.split("."), "{}.{}".format)
-        return any(parent in names for parent in parents) or any(
-            fnmatchcase(module, glob) for glob in globs
+        """Whether the list names this module of the file or a parent of it, with or without the prefix,
+        or holds a glob (`*mlp.gate`) or an expression (`re:.*mlp.gate`) that fits."""
+        names, globs, expressions = self._entries
+        bare = PREFIX.sub("", module)
+        parents = accumulate(bare.split("."), "{}.{}".format)
+        return (
+            any(parent in names for parent in parents)
+            or any(fnmatchcase(bare, glob) for glob in globs)
+            or any(expression.match(module) for expression in expressions)
         )
 
     @cached_property
-    def _entries(self) -> tuple[frozenset[str], tuple[str, ...]]:
-        """The list less the checkpoint's prefix: names, and globs. A name may be one of thousands."""
-        entries = [PREFIX.sub("", entry) for entry in self.excluded]
-        globs = tuple(entry for entry in entries if set("*?[") & set(entry))
-        return frozenset(entries).difference(globs), globs
+    def _entries(self) -> tuple[frozenset[str], list[str], list[re.Pattern[str]]]:
+        """The list as names, globs and expressions; names are looked up, since there may be thousands."""
+        expressions = [e for e in self.excluded if e.startswith("re:")]
+        others = [PREFIX.sub("", e) for e in self.excluded if not e.startswith("re:")]
+        globs = [entry for entry in others if set("*?[") & set(entry)]
+        try:
+            compiled = [re.compile(expression[3:]) for expression in expressions]
+        except re.error as error:
+            raise InputError(
+                f"quantization_config: {error.pattern!r} cannot be read: {error}"
+            ) from None
+        return frozenset(others).difference(globs), globs, compiled
 
 
 def mxfp4_claim(excluded: list[str]) -> dict[str, Any]:
@@ -116,7 +127,7 @@ def mxfp4_claim(excluded: list[str]) -> dict[str, Any]:
 def disagreements(claim: Quantization | None, formats: Mapping[str, str]) -> list[str]:
     """One line for each kind of module that is not as claimed.
 
-    formats: by name of a linear module (a matrix `.weight` that is no embedding) its format,
+    formats: by name of a linear module of the file (a matrix `.weight` that is no embedding) its format,
     "mxfp4", "fp8" or "plain". Layer and expert numbers are left out of the lines.
     """
     wrong: Counter[tuple[str, str]] = Counter()
@@ -130,17 +141,15 @@ def disagreements(claim: Quantization | None, formats: Mapping[str, str]) -> lis
             reason = f"not quantised, but quantization_config ({claim.method}) does not exclude it"
         else:
             reason = f"{found}, but quantization_config ({claim.method}) excludes it"
-        wrong[kind(module), reason] += 1
-    return [f"{module} ({count} x): {reason}" for (module, reason), count in wrong.items()]
+        wrong[name_pattern(PREFIX.sub("", module)), reason] += 1
+    return [f"{pattern} ({count} x): {reason}" for (pattern, reason), count in wrong.items()]
 
 
-def kind(name: str) -> str:
+def name_pattern(name: str) -> str:
     """A name with its layer and expert numbers as `*`: what many tensors have in common."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-LARGEST_BLOCK = 1 << 16  # rows or columns: a block is laid out once while it is decoded
-
-
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST_BLOCK
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return is_integer and 0 < value <= LARGEST_BLOCK

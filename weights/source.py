@@ -10,8 +10,9 @@ from weights.storage import Stored, open_file, read_json, write_whole
 
 
 class Source(Protocol):
-    """headers: a folder with the headers of all files. identity: what must not change until the end.
-    open: the tensors of one file. close: they are not needed again. room: bytes of disk that it takes."""
+    """headers: a folder whose files may be hollow, with no more than their headers. identity: what must
+    not change until the end. open: the tensors of one file. close: they are not needed again. room: bytes
+    of disk that it takes meanwhile."""
 
     headers: Path
     identity: dict[str, Any]
@@ -69,4 +70,5 @@ class Hub:
             (self.files / file).unlink(missing_ok=True)
 
     def room(self) -> int:
-        return max(self.repository.sizes.values(), default=0) if self.files else 0
+        # A scale may lie in the file after its weight's: two are here at times.
+        return sum(sorted(self.repository.sizes.values())[-2:]) if self.files else 0

@@ -53,7 +53,7 @@ class Stored:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def shards(folder: Path) -> dict[Path, set[str] | None]:
+def weight_files(folder: Path) -> dict[Path, set[str] | None]:
     """Each safetensors file of a folder, with the names that its index promises (None: no index)."""
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).exists():
@@ -84,7 +84,7 @@ def open_folder(folder: Path) -> list[Stored]:
     InputError for a file that is missing, cut off or not as the index says, and for a name in two files.
     """
     found: dict[str, Stored] = {}
-    files = shards(folder)
+    files = weight_files(folder)
     home = {name: file.name for file, names in files.items() for name in names or ()}
     for file, promised in files.items():
         stored = open_file(file)

@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> int:
     ours, theirs = total_bits / total_bytes, packed * 8 / total_bytes
     rows = [
         {"name": "bits per byte", "value": ours},
-        {"name": "perplexity of a token", "value": 2 ** (total_bits / predicted)},
+        {"name": "perplexity per token", "value": 2 ** (total_bits / predicted)},
         {"name": "bits per byte, xz -9", "value": theirs},
         {"name": "ratio to xz -9", "value": ours / theirs},
         {"name": "tokens per forward", "value": tokens / forwards if forwards else 0.0},
