@@ -19,6 +19,7 @@ from qwen35.errors import InputError
 from qwen35.swap import matching
 from reference.model import Model
 
+FORMAT = "qwen35-trace-1"
 TRACED = ("reference.", "fast.")  # packages whose functions' locals a trace may hold
 
 
@@ -136,7 +137,7 @@ def save_trace(path: Path, outputs: dict[str, Tensor], model: Model, ids: list[i
     """Write a trace as safetensors, whole or not at all; ids, config hash and dtype in its metadata."""
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     metadata = {
-        "format": "qwen35-trace-1",
+        "format": FORMAT,
         "ids": json.dumps(ids),
         "config": config_hash(model.config),
         "dtype": dtype,
