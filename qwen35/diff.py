@@ -31,6 +31,14 @@ from reference.model import Model
 from reference.moe import Router
 
 Mode = Literal["local", "free"]
+# Fields of a config that size what a node is given or returns: both sides must agree on them.
+SHAPE = (
+    "num_hidden_layers", "hidden_size", "vocab_size", "layer_types", "num_experts",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "linear_num_key_heads",
+    "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+    "linear_conv_kernel_dim", "intermediate_size", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "mtp_num_hidden_layers",
+)  # fmt: skip
 Calls = dict[str, tuple[Any, ...]]  # by node: what its forward was given
 Pass = tuple[str, int, int]  # phase, first token, end
 
@@ -70,7 +78,7 @@ def diff(
     else:
         folder = reference if candidate is None else candidate
         sides.append(Side(Loader(folder, dtype=dtype, device=device, swaps=swaps)))
-    for name in ("num_hidden_layers", "hidden_size", "vocab_size", "layer_types", "num_experts"):
+    for name in SHAPE:
         ours, theirs = getattr(oracle.config, name), getattr(sides[-1].config, name)
         if ours != theirs:
             raise InputError(f"{name} is {ours} in the reference, {theirs} in the candidate")
@@ -89,7 +97,12 @@ def diff(
             trace = candidate if isinstance(candidate, dict) else None
             _free(streams, name, judge, trace, compared=name in chosen)
         progress(number + 1, len(run))
-    return judge.report()
+    report = judge.report()
+    if not report.rows:
+        raise InputError(
+            f"nothing to compare: the candidate has none of the nodes of {', '.join(chosen)}"
+        )
+    return report
 
 
 def passes(tokens: int, decode: int) -> list[Pass]:
@@ -111,6 +124,8 @@ class Side:
         self.config = source.config
         self.source = source
         if isinstance(source, Model):
+            if source.mtp is None:
+                self.config = replace(self.config, mtp_num_hidden_layers=0)
             self.dtype = source.embed_tokens.weight.dtype
             self.stages: list[str] = []
         else:

@@ -81,11 +81,12 @@ class Judge:
         """One pass. results: three tensors of one shape. unsure [N]: tokens to leave out."""
         row = self.rows.setdefault((node, tensor, phase), Row(node, tensor, phase))
         oracle, rough, tested = (result.double() for result in results)
+        row.shape = list(tested.shape)
         if tested.shape != oracle.shape:
-            row.passed, row.max_abs, row.x_bf16 = False, MOST, MOST
-            row.shape = list(tested.shape)
+            row.max_abs = MOST
             return row
-        row.shape = list(oracle.shape)
+        if not oracle.numel():  # a state that no pass has filled
+            return row
         kept = torch.ones(oracle.shape, dtype=torch.bool, device=oracle.device)
         if unsure is not None:
             kept = (~unsure)[:, None].expand(len(unsure), oracle.numel() // len(unsure))
@@ -130,14 +131,21 @@ class Judge:
             for chosen, weights in results
         ]
         row = self.add(node, "output", phase, dense, unsure)
-        ours, _, theirs = (chosen.sort(dim=-1).values for chosen, _ in results)
-        flipped = (ours != theirs).any(-1)
+        sets = [
+            torch.zeros_like(d, dtype=torch.bool).scatter_(1, chosen, True)
+            for d, (chosen, _) in zip(dense, results, strict=True)
+        ]
+        if sets[2].shape != sets[0].shape:
+            return
+        flipped = (sets[0] != sets[2]).any(-1)
         row.flips += int(flipped.sum())
         if gap is not None and flipped.any():
             row.margin = max(row.margin, gap[flipped].max().item())
 
     def add_tokens(self, oracle: Tensor, tested: Tensor) -> None:
         """Logits [B, T, V] of the next positions."""
+        if oracle.shape != tested.shape:  # a failing row says so
+            return
         ours, theirs = (logits.flatten(0, 1).argmax(-1) for logits in (oracle, tested))
         different = (ours != theirs).nonzero().flatten()
         if self.tokens.first is None and len(different):

@@ -48,7 +48,7 @@ def build_parser() -> Parser:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--ids", metavar="IDS", help="token ids: 1,2,3")
-    prompt.add_argument("--random", type=int, metavar="N", help="N random ids (default: 150)")
+    prompt.add_argument("--random", type=int, metavar="N", help="N random ids (default: 200)")
     add("--seed", type=int, default=0, help="of random ids")
     add("--decode", type=int, default=6, metavar="N", help="of the last ids, decoded (default: 6)")
     add("--mode", choices=("local", "free"), default="local")
@@ -134,7 +134,7 @@ def prompt_ids(args: argparse.Namespace, folder: Path) -> list[int]:
         return parse_ids(args.ids)
     if args.prompt is not None:
         return Tokenizer(folder).encode(args.prompt)
-    count = 150 if args.random is None else args.random
+    count = 200 if args.random is None else args.random
     vocabulary = Config.from_file(folder / "config.json").vocab_size
     return random.Random(args.seed).choices(range(vocabulary), k=count)
 
