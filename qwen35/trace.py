@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import FrameType
 
@@ -24,15 +25,28 @@ TRACED = ("reference.", "fast.")  # packages whose functions' locals a trace may
 
 
 def nodes(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
-    """The modules whose name matches a glob. What happens inside a routed expert is left out unless
-    the pattern names it (`layers.3.mlp.experts.7.*`). InputError when nothing matches."""
+    """The modules whose name matches a glob and that run as such. What happens inside a routed expert is
+    left out unless the pattern names it (`layers.3.mlp.experts.7.*`). InputError when there is none."""
     inside = ".experts." in pattern
-    return {
+    found = {
         name: module
-        for name, module in matching(model, pattern).items()
-        if inside or ".experts." not in name
-        if not isinstance(module, nn.ModuleList) or name.endswith(".experts")
+        for name, module in _walk(model, "", inside=inside)
+        if fnmatchcase(name, pattern)
+        if not isinstance(module, nn.ModuleList) or name.endswith("experts")
     }
+    if not found:
+        matching(model, pattern)  # says which names are near
+        raise InputError(f"pattern {pattern!r} matches no node that runs by itself")
+    return found
+
+
+def _walk(module: nn.Module, prefix: str, *, inside: bool) -> Iterator[tuple[str, nn.Module]]:
+    """Named modules, the outer first; the thousands inside of experts only if they are wanted."""
+    for child_name, child in module.named_children():
+        name = f"{prefix}{child_name}"
+        yield name, child
+        if inside or child_name != "experts":
+            yield from _walk(child, f"{name}.", inside=inside)
 
 
 @torch.inference_mode()
