@@ -248,19 +248,17 @@ def _free(
     compared: bool,
 ) -> None:
     """Run the stage on each side with what that side computed before; compare its nodes' outputs."""
+    phases = [phase for phase, _ in streams[0].inputs(stage)]
     recorded: list[list[dict[str, Tensor]]] = []
     ended: list[list[Any]] = []
     for stream in streams:
         module = stream.side.stage(stage)
-        found = {stage: module}
-        if list(module.children()):
-            found |= {f"{stage}.{name}": m for name, m in nodes(module, "*").items()}
         states = stream.side.states(stage, stream.tokens.device)
         of_passes: list[dict[str, Tensor]] = []
         outputs: list[Tensor] = []
         for _, arguments in stream.inputs(stage):
             of_passes.append({})
-            with recording(found, of_passes[-1]):
+            with recording(_nodes_of(stage, module), of_passes[-1]):
                 outputs.append(module(*arguments, *states))
         stream.advance(stage, outputs)
         recorded.append(of_passes)
@@ -269,8 +267,6 @@ def _free(
         return
     if trace is not None:
         recorded.append([trace])
-    phases = [phase for phase, _ in streams[0].inputs(stage)] if stage != "norm" else None
-    phases = phases or [phase for phase, _, _ in streams[0].plan]
     for phase, *of_sides in zip(phases, *recorded, strict=False):
         _compare_outputs(of_sides, phase, streams[0].side.config.num_experts, judge)
     if trace is None:
@@ -318,19 +314,22 @@ def _gaps(exact: Tensor, rough: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return gap, gap <= 4 * (rough - exact).abs().amax(-1)
 
 
+def _nodes_of(stage: str, module: nn.Module) -> dict[str, nn.Module]:
+    """A stage and the nodes inside it, by their names in the model."""
+    inner = nodes(module, "*") if next(module.children(), None) is not None else {}
+    return {stage: module} | {f"{stage}.{name}": node for name, node in inner.items()}
+
+
 @contextmanager
 def _recorded_calls(stage: str, module: nn.Module, calls: Calls) -> Iterator[None]:
     """Keep what each node of a stage is given, states as they were before it ran."""
-    found = {stage: module}
-    if list(module.children()):
-        found |= {f"{stage}.{name}": m for name, m in nodes(module, "*").items()}
 
     def keep(name: str, arguments: tuple[Any, ...]) -> None:
         calls[name] = tuple(_copied(argument) for argument in arguments)
 
     handles = [
         m.register_forward_pre_hook(lambda _m, given, name=name: keep(name, given))  # pyright: ignore
-        for name, m in found.items()
+        for name, m in _nodes_of(stage, module).items()
     ]
     try:
         yield

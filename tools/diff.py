@@ -25,6 +25,7 @@ from qwen35.swap import Replacement
 from qwen35.tokenizer import Tokenizer
 from qwen35.trace import FORMAT, config_hash
 from tools.report import page
+from weights.quantization import PREFIX
 
 SHOWN = 20  # rows printed for people; --json has all
 
@@ -111,7 +112,7 @@ def trace_of_transformers(folder: Path, ids: list[int], dtype: torch.dtype) -> d
             outputs[name] = first
 
     for full, module in model.named_modules():
-        name = re.sub(r"^model\.(language_model\.)?", "", full)
+        name = PREFIX.sub("", full)
         if name and not name.endswith(".gate"):
             module.register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
     model(torch.tensor([ids]))

@@ -547,6 +547,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
     except InputError:
         raise
     except OSError as error:
-        for partial in target.rglob(f"*{PARTIAL}"):
-            partial.unlink(missing_ok=True)
+        if (target / UNFINISHED).exists():  # else what ends so is somebody else's
+            for partial in target.rglob(f"*{PARTIAL}"):
+                partial.unlink(missing_ok=True)
         raise InputError(f"{error.filename or target}: {error.strerror or error}") from None

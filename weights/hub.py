@@ -93,14 +93,14 @@ class Repository:
 
 
 def _read_stream(url: str, headers: dict[str, str], count: int) -> bytes:
-    content = b""
+    content = bytearray()
     with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
         response.raise_for_status()
         for piece in response.iter_bytes():
             content += piece
             if len(content) >= count:  # a server may send more than the range
                 break
-    return content[:count]
+    return bytes(content[:count])
 
 
 def is_hub_id(name: str) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qwen35.config import Config
 from qwen35.errors import InputError
+from weights.quantization import PREFIX
 
 SIZES = (1, 2, 4, 8)  # ranks of a group
 
@@ -210,7 +211,7 @@ class Plan:
 
     def _rule(self, name: str) -> tuple[int | None, tuple[Section, ...]]:
         """The axis and its sections, from the first line of the table that matches."""
-        bare = re.sub(r"^model\.(language_model\.)?", "", name)
+        bare = PREFIX.sub("", name)
         weight = re.sub(r"\.weight_scale(_inv)?$", ".weight", bare)
         for names, axis, sections in self._table:
             if names.fullmatch(weight):
