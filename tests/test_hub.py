@@ -16,13 +16,15 @@ from typing import Any
 
 import pytest
 
+from qwen35.errors import InputError
 from tests.checkpoints import INDEX, QUANTIZED_SIZES, QWEN3_5, QWEN3_5_FP8, write
 from tests.hub_server import HubServer
 from tests.test_convert import Children, contents, is_complete
 from tools.inspect import describe, open_model
 from weights.checkpoint import UNFINISHED
 from weights.convert import Options, convert
-from weights.hub import PROBABLY
+from weights.hub import PROBABLY, Repository
+from weights.source import Hub
 
 ROOT = Path(__file__).parents[1]
 MEMBER = "397B-A17B"
@@ -131,6 +133,23 @@ def test_inspect_downloads_no_weights(hub: HubServer, place: Path) -> None:
         assert len(hub.fetched(shard)) == 1
         assert hub.sent(shard) <= limit + 2**16  # what a socket holds beyond what is read
     assert hub.sent("tokenizer.json") == 0
+
+
+def test_room_for_what_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two files at a time, since a scale may lie in the next one; none where they go to the cache. The
+    check of the disk counts it beside the output."""
+    source = object.__new__(Hub)
+    source.repository = object.__new__(Repository)
+    source.repository.sizes = {"a": 5, "b": 70, "c": 600}
+    source.files = tmp_path
+    assert source.room() == 670
+    source.files = None
+    assert source.room() == 0
+    write(tmp_path / "in", MEMBER, DIALECT, **QUANTIZED_SIZES)
+    monkeypatch.setattr("weights.source.Folder.room", lambda self: 10**18)
+    with pytest.raises(InputError, match=r"10\d{17} bytes are needed"):
+        convert(tmp_path / "in", tmp_path / "out", Options("mxfp4"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_source_can_be_kept(
