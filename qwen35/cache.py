@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -44,6 +45,16 @@ class KVCache:
         """Forget the last `tokens` positions."""
         self.length -= tokens
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is held, by name, [B, G, length, K] each (views)."""
+        return {"k": self.k[:, :, : self.length], "v": self.v[:, :, : self.length]}
+
+    def copy(self, like: Self | None = None) -> Self:
+        """With buffers of its own, in this dtype or in that of another."""
+        dtype = (like or self).k.dtype
+        k, v = (held.to(dtype, copy=True) for held in self.tensors().values())
+        return type(self)(k, v, self.length)
+
 
 @dataclass
 class DeltaState:
@@ -78,12 +89,25 @@ class DeltaState:
         self.conv = self.rows[:, self.rows.shape[1] - self.conv.shape[1] :]
         self.recurrent = self.trail[-1]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What the next pass starts from, by name."""
+        return {"conv": self.conv, "recurrent": self.recurrent}
+
+    def copy(self, like: Self | None = None) -> Self:
+        """With buffers of its own, in these dtypes or in those of another; it cannot be rolled back."""
+        kind = like or self
+        conv = self.conv.to(kind.conv.dtype, copy=True)
+        return type(self)(conv, self.recurrent.to(kind.recurrent.dtype, copy=True))
+
+
+State = KVCache | DeltaState
+
 
 @dataclass
 class Cache:
     """All state of one batch of sequences. `length` is the number of trunk positions computed."""
 
-    layers: list[KVCache | DeltaState]
+    layers: list[State]
     mtp: KVCache | None
     length: int = 0
 

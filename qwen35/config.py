@@ -147,6 +147,14 @@ class Config:
                 f"prompt id {wrong[0]} is not in the vocabulary 0..{self.vocab_size - 1}"
             )
 
+    def check_same_shape(self, other: "Config") -> None:
+        """Raise InputError unless both models' nodes are given and return tensors of the same shapes."""
+        not_shapes = ("max_position_embeddings", "num_experts_per_tok", "decoder_sparse_step")
+        for name in (n for n in (*SIZES, *COUNTS, "layer_types") if n not in not_shapes):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise InputError(f"{name} is {ours} in the reference, {theirs} in the candidate")
+
     @classmethod
     def from_file(cls, path: Path) -> "Config":
         """Read a `config.json`. Raises InputError naming the file."""

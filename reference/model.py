@@ -1,5 +1,6 @@
 """The model: embedding, decoder layers, final norm, head, and the MTP head beside them."""
 
+import torch
 from torch import Tensor, nn
 
 from qwen35.cache import Cache
@@ -48,5 +49,9 @@ class Model(nn.Module):
 
     def new_cache(self, batch: int = 1) -> Cache:
         """An empty cache in this model's dtype and on its device."""
-        weight = self.embed_tokens.weight
-        return Cache.empty(self.config, weight.dtype, weight.device, batch)
+        return Cache.empty(self.config, self.dtype, self.embed_tokens.weight.device, batch)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.embed_tokens.weight.dtype
