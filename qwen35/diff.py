@@ -1,46 +1,47 @@
 """Which node of a model differs from the reference, and by how much, in units of bfloat16's own error.
 
 Three sides compute the same ids: the *oracle* (the reference in float32 or float64), the *yardstick* (the
-reference in bfloat16) and the *candidate*. A node passes when its largest error against the oracle is at
-most twice the yardstick's, plus half a unit in the last place of its largest output.
+reference in bfloat16) and the *candidate*. `qwen35/judge.py` says when a node passes.
 
     local   every node is given the oracle's inputs and state: an error stays where it is made
-    free    each side goes on with what it computed itself: errors add up, as they do in use
+    free    each side goes on with what it computed itself: errors add up, as they do in use. Only the
+            experts are the candidate's on all sides, so that a choice that rounding flipped is counted
+            at its router and not seen in all that follows
 
 One stage (the embedding, a layer, ...) of each side exists at a time: it is read, used and dropped.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qwen35.cache import Cache, KVCache
+from qwen35.cache import Cache, State
 from qwen35.errors import InputError
-from qwen35.judge import Judge, Report
+from qwen35.judge import Judge, Mode, Report
 from qwen35.load import Loader, Swaps
-from qwen35.trace import nodes, recording
-from reference.linear import DECODE_ROWS, GRID
+from qwen35.trace import nodes
+from reference.linear import DECODE_ROWS, GRID, linear
 from reference.model import Model
 from reference.moe import Router
 
-Mode = Literal["local", "free"]
-# Fields of a config that size what a node is given or returns: both sides must agree on them.
-SHAPE = (
-    "num_hidden_layers", "hidden_size", "vocab_size", "layer_types", "num_experts",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "linear_num_key_heads",
-    "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
-    "linear_conv_kernel_dim", "intermediate_size", "moe_intermediate_size",
-    "shared_expert_intermediate_size", "mtp_num_hidden_layers",
-)  # fmt: skip
-Calls = dict[str, tuple[Any, ...]]  # by node: what its forward was given
 Pass = tuple[str, int, int]  # phase, first token, end
+
+
+@dataclass
+class Call:
+    """What a node was given, states as they were before it ran, and what it returned."""
+
+    given: tuple[Any, ...]
+    result: Any = None
+
+
+Calls = dict[str, Call]
 
 
 @torch.inference_mode()
@@ -66,42 +67,30 @@ def diff(
 
     InputError for bad folders, other shapes than the reference's, and ids that the model cannot take.
     """
-    oracle = Side(Loader(reference, dtype=oracle_dtype, device=device))
-    yardstick = Side(Loader(reference, dtype=torch.bfloat16, device=device))
-    sides = [oracle, yardstick]
+    oracle = Loader(reference, dtype=oracle_dtype, device=device)
     oracle.config.check_prompt(list(ids), new_tokens=0)
+    sources: list[Loader | Model | dict[str, Tensor]] = [oracle]
+    sources.append(Loader(reference, dtype=torch.bfloat16, device=device))
+    if isinstance(candidate, Model | dict):
+        sources.append(candidate)
+    else:
+        sources.append(Loader(candidate or reference, dtype=dtype, device=device, swaps=swaps))
     plan = passes(len(ids), min(decode, len(ids) - 1))
     if isinstance(candidate, dict):
         mode, plan = "free", [("prefill", 0, len(ids))]
-    elif isinstance(candidate, Model):
-        sides.append(Side(candidate))
-    else:
-        folder = reference if candidate is None else candidate
-        sides.append(Side(Loader(folder, dtype=dtype, device=device, swaps=swaps)))
-    for name in SHAPE:
-        ours, theirs = getattr(oracle.config, name), getattr(sides[-1].config, name)
-        if ours != theirs:
-            raise InputError(f"{name} is {ours} in the reference, {theirs} in the candidate")
-    order = oracle.stages
-    chosen = [name for name in order if stages(name)]
+    sides = [Side(source, torch.tensor([list(ids)], device=device), plan) for source in sources]
+    oracle.config.check_same_shape(sides[2].config or oracle.config)
+    chosen = [name for name in oracle.stages if stages(name)]
     if not chosen:
-        raise InputError(f"no stage is chosen; there are {', '.join(order)}")
-    run = order[: order.index(chosen[-1]) + 1]
-    tokens = torch.tensor([list(ids)], device=device)
-    streams = [Stream(side, tokens, plan) for side in sides]
-    judge = Judge()
-    for number, name in enumerate(run):
-        if mode == "local":
-            _local(streams, name, judge, compared=name in chosen)
-        else:
-            trace = candidate if isinstance(candidate, dict) else None
-            _free(streams, name, judge, trace, compared=name in chosen)
-        progress(number + 1, len(run))
+        raise InputError(f"no stage is chosen; there are {', '.join(oracle.stages)}")
+    judge = Judge(mode, oracle.config.num_experts)
+    last = oracle.stages.index(chosen[-1]) + 1
+    for number, name in enumerate(oracle.stages[:last]):
+        run_stage(name, sides, judge, compared=name in chosen)
+        progress(number + 1, last)
     report = judge.report()
     if not report.rows:
-        raise InputError(
-            f"nothing to compare: the candidate has none of the nodes of {', '.join(chosen)}"
-        )
+        raise InputError(f"the candidate has none of the nodes of {', '.join(chosen)}")
     return report
 
 
@@ -118,196 +107,149 @@ def passes(tokens: int, decode: int) -> list[Pass]:
 
 
 class Side:
-    """One of the three: a checkpoint, of which a stage at a time is built, or a built model."""
+    """One of the three, and what it has computed so far, pass by pass: a checkpoint of which a stage at a
+    time is built, a built model, or a trace."""
 
-    def __init__(self, source: Loader | Model) -> None:
-        self.config = source.config
-        self.source = source
-        if isinstance(source, Model):
-            if source.mtp is None:
-                self.config = replace(self.config, mtp_num_hidden_layers=0)
-            self.dtype = source.embed_tokens.weight.dtype
-            self.stages: list[str] = []
-        else:
-            self.dtype, self.stages = source.dtype, source.stages
+    def __init__(
+        self, source: Loader | Model | dict[str, Tensor], tokens: Tensor, plan: list[Pass]
+    ) -> None:
+        self.source, self.tokens, self.plan = source, tokens, plan
+        self.config = None if isinstance(source, dict) else source.config
+        self.outputs: dict[str, list[Tensor]] = {}  # of the stages that a later one needs
 
-    def stage(self, name: str) -> nn.Module:
-        is_model = isinstance(self.source, Model)
-        return self.source.get_submodule(name) if is_model else self.source.stage(name)
+    def stage(self, name: str) -> tuple[nn.Module, list[Any]]:
+        """A stage and what it carries from pass to pass: nothing, or one state."""
+        assert self.config is not None and not isinstance(self.source, dict)
+        source = self.source
+        module = source.get_submodule(name) if isinstance(source, Model) else source.stage(name)
+        cache = Cache.empty(self.config, source.dtype, self.tokens.device)
+        if name == "mtp":
+            return module, [cache.mtp]
+        is_layer = name.startswith("layers.")
+        return module, [cache.layers[int(name.removeprefix("layers."))]] if is_layer else []
 
-    def states(self, stage: str, device: torch.device) -> list[Any]:
-        """What a stage carries from pass to pass, in this side's dtypes: nothing, or one state."""
-        cache = Cache.empty(self.config, self.dtype, device)
-        if stage == "mtp":
-            return [cache.mtp]
-        return [cache.layers[int(stage.split(".")[1])]] if stage.startswith("layers.") else []
-
-
-class Stream:
-    """What one side has computed so far, pass by pass: the input of its next stage."""
-
-    def __init__(self, side: Side, tokens: Tensor, plan: list[Pass]) -> None:
-        self.side, self.tokens, self.plan = side, tokens, plan
-        self.hidden: list[Tensor] = []
-        self.embedded: list[Tensor] = []
-        self.normed: list[Tensor] = []
-
-    def inputs(self, stage: str) -> list[tuple[str, list[Tensor]]]:
-        """Of each pass its phase and the arguments of a stage, but for the state. The MTP head takes the
-        token that follows: its last pass is a row shorter, and is none without rows."""
+    def inputs(self, stage: str) -> list[list[Tensor]]:
+        """The arguments of a stage in each pass, but for the state. The MTP head takes the token that
+        follows: its last pass is a row shorter, and is none without rows."""
         if stage == "embed_tokens":
-            return [(phase, [self.tokens[:, first:end]]) for phase, first, end in self.plan]
+            return [[self.tokens[:, first:end]] for _, first, end in self.plan]
         if stage != "mtp":
-            return [(phase, [h]) for (phase, _, _), h in zip(self.plan, self.hidden, strict=True)]
-        following = torch.cat(self.embedded, dim=1)[:, 1:]
+            return [[hidden] for hidden in self.outputs["hidden"]]
+        following = torch.cat(self.outputs["embed_tokens"], dim=1)[:, 1:]
         pairs = [
-            (phase, [following[:, first:end], normed[:, : following.shape[1] - first]])
-            for (phase, first, end), normed in zip(self.plan, self.normed, strict=True)
+            [following[:, first:end], normed[:, : following.shape[1] - first]]
+            for (_, first, end), normed in zip(self.plan, self.outputs["norm"], strict=True)
         ]
-        return [(phase, pair) for phase, pair in pairs if pair[0].shape[1]]
+        return [pair for pair in pairs if pair[0].shape[1]]
 
     def advance(self, stage: str, outputs: list[Tensor]) -> None:
-        if stage == "embed_tokens":
-            self.embedded = outputs
-        elif stage == "norm":
-            self.normed = outputs
+        if stage in ("embed_tokens", "norm"):
+            self.outputs[stage] = outputs
         if stage not in ("lm_head", "mtp"):
-            self.hidden = outputs
+            self.outputs["hidden"] = outputs
+
+    def traced(self, stage: str, module: nn.Module) -> Calls:
+        """A stage's nodes as a trace has them."""
+        assert isinstance(self.source, dict)
+        calls: Calls = {}
+        for node, m in _nodes_of(stage, module).items():
+            if node in self.source:
+                calls[node] = Call((), self.source[node])
+            elif isinstance(m, Router) and f"{node}.1" in self.source:
+                chosen, weights = (self.source[f"{node}.{i}"] for i in range(2))
+                if chosen.numel() and not 0 <= chosen.min() <= chosen.max() < len(m.weight):
+                    span = f"{int(chosen.min())} to {int(chosen.max())}"
+                    raise InputError(f"trace: {node} chose experts {span} of {len(m.weight)}")
+                calls[node] = Call((), (chosen, weights))
+        return calls
 
 
-def _local(streams: list[Stream], stage: str, judge: Judge, *, compared: bool) -> None:
-    """Run the oracle's stage; then each of its nodes on all sides, with the oracle's inputs."""
-    oracle, device = streams[0], streams[0].tokens.device
-    sides = [stream.side for stream in (streams if compared else streams[:1])]
-    modules = [side.stage(stage) for side in sides]
-    states = [side.states(stage, device) for side in sides]
-    outputs: list[Tensor] = []
-    for phase, arguments in oracle.inputs(stage):
-        before = [_copied(state) for state in states[0]]
-        calls: list[Calls] = [{} for _ in sides]
-        with _recorded_calls(stage, modules[0], calls[0]):
-            outputs.append(modules[0](*arguments, *states[0]))
-        for side, module, state, seen in list(zip(sides, modules, states, calls, strict=True))[1:]:
-            # The stage as a whole, only to see with which dtypes each node is called on this side.
-            own = [a.to(side.dtype) if a.is_floating_point() else a for a in arguments]
-            with _recorded_calls(stage, module, seen):
-                module(*own, *map(_like, before, state))
-        for node in calls[0] if compared else ():
-            if all(node in seen for seen in calls):
-                given = [seen[node] for seen in calls]
-                own_state = not any(_has_state(calls[0][n]) for n in calls[0] if _inside(n, node))
-                _compare(modules, stage, node, phase, given, judge, with_state=own_state)
-    oracle.advance(stage, outputs)
+def run_stage(stage: str, sides: list[Side], judge: Judge, *, compared: bool) -> None:
+    """Run one stage, pass by pass, on the sides that need it, and compare its nodes."""
+    free = judge.mode == "free"
+    running = [s for s in (sides if free or compared else sides[:1]) if s.config is not None]
+    modules, states = zip(*(side.stage(stage) for side in running), strict=True)
+    arguments = [side.inputs(stage) for side in (running if free else sides[:1])]
+    outputs: list[list[Tensor]] = [[] for _ in running]
+    for number, (phase, _, _) in enumerate(sides[0].plan[: len(arguments[0])]):
+        before = [state.copy() for state in states[0]]
+        calls: list[Calls] = [{} for _ in running]
+        if free and running != sides:
+            calls.append(sides[2].traced(stage, modules[0]))
+        for i in reversed(range(len(running))):  # the candidate first: the others take its experts
+            given, own = arguments[i if free else 0][number], states[i]
+            if not free and i:  # only to see with which dtypes this side calls each node
+                given = [_like(a, running[i].source) for a in given]
+                own = [held.copy(like=state) for held, state in zip(before, own, strict=True)]
+            with observed(stage, modules[i], calls[i], calls[2] if free and i < 2 else {}):
+                outputs[i].append(modules[i](*given, *own))
+        if compared:
+            compare([_nodes_of(stage, module) for module in modules], calls, phase, judge)
+    for side, own in zip(running if free else sides[:1], outputs, strict=False):
+        side.advance(stage, own)
+    if compared and free and running == sides:
+        for ended in zip(*states, strict=True):
+            judge.add_states(stage, "after all", ended)
 
 
-def _compare(
-    modules: list[nn.Module],
-    stage: str,
-    node: str,
-    phase: str,
-    given: list[tuple[Any, ...]],
-    judge: Judge,
-    *,
-    with_state: bool,
+def compare(
+    sides: list[dict[str, nn.Module]], calls: list[Calls], phase: str, judge: Judge
 ) -> None:
-    """One node on all sides. The oracle's inputs are rounded to the yardstick's dtypes first, so that all
-    sides are given the same values, each in its own dtypes."""
-    inner = [m.get_submodule(node.removeprefix(stage).removeprefix(".")) for m in modules]
-    rounded = [_like(value, kind) for value, kind in zip(given[0], given[1], strict=True)]
-    results: list[Any] = []
-    held: list[list[Any]] = []
-    routed: list[list[tuple[Router, Tensor]]] = []
-    for module, kinds in zip(inner, given, strict=True):
-        arguments = [_copied(_like(v, kind)) for v, kind in zip(rounded, kinds, strict=True)]
-        with _router_inputs(module) as seen:
-            results.append(module(*arguments))
-        held.append([argument for argument in arguments if is_dataclass(argument)])
-        routed.append(seen)
-    if not routed[0]:
-        judge.add(node, "output", phase, results)
-    else:
-        router = routed[0][0][0]
-        exact, rough = (probabilities(*seen[0]) for seen in routed[:2])  # [N, E]
-        gap, unsure = _gaps(exact, rough, router.top_k)
-        if inner[0] is router:
-            judge.add_choice(node, phase, results, exact.shape[1], gap, unsure)
-        else:
-            judge.add(node, "output", phase, results, unsure)
-    if with_state:
-        for states in zip(*held, strict=True):
-            for name, tensors in _state_tensors(states):
-                judge.add(node, name, phase, tensors)
-
-
-def _free(
-    streams: list[Stream],
-    stage: str,
-    judge: Judge,
-    trace: dict[str, Tensor] | None,
-    *,
-    compared: bool,
-) -> None:
-    """Run the stage on each side with what that side computed before; compare its nodes' outputs."""
-    phases = [phase for phase, _ in streams[0].inputs(stage)]
-    recorded: list[list[dict[str, Tensor]]] = []
-    ended: list[list[Any]] = []
-    for stream in streams:
-        module = stream.side.stage(stage)
-        states = stream.side.states(stage, stream.tokens.device)
-        of_passes: list[dict[str, Tensor]] = []
-        outputs: list[Tensor] = []
-        for _, arguments in stream.inputs(stage):
-            of_passes.append({})
-            with recording(_nodes_of(stage, module), of_passes[-1]):
-                outputs.append(module(*arguments, *states))
-        stream.advance(stage, outputs)
-        recorded.append(of_passes)
-        ended.append(states)
-    if not compared:
-        return
-    if trace is not None:
-        recorded.append([trace])
-    for phase, *of_sides in zip(phases, *recorded, strict=False):
-        _compare_outputs(of_sides, phase, streams[0].side.config.num_experts, judge)
-    if trace is None:
-        for states in zip(*ended, strict=True):
-            for name, tensors in _state_tensors(states):
-                judge.add(stage, name, "after all", tensors)
-
-
-def _compare_outputs(
-    of_sides: list[dict[str, Tensor]], phase: str, experts: int, judge: Judge
-) -> None:
-    """All nodes of one pass, by name; a router gives two outputs, experts and weights."""
-    for name in of_sides[0]:
-        if not all(name in outputs for outputs in of_sides):
+    """All nodes of a stage that every side has called in one pass. sides: modules by node."""
+    router = next((node for node, module in sides[0].items() if isinstance(module, Router)), "")
+    given = [of_side[router].given[0] for of_side in calls[:2]] if router else []
+    choice = _gaps(given, [side[router] for side in sides[:2]]) if router else None
+    mixer = [
+        node for node, call in calls[0].items() if any(isinstance(v, State) for v in call.given)
+    ][-1:]
+    for node in calls[0]:
+        if not all(node in of_side for of_side in calls):
+            judge.unmatched.add(node)
             continue
-        results = [outputs[name] for outputs in of_sides]
-        if results[2].numel() == results[0].numel():  # another library may not fold the same axes
-            results[2] = results[2].reshape(results[0].shape)
-        node, _, part = name.rpartition(".")
-        if results[0].is_floating_point():
-            if part == "1" and f"{node}.0" in of_sides[0]:
-                continue
-            judge.add(name, "output", phase, results)
-        else:
-            pairs = [(outputs[name], outputs[f"{node}.1"]) for outputs in of_sides]
-            judge.add_choice(node, phase, pairs, experts)
-        if name == "lm_head":
+        results, states = [of_side[node].result for of_side in calls], []
+        if judge.mode == "local":
+            results, states = _local([s[node] for s in sides], [c[node].given for c in calls])
+        if choice and node == router:
+            judge.add_choice(node, phase, results, *choice)
+            continue
+        # Local, a node that holds the router chooses experts anew; free, all sides have the same.
+        chooses = judge.mode == "local" and router.startswith(f"{node}.")
+        judge.add(node, "output", phase, results, choice[1] if choice and chooses else None)
+        if states and node in mixer:
+            judge.add_states(node, phase, states)
+        if node == "lm_head" and judge.mode == "free":
             judge.add_tokens(results[0], results[2])
 
 
-def probabilities(router: Router, x: Tensor) -> Tensor:
-    """Of all experts, [N, E] float64, as a router computes them from x [N, D]."""
-    full = copy.copy(router)
-    full.top_k = router.weight.shape[0]
-    experts, weights = full.forward(x)
-    return torch.zeros_like(weights, dtype=torch.float64).scatter_(1, experts, weights.double())
+def _local(modules: list[Any], given: list[tuple[Any, ...]]) -> tuple[list[Any], list[State]]:
+    """One node on all sides: its results, and its state afterwards. The oracle's inputs are rounded to
+    the yardstick's dtypes first, so that all sides have the same values, each in its own dtypes."""
+    rounded = [_like(value, kind) for value, kind in zip(given[0], given[1], strict=True)]
+    results: list[Any] = []
+    states: list[State] = []
+    for module, kinds in zip(modules, given, strict=True):
+        own = [_like(value, kind) for value, kind in zip(rounded, kinds, strict=True)]
+        results.append(module(*own))
+        states += [value for value in own if isinstance(value, State)]
+    return results, states
 
 
-def _gaps(exact: Tensor, rough: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of each token [N]: how far the last chosen expert is from the next, and whether four times the
-    yardstick's error could close that gap (a candidate may have twice that error, on both sides)."""
+def _like(value: Any, kind: Any) -> Any:
+    """A tensor, or a copy of a state, in the dtypes of `kind`; integers stay."""
+    if not isinstance(value, Tensor):
+        return value.copy(like=kind)
+    return value.to(kind.dtype) if value.is_floating_point() else value
+
+
+def _gaps(given: list[Tensor], routers: list[Any]) -> tuple[Tensor, Tensor]:
+    """Of the oracle's and the yardstick's router and their inputs, for each token [N]: how far the last
+    chosen expert is from the next, and whether four times the yardstick's error could close that gap (a
+    candidate may have twice that error, on both sides)."""
+    exact, rough = (
+        linear(x, router.weight).double().softmax(-1)
+        for x, router in zip(given, routers, strict=True)
+    )  # [N, E]
+    k = routers[0].top_k
     ranked = exact.sort(dim=-1, descending=True).values
     chosen, following = ranked[:, k - 1], ranked[:, k : k + 1]
     gap = chosen - following[:, 0] if following.shape[1] else torch.full_like(chosen, torch.inf)
@@ -321,74 +263,28 @@ def _nodes_of(stage: str, module: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _recorded_calls(stage: str, module: nn.Module, calls: Calls) -> Iterator[None]:
-    """Keep what each node of a stage is given, states as they were before it ran."""
+def observed(stage: str, module: nn.Module, calls: Calls, held: Calls) -> Iterator[None]:
+    """Put the calls of a stage's nodes into `calls` while the block runs. A router goes on with the
+    experts that it has in `held`, if it is there; what it chose itself is what `calls` has."""
 
-    def keep(name: str, arguments: tuple[Any, ...]) -> None:
-        calls[name] = tuple(_copied(argument) for argument in arguments)
+    def before(node: str, given: tuple[Any, ...]) -> None:
+        calls[node] = Call(tuple(v.copy() if isinstance(v, State) else v for v in given))
 
-    handles = [
-        m.register_forward_pre_hook(lambda _m, given, name=name: keep(name, given))  # pyright: ignore
-        for name, m in _nodes_of(stage, module).items()
-    ]
+    def after(node: str, result: Any) -> Any:
+        calls[node].result = result
+        if node not in held or not isinstance(result, tuple):
+            return None
+        chosen, weights = held[node].result
+        return (chosen, _like(weights, result[1])) if len(chosen) == len(result[0]) else None
+
+    handles = []
+    for node, m in _nodes_of(stage, module).items():
+        handles.append(
+            m.register_forward_pre_hook(lambda _m, given, node=node: before(node, given))  # pyright: ignore
+        )
+        handles.append(m.register_forward_hook(lambda _m, _g, out, node=node: after(node, out)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _router_inputs(module: nn.Module) -> Iterator[list[tuple[Router, Tensor]]]:
-    """What the routers inside a node are given while the block runs."""
-    seen: list[tuple[Router, Tensor]] = []
-    routers = [m for m in module.modules() if isinstance(m, Router)]
-    handles = [
-        m.register_forward_pre_hook(lambda _m, given, m=m: seen.append((m, given[0])))  # pyright: ignore
-        for m in routers
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _copied(value: Any) -> Any:
-    """A state with buffers of its own; tensors are not written into, and stay."""
-    return _like(value, value) if is_dataclass(value) else value
-
-
-def _like(value: Any, kind: Any) -> Any:
-    """A tensor in the dtype of another one; a state with its tensors in the dtypes of another one's.
-    What a state keeps to take its last pass back is left out."""
-    if isinstance(value, Tensor):
-        return value.to(kind.dtype)
-    if not is_dataclass(value):
-        return value
-    changed: dict[str, Any] = {}
-    for name in (f.name for f in fields(value)):
-        here, there = getattr(value, name), getattr(kind, name)
-        if isinstance(here, Tensor):
-            changed[name] = here.to(there.dtype, copy=True) if isinstance(there, Tensor) else None
-        elif isinstance(here, list):
-            changed[name] = []
-    return replace(value, **changed)  # pyright: ignore[reportArgumentType] (an instance, not a class)
-
-
-def _has_state(arguments: tuple[Any, ...]) -> bool:
-    return any(is_dataclass(argument) for argument in arguments)
-
-
-def _inside(node: str, outer: str) -> bool:
-    return node.startswith(f"{outer}.")
-
-
-def _state_tensors(states: tuple[Any, ...]) -> Iterator[tuple[str, list[Tensor]]]:
-    """The tensors of one state on each side, by field: keys and values as far as they are filled."""
-    if isinstance(states[0], KVCache):
-        yield "k", [state.k[:, :, : state.length] for state in states]
-        yield "v", [state.v[:, :, : state.length] for state in states]
-    else:
-        yield "conv", [state.conv for state in states]
-        yield "recurrent", [state.recurrent for state in states]

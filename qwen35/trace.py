@@ -1,52 +1,44 @@
 """The outputs of a model's nodes, by name, for one prompt."""
 
-import hashlib
-import json
-import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from fnmatch import fnmatchcase
-from pathlib import Path
+from fnmatch import translate
 from types import FrameType
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
-from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.swap import matching
 from reference.model import Model
 
-FORMAT = "qwen35-trace-1"
 TRACED = ("reference.", "fast.")  # packages whose functions' locals a trace may hold
 
 
 def nodes(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     """The modules whose name matches a glob and that run as such. What happens inside a routed expert is
     left out unless the pattern names it (`layers.3.mlp.experts.7.*`). InputError when there is none."""
-    inside = ".experts." in pattern
-    found = {
-        name: module
-        for name, module in _walk(model, "", inside=inside)
-        if fnmatchcase(name, pattern)
-        if not isinstance(module, nn.ModuleList) or name.endswith("experts")
-    }
+    fits = re.compile(translate(pattern)).match
+    inside = (
+        ".experts." in pattern
+    )  # the thousands inside of experts are walked only if they are wanted
+    found: dict[str, nn.Module] = {}
+    rest = [("", model)]
+    while rest:
+        prefix, module = rest.pop()
+        children = [(f"{prefix}{name}", child) for name, child in module.named_children()]
+        for name, child in children:
+            is_list = isinstance(child, nn.ModuleList) and not name.endswith("experts")
+            if not is_list and fits(name):
+                found[name] = child
+        rest += [(f"{name}.", c) for name, c in children if inside or not name.endswith("experts")]
     if not found:
         matching(model, pattern)  # says which names are near
         raise InputError(f"pattern {pattern!r} matches no node that runs by itself")
     return found
-
-
-def _walk(module: nn.Module, prefix: str, *, inside: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Named modules, the outer first; the thousands inside of experts only if they are wanted."""
-    for child_name, child in module.named_children():
-        name = f"{prefix}{child_name}"
-        yield name, child
-        if inside or child_name != "experts":
-            yield from _walk(child, f"{name}.", inside=inside)
 
 
 @torch.inference_mode()
@@ -96,18 +88,21 @@ def recording(
             for i, part in enumerate(value):
                 record(f"{name}.{i}", part)
 
-    handles = [
-        module.register_forward_hook(lambda _m, _i, output, name=name: record(name, output))
-        for name, module in modules.items()
-    ]
+    names = {id(module): name for name, module in modules.items()}
+
+    def keep(module: nn.Module, _: object, output: object) -> None:
+        if id(module) in names:
+            record(names[id(module)], output)
+
+    # One hook of the library's for all modules: one for each would cost as much as many a node itself.
+    handle = register_module_forward_hook(keep)
     if named_locals:
-        sys.setprofile(_profiler({id(module): name for name, module in modules.items()}, record))
+        sys.setprofile(_profiler(names, record))
     try:
         yield
     finally:
         sys.setprofile(None)
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 def _profiler(
@@ -140,28 +135,3 @@ def _profiler(
             running.pop()
 
     return profile
-
-
-def config_hash(config: Config) -> str:
-    """Sixteen hex digits that two equal shapes share."""
-    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def save_trace(path: Path, outputs: dict[str, Tensor], model: Model, ids: list[int]) -> None:
-    """Write a trace as safetensors, whole or not at all; ids, config hash and dtype in its metadata."""
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    metadata = {
-        "format": FORMAT,
-        "ids": json.dumps(ids),
-        "config": config_hash(model.config),
-        "dtype": dtype,
-    }
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # Copies, since a node may return what its last part returned.
-        tensors = {name: output.cpu().contiguous().clone() for name, output in outputs.items()}
-        save_file(tensors, unfinished, metadata)
-        unfinished.replace(path)
-    except Exception as error:  # the library's own SafetensorError, or an OSError
-        unfinished.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error}") from None

@@ -1,6 +1,7 @@
 """`tools.diff` as a stranger uses it: what it prints, writes and returns, and one line for bad input."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from qwen35.cli import run
 from qwen35.load import TINY, load
-from qwen35.trace import save_trace, trace
+from qwen35.trace import trace
+from qwen35.trace_file import save_trace
 from reference.moe import MLP
 from tests.checkpoints import QWEN3_5, write
 from tools.diff import build_parser, main
@@ -148,6 +150,15 @@ def test_a_trace_from_a_file(
     for arguments in refused:
         status, out, err = command(capsys, *arguments)
         assert (status, out, err.count("\n")) == (2, "", 1), err
+
+
+def test_a_trace_of_a_model_without_mtp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its config.json speaks of a head that the file lacks."""
+    write(tmp_path / "model", "35B-A3B", replace(QWEN3_5, mtp=False))
+    model = load(tmp_path / "model", dtype=torch.float32)
+    file = tmp_path / "trace.safetensors"
+    save_trace(file, trace(model, [1, 2, 3]), model, [1, 2, 3])
+    assert command(capsys, tmp_path / "model", "--against", file)[0] == 0
 
 
 @pytest.mark.parametrize(

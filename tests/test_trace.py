@@ -63,6 +63,18 @@ def test_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_the_file_has_named_locals_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "trace.safetensors"
+    arguments = ["tiny", "--ids", "1,2,3", "--pattern", "layers.0.linear_attn", "--locals"]
+    assert main(build_parser().parse_args([*arguments, "-o", str(file)])) == 0
+    assert str(file) in capsys.readouterr().out
+    tensors = load_file(file)
+    assert tensors["layers.0.linear_attn"].shape == (1, 3, 256)
+    assert tensors["layers.0.linear_attn:beta"].shape == (1, 3, 8)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ from qwen35.judge import MOST, Report
 from qwen35.load import DTYPES, locate
 from qwen35.swap import Replacement
 from qwen35.tokenizer import Tokenizer
-from qwen35.trace import FORMAT, config_hash
+from qwen35.trace_file import read_trace
 from tools.report import page
 from weights.quantization import PREFIX
 
@@ -75,28 +74,10 @@ def replacement(text: str) -> tuple[str, Replacement]:
     return pattern, found
 
 
-def read_trace(file: Path, folder: Path) -> tuple[dict[str, Tensor], list[int]]:
-    """A trace and its ids. InputError when it is cut off, no trace, or of another config."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            outputs = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a whole trace: {' '.join(str(error).split())}") from None
-    if metadata.get("format") != FORMAT:
-        raise InputError(f"{file}: its format is {metadata.get('format')!r}; expected {FORMAT!r}")
-    ours = config_hash(Config.from_file(folder / "config.json"))
-    if metadata.get("config") != ours:
-        raise InputError(
-            f"{file}: traced with config {metadata.get('config')}, {folder} has {ours}"
-        )
-    return outputs, json.loads(metadata["ids"])
-
-
 @torch.inference_mode()
 def trace_of_transformers(folder: Path, ids: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The outputs of that library's modules for the same folder, under our names. Its routers are left
-    out: they return something else."""
+    """The outputs of that library's modules for the same folder, under our names and as our nodes return
+    them: its routers have (logits, weights, experts)."""
     try:
         import transformers
     except ImportError:
@@ -107,13 +88,16 @@ def trace_of_transformers(folder: Path, ids: list[int], dtype: torch.dtype) -> d
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, output: Any) -> None:
+        if name.endswith(".gate"):
+            outputs[f"{name}.0"], outputs[f"{name}.1"] = output[2], output[1]
+            return
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, Tensor):
             outputs[name] = first
 
     for full, module in model.named_modules():
         name = PREFIX.sub("", full)
-        if name and not name.endswith(".gate"):
+        if name:
             module.register_forward_hook(lambda _m, _i, output, name=name: keep(name, output))
     model(torch.tensor([ids]))
     return outputs
@@ -140,12 +124,15 @@ def prompt_ids(args: argparse.Namespace, folder: Path) -> list[int]:
     return random.Random(args.seed).choices(range(vocabulary), k=count)
 
 
-def document(report: Report, title: str) -> dict[str, Any]:
+def document(report: Report, title: str, mode: str) -> dict[str, Any]:
     """What --json prints and --report shows."""
     rows = [{**asdict(row), "pass": row.passed} for row in report.rows]
     for row in rows:
         del row["passed"]
-    return {"pass": report.passed, "title": title, "rows": rows, "tokens": asdict(report.tokens)}
+    return {
+        "pass": report.passed, "title": title, "mode": mode, "rows": rows,
+        "tokens": asdict(report.tokens), "unmatched": report.unmatched,
+    }  # fmt: skip
 
 
 def print_rows(found: dict[str, Any]) -> None:
@@ -166,6 +153,9 @@ def print_rows(found: dict[str, Any]) -> None:
         first = "" if tokens["first"] is None else f"; the first other one is at {tokens['first']}"
         margin = "" if tokens["margin"] is None else f", logits {tokens['margin']:.3g} apart"
         print(f"most likely tokens: {tokens['equal']} of {tokens['compared']} equal{first}{margin}")
+    if found["unmatched"]:
+        count, first = len(found["unmatched"]), found["unmatched"][0]
+        print(f"not compared, since the candidate has no such output: {count} nodes ({first}, ...)")
     print(f"{failing} of {len(rows)} rows differ" if failing else f"all {len(rows)} rows pass")
 
 
@@ -203,8 +193,9 @@ def main(args: argparse.Namespace) -> int:
             stages=chosen_stages(args.layers), progress=progress,
         )  # fmt: skip
     against = args.against or ", ".join(args.swap) or (args.dtype or "the checkpoint's own dtype")
-    title = f"{args.model} against {against}: {args.mode}, {len(ids)} tokens"
-    found = document(report, title)
+    mode = "free" if isinstance(candidate, dict) else args.mode
+    title = f"{args.model} against {against}: {mode}, {len(ids)} tokens"
+    found = document(report, title, mode)
     if args.report:
         try:
             args.report.write_text(page(found))

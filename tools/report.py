@@ -114,7 +114,8 @@ table { border-collapse: separate; border-spacing: 0; font-size: 12px; }
 
 SCRIPT = r"""
 "use strict";
-const { rows, most: MOST, bins: BINS } = JSON.parse(document.getElementById("data").textContent);
+const data = JSON.parse(document.getElementById("data").textContent);
+const { rows, most: MOST, bins: BINS, mode: MODE } = data;
 const $ = (id) => document.getElementById(id);
 const CHUNK = 80; // table rows made at a time: a chart each is too slow for thousands at once
 const collator = new Intl.Collator("en", { numeric: true });
@@ -289,7 +290,9 @@ function chart(row) {
   const most = Math.max(...row.histogram, 0);
   if (!most) return "–";
   const unit = Math.max(row.bf16, row.floor);
-  const limit = unit > 0 ? Math.log2((2 * row.bf16 + row.floor) / unit) : 1;
+  // Free, single errors have no limit; their mean square has.
+  const nearest = unit > 0 ? Math.log2((2 * row.bf16 + row.floor) / unit) : 1;
+  const limit = MODE === "free" ? Infinity : nearest;
   const within = []; // the limit may cut a bin in two: of a failing row that bin counts as over
   const over = [];
   let beyond = 0;
@@ -313,7 +316,7 @@ function chart(row) {
     make("line", { class: "base", x1: 0, x2: width, y1: height - 0.5, y2: height - 0.5 }),
     make("path", { d: within.join("") }),
     make("path", { class: "over", d: over.join("") }),
-    make("line", { class: "limit", x1: at, x2: at, y1: 0, y2: height }));
+    ...(limit < Infinity ? [make("line", { class: "limit", x1: at, x2: at, y1: 0, y2: height })] : []));
 }
 
 function name(row) {
@@ -474,17 +477,18 @@ READING = """
 largest error over the one that bfloat16 itself makes there (or half a unit in the last place, if that is
 larger). A row passes when its largest error is at most twice bfloat16's plus that half unit, and nothing
 is NaN or infinite. In local mode every node gets the oracle's inputs, so <b>the first failing row is the
-broken node</b>. In free mode errors travel on: look for the earliest layer that fails. Small charts show
+broken node</b>. In free mode errors travel on: look for the earliest layer that fails. There the roots of
+mean squares are what is compared, and the experts are the candidate's on all sides. Small charts show
 how many elements have which error, from 2<sup>-16</sup> to 2<sup>7</sup> times bfloat16's largest; the
-dashed line, at or a little above 2<sup>1</sup>, is the row's limit. Bars apart from the hill are single
-bad elements; a hill that moved to the right as a whole is an error of all of them.</p>
+dashed line, at or a little above 2<sup>1</sup>, is the row's limit in local mode. Bars apart from the
+hill are single bad elements; a hill that moved to the right as a whole is an error of all of them.</p>
 """
 
 
 def page(document: dict[str, Any]) -> str:
     """One HTML page of a report: {"pass", "title", "rows", "tokens"}, rows worst first."""
     title = escape(str(document["title"]))
-    data = {"rows": _plain(document["rows"]), "most": MOST, "bins": BINS}
+    data = {"rows": _plain(document["rows"]), "most": MOST, "bins": BINS, "mode": document["mode"]}
     # No "<" in the data: neither </script> nor <!-- of a name may end or change its element.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return f"""<!doctype html>

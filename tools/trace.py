@@ -8,7 +8,8 @@ from qwen35.cli import Parser, parse_ids, run
 from qwen35.errors import InputError
 from qwen35.load import DTYPES, load, locate
 from qwen35.tokenizer import Tokenizer
-from qwen35.trace import save_trace, trace
+from qwen35.trace import trace
+from qwen35.trace_file import save_trace
 
 
 def build_parser() -> Parser:
@@ -24,6 +25,7 @@ def build_parser() -> Parser:
         metavar="GLOB",
         help="which nodes, as in 'layers.3.*' (default: all)",
     )
+    add("--locals", action="store_true", help="also the named locals of each node's forward")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("-o", "--output", type=Path, required=True, metavar="FILE")
     add("--json", action="store_true", help="print what was written as one JSON document")
@@ -36,13 +38,13 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"{args.output}: {args.output.parent} is not a folder")
     ids = parse_ids(args.ids) if args.ids is not None else Tokenizer(folder).encode(args.prompt)
     model = load(folder, dtype=DTYPES.get(args.dtype))
-    outputs = trace(model, ids, args.pattern)
+    outputs = trace(model, ids, args.pattern, named_locals=args.locals)
     save_trace(args.output, outputs, model, ids)
     if args.json:
         shapes = {name: list(output.shape) for name, output in outputs.items()}
         print(json.dumps({"file": str(args.output), "ids": ids, "nodes": shapes}))
     else:
-        print(f"{len(outputs)} nodes for {len(ids)} tokens in {args.output}")
+        print(f"{len(outputs)} tensors for {len(ids)} tokens in {args.output}")
     return 0
 
 
