@@ -3,9 +3,15 @@
 import sys
 
 from qwen35.cli import Parser, run
-from tools.bench import generate, language, mapped, quantize
+from tools.bench import diff, generate, language, mapped, quantize
 
-OPS = {"generate": generate, "language": language, "mapped": mapped, "quantize": quantize}
+OPS = {
+    "diff": diff,
+    "generate": generate,
+    "language": language,
+    "mapped": mapped,
+    "quantize": quantize,
+}
 
 
 def main() -> None:

@@ -8,10 +8,7 @@ out of the page cache; one uncounted run before them makes a virtual machine bac
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ import torch
 
 from qwen35.cli import Parser
 from qwen35.config import Config
-from qwen35.errors import InputError
 from reference.model import Model
 from tools.bench import report
 
@@ -44,11 +40,12 @@ def large_config(gigabytes: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_sparse(folder: Path, config: dict[str, Any]) -> int:
-    """Write the checkpoint with fused experts: small random weights, holes for experts. Returns bytes."""
+def write_sparse(folder: Path, config: dict[str, Any], holes: str = ".experts.") -> int:
+    """Write the checkpoint with fused experts: small random weights, and holes where a name has `holes`
+    in it. Returns bytes."""
     with torch.device("meta"):
         model = Model(Config.from_dict(config))
-    sizes = config["num_experts"], config["moe_intermediate_size"], config["hidden_size"]
+    sizes = [config.get(n, 0) for n in ("num_experts", "moe_intermediate_size", "hidden_size")]
     shapes: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         layer, inside, _ = name.partition(".experts.")
@@ -70,7 +67,7 @@ def write_sparse(folder: Path, config: dict[str, Any]) -> int:
         file.write(len(packed).to_bytes(8, "little") + packed)
         start = file.tell()
         for name, entry in header.items():
-            if ".experts." not in name:
+            if holes not in name:
                 values = torch.randn(entry["shape"], generator=generator) * 0.02
                 file.seek(start + entry["data_offsets"][0])
                 file.write(values.bfloat16().view(torch.uint8).numpy().tobytes())
@@ -81,33 +78,8 @@ def write_sparse(folder: Path, config: dict[str, Any]) -> int:
 
 def first_token(folder: Path | None) -> tuple[float, int]:
     """Seconds until one token is printed, and the peak of anonymous memory in bytes, of a process."""
-    command = [
-        sys.executable,
-        "-m",
-        "qwen35.generate",
-        "--prompt-ids",
-        "5",
-        "--max-new-tokens",
-        "1",
-    ]
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        command + (["--model", str(folder)] if folder else []),
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    peak = 0
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        sizes = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]
-        peak = max([peak, *(int(size) * 1024 for size in sizes)])
-        time.sleep(0.01)
-    _, errors = process.communicate()
-    if process.returncode:
-        raise InputError(f"{folder}: {errors.strip()}")
-    return time.perf_counter() - started, peak
+    model = ["--model", str(folder)] if folder else []
+    return report.watch(["qwen35.generate", "--prompt-ids", "5", "--max-new-tokens", "1", *model])
 
 
 def evict(file: Path) -> None:

@@ -3,11 +3,16 @@
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from qwen35.errors import InputError
 
 Row = dict[str, Any]
 
@@ -55,3 +60,28 @@ def spread(seconds: list[float]) -> Row:
         "min_ms": min(seconds) * 1e3,
         "max_ms": max(seconds) * 1e3,
     }
+
+
+def watch(module: Sequence[str]) -> tuple[float, int]:
+    """Run `python -m` a module with its arguments: seconds, and the peak of its anonymous memory in
+    bytes. InputError with its message when it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", *module],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    peak = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        sizes = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]
+        peak = max([peak, *(int(size) * 1024 for size in sizes)])
+        time.sleep(0.005)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise InputError(f"{' '.join(module)}: {errors.strip()}")
+    return time.perf_counter() - started, peak

@@ -1,0 +1,86 @@
+"""What it costs to look: a traced pass beside a plain one, and the memory of tools.diff by layers.
+
+Passes run over the embedded model in one process, in turn. The memory is that of a process which compares
+a synthetic checkpoint with itself, its feed-forwards holes in a file, for models of more and more layers.
+"""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen35.cli import Parser
+from qwen35.load import TINY, load
+from qwen35.trace import trace
+from tools.bench import report
+from tools.bench.mapped import write_sparse
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4, 64, 512, 2048])
+    parser.add_argument("--layers", type=int, nargs="*", default=[4, 40])
+    parser.add_argument("--intermediate", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+
+
+def tracing(lengths: list[int], repeats: int) -> list[report.Row]:
+    """Both kinds of pass over the trunk, the head and the MTP head."""
+    model = load(TINY)
+
+    @torch.inference_mode()
+    def plain(ids: list[int]) -> None:
+        tokens, cache = torch.tensor([ids]), model.new_cache()
+        hidden = model(tokens, cache)
+        model.lm_head(hidden)
+        model.draft(tokens[:, 1:], hidden[:, :-1], cache)
+
+    rows: list[report.Row] = []
+    for length in lengths:
+        ids = [i % 1000 for i in range(length)]
+        runs = {"plain": lambda ids=ids: plain(ids), "traced": lambda ids=ids: trace(model, ids)}
+        seconds = report.alternate(runs, repeats)
+        of_pairs = [t / p for p, t in zip(seconds["plain"], seconds["traced"], strict=True)]
+        for name, taken in seconds.items():
+            rows.append({"pass": name, "tokens": length} | report.spread(taken))
+        rows[-1]["of_medians"] = rows[-1]["median_ms"] / rows[-2]["median_ms"]
+        rows[-1]["of_minima"] = rows[-1]["min_ms"] / rows[-2]["min_ms"]
+        rows[-1]["median_of_pairs"] = statistics.median(of_pairs)
+    return rows
+
+
+def layered_config(layers: int, intermediate: int) -> dict[str, Any]:
+    """A dense model whose layers weigh what their feed-forwards do."""
+    return {
+        "model_type": "qwen3_5_text", "vocab_size": 512, "hidden_size": 512,
+        "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32, "linear_value_head_dim": 32, "intermediate_size": intermediate,
+        "mtp_num_hidden_layers": 0,
+        "rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    }  # fmt: skip
+
+
+def memory(layers: int, intermediate: int) -> report.Row:
+    """Seconds and peak anonymous memory of one tools.diff."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = layered_config(layers, intermediate)
+        write_sparse(Path(folder), config, holes=".mlp.")
+        taken, peak = report.watch(["tools.diff", folder, "--ids", "1,2,3,4,5", "--decode", "1"])
+    layer_mib = 3 * config["hidden_size"] * intermediate * 4 / 2**20
+    return {
+        "pass": "tools.diff", "layers": layers, "layer_mib_float32": layer_mib,
+        "seconds": taken, "anonymous_mib": peak / 2**20,
+    }  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> int:
+    torch.set_num_threads(args.threads)
+    rows = tracing(args.lengths, args.repeats)
+    rows += [memory(layers, args.intermediate) for layers in args.layers]
+    described = {"repeats": args.repeats, "threads": args.threads}
+    report.emit("diff", described, rows, only_json=args.json)
+    return 0
