@@ -28,12 +28,16 @@ class KVCache:
         end = self.length + k.shape[2]
         if end > self.k.shape[2]:
             # Doubling keeps the copying linear in the length of the sequence.
-            capacity = max(end, 2 * self.k.shape[2])
-            self.k, self.v = (self._grown(held, capacity) for held in (self.k, self.v))
+            self.reserve(max(end, 2 * self.k.shape[2]))
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for that many positions in all; what is held stays."""
+        if capacity > self.k.shape[2]:
+            self.k, self.v = (self._grown(held, capacity) for held in (self.k, self.v))
 
     def _grown(self, held: Tensor, capacity: int) -> Tensor:
         B, G, _, K = held.shape

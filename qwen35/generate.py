@@ -1,10 +1,13 @@
 """Prefill and decode, and `python -m qwen35.generate`."""
 
 import argparse
+import hashlib
 import json
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +22,8 @@ from qwen35.cli import Parser, parse_ids, run
 from qwen35.config import as_ids
 from qwen35.errors import InputError
 from qwen35.load import DTYPES, load, locate
+from qwen35.prefix_cache import PrefixCache, fingerprint, identity
+from qwen35.requests import parse_request
 from qwen35.sampling import Sampling, pick
 from qwen35.speculative import Decoder, DraftStats
 from qwen35.tokenizer import Message, Tokenizer
@@ -33,29 +38,38 @@ def prefill(
     *,
     chunk: int,
     draft: bool,
+    hidden: Tensor | None = None,
+    stops: Sequence[int] = (),
+    at_stop: Callable[[int, Tensor], object] = lambda end, hidden: None,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Tensor:
-    """Compute a prompt; returns the trunk's state of its last token, [1, 1, D].
+    """Compute what `cache` lacks of a prompt; returns the trunk's state of its last token, [1, 1, D].
 
     Passes begin and end on the 64-token grid, `chunk` tokens at a time; the tail beyond the grid is a
     pass of its own. What a token computes is the same at any chunk size. draft: also run the MTP head
-    over the prompt (all rows but the last, whose next token is not known yet).
+    over the prompt, all rows but the last, whose next token is not known yet. It stays a row behind, so
+    what it has computed at a stop does not depend on what follows.
+
+    hidden: the state of the last token that is in the cache, [1, 1, D]. stops: positions on the grid where
+    a pass ends, whatever the chunk; `at_stop` gets each with the state of the token before it.
     """
     device = model.embed_tokens.weight.device
-    whole = len(ids) // GRID * GRID
-    edges = [*range(0, whole, chunk), whole, len(ids)]
-    hidden = torch.empty(0)
+    start, whole = cache.length, len(ids) // GRID * GRID
+    edges = sorted({start, *range(start, whole, chunk), *stops, max(start, whole), len(ids)})
+    before = hidden
     for first, last in pairwise(edges):
-        if first == last:
-            continue
-        hidden = model(torch.tensor([ids[first:last]], device=device), cache)  # [1, T, D]
-        following = ids[first + 1 : last + 1]
-        if draft and following:
-            model.draft(
-                torch.tensor([following], device=device), hidden[:, : len(following)], cache
-            )
+        computed = model(torch.tensor([ids[first:last]], device=device), cache)  # [1, T, D]
+        earlier = [] if before is None else [before]
+        behind = torch.cat([*earlier, computed[:, :-1]], dim=1)
+        if draft and behind.shape[1]:
+            following = torch.tensor([ids[last - behind.shape[1] : last]], device=device)
+            model.draft(following, behind, cache)
+        before = computed[:, -1:]
+        if last in stops:
+            at_stop(last, before)
         progress(last - first)
-    return hidden[:, -1:]
+    assert before is not None, "a prompt has at least one token"
+    return before
 
 
 @dataclass
@@ -69,10 +83,15 @@ class Generation:
     stop: frozenset[int]
     draft_tokens: int
     prefill_chunk: int = 2048
+    prefix_cache: PrefixCache | None = None
+    digest: bool = False
     progress: Callable[[int], object] = lambda tokens: None
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "interrupted"
     draft: DraftStats = field(default_factory=DraftStats)
+    cached_tokens: int = 0
+    cache_reason: str = ""
+    logits_sha256: str = ""
     ttft_s: float = 0.0
     decode_s: float = 0.0
 
@@ -95,35 +114,67 @@ class Generation:
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         started = time.perf_counter()
         self.token_ids = []
-        cache = self.model.new_cache()
-        hidden = prefill(
-            self.model, self.prompt, cache,
-            chunk=self.prefill_chunk, draft=self.draft_tokens > 0, progress=self.progress,
-        )  # fmt: skip
-        logits = self.model.lm_head(hidden)[0, 0]  # [V]
-        token = pick(logits, len(self.prompt), self.sampling)
-        first = time.perf_counter()
-        self.ttft_s = first - started
-        decoder = Decoder(
-            self.model, cache, token=token, hidden=hidden,
-            depth=self.draft_tokens, sampling=self.sampling, stop=self.stop,
-        )  # fmt: skip
-        self.draft = decoder.stats
         room = self.model.config.max_position_embeddings - len(self.prompt)
         limit = min(self.max_new_tokens, room)
-        fresh = [(token, logits)]
+        bits = hashlib.sha256()
+        with self._reused() as (cache, hidden):
+            logits = self.model.lm_head(hidden)[0, 0]  # [V]
+            token = pick(logits, len(self.prompt), self.sampling)
+            first = time.perf_counter()
+            self.ttft_s = first - started
+            decoder = Decoder(
+                self.model, cache, token=token, hidden=hidden,
+                depth=self.draft_tokens, sampling=self.sampling, stop=self.stop,
+            )  # fmt: skip
+            self.draft = decoder.stats
+            fresh = [(token, logits)]
+            # The first token is out before anything is kept for later.
+            yield from self._given(fresh, first, bits)
         while True:
-            for token, logits in fresh:
-                self.token_ids.append(token)
-                self.decode_s = time.perf_counter() - first
-                yield token, logits
             if self.token_ids[-1] in self.stop:
                 self.finish_reason = "stop"
                 return
             if len(self.token_ids) == limit:
                 self.finish_reason = "length"
                 return
-            fresh = decoder.round(limit - len(self.token_ids))
+            yield from self._given(decoder.round(limit - len(self.token_ids)), first, bits)
+
+    def _given(
+        self, fresh: list[tuple[int, Tensor]], first: float, bits: "hashlib._Hash"
+    ) -> Iterator[tuple[int, Tensor]]:
+        for token, logits in fresh:
+            self.token_ids.append(token)
+            if self.digest:
+                bits.update(logits.float().cpu().numpy().astype("<f4").tobytes())
+                self.logits_sha256 = bits.hexdigest()
+            self.decode_s = time.perf_counter() - first
+            yield token, logits
+
+    @contextmanager
+    def _reused(self) -> Iterator[tuple[Cache, Tensor]]:
+        """The prompt's cache and the state of its last token, [1, 1, D]; at the end of the block, what the
+        prefix cache has not had of it is kept there."""
+        cache, draft = self.model.new_cache(), self.draft_tokens > 0
+        settings: dict[str, Any] = {
+            "chunk": self.prefill_chunk, "draft": draft, "progress": self.progress
+        }  # fmt: skip
+        if self.prefix_cache is None:
+            yield cache, prefill(self.model, self.prompt, cache, **settings)
+            return
+        kept = self.prefix_cache
+        reuse = kept.begin(self.prompt, draft=draft)
+        self.cached_tokens, self.cache_reason = reuse.length, reuse.reason
+        try:
+            room = len(self.prompt) + self.max_new_tokens + self.draft_tokens
+            hidden = kept.restore(reuse, cache, room=room, draft=draft)
+            self.progress(reuse.length)
+            yield cache, prefill(
+                self.model, self.prompt, cache, hidden=hidden, stops=reuse.stops,
+                at_stop=lambda end, h: kept.keep(reuse, cache, h, end, draft=draft), **settings,
+            )  # fmt: skip
+            kept.finish(reuse, self.prompt)
+        finally:
+            kept.release(reuse)
 
     @property
     def tokens_per_s(self) -> float:
@@ -165,8 +216,25 @@ def build_parser() -> Parser:
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--chat", action="store_true", help="a conversation; an empty line ends it")
     add("--no-thinking", action="store_true", help="with --chat: answer without thinking first")
+    add(
+        "--requests",
+        metavar="FILE",
+        help="one JSON request a line, - for standard input; one result a line",
+    )
+    add("--prefix-cache", type=Path, metavar="DIR", help="keep the beginnings of prompts in DIR")
+    add("--prefix-cache-bytes", type=size, metavar="N", default="4G",
+        help="budget of what is kept, in DIR or (--chat, --requests) in memory; 0 is off")  # fmt: skip
     add("--json", action="store_true", help="print one JSON document instead of a stream")
+    add("--digest", action="store_true", help="also give the SHA-256 of all logits")
     return parser
+
+
+def size(text: str) -> int:
+    """Bytes, written as 1000000, 64M or 4G."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of bytes, as in 64M or 4G")
+    return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -180,18 +248,24 @@ def main(args: argparse.Namespace) -> int:
         if not model.mtp:
             _say(f"{folder}: no MTP head in this checkpoint, drafting is off")
     # Ids alone need no tokenizer: then ids are printed, and the head's padding cannot be told apart.
-    known_text = (folder / "tokenizer.json").exists() or not isinstance(prompt, list)
+    known_text = (folder / "tokenizer.json").exists() or not (
+        args.requests or isinstance(prompt, list)
+    )
     tokenizer = Tokenizer(folder) if known_text else None
     defaults = generation_config(folder)
     stop = as_ids(defaults.get("eos_token_id")) or model.config.eos_token_id
 
-    def generation(ids: list[int]) -> Generation:
+    prefix_cache = _prefix_cache(args, model, folder)
+
+    def generation(ids: list[int], args: argparse.Namespace = args) -> Generation:
         return Generation(
             model, ids, args.max_new_tokens, _sampling(args, defaults, tokenizer),
             frozenset() if args.ignore_eos else frozenset(stop),
-            args.draft_tokens, args.prefill_chunk,
+            args.draft_tokens, args.prefill_chunk, prefix_cache, args.digest,
         )  # fmt: skip
 
+    if args.requests:
+        return _serve(args, generation, tokenizer, load_s)
     if args.chat:
         assert tokenizer is not None and not isinstance(prompt, list)
         _converse(generation, tokenizer, prompt, thinking=not args.no_thinking)
@@ -212,24 +286,71 @@ def _prompt(args: argparse.Namespace) -> str | list[int] | None:
         "PROMPT": args.prompt,
         "--prompt-file": args.prompt_file,
         "--prompt-ids": args.prompt_ids,
+        "--requests": args.requests,
     }
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
         raise InputError(f"{given[0]} and {given[1]} are given; one prompt is expected")
-    if args.chat and (args.json or args.prompt_ids is not None):
-        raise InputError("--chat goes with neither --json nor --prompt-ids")
+    if args.chat and (args.json or args.requests or args.prompt_ids is not None):
+        raise InputError("--chat goes with none of --json, --requests and --prompt-ids")
     if args.prompt_ids is not None:
         return parse_ids(args.prompt_ids)
     if args.prompt_file is None:
-        if args.prompt is None and not args.chat:
+        if args.prompt is None and not args.chat and not args.requests:
             raise InputError("no prompt: give PROMPT, --prompt-file or --prompt-ids")
         return args.prompt
+    return _text(args.prompt_file)
+
+
+def _text(file: str) -> str:
     try:
-        if args.prompt_file == "-":
-            return sys.stdin.read()
-        return Path(args.prompt_file).read_text()
+        return sys.stdin.read() if file == "-" else Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{args.prompt_file}: not readable as text: {error}") from None
+        raise InputError(f"{file}: not readable as text: {error}") from None
+
+
+def _prefix_cache(args: argparse.Namespace, model: Model, folder: Path) -> PrefixCache | None:
+    """In the folder asked for; in memory where several prompts come one after the other."""
+    if not args.prefix_cache_bytes or not (args.prefix_cache or args.chat or args.requests):
+        return None
+    home = None
+    mark = fingerprint(folder) if args.prefix_cache else ""
+    if args.prefix_cache:
+        from qwen35.prefix_files import Folder
+
+        home = Folder(args.prefix_cache, identity(model, mark))
+        for line in home.problems():
+            _say(f"prefix cache: {line}")
+    return PrefixCache(
+        model, budget=args.prefix_cache_bytes, home=home, checkpoint=mark,
+        warn=lambda line: _say(f"prefix cache: {line}"),
+    )  # fmt: skip
+
+
+def _serve(
+    args: argparse.Namespace,
+    generation: Callable[..., Generation],
+    tokenizer: Tokenizer | None,
+    load_s: float,
+) -> int:
+    """Every request of a file, in order. All are checked before the first one runs."""
+    queue: list[tuple[Any, Generation]] = []
+    for number, line in enumerate(_text(args.requests).splitlines(), 1):
+        if line.strip():
+            where = f"{args.requests}, line {number}"
+            try:
+                request = parse_request(line, tokenizer, thinking=not args.no_thinking)
+                own = argparse.Namespace(**vars(args) | request.settings)
+                queue.append((request.id, generation(request.prompt, own)))
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
+    if not queue:
+        raise InputError(f"{args.requests}: no request in it")
+    for name, result in queue:
+        found = _document(result, _stream(result, tokenizer, quiet=True), load_s)
+        named = found if name is None else {"id": name} | found
+        print(json.dumps(named, ensure_ascii=False), flush=True)
+    return 0
 
 
 def _device(name: str) -> torch.device:
@@ -285,11 +406,15 @@ def _stream(result: Generation, tokenizer: Tokenizer | None, *, quiet: bool) -> 
             if not quiet:
                 print(flush=True)
             _say(
-                f"{len(result.prompt)} prompt tokens (0 cached), first token after "
+                f"{len(result.prompt)} prompt tokens ({result.cached_tokens} cached), first token after "
                 f"{result.ttft_s:.3f} s, {len(result.token_ids)} tokens at "
                 f"{result.tokens_per_s:.1f} tokens/s, "
                 f"{result.draft.tokens_per_forward:.2f} tokens/forward"
             )
+            if result.prefix_cache:
+                _say(f"prefix cache: {result.cached_tokens} tokens; {result.cache_reason}")
+            if result.digest and not quiet:
+                _say(f"logits_sha256 {result.logits_sha256}")
     return "".join(pieces)
 
 
@@ -319,11 +444,11 @@ def _ask() -> str:
 
 
 def _document(result: Generation, text: str, load_s: float) -> dict[str, Any]:
-    return {
+    found: dict[str, Any] = {
         "text": text,
         "token_ids": result.token_ids,
         "prompt_tokens": len(result.prompt),
-        "cached_tokens": 0,
+        "cached_tokens": result.cached_tokens,
         "finish_reason": result.finish_reason,
         "path": "reference",
         "draft": {
@@ -338,6 +463,11 @@ def _document(result: Generation, text: str, load_s: float) -> dict[str, Any]:
             "tokens_per_s": round(result.tokens_per_s, 2),
         },
     }
+    if result.prefix_cache:
+        found["cache_reason"] = result.cache_reason
+    if result.digest:
+        found["logits_sha256"] = result.logits_sha256
+    return found
 
 
 def _say(line: str) -> None:

@@ -1,0 +1,227 @@
+"""A prefix cache in a folder: each stretch a safetensors file under the name of its key.
+
+Several processes may use one folder. Whoever changes it holds a lock on the folder itself; whoever uses a
+file holds a shared lock on that, so nobody else evicts it; the system takes the locks of a process that
+dies. A file is written under another name and renamed when it is whole. What it says of itself is checked
+when it is found (its chain of hashes gives its name) and its bytes before they are used (SHA-256).
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qwen35.errors import InputError
+from qwen35.prefix_cache import Stretch, chained, root_of
+from reference.linear import GRID
+from weights.storage import open_file, row_major
+
+FORMAT = "qwen35-prefix-1"
+NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+UNFINISHED = ".unfinished"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file as it was found. stretch: None where it cannot be used, and `problem` says why. removable:
+    it is ours, whole or not, and counts in the budget."""
+
+    size: int
+    stretch: Stretch | None
+    identity: dict[str, str]
+    problem: str = ""
+    removable: bool = True
+
+
+class Folder:
+    """The home of a prefix cache that other processes see, and that outlives this one.
+
+    identity: what the bits depend on (`prefix_cache.identity`). InputError when there can be no folder.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, str]) -> None:
+        self.folder, self.identity = folder, identity
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise InputError(f"{folder}: no folder for a prefix cache: {error.strerror}") from None
+        self.looked_at: dict[tuple[str, int, int], Found] = {}
+        self.in_use: dict[str, list[int]] = {}  # descriptors that hold a shared lock, by key
+
+    def __del__(self) -> None:
+        if hasattr(self, "lock"):
+            os.close(self.lock)
+
+    def files(self) -> dict[str, Found]:
+        """All files that are or claim to be stretches, by key, the longest unused first."""
+        listed: list[tuple[int, str, Found]] = []
+        for entry in os.scandir(self.folder):
+            try:
+                if not NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                    continue
+                stat = entry.stat()
+            except FileNotFoundError:  # evicted by somebody else
+                continue
+            known = entry.name, stat.st_ino, stat.st_size
+            found = self.looked_at.get(known) or examine(Path(entry.path))
+            self.looked_at[known] = found
+            listed.append((stat.st_mtime_ns, entry.name.partition(".")[0], found))
+        return {key: found for _, key, found in sorted(listed, key=lambda item: item[:2])}
+
+    def problems(self) -> list[str]:
+        """One line for each kind of file that is left alone."""
+        lines: dict[str, int] = {}
+        for found in self.files().values():
+            line = found.problem
+            if found.stretch is not None and found.identity != self.identity:
+                name = next(n for n in self.identity if found.identity.get(n) != self.identity[n])
+                line = (
+                    f"{name} is {self.identity[name]!r} here and {found.identity.get(name)!r} there"
+                )
+            if line:
+                lines[line] = lines.get(line, 0) + 1
+        return [f"{self.folder}: {n} left alone: {line}" for line, n in lines.items()]
+
+    # What a home does.
+
+    def stretches(self) -> dict[str, Stretch]:
+        return {k: found.stretch for k, found in self.files().items() if found.stretch is not None}
+
+    def read(self, stretch: Stretch) -> dict[str, Tensor] | None:
+        """Its tensors, mapped, when their bytes are those that were written."""
+        file = self._path(stretch.key)
+        try:
+            tensors = {name: stored.read() for name, stored in open_file(file).items()}
+            with safe_open(file, framework="pt") as handle:
+                expected = handle.metadata()["sha256"]
+        except (InputError, SafetensorError, OSError, KeyError):
+            expected, tensors = "", {}
+        if checksum(tensors) == expected:
+            return tensors
+        with self.exclusive():
+            file.unlink(missing_ok=True)  # it is computed again, and must not be met again
+        return None
+
+    def write(self, stretch: Stretch, ids: list[int], tensors: dict[str, Tensor]) -> str | None:
+        on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        metadata = {
+            "format": FORMAT,
+            "identity": json.dumps(self.identity),
+            "parent": stretch.parent,
+            "first": str(stretch.first),
+            "ids": json.dumps(ids),
+            "sha256": checksum(on_cpu),
+        }
+        unfinished = self.folder / f".{stretch.key}{UNFINISHED}"
+        try:
+            for key, found in self.files().items():
+                if found.stretch is None and found.removable:
+                    self._path(key).unlink()
+            save_file(on_cpu, unfinished, metadata)
+            unfinished.replace(self._path(stretch.key))
+        except (OSError, SafetensorError) as error:
+            unfinished.unlink(missing_ok=True)
+            return f"{self.folder}: {' '.join(str(error).split())}"
+        return None
+
+    def remove(self, key: str) -> bool:
+        file = self._path(key)
+        try:
+            descriptor = os.open(file, os.O_RDONLY)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
+        except OSError:  # somebody uses it, or the folder is read-only
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def size(self, stretch: Stretch) -> int:
+        return stretch.nbytes + overhead(stretch.end - stretch.first)
+
+    def pin(self, key: str) -> bool:
+        try:
+            descriptor = os.open(self._path(key), os.O_RDONLY)
+        except OSError:
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        self.in_use.setdefault(key, []).append(descriptor)
+        with suppress(OSError):  # of a read-only folder the order of use is not kept
+            os.utime(descriptor)
+        return True
+
+    def unpin(self, key: str) -> None:
+        os.close(self.in_use[key].pop())
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the folder's lock; also, what a process that died has left half-written goes."""
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+        try:
+            for name in os.listdir(self.folder):
+                if name.startswith(".") and name.endswith(UNFINISHED):
+                    with suppress(OSError):
+                        os.unlink(self.folder / name)
+            yield
+        finally:
+            fcntl.flock(self.lock, fcntl.LOCK_UN)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+
+def examine(file: Path) -> Found:
+    """What a file says of itself, from its header alone, and whether it can be so."""
+    size = file.stat().st_size
+    try:
+        with safe_open(file, framework="pt") as handle:
+            metadata: dict[str, Any] = handle.metadata() or {}
+            names = set(handle.keys())
+        version = metadata.get("format")
+        if version != FORMAT:
+            problem = f"its format is {version!r}, known is {FORMAT!r}"
+            return Found(size, None, {}, problem, removable=False)
+        identity = {str(n): str(v) for n, v in json.loads(metadata["identity"]).items()}
+        first, ids = int(metadata["first"]), json.loads(metadata["ids"])
+        parent = metadata["parent"]
+        blocks = tuple(chained(parent, ids)[1:])
+        fits = first or parent == root_of(identity)
+        on_grid = first % GRID == len(ids) % GRID == 0
+        if not blocks or blocks[-1] != file.name.partition(".")[0] or not fits or not on_grid:
+            raise ValueError("its name is not the hash of what it holds")
+        nbytes = size - overhead(len(ids))
+        stretch = Stretch(parent, first, first + len(ids), blocks, "mtp.k" in names, nbytes)
+        return Found(size, stretch, identity)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError,
+            RecursionError) as error:  # fmt: skip
+        return Found(size, None, {}, f"damaged: {' '.join(str(error).split())}")
+
+
+def overhead(tokens: int) -> int:
+    """Bytes of a file on top of its tensors, header and metadata: a bound, for the budget."""
+    return (1 << 15) + 12 * tokens
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names and bytes."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(row_major(tensors[name]) if tensors[name].numel() else b"")
+    return total.hexdigest()

@@ -1,0 +1,214 @@
+"""`python -m tools.exact`: the exactness contract, shown on any checkpoint and machine.
+
+Each prompt is continued in many ways: drafting depths, prefill chunks, and what a prefix cache had of it
+(nothing, each possible length, in memory, on disk in another process, after eviction). All have to
+give the same tokens and the same bits of logits; at one depth, also the same drafts.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from qwen35.cli import Parser, run
+from qwen35.errors import InputError
+from qwen35.generate import Generation
+from qwen35.load import DTYPES, load, locate
+from qwen35.prefix_cache import Memory, PrefixCache
+from qwen35.sampling import Sampling
+from qwen35.tokenizer import Tokenizer
+from reference.linear import GRID
+from reference.model import Model
+
+LENGTHS = (1, 63, 64, 65, 127, 128, 129, 700, 3000)
+CHUNKS = (64, 128, 512, 4096)
+SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=0.8, top_k=20, seed=5)}
+AMPLE = 1 << 40  # a budget that nothing exceeds
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to continue one prompt, and what came out."""
+
+    length: int
+    sampling: str
+    depth: int
+    chunk: int
+    cache: str
+    tokens: tuple[int, ...]
+    digest: str
+    drafts: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        "python -m tools.exact",
+        "Continue prompts in many ways and compare bits. Exit status 1 when a bit differs.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", nargs="?", default="tiny", help="a folder, a hub id, or `tiny`")
+    add("--lengths", type=int, nargs="+", default=LENGTHS, metavar="T", help="of prompts")
+    add("--depths", type=int, nargs="+", default=(0, 1, 2, 3), metavar="K")
+    add("--chunks", type=int, nargs="+", default=CHUNKS, metavar="N")
+    add("--new-tokens", type=int, default=12, metavar="N")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def prompt_of(length: int, vocabulary: int) -> list[int]:
+    """Fixed ids; prompts of two lengths begin with the same ones."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(vocabulary, (1 << 16,), generator=generator)[:length].tolist()
+
+
+def continued(
+    model: Model,
+    prompt: list[int],
+    name: str,
+    depth: int,
+    chunk: int,
+    tokens: int,
+    vocab: int | None,
+) -> Callable[[str, PrefixCache | None, int], Cell]:
+    """What continues a prompt with a cache, of which so many tokens are expected to be taken over."""
+    sampling = replace(SAMPLINGS[name], vocab=vocab)
+
+    def go(label: str, prefix_cache: PrefixCache | None, expected: int) -> Cell:
+        result = Generation(
+            model, prompt, tokens, sampling, frozenset(), depth, chunk, prefix_cache, True
+        )
+        for _ in result:
+            pass
+        if result.cached_tokens != expected:
+            raise AssertionError(
+                f"{len(prompt)} tokens, {label}: {result.cached_tokens} taken over, "
+                f"not {expected}: {result.cache_reason}"
+            )
+        drafts = tuple(result.draft.proposed), tuple(result.draft.accepted)
+        return Cell(
+            len(prompt), name, depth, chunk, label, tuple(result.token_ids),
+            result.logits_sha256, drafts,
+        )  # fmt: skip
+
+    return go
+
+
+def cells(
+    model: Model,
+    prompt: list[int],
+    name: str,
+    depth: int,
+    chunk: int,
+    tokens: int,
+    vocab: int | None = None,
+) -> Iterator[Cell]:
+    """One prompt in all states of a cache in memory."""
+    go = continued(model, prompt, name, depth, chunk, tokens, vocab)
+    whole = len(prompt) // GRID * GRID
+    yield go("none", None, 0)
+    every_block = PrefixCache(model, budget=AMPLE, interval=1)
+    yield go("miss", every_block, 0)
+    assert isinstance(every_block.home, Memory)
+    for length in range(GRID, whole + 1, GRID):
+        part = Memory()
+        held = every_block.home.held
+        part.held = {key: own for key, own in held.items() if own[0].end <= length}
+        yield go(f"hit {length}", PrefixCache(model, budget=AMPLE, home=part), length)
+    if whole:
+        home = Memory()
+        small = PrefixCache(model, budget=AMPLE, home=home)
+        go("", small, 0)
+        small.budget = sum(stretch.nbytes for stretch in home.stretches().values())
+        other = [(i + 1) % model.config.vocab_size for i in prompt]
+        continued(model, other, name, depth, chunk, 1, vocab)("", small, 0)
+        yield go("evicted", small, 0)
+        yield go("refilled", small, whole)
+
+
+def in_another_process(
+    folder: Path, dtype: str | None, prompts: list[list[int]], depth: int, chunk: int, tokens: int
+) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+    """Two processes over one cache folder, one after the other; the documents of each."""
+    with tempfile.TemporaryDirectory() as scratch:
+        requests = Path(scratch) / "requests"
+        lines = [
+            {"id": [name, len(prompt)], "prompt_ids": prompt, "temperature": s.temperature,
+             "top_k": s.top_k, "seed": s.seed}
+            for prompt in prompts for name, s in SAMPLINGS.items()
+        ]  # fmt: skip
+        requests.write_text("\n".join(map(json.dumps, lines)))
+        command = [
+            sys.executable, "-m", "qwen35.generate", "--model", folder, "--requests", requests,
+            "--prefix-cache", f"{scratch}/kept", "--draft-tokens", depth, "--digest", "--ignore-eos",
+            "--prefill-chunk", chunk, "--max-new-tokens", tokens,
+            *(["--dtype", dtype] if dtype else []),
+        ]  # fmt: skip
+        for label in ("first process", "from disk"):
+            ended = subprocess.run(
+                [*map(str, command)], capture_output=True, text=True, check=False
+            )
+            if ended.returncode:
+                raise InputError(ended.stderr.strip())
+            yield label, 0, [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def differing(found: list[Cell]) -> list[Cell]:
+    """Cells with other tokens or bits than the first of their prompt and sampling, or with other drafts
+    than the first of their depth."""
+    first: dict[tuple[Any, ...], Cell] = {}
+    wrong: list[Cell] = []
+    for cell in found:
+        plain = first.setdefault((cell.length, cell.sampling), cell)
+        same_depth = first.setdefault((cell.length, cell.sampling, cell.depth), cell)
+        same = (plain.tokens, plain.digest) == (cell.tokens, cell.digest)
+        if not same or same_depth.drafts != cell.drafts:
+            wrong.append(cell)
+    return wrong
+
+
+def main(args: argparse.Namespace) -> int:
+    folder = locate(None if args.model == "tiny" else args.model)
+    model = load(folder, dtype=DTYPES.get(args.dtype))
+    vocabulary = model.config.vocab_size
+    vocab = Tokenizer(folder).size if (folder / "tokenizer.json").exists() else None
+    prompts = [prompt_of(length, vocabulary) for length in args.lengths]
+    found: list[Cell] = []
+    for depth in tqdm(args.depths, desc="depths", disable=None, leave=False):
+        for chunk in args.chunks:
+            for prompt in prompts:
+                for name in SAMPLINGS:
+                    found += cells(model, prompt, name, depth, chunk, args.new_tokens, vocab)
+            ways = in_another_process(folder, args.dtype, prompts, depth, chunk, args.new_tokens)
+            for label, _, documents in ways:
+                for document in documents:
+                    (name, length), draft = document["id"], document["draft"]
+                    if label == "from disk" and document["cached_tokens"] < length // GRID * GRID:
+                        raise AssertionError(f"{length} tokens: {document['cache_reason']}")
+                    drafts = tuple(draft["proposed"]), tuple(draft["accepted"])
+                    tokens, digest = tuple(document["token_ids"]), document["logits_sha256"]
+                    found.append(Cell(length, name, depth, chunk, label, tokens, digest, drafts))
+    wrong = differing(found)
+    if args.json:
+        rows = [vars(cell) for cell in wrong]
+        print(json.dumps({"pass": not wrong, "cells": len(found), "differ": rows}))
+    else:
+        for cell in wrong[:20]:
+            print(
+                f"DIFF  {cell.length} tokens, {cell.sampling}, depth {cell.depth}, "
+                f"chunk {cell.chunk}, cache {cell.cache}"
+            )
+        print(f"{len(found)} continuations of {len(prompts)} prompts, {len(wrong)} differ")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    run(build_parser(), main)
