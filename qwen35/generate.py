@@ -50,8 +50,8 @@ def prefill(
     over the prompt, all rows but the last, whose next token is not known yet. It stays a row behind, so
     what it has computed at a stop does not depend on what follows.
 
-    hidden: the state of the last token that is in the cache, [1, 1, D]. stops: positions on the grid where
-    a pass ends, whatever the chunk; `at_stop` gets each with the state of the token before it.
+    hidden: the state of the last token that is in the cache, [1, 1, D]. stops: positions on the grid
+    where a pass ends, whatever the chunk; `at_stop` gets each with the state of the token before it.
     """
     device = model.embed_tokens.weight.device
     start, whole = cache.length, len(ids) // GRID * GRID
@@ -152,8 +152,8 @@ class Generation:
 
     @contextmanager
     def _reused(self) -> Iterator[tuple[Cache, Tensor]]:
-        """The prompt's cache and the state of its last token, [1, 1, D]; at the end of the block, what the
-        prefix cache has not had of it is kept there."""
+        """The prompt's cache and the state of its last token, [1, 1, D]; at the end of the block, what
+        the prefix cache has not had of it is kept there."""
         cache, draft = self.model.new_cache(), self.draft_tokens > 0
         settings: dict[str, Any] = {
             "chunk": self.prefill_chunk, "draft": draft, "progress": self.progress

@@ -54,14 +54,17 @@ class Home(Protocol):
     """Where stretches are: `Memory` here, `Folder` in prefix_files.py.
 
     stretches: those that are there, by key, the longest unused first. read: its tensors, None for one
-    that is damaged. write: put one there; gives a line when that failed. remove: False for one that is in
-    use. size: bytes that one takes. pin: use one, which keeps it there until `unpin`; False when it is
-    gone. exclusive: nobody else changes anything while the block runs.
+    that is damaged. write: put one there; gives a line when that failed. clutter: remove what is damaged;
+    gives the bytes of what would not go. is_free: nobody uses it. remove: False for one that is in use.
+    size: bytes that one takes. pin: use one, which keeps it there until `unpin`; False when it is gone.
+    exclusive: nobody else changes anything while the block runs.
     """
 
     def stretches(self) -> dict[str, Stretch]: ...
     def read(self, stretch: Stretch) -> dict[str, Tensor] | None: ...
     def write(self, stretch: Stretch, ids: list[int], tensors: dict[str, Tensor]) -> str | None: ...
+    def clutter(self) -> int: ...
+    def is_free(self, key: str) -> bool: ...
     def remove(self, key: str) -> bool: ...
     def size(self, stretch: Stretch) -> int: ...
     def pin(self, key: str) -> bool: ...
@@ -87,8 +90,14 @@ class Memory:
         self.held[stretch.key] = stretch, {name: t.clone() for name, t in tensors.items()}
         return None
 
+    def clutter(self) -> int:
+        return 0
+
+    def is_free(self, key: str) -> bool:
+        return not self.pins[key]
+
     def remove(self, key: str) -> bool:
-        if self.pins[key]:
+        if not self.is_free(key):
             return False
         del self.held[key]
         return True
@@ -179,6 +188,8 @@ class PrefixCache:
                 self._warn_once(f"a stretch of {stretch.end} tokens is damaged and left out")
                 break
             chain.append((stretch, tensors))
+        for key in pinned[len(chain) :]:
+            self.home.unpin(key)
         length = chain[-1][0].end if chain else 0
         known = {block for stretch in held.values() for block in stretch.blocks}
         matched = next((i for i in range(len(hashes) - 1, 0, -1) if hashes[i] in known), 0) * GRID
@@ -192,12 +203,17 @@ class PrefixCache:
             stops=sorted(stop for stop in stops if stop > length),
             hashes=hashes,
             chain=chain,
-            pinned=pinned,
+            pinned=pinned[: len(chain)],
         )
 
     def restore(self, reuse: Reuse, into: Cache, *, room: int, draft: bool) -> Tensor | None:
         """Copy what is taken over into an empty cache, with room for that many tokens; returns the
         trunk's state of the last token, [1, 1, D], or None where there is nothing."""
+        for state in [*into.layers, into.mtp]:
+            if isinstance(
+                state, KVCache
+            ):  # at once: buffers that grow leave parts behind in `kept`
+                state.reserve(room)
         if not reuse.chain:
             return None
         _, last = reuse.chain[-1]
@@ -206,7 +222,6 @@ class PrefixCache:
             states["mtp"] = into.mtp
         for node, state in states.items():
             if isinstance(state, KVCache):
-                state.reserve(room)
                 for _, tensors in reuse.chain:
                     state.append(*(tensors[f"{node}.{n}"].to(state.k.device) for n in ("k", "v")))
             else:
@@ -219,7 +234,7 @@ class PrefixCache:
         """Note what prefill has computed up to token `end`, a stop. Nothing is copied before `finish`:
         no later pass writes into these positions."""
         first = reuse.kept[-1][0] if reuse.kept else reuse.length
-        tensors = {"hidden": hidden}
+        tensors = {"hidden": hidden.clone()}
         for i, state in enumerate(computed.layers):
             of_layer = state.tensors()
             if isinstance(state, KVCache):
@@ -262,7 +277,8 @@ class PrefixCache:
         held = self.home.stretches()
         there = held.get(stretch.key)
         parent_is_there = stretch.first == 0 or stretch.parent in held
-        if parent_is_there and (there is None or (stretch.drafts and not there.drafts)):
+        better = there is not None and stretch.drafts and not there.drafts
+        if parent_is_there and (there is None or (better and self.home.is_free(stretch.key))):
             if not self._make_room(stretch, there):
                 return False
             problem = self.home.write(stretch, ids, tensors)
@@ -284,7 +300,7 @@ class PrefixCache:
             )
             return False
         held = self.home.stretches()
-        total = sum(self.home.size(s) for s in held.values())
+        total = self.home.clutter() + sum(self.home.size(s) for s in held.values())
         total -= self.home.size(there) if there else 0
         while total + size > self.budget:
             continued = {s.parent for s in held.values()}

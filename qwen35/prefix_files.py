@@ -75,7 +75,10 @@ class Folder:
                 continue
             known = entry.name, stat.st_ino, stat.st_size
             found = self.looked_at.get(known) or examine(Path(entry.path))
-            self.looked_at[known] = found
+            if (
+                found.stretch is not None
+            ):  # what is damaged may be replaced, by a file of the same inode
+                self.looked_at[known] = found
             listed.append((stat.st_mtime_ns, entry.name.partition(".")[0], found))
         return {key: found for _, key, found in sorted(listed, key=lambda item: item[:2])}
 
@@ -125,9 +128,6 @@ class Folder:
         }
         unfinished = self.folder / f".{stretch.key}{UNFINISHED}"
         try:
-            for key, found in self.files().items():
-                if found.stretch is None and found.removable:
-                    self._path(key).unlink()
             save_file(on_cpu, unfinished, metadata)
             unfinished.replace(self._path(stretch.key))
         except (OSError, SafetensorError) as error:
@@ -135,21 +135,30 @@ class Folder:
             return f"{self.folder}: {' '.join(str(error).split())}"
         return None
 
-    def remove(self, key: str) -> bool:
-        file = self._path(key)
+    def clutter(self) -> int:
+        damaged = {k: f for k, f in self.files().items() if f.stretch is None and f.removable}
+        return sum(found.size for key, found in damaged.items() if not self.remove(key))
+
+    def is_free(self, key: str) -> bool:
         try:
-            descriptor = os.open(file, os.O_RDONLY)
+            descriptor = os.open(self._path(key), os.O_RDONLY)
         except FileNotFoundError:
             return True
-        except OSError:
-            return False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.unlink()
-        except OSError:  # somebody uses it, or the folder is read-only
+        except OSError:
             return False
         finally:
             os.close(descriptor)
+        return True
+
+    def remove(self, key: str) -> bool:
+        if not self.is_free(key):
+            return False
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError:  # the folder is read-only
+            return False
         return True
 
     def size(self, stretch: Stretch) -> int:

@@ -3,14 +3,16 @@
 import sys
 
 from qwen35.cli import Parser, run
-from tools.bench import diff, generate, language, mapped, quantize
+from tools.bench import diff, exactness, generate, language, mapped, quantize, ttft
 
 OPS = {
     "diff": diff,
+    "exactness": exactness,
     "generate": generate,
     "language": language,
     "mapped": mapped,
     "quantize": quantize,
+    "ttft": ttft,
 }
 
 

@@ -1,0 +1,85 @@
+"""The exactness contract on the embedded model: a part of the matrix that `python -m tools.exact` walks."""
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from qwen35.cli import run
+from qwen35.generate import Generation
+from qwen35.load import TINY, load
+from qwen35.sampling import Sampling
+from reference.model import Model
+from tools.exact import build_parser, cells, differing, main, prompt_of
+
+
+@cache
+def embedded() -> Model:
+    return load(TINY)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 200])
+def test_continuations_agree(length: int) -> None:
+    """Nothing kept, a hit at each length, eviction: at two depths and chunks, greedy and sampled."""
+    prompt = prompt_of(length, 2000)
+    found = [
+        cell
+        for name, depth, chunk in [("greedy", 0, 64), ("greedy", 3, 4096), ("sampled", 2, 128),
+                                   ("sampled", 0, 512)]
+        for cell in cells(embedded(), prompt, name, depth, chunk, tokens=6)
+    ]  # fmt: skip
+    assert len(found) >= 4 * (2 + length // 64)
+    assert not differing(found)
+
+
+def test_long_prompts_agree() -> None:
+    """Of many blocks: cut in other places, and hits in the middle."""
+    prompt = prompt_of(700, 2000)
+    found = list(cells(embedded(), prompt, "greedy", 3, 4096, tokens=6))
+    found += list(cells(embedded(), prompt, "greedy", 1, 128, tokens=6))[:2]
+    assert len(found) == 2 + 10 + 2 + 2
+    assert not differing(found)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a folder that another process wrote, as a user runs it."""
+    arguments = ["--lengths", "65", "130", "--depths", "3", "--chunks", "64", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        run(build_parser(), main, [*arguments, "--new-tokens", "5"])
+    document = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 0
+    assert document["pass"] and not document["differ"]
+    # Of each prompt: none, miss, hits, evicted, refilled, and two processes.
+    assert document["cells"] == 2 * ((4 + 1 + 2) + (4 + 2 + 2))
+
+
+def test_a_difference_is_found() -> None:
+    """In one bit of the digest, one token, or the drafts of one depth."""
+    found = list(cells(embedded(), prompt_of(70, 2000), "greedy", 2, 64, tokens=4))
+    assert not differing(found)
+    for change in ({"digest": "0"}, {"tokens": (1, 2, 3, 4)}, {"drafts": ((9,), (9,))}):
+        assert differing([*found, replace(found[0], **change)]) == [replace(found[0], **change)]
+    other_depth = replace(found[0], depth=1, drafts=((9,), (9,)))
+    assert not differing([*found, other_depth])
+
+
+def test_the_digest_is_of_every_bit() -> None:
+    """It changes with the last bit of one logit of the last token."""
+
+    def digest(change: float) -> str:
+        model = embedded()
+        result = Generation(model, [5, 6, 7], 3, Sampling(), frozenset(), 0, digest=True)
+        weight = model.lm_head.weight
+        steps = iter(result)
+        next(steps), next(steps)
+        before = weight[7, 3].item()
+        with torch.inference_mode():
+            weight[7, 3] += change
+        next(steps)
+        with torch.inference_mode():
+            weight[7, 3] = before
+        return result.logits_sha256
+
+    assert digest(0.0) == digest(0.0) != digest(0.05)

@@ -1,0 +1,70 @@
+"""What the same bits cost on the reference path. Beside it the same model with library products of whatever
+rows a pass has: faster, and with other bits for other drafting depths and chunks.
+
+Decode of the embedded model without drafts and with three, and prefill, in one process, in turn.
+"""
+
+import argparse
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+
+import reference.linear
+import reference.moe
+from qwen35.cli import Parser
+from qwen35.generate import Generation, prefill
+from qwen35.load import DTYPES, TINY, load
+from qwen35.sampling import Sampling
+from tools.bench import report
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--prompt-tokens", type=int, default=2048)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+
+
+def unpadded(run: Callable[[], object]) -> Callable[[], object]:
+    """The same with every product as the pass has it."""
+
+    def go() -> None:
+        with (
+            mock.patch.object(reference.linear, "row_tile", lambda rows: rows),
+            mock.patch.object(reference.moe, "row_tile", lambda rows: 1),
+        ):
+            run()
+
+    return go
+
+
+def main(args: argparse.Namespace) -> int:
+    torch.set_num_threads(args.threads)
+    model = load(TINY, dtype=DTYPES[args.dtype])
+    ids = [i % 1000 for i in range(args.prompt_tokens)]
+
+    def decode(depth: int) -> None:
+        result = Generation(model, ids[:4], args.new_tokens, Sampling(), frozenset(), depth)
+        for _ in result:
+            pass
+
+    @torch.inference_mode()
+    def prompt() -> None:
+        prefill(model, ids, model.new_cache(), chunk=args.prompt_tokens, draft=False)
+
+    ways: dict[str, Callable[[], object]] = {
+        f"prefill of {args.prompt_tokens} tokens": prompt,
+        f"{args.new_tokens} tokens, no drafts": lambda: decode(0),
+        f"{args.new_tokens} tokens, three drafts": lambda: decode(3),
+    }
+    rows: list[report.Row] = []
+    for name, run in ways.items():
+        seconds = report.alternate({"exact": run, "unpadded": unpadded(run)}, args.repeats)
+        for path, taken in seconds.items():
+            rows.append({"what": name, "products": path} | report.spread(taken))
+        rows[-2]["times_unpadded"] = rows[-2]["median_ms"] / rows[-1]["median_ms"]
+    described = {"dtype": args.dtype, "threads": args.threads, "repeats": args.repeats}
+    report.emit("exactness", described, rows, only_json=args.json)
+    return 0
