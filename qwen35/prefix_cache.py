@@ -54,7 +54,8 @@ class Home(Protocol):
     """Where stretches are: `Memory` here, `Folder` in prefix_files.py.
 
     stretches: those that are there, by key, the longest unused first. read: its tensors, None for one
-    that is damaged. write: put one there; gives a line when that failed. clutter: remove what is damaged;
+    that is damaged. write: put one there; gives a line when that failed. discard: remove a damaged one,
+    whoever uses it. clutter: remove what says nothing sensible of itself;
     gives the bytes of what would not go. is_free: nobody uses it. remove: False for one that is in use.
     size: bytes that one takes. pin: use one, which keeps it there until `unpin`; False when it is gone.
     exclusive: nobody else changes anything while the block runs.
@@ -63,6 +64,7 @@ class Home(Protocol):
     def stretches(self) -> dict[str, Stretch]: ...
     def read(self, stretch: Stretch) -> dict[str, Tensor] | None: ...
     def write(self, stretch: Stretch, ids: list[int], tensors: dict[str, Tensor]) -> str | None: ...
+    def discard(self, key: str) -> None: ...
     def clutter(self) -> int: ...
     def is_free(self, key: str) -> bool: ...
     def remove(self, key: str) -> bool: ...
@@ -89,6 +91,9 @@ class Memory:
         self.held.pop(stretch.key, None)
         self.held[stretch.key] = stretch, {name: t.clone() for name, t in tensors.items()}
         return None
+
+    def discard(self, key: str) -> None:
+        self.held.pop(key, None)
 
     def clutter(self) -> int:
         return 0
@@ -165,17 +170,19 @@ class PrefixCache:
     def begin(self, ids: list[int], *, draft: bool) -> Reuse:
         """Find the longest beginning of `ids` that is kept, and hold it until `finish` or `release`."""
         hashes = chained(root_of(identity(self.model, self.checkpoint)), ids)
+        pinned: list[str] = []
         try:
-            return self._begin(ids, hashes, draft)
+            return self._begin(ids, hashes, draft, pinned)
         except OSError as error:
+            for key in pinned:
+                self.home.unpin(key)
             self._warn_once(f"it cannot be read, and is not used: {error}")
             return Reuse(0, "it cannot be read", [], hashes, [], [])
 
-    def _begin(self, ids: list[int], hashes: list[str], draft: bool) -> Reuse:
+    def _begin(self, ids: list[int], hashes: list[str], draft: bool, pinned: list[str]) -> Reuse:
         with self.home.exclusive():
             held = self.home.stretches()
             ways = {key: way for key in hashes[1:] if (way := _way(held, key, hashes, draft))}
-            pinned: list[str] = []
             best = max(ways.values(), key=lambda way: way[-1].end, default=[])
             for stretch in best:
                 if not self.home.pin(stretch.key):
@@ -185,7 +192,11 @@ class PrefixCache:
         for stretch in best[: len(pinned)]:
             tensors = self.home.read(stretch)
             if tensors is None or not self._fits(stretch, tensors):
-                self._warn_once(f"a stretch of {stretch.end} tokens is damaged and left out")
+                self._warn_once(
+                    f"tokens {stretch.first} to {stretch.end - 1} are damaged, and left out"
+                )
+                self.home.discard(stretch.key)
+                del held[stretch.key]
                 break
             chain.append((stretch, tensors))
         for key in pinned[len(chain) :]:
@@ -277,8 +288,9 @@ class PrefixCache:
         held = self.home.stretches()
         there = held.get(stretch.key)
         parent_is_there = stretch.first == 0 or stretch.parent in held
-        better = there is not None and stretch.drafts and not there.drafts
-        if parent_is_there and (there is None or (better and self.home.is_free(stretch.key))):
+        # One of this key may be there and be of no use: without drafts, or continuing what is gone.
+        is_new = _way(held, stretch.key, reuse.hashes, stretch.drafts) is None
+        if parent_is_there and is_new and (there is None or self.home.is_free(stretch.key)):
             if not self._make_room(stretch, there):
                 return False
             problem = self.home.write(stretch, ids, tensors)
@@ -307,6 +319,7 @@ class PrefixCache:
             free = (s for s in held.values() if s.key not in continued and s.key != stretch.key)
             gone = next((s for s in free if self.home.remove(s.key)), None)
             if gone is None:
+                self._warn_once("not all is kept: what fills the budget is in use")
                 return False
             del held[gone.key]
             total -= self.home.size(gone)
@@ -369,12 +382,19 @@ def _way(
 ) -> list[Stretch] | None:
     """The stretches from token 0 to a key; None when one is missing, or lacks what drafting needs."""
     way: list[Stretch] = []
-    while key != hashes[0]:
+    end = hashes.index(key) * GRID
+    while end > 0:
         stretch = held.get(key)
-        if stretch is None or (draft and not stretch.drafts):
+        if stretch is None or (draft and not stretch.drafts) or stretch.end != end:
+            return None
+        first = stretch.first // GRID
+        if (
+            hashes[first] != stretch.parent
+            or [*stretch.blocks] != hashes[first + 1 : end // GRID + 1]
+        ):
             return None
         way.insert(0, stretch)
-        key = stretch.parent
+        key, end = stretch.parent, stretch.first
     return way
 
 

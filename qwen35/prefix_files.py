@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -67,18 +68,21 @@ class Folder:
         """All files that are or claim to be stretches, by key, the longest unused first."""
         listed: list[tuple[int, str, Found]] = []
         for entry in os.scandir(self.folder):
+            if not NAME.fullmatch(entry.name):
+                continue
             try:
-                if not NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                stat = entry.stat(follow_symlinks=False)
+                if not S_ISREG(stat.st_mode):
                     continue
-                stat = entry.stat()
+                known = (
+                    entry.name,
+                    stat.st_size,
+                    stat.st_ctime_ns,
+                )  # any change of a file changes them
+                found = self.looked_at.get(known) or examine(Path(entry.path))
             except FileNotFoundError:  # evicted by somebody else
                 continue
-            known = entry.name, stat.st_ino, stat.st_size
-            found = self.looked_at.get(known) or examine(Path(entry.path))
-            if (
-                found.stretch is not None
-            ):  # what is damaged may be replaced, by a file of the same inode
-                self.looked_at[known] = found
+            self.looked_at[known] = found
             listed.append((stat.st_mtime_ns, entry.name.partition(".")[0], found))
         return {key: found for _, key, found in sorted(listed, key=lambda item: item[:2])}
 
@@ -88,10 +92,14 @@ class Folder:
         for found in self.files().values():
             line = found.problem
             if found.stretch is not None and found.identity != self.identity:
-                name = next(n for n in self.identity if found.identity.get(n) != self.identity[n])
-                line = (
-                    f"{name} is {self.identity[name]!r} here and {found.identity.get(name)!r} there"
+                both = {
+                    n: (self.identity.get(n), found.identity.get(n))
+                    for n in self.identity | found.identity
+                }
+                name, (here, there) = next(
+                    (n, pair) for n, pair in both.items() if pair[0] != pair[1]
                 )
+                line = f"{name} is {here!r} here and {there!r} there"
             if line:
                 lines[line] = lines.get(line, 0) + 1
         return [f"{self.folder}: {n} left alone: {line}" for line, n in lines.items()]
@@ -102,19 +110,20 @@ class Folder:
         return {k: found.stretch for k, found in self.files().items() if found.stretch is not None}
 
     def read(self, stretch: Stretch) -> dict[str, Tensor] | None:
-        """Its tensors, mapped, when their bytes are those that were written."""
+        """Its tensors, mapped, when they and all that the file says of itself are what was written."""
         file = self._path(stretch.key)
         try:
             tensors = {name: stored.read() for name, stored in open_file(file).items()}
             with safe_open(file, framework="pt") as handle:
-                expected = handle.metadata()["sha256"]
-        except (InputError, SafetensorError, OSError, KeyError):
-            expected, tensors = "", {}
-        if checksum(tensors) == expected:
-            return tensors
-        with self.exclusive():
-            file.unlink(missing_ok=True)  # it is computed again, and must not be met again
-        return None
+                metadata: dict[str, str] = handle.metadata() or {}
+            whole = metadata.get("sha256") == checksum(metadata, tensors)
+            return tensors if whole and examine(file).stretch == stretch else None
+        except (InputError, SafetensorError, OSError):
+            return None
+
+    def discard(self, key: str) -> None:
+        with self.exclusive(), suppress(OSError):
+            self._path(key).unlink()
 
     def write(self, stretch: Stretch, ids: list[int], tensors: dict[str, Tensor]) -> str | None:
         on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -124,8 +133,8 @@ class Folder:
             "parent": stretch.parent,
             "first": str(stretch.first),
             "ids": json.dumps(ids),
-            "sha256": checksum(on_cpu),
         }
+        metadata["sha256"] = checksum(metadata, on_cpu)
         unfinished = self.folder / f".{stretch.key}{UNFINISHED}"
         try:
             save_file(on_cpu, unfinished, metadata)
@@ -162,7 +171,7 @@ class Folder:
         return True
 
     def size(self, stretch: Stretch) -> int:
-        return stretch.nbytes + overhead(stretch.end - stretch.first)
+        return stretch.nbytes + overhead(stretch.end - stretch.first, json.dumps(self.identity))
 
     def pin(self, key: str) -> bool:
         try:
@@ -196,7 +205,7 @@ class Folder:
 
 
 def examine(file: Path) -> Found:
-    """What a file says of itself, from its header alone, and whether it can be so."""
+    """What a file says of itself, from its header alone, and whether it can be so. FileNotFoundError."""
     size = file.stat().st_size
     try:
         with safe_open(file, framework="pt") as handle:
@@ -214,23 +223,27 @@ def examine(file: Path) -> Found:
         on_grid = first % GRID == len(ids) % GRID == 0
         if not blocks or blocks[-1] != file.name.partition(".")[0] or not fits or not on_grid:
             raise ValueError("its name is not the hash of what it holds")
-        nbytes = size - overhead(len(ids))
+        nbytes = size - overhead(len(ids), metadata["identity"])
         stretch = Stretch(parent, first, first + len(ids), blocks, "mtp.k" in names, nbytes)
         return Found(size, stretch, identity)
+    except FileNotFoundError:
+        raise
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError,
             RecursionError) as error:  # fmt: skip
         return Found(size, None, {}, f"damaged: {' '.join(str(error).split())}")
 
 
-def overhead(tokens: int) -> int:
+def overhead(tokens: int, identity: str) -> int:
     """Bytes of a file on top of its tensors, header and metadata: a bound, for the budget."""
-    return (1 << 15) + 12 * tokens
+    return (1 << 15) + 12 * tokens + 2 * len(identity)
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names and bytes."""
-    total = hashlib.sha256()
+def checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over what a file says of itself, and its tensors' names, dtypes, shapes and bytes."""
+    said = {name: value for name, value in metadata.items() if name != "sha256"}
+    total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name in sorted(tensors):
-        total.update(name.encode())
-        total.update(row_major(tensors[name]) if tensors[name].numel() else b"")
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        total.update(row_major(tensor) if tensor.numel() else b"")
     return total.hexdigest()

@@ -1,4 +1,4 @@
-"""The exactness contract on the embedded model: a part of the matrix that `python -m tools.exact` walks."""
+"""The exactness contract on the embedded model: a part of what `python -m tools.exact` walks."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""`python -m tools.inspect MODEL`: what is in a checkpoint, from its headers alone."""
+"""`python -m tools.inspect MODEL`: what is in a checkpoint, from its headers alone. With --prefix-cache
+DIR instead: what the folder of a prefix cache holds (inspect_prefix.py)."""
 
 import argparse
 import json
@@ -17,6 +18,7 @@ from qwen35.cli import Parser, run
 from qwen35.config import PUBLISHED, Config
 from qwen35.errors import InputError
 from qwen35.load import TINY, lay_out, shapes, text_model
+from tools.inspect_prefix import describe_stretches, list_folder, print_stretches
 from weights.checkpoint import Checkpoint, Entry
 from weights.hub import Repository, is_hub_id
 from weights.quantization import name_pattern
@@ -61,9 +63,13 @@ class Group:
 def build_parser() -> Parser:
     parser = Parser("python -m tools.inspect", "Say what is in a checkpoint, from headers alone.")
     parser.add_argument(
-        "model", metavar="MODEL",
+        "model", metavar="MODEL", nargs="?",
         help="a folder (config.json alone will do), a hub id, `tiny`, or a published size, as in "
         f"{', '.join(PUBLISHED)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prefix-cache", type=Path, metavar="DIR",
+        help="instead of MODEL: the folder of a prefix cache, and what it holds",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
@@ -343,12 +349,21 @@ def _gb(count: int) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    document = describe(open_model(args.model))
+    if (args.model is None) == (args.prefix_cache is None):
+        given = "neither is" if args.model is None else "both are"
+        raise InputError(f"one of MODEL and --prefix-cache is expected; {given} given")
+    if args.prefix_cache is not None:
+        listed = list_folder(args.prefix_cache)
+        document, show = describe_stretches(listed), print_stretches
+        failed = any(one.damaged for one in listed)
+    else:
+        document, show = describe(open_model(args.model)), print_document
+        failed = bool(document["problems"])
     if args.json:
         print(json.dumps(document))
     else:
-        print_document(document)
-    return 1 if document["problems"] else 0
+        show(document)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

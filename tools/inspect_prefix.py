@@ -1,0 +1,135 @@
+"""`python -m tools.inspect --prefix-cache DIR`: what the folder of a prefix cache holds.
+
+From headers alone. Nothing is written, locked or marked as used: nobody who works with it is disturbed.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from qwen35.errors import InputError
+from qwen35.prefix_cache import root_of
+from qwen35.prefix_files import NAME, Found, examine
+
+SHOWN = 12  # hex digits of a key, for people
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file under a stretch's name. used: when it was last used, in seconds since 1970."""
+
+    key: str
+    used: float
+    found: Found
+
+    @property
+    def whole(self) -> bool:
+        return self.found.stretch is not None
+
+    @property
+    def damaged(self) -> bool:
+        return not self.whole and self.found.removable
+
+
+def list_folder(folder: Path) -> list[Listed]:
+    """All files that are or claim to be stretches, the longest unused first."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    listed: list[Listed] = []
+    for entry in os.scandir(folder):
+        file = Path(entry.path)
+        try:
+            if NAME.fullmatch(file.name) and entry.is_file(follow_symlinks=False):
+                one = Listed(file.stem, entry.stat().st_mtime, examine(file))
+                listed += [one] if one.whole or file.exists() else []
+        except FileNotFoundError:  # evicted meanwhile
+            continue
+    return sorted(listed, key=lambda one: (one.used, one.key))
+
+
+def describe_stretches(listed: list[Listed]) -> dict[str, Any]:
+    """The JSON document. Stretches of one identity follow one another, each after its parent; `root` of
+    an identity is what its chains of hashes begin with."""
+    identities = {root_of(one.found.identity): one.found.identity for one in listed if one.whole}
+    stretches: list[dict[str, Any]] = []
+    summed: list[dict[str, Any]] = []
+    for root, identity in identities.items():
+        own = [_row(one, root) for one in listed if one.whole and one.found.identity == identity]
+        stretches += in_tree(own)
+        nbytes = sum(row["bytes"] for row in own)
+        summed.append({"root": root, "fields": identity, "stretches": len(own), "bytes": nbytes})
+    held = {row["key"] for row in stretches}
+    problems = [{"key": one.key, "problem": one.found.problem} for one in listed if not one.whole]
+    problems += [
+        {"key": row["key"], "problem": f"its parent {row['parent'][:SHOWN]} is not there"}
+        for row in stretches
+        if row["parent"] and row["parent"] not in held
+    ]
+    return {
+        "stretches": stretches,
+        "identities": summed,
+        "problems": problems,
+        "bytes": sum(one.found.size for one in listed),
+    }
+
+
+def _row(one: Listed, root: str) -> dict[str, Any]:
+    """A stretch in the document; its parent is None where it begins at token 0."""
+    stretch = one.found.stretch
+    assert stretch is not None
+    return {
+        "key": one.key,
+        "parent": stretch.parent if stretch.first else None,
+        "depth": 0,
+        "first": stretch.first,
+        "end": stretch.end,
+        "drafts": stretch.drafts,
+        "bytes": one.found.size,
+        "used": datetime.fromtimestamp(one.used).astimezone().isoformat(timespec="seconds"),
+        "root": root,
+    }
+
+
+def in_tree(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows, each followed by those that continue it, with their depths."""
+    held = {row["key"] for row in rows}
+    following: dict[str | None, list[dict[str, Any]]] = {}
+    for row in rows:
+        parent = row["parent"] if row["parent"] in held else None
+        following.setdefault(parent, []).append(row)
+    ordered: list[dict[str, Any]] = []
+    waiting = [(0, row) for row in reversed(following.get(None, []))]
+    while waiting:
+        depth, row = waiting.pop()
+        ordered.append(row | {"depth": depth})
+        waiting += [(depth + 1, after) for after in reversed(following.get(row["key"], []))]
+    return ordered
+
+
+def print_stretches(document: dict[str, Any]) -> None:
+    """The same for people."""
+    for identity in document["identities"]:
+        fields = ", ".join(f"{name} {_shown(text)}" for name, text in identity["fields"].items())
+        print(fields)
+        print(f"{identity['stretches']} stretches, {identity['bytes']:,} bytes")
+        for row in document["stretches"]:
+            if row["root"] == identity["root"]:
+                parent = row["parent"][:SHOWN] if row["parent"] else "start"
+                drafts = ", drafts" if row["drafts"] else ""
+                print(
+                    f"{'  ' * (row['depth'] + 1)}{row['key'][:SHOWN]} after {parent}: tokens "
+                    f"{row['first']}..{row['end']}{drafts}, {row['bytes']:,} bytes, "
+                    f"last used {row['used']}"
+                )
+        print()
+    print(f"{document['bytes']:,} bytes in all")
+    if not document["problems"]:
+        print("no problems")
+    for row in document["problems"]:
+        print(f"problem: {row['key'][:SHOWN]}: {_shown(row['problem'])}")
+
+
+def _shown(text: str) -> str:
+    return text if text and text.isprintable() else repr(text)
