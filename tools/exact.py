@@ -60,6 +60,7 @@ def build_parser() -> Parser:
     add("--chunks", type=int, nargs="+", default=CHUNKS, metavar="N")
     add("--new-tokens", type=int, default=12, metavar="N")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("--device", default="cpu", metavar="D")
     add("--json", action="store_true", help="print one JSON document")
     return parser
 
@@ -135,8 +136,8 @@ def cells(
 
 
 def in_another_process(
-    folder: Path, dtype: str | None, prompts: list[list[int]], depth: int, chunk: int, tokens: int
-) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+    folder: Path, args: argparse.Namespace, prompts: list[list[int]], depth: int, chunk: int
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Two processes over one cache folder, one after the other; the documents of each."""
     with tempfile.TemporaryDirectory() as scratch:
         requests = Path(scratch) / "requests"
@@ -149,8 +150,8 @@ def in_another_process(
         command = [
             sys.executable, "-m", "qwen35.generate", "--model", folder, "--requests", requests,
             "--prefix-cache", f"{scratch}/kept", "--draft-tokens", depth, "--digest", "--ignore-eos",
-            "--prefill-chunk", chunk, "--max-new-tokens", tokens,
-            *(["--dtype", dtype] if dtype else []),
+            "--prefill-chunk", chunk, "--max-new-tokens", args.new_tokens, "--device", args.device,
+            *(["--dtype", args.dtype] if args.dtype else []),
         ]  # fmt: skip
         for label in ("first process", "from disk"):
             ended = subprocess.run(
@@ -158,7 +159,7 @@ def in_another_process(
             )
             if ended.returncode:
                 raise InputError(ended.stderr.strip())
-            yield label, 0, [json.loads(line) for line in ended.stdout.splitlines()]
+            yield label, [json.loads(line) for line in ended.stdout.splitlines()]
 
 
 def differing(found: list[Cell]) -> list[Cell]:
@@ -177,7 +178,7 @@ def differing(found: list[Cell]) -> list[Cell]:
 
 def main(args: argparse.Namespace) -> int:
     folder = locate(None if args.model == "tiny" else args.model)
-    model = load(folder, dtype=DTYPES.get(args.dtype))
+    model = load(folder, dtype=DTYPES.get(args.dtype), device=args.device)
     vocabulary = model.config.vocab_size
     vocab = Tokenizer(folder).size if (folder / "tokenizer.json").exists() else None
     prompts = [prompt_of(length, vocabulary) for length in args.lengths]
@@ -187,8 +188,8 @@ def main(args: argparse.Namespace) -> int:
             for prompt in prompts:
                 for name in SAMPLINGS:
                     found += cells(model, prompt, name, depth, chunk, args.new_tokens, vocab)
-            ways = in_another_process(folder, args.dtype, prompts, depth, chunk, args.new_tokens)
-            for label, _, documents in ways:
+            ways = in_another_process(folder, args, prompts, depth, chunk)
+            for label, documents in ways:
                 for document in documents:
                     (name, length), draft = document["id"], document["draft"]
                     if label == "from disk" and document["cached_tokens"] < length // GRID * GRID:

@@ -1,5 +1,6 @@
 """What the same bits cost on the reference path. Beside it the same model with library products of
 whatever rows a pass has: faster, with other bits for other drafting depths and chunks.
+
 Decode of the embedded model without drafts and with three, and prefill, in one process, in turn.
 """
 
