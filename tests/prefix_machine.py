@@ -331,18 +331,23 @@ class InFolder(Machine):
     def pins(self) -> int:
         return sum(len(held) for cache in self.caches for held in cache.home.in_use.values())  # pyright: ignore
 
-    @precondition(lambda self: self.files() and not self.held)
-    @rule(which=st.integers(0, 100), at=st.floats(0, 1), cut=st.booleans())
-    def damage(self, which: int, at: float, cut: bool) -> None:
-        """A file is cut off, or one byte of it changes. Its children wait for it to be computed again."""
-        file = self.files()[which % len(self.files())]
-        content = bytearray(file.read_bytes())
-        place = min(int(at * len(content)), len(content) - 1)
+    @precondition(lambda self: self.asked and not self.held)
+    @rule(which=st.integers(0, 8), file=st.integers(0, 8), at=st.integers(0, 999), cut=st.booleans())
+    def damage(self, which: int, file: int, at: int, cut: bool) -> None:
+        """A file that a prompt would use is cut off, or one byte of it changes; then the prompt comes."""
+        prompt = self.asked[which % len(self.asked)]
+        reuse = self.caches[0].begin(list(prompt), draft=False)
+        used = [self.folder / f"{key}.safetensors" for key in reuse.pinned]
+        self.caches[0].release(reuse)
+        if not used:
+            return
+        damaged = used[file % len(used)]
+        content = bytearray(damaged.read_bytes())
+        place = at * len(content) // 1000
         content[place] ^= 0x10
-        file.write_bytes(content[:place] if cut else content)
-        self.damaged = True
-        for prompt in self.asked[-3:]:
-            self.ask(prompt, 1, GRID, 0)
+        damaged.write_bytes(content[:place] if cut else content)
+        self.damaged = True  # its children wait for it to be computed again
+        self.ask(prompt, 1, GRID, 0)
 
     @rule()
     def die_while_writing(self) -> None:
