@@ -1,0 +1,105 @@
+"""The routed experts in two launches: gate-up with SiLU, then down with the sum over a row's experts.
+
+A program works for one pair (row, slot) of the router's choice, and does nothing when an earlier pair
+chose the same expert: the first computes all rows, so that an expert's weights are read once. The rows
+beside a row decide none of its bits: each is a column of its own in the matrix unit, and its sum runs
+over its own slots.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fast.kernels.mxfp4 import dot
+
+MAX_PAIRS = tl.constexpr(128)  # rows times top-k, rounded up to a power of two
+
+
+@triton.jit
+def _first(experts, pair):
+    """The first pair that chose the same expert."""
+    earlier = tl.arange(0, MAX_PAIRS)
+    chosen = tl.load(experts + earlier, mask=earlier < pair, other=-1)
+    return tl.min(tl.where(chosen == tl.load(experts + pair), earlier, pair), 0)
+
+
+@triton.jit
+def gate_up(
+    x, experts, weight, scale, first, hidden, rows,
+    D: tl.constexpr, I: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """hidden[pair, row] = silu(gate(x[row])) * up(x[row]), for the first pair of each expert.
+
+    x [rows, D] bf16, experts [rows * k] int32, weight [E, 2 I, D/2] uint8 (gate row 0, up row 0, gate row
+    1, ...), scale [E, 2 I, D/32] uint8 -> hidden [rows * k, 8, I] bf16, first [rows * k] int32: the first
+    pair of each pair's expert. Grid (2 I / BLOCK_N, rows * k).
+    """
+    if OVERLAP:
+        gdc_launch_dependents()  # `down` may fetch its weights as soon as there is room
+    pair = tl.program_id(1)
+    expert = tl.load(experts + pair).to(tl.int64)
+    earliest = _first(experts, pair)
+    if tl.program_id(0) == 0:
+        tl.store(first + pair, earliest)
+    if earliest == pair:
+        n = expert * (2 * I) + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        codes = weight + n * (D // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
+        scales = scale + n * (D // 32) + tl.arange(0, BLOCK_K // 32)[None, :]
+        acc = tl.zeros((BLOCK_N, ROWS), tl.float32)
+        for k in tl.range(0, D, BLOCK_K):
+            w, s = tl.load(codes + k // 2), tl.load(scales + k // 32)
+            acc = dot(w, s, x + k, D, rows, acc, BLOCK_N, BLOCK_K, ROWS)
+        gate, up = acc.reshape(BLOCK_N // 2, 2, ROWS).permute(0, 2, 1).split()
+        activated = gate / (1 + tl.exp(-gate)) * up  # [BLOCK_N/2, ROWS]
+        i = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[:, None]
+        row = tl.arange(0, ROWS)[None, :]
+        tl.store(hidden + (pair * 8 + row) * I + i, activated.to(tl.bfloat16), mask=row < rows)
+
+
+@triton.jit
+def down(
+    hidden, experts, first, weights, weight, scale, partial, arrived, added, out, rows, pairs,
+    TOP_K: tl.constexpr, D: tl.constexpr, I: tl.constexpr, HAS_ADDED: tl.constexpr,
+    OVERLAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """out[row] = sum over slots of weights[row, slot] * down(hidden of the slot's expert) (+ added[row]).
+
+    hidden and first as `gate_up` leaves them, weights [rows * k] fp32, weight [E, D, I/2] uint8, scale
+    [E, D, I/32] uint8, partial [rows * k, 8, D] fp32 scratch, arrived [D / BLOCK_N] int32 zeros (and
+    zeros again at the end), added [rows, D] fp32 -> out [rows, D] bf16. Grid (D / BLOCK_N, rows * k). The
+    program that arrives last at a block of columns adds it up, always in the order of the slots.
+    """
+    pair = tl.program_id(1)
+    row = tl.arange(0, ROWS)[None, :]
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    n = tl.load(experts + pair).to(tl.int64) * D + column
+    codes = weight + n * (I // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
+    scales = scale + n * (I // 32) + tl.arange(0, BLOCK_K // 32)[None, :]
+    if _first(experts, pair) == pair:
+        acc = tl.zeros((BLOCK_N, ROWS), tl.float32)
+        x = hidden + pair * 8 * I
+        w, s = tl.load(codes), tl.load(scales)
+        if OVERLAP:
+            gdc_wait()  # what is before this does not need `gate_up`, and overlaps with its end
+        acc = dot(w, s, x, I, rows, acc, BLOCK_N, BLOCK_K, ROWS)
+        for k in tl.range(BLOCK_K, I, BLOCK_K):
+            w, s = tl.load(codes + k // 2), tl.load(scales + k // 32)
+            acc = dot(w, s, x + k, I, rows, acc, BLOCK_N, BLOCK_K, ROWS)
+        tl.store(partial + (pair * 8 + row) * D + column, acc, mask=row < rows)
+    elif OVERLAP:
+        gdc_wait()
+    tl.debug_barrier()  # this program's part is written before it says so
+    before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
+    if before == pairs - 1:
+        total = tl.zeros((BLOCK_N, ROWS), tl.float32)
+        for slot in tl.static_range(TOP_K):
+            source = tl.load(first + row * TOP_K + slot, mask=row < rows, other=0)  # [1, ROWS]
+            share = tl.load(weights + row * TOP_K + slot, mask=row < rows, other=0.0)
+            pointers = partial + (source * 8 + row) * D + column
+            total += share * tl.load(pointers, mask=row < rows, other=0.0, cache_modifier=".cg")
+        place = row * D + column
+        if HAS_ADDED:
+            total += tl.load(added + place, mask=row < rows, other=0.0)
+        tl.store(out + place, total.to(tl.bfloat16), mask=row < rows)
+        tl.store(arrived + tl.program_id(0), 0)

@@ -1,0 +1,81 @@
+"""MXFP4 weights times bf16 activations, decoded in registers on the way into the matrix unit.
+
+Two ways, chosen when the kernel is compiled. gfx950 converts by itself (v_cvt_scalef32_pk_bf16_fp4) and
+takes the checkpoint's own order. NVIDIA's Hopper has no such instruction; there the weights lie in the
+order of weights/words.py, made so that an and, at most two turns and a product decode two of them.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.target_info import is_hip_cdna4
+
+SPAN = tl.constexpr(128)  # elements along K that weights/words.py permutes among themselves
+
+
+@triton.jit
+def _decode_words(words, multiplier):
+    """Bytes of words of eight codes -> bf16: of each word elements 0 to 3, and elements 4 to 7.
+
+    words [N, K/2] uint8, as weights/words.py encodes them; multiplier [N, K/2] int32: bf16 2^(scale - 1),
+    twice. A code's magnitude at the bottom of a bf16's exponent is 2^-126 times it, subnormal or not.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 pair, turned;
+        and.b32 pair, $4, 0x81C081C0;
+        mul.rn.bf16x2 $0, pair, $5;
+        shl.b32 turned, $4, 6;
+        and.b32 pair, turned, 0x81C081C0;
+        mul.rn.bf16x2 $1, pair, $5;
+        shf.l.wrap.b32 turned, $4, $4, 10;
+        and.b32 pair, turned, 0x81C081C0;
+        mul.rn.bf16x2 $2, pair, $5;
+        shf.l.wrap.b32 turned, $4, $4, 12;
+        and.b32 pair, turned, 0x80C080C0;
+        shf.l.wrap.b32 turned, $4, $4, 4;
+        lop3.b32 pair, turned, 0x01000100, pair, 0xEA;
+        mul.rn.bf16x2 $3, pair, $5;
+        }
+        """,
+        "=r,=r,=r,=r,r,r,r,r,r",
+        [words, multiplier],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def dot(
+    weight, scale, x, K, rows, acc,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_N, ROWS] fp32 + weight @ x^T, over BLOCK_K elements of K.
+
+    weight [BLOCK_N, BLOCK_K/2] and scale [BLOCK_N, BLOCK_K/32] uint8 are values; x points to the first of
+    these elements in bf16 rows of K. Rows from `rows` on are zeros.
+    """
+    m = tl.arange(0, ROWS)[None, :]
+    if is_hip_cdna4():
+        k = tl.arange(0, BLOCK_K)[:, None]
+        x_block = tl.load(x + m * K + k, mask=m < rows, other=0.0)  # [BLOCK_K, ROWS]
+        # fast_math: no select for scales that are NaN; packing refuses them.
+        acc = tl.dot_scaled(weight, scale, "e2m1", x_block, None, "bf16", acc, fast_math=True)
+    else:
+        # Byte 16 c + 8 t + 4 u + i of a span holds element 64 t + 16 c + 4 u + i, and the one 8 further.
+        byte = tl.arange(0, BLOCK_K // 2)[:, None]
+        k = byte // 64 * SPAN + byte // 8 % 2 * 64 + byte // 16 % 4 * 16 + byte % 8
+        pointers = x + m * K + k
+        first = tl.load(pointers, mask=m < rows, other=0.0)  # [BLOCK_K/2, ROWS]
+        second = tl.load(pointers + 8, mask=m < rows, other=0.0)
+        # A group is (t, c / 2): its bf16 2^(scale - 1), in both halves, for each byte.
+        SPANS: tl.constexpr = BLOCK_K // SPAN
+        twice = (scale.to(tl.int32) + 126) * 0x00800080
+        by_group = twice.reshape(BLOCK_N, SPANS, 2, 2).permute(0, 1, 3, 2)
+        by_word = by_group.reshape(BLOCK_N, SPANS, 2, 1, 2, 1)
+        multiplier = by_word.broadcast_to(BLOCK_N, SPANS, 2, 2, 2, 8)
+        multiplier = multiplier.reshape(BLOCK_N, BLOCK_K // 2)
+        low, high = _decode_words(weight, multiplier)  # pyright: ignore
+        acc = tl.dot(high, second, tl.dot(low, first, acc))
+    return acc

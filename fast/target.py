@@ -1,0 +1,35 @@
+"""What the kernels are compiled for, and what they need of it."""
+
+import torch
+
+from qwen35.errors import InputError
+
+TARGETS = ("gfx950", "sm_90")
+MAX_ROWS = 8  # of a pass: one token and its drafts
+# Columns of the matrix unit's product that hold rows: the smallest that it has.
+ROWS = {"gfx950": 16, "sm_90": 8}
+
+
+def target_of(device: torch.device) -> str:
+    """The target of a device. InputError when it is none of `TARGETS`."""
+    if device.type == "cuda":
+        if torch.version.hip:
+            name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        else:
+            major, minor = torch.cuda.get_device_capability(device)
+            name = f"sm_{major}{minor}"
+        if name in TARGETS:
+            return name
+    else:
+        name = device.type
+    raise InputError(f"the fast path runs on {' and '.join(TARGETS)}; this is {name}")
+
+
+def check_rows(what: str, x: torch.Tensor, width: int) -> None:
+    """InputError unless x is [rows, width] in bf16, of 1 to MAX_ROWS rows."""
+    fits = x.dim() == 2 and x.shape[-1] == width and 1 <= x.shape[0] <= MAX_ROWS
+    if not fits or x.dtype != torch.bfloat16:
+        raise InputError(
+            f"{what}: x of shape {list(x.shape)} and {x.dtype}; "
+            f"expected [1 to {MAX_ROWS}, {width}], torch.bfloat16"
+        )

@@ -1,0 +1,196 @@
+"""The compiler's text assembly for AMD cards, as data: one kernel's instructions, labels and resources.
+
+Reads what LLVM prints: `k.asm["amdgcn"]` of a compiled Triton kernel, or the output of `clang -S`.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+from qwen35.errors import InputError
+
+# Modifiers that stand alone. All others are `name:value`. What is neither is taken as an operand.
+FLAGS = frozenset(
+    [
+        "clamp",
+        "gds",
+        "glc",
+        "idxen",
+        "lds",
+        "nt",
+        "offen",
+        "row_half_mirror",
+        "row_mirror",
+        "sc0",
+        "sc1",
+        "slc",
+    ]
+)
+
+# Name in `Program.resources` -> the line that tells it.
+_METADATA = {
+    "vgpr": ".vgpr_count",
+    "agpr": ".agpr_count",
+    "sgpr": ".sgpr_count",
+    "vgpr_spills": ".vgpr_spill_count",
+    "sgpr_spills": ".sgpr_spill_count",
+    "scratch": ".private_segment_fixed_size",
+}
+
+_LABEL = re.compile(r"([A-Za-z_.$][\w.$@]*):")
+_CODE = re.compile(r"\s+([a-z]\w*)\b(.*)")
+
+
+class EmulatorError(InputError):
+    """What a kernel does that the emulator, or the card, cannot; quotes the line of assembly."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: `v_add_u32_e32 v0, 1, v1` has the operands ("v0", "1", "v1"), as they are written.
+
+    modifiers: what follows the operands. Flags are True (`offen`), the others text without the name:
+    `offset:16` is {"offset": "16"}, `op_sel:[1,0,0]` is {"op_sel": "[1,0,0]"}. line: without comments.
+    """
+
+    mnemonic: str
+    operands: tuple[str, ...]
+    modifiers: dict[str, str | bool]
+    line: str
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One entry of the kernel's argument buffer, in bytes; kind: LLVM's `.value_kind`."""
+
+    offset: int
+    size: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """One kernel.
+
+    labels: label -> index into instructions (may equal their number). directives: the integer
+    `.amdhsa_*` values, without that prefix. resources: vgpr, agpr, sgpr, vgpr_spills, sgpr_spills,
+    scratch (bytes a lane) and code_bytes, as far as the text tells them. parameters: in order.
+    """
+
+    name: str
+    instructions: tuple[Instruction, ...]
+    labels: dict[str, int]
+    directives: dict[str, int]
+    resources: dict[str, int]
+    parameters: tuple[Parameter, ...] = field(default=())
+
+
+def parse(text: str, name: str) -> Program:
+    """The kernel `name` of an assembly file. EmulatorError if it holds none of that name."""
+    lines = text.splitlines()
+    try:
+        start = next(i for i, line in enumerate(lines) if line.startswith(f"{name}:"))
+    except StopIteration:
+        raise EmulatorError(f"{name}: the assembly has no such label") from None
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in lines[start:]:
+        line = re.sub(r"(;|//).*", "", line).rstrip()
+        if label := _LABEL.match(line):
+            if label[1].startswith(".Lfunc_end"):
+                break
+            labels[label[1]] = len(instructions)
+        elif code := _CODE.match(line):
+            operands, modifiers = _split(code[2])
+            instructions.append(Instruction(code[1], operands, modifiers, line.strip()))
+    if not instructions:
+        raise EmulatorError(f"{name}: the assembly has no instructions after this label")
+    metadata = _metadata(text, name)
+    resources = {
+        ours: int(found[1])
+        for ours, theirs in _METADATA.items()
+        if (found := re.search(rf"{re.escape(theirs)}:\s*(\d+)", metadata))
+    }
+    if size := re.search(r"; codeLenInByte = (\d+)", "\n".join(lines[start:])):
+        resources["code_bytes"] = int(size[1])
+    return Program(
+        name, tuple(instructions), labels, _directives(text, name), resources, _parameters(metadata)
+    )
+
+
+def hot_loop(program: Program) -> tuple[Instruction, ...]:
+    """The instructions of the longest innermost loop, its branch back included; () if there is no loop.
+
+    A loop is the span of a branch backwards; innermost is one whose span contains no other's.
+    """
+    spans: set[tuple[int, int]] = set()
+    for i, instruction in enumerate(program.instructions):
+        if not instruction.mnemonic.startswith(("s_branch", "s_cbranch")):
+            continue
+        target = program.labels.get(instruction.operands[0])
+        if target is not None and target <= i:
+            spans.add((target, i + 1))
+    innermost = [
+        (start, end)
+        for start, end in spans
+        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in spans)
+    ]
+    if not innermost:
+        return ()
+    start, end = max(innermost, key=lambda span: (span[1] - span[0], span))
+    return program.instructions[start:end]
+
+
+def _split(text: str) -> tuple[tuple[str, ...], dict[str, str | bool]]:
+    """Operands and modifiers of one instruction. Both end at a comma or a blank outside of brackets."""
+    words: list[str] = []
+    depth, word = 0, ""
+    for character in text + " ":
+        if depth == 0 and character in ", \t":
+            if word:
+                words.append(word)
+            word = ""
+            continue
+        depth += (character in "[(") - (character in "])")
+        word += character
+    operands: list[str] = []
+    modifiers: dict[str, str | bool] = {}
+    for word in words:
+        if word in FLAGS:
+            modifiers[word] = True
+        elif named := re.fullmatch(r"([a-z]\w*):(.+)", word):
+            modifiers[named[1]] = named[2]
+        elif word != "&":  # s_waitcnt may join its counters by it
+            operands.append(word)
+    return tuple(operands), modifiers
+
+
+def _directives(text: str, name: str) -> dict[str, int]:
+    """The `.amdhsa_*` values between `.amdhsa_kernel name` and its end; those that are expressions
+    miss."""
+    block = re.search(rf"\.amdhsa_kernel {re.escape(name)}\n(.*?)\.end_amdhsa_kernel", text, re.S)
+    if block is None:
+        return {}
+    pairs = re.findall(r"\.amdhsa_(\w+)\s+(-?\d+)\s*$", block[1], re.M)
+    return {key: int(value) for key, value in pairs}
+
+
+def _metadata(text: str, name: str) -> str:
+    """The kernel's entry in the list `amdhsa.kernels` of the YAML at the end; "" if there is none."""
+    _, _, kernels = text.partition("amdhsa.kernels:")
+    for entry in re.split(r"^  - ", kernels, flags=re.M):
+        if re.search(rf"^    \.name:\s*'?{re.escape(name)}'?\s*$", entry, re.M):
+            return entry
+    return ""
+
+
+def _parameters(metadata: str) -> tuple[Parameter, ...]:
+    """The list `.args` of a kernel's metadata."""
+    entries = re.split(r"^      - ", metadata, flags=re.M)[1:]
+    found: list[Parameter] = []
+    for entry in entries:
+        values = dict(re.findall(r"^\s*(\.\w+):\s*(\S+)", entry, re.M))
+        if {".offset", ".size", ".value_kind"} <= values.keys():
+            found.append(
+                Parameter(int(values[".offset"]), int(values[".size"]), values[".value_kind"])
+            )
+    return tuple(found)

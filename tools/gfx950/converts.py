@@ -1,0 +1,134 @@
+"""Conversions from and to fp8, bf8 and fp4: with a scale, or into a part of the destination.
+
+A scale is the exponent of an f32 source, read as e8m0: values are multiplied by it on the way from the
+small format, and divided on the way to it. Conversions to fp8 and bf8 saturate, which is what the card
+does in the mode that Triton sets (FP16_OVFL); without it the card gives NaN or infinity.
+"""
+
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools.gfx950.assembly import EmulatorError, Instruction
+from tools.gfx950.formats import (
+    MINIFLOATS,
+    bf16_to_f32,
+    e8m0,
+    f16_to_f32,
+    f32_exponent,
+    f32_to_bf16,
+    f32_to_f16,
+)
+from tools.gfx950.operands import Reader, bits_list, only_modifiers, operands_of, register, source
+from tools.gfx950.registry import Action, instruction
+from tools.gfx950.waves import Waves
+
+U32 = np.uint32
+SMALL = ("fp8", "bf8", "fp4")
+PAIRS_TO_F16 = {"bf16": (bf16_to_f32, f32_to_bf16), "f16": (f16_to_f32, f32_to_f16)}
+
+
+@instruction(
+    *[f"v_cvt_scalef32_pk_{wide}_{small}" for wide in ("f32", "f16", "bf16") for small in SMALL]
+)
+def widen_pair(ins: Instruction) -> Action:
+    """Two small values of the first source, chosen by op_sel, times the scale in the second."""
+    only_modifiers(ins, "op_sel")
+    destination, packed, scale = operands_of(ins, 3)
+    wide, small = _formats(ins)
+    select = bits_list(ins, "op_sel", [0, 0, 0])
+    bits = MINIFLOATS[small].bits
+    # A pair of fp4 is one of 4 bytes, chosen by 2 bits; a pair of fp8 is one of 2 words.
+    shift = 8 * (select[0] + 2 * select[1]) if bits == 4 else 16 * select[0]
+    mask = U32((1 << bits) - 1)
+    read_packed, read_scale = register(packed), source(scale, "b32")
+
+    def run(waves: Waves) -> None:
+        codes = read_packed(waves) >> U32(shift)
+        factor = e8m0(f32_exponent(read_scale(waves)))
+        low, high = (
+            (MINIFLOATS[small].decode((codes >> U32(place)) & mask) * factor).astype(np.float32)
+            for place in (0, bits)
+        )
+        if wide == "f32":
+            waves.write_v(destination.index, low.view(U32))
+            waves.write_v(destination.index + 1, high.view(U32))
+            return
+        _, convert = PAIRS_TO_F16[wide]
+        waves.write_v(destination.index, convert(low) | (convert(high) << U32(16)))
+
+    return run
+
+
+@instruction(*[f"v_cvt_scalef32_pk_{small}_f32" for small in SMALL])
+def narrow_pair(ins: Instruction) -> Action:
+    """Two f32, divided by the scale in the third source, into a part of the destination."""
+    destination, low, high, scale = operands_of(ins, 4)
+    readers = source(low, "f32"), source(high, "f32")
+    small, _ = _formats(ins)
+    return _narrow(ins, small, destination.index, readers, source(scale, "b32"))
+
+
+@instruction(*[f"v_cvt_scalef32_pk_{small}_{wide}" for wide in ("f16", "bf16") for small in SMALL])
+def narrow_packed(ins: Instruction) -> Action:
+    """Two f16 or bf16 of the first source, divided by the scale, into a part of the destination."""
+    destination, pair, scale = operands_of(ins, 3)
+    small, wide = _formats(ins)
+    widen, _ = PAIRS_TO_F16[wide]
+    whole = register(pair)
+
+    def low(waves: Waves) -> NDArray:
+        return widen(whole(waves) & U32(0xFFFF))
+
+    def high(waves: Waves) -> NDArray:
+        return widen(whole(waves) >> U32(16))
+
+    return _narrow(ins, small, destination.index, (low, high), source(scale, "b32"))
+
+
+@instruction("v_cvt_pk_fp8_f32", "v_cvt_pk_bf8_f32")
+def narrow_unscaled(ins: Instruction) -> Action:
+    """Two f32 into one half of the destination; the other half stays."""
+    destination, low, high = operands_of(ins, 3)
+    small = ins.mnemonic.split("_")[3]
+    return _narrow(ins, small, destination.index, (source(low, "f32"), source(high, "f32")), None)
+
+
+def _narrow(
+    ins: Instruction,
+    small: str,
+    index: int,
+    readers: tuple[Reader, Reader],
+    read_scale: Reader | None,
+) -> Action:
+    """Two values, divided by the scale, into the part of a VGPR that op_sel chooses; the rest stays."""
+    only_modifiers(ins, "op_sel")
+    # The last two of four bits choose a byte (fp4) or, the last one, a word (fp8) of the destination.
+    select = bits_list(ins, "op_sel", [0] * 4)
+    bits = MINIFLOATS[small].bits
+    if (
+        str(ins.modifiers.get("op_sel", "")).count(",") == 2
+    ):  # with two sources only three are written
+        if bits == 4:
+            raise EmulatorError("op_sel with three bits where two of four choose a byte")
+        select = [*select[:2], 0, select[2]]
+    shift = 8 * (select[2] + 2 * select[3]) if bits == 4 else 16 * select[3]
+    kept = U32(0xFFFFFFFF ^ (((1 << 2 * bits) - 1) << shift))
+    encode = MINIFLOATS[small].encode
+
+    def run(waves: Waves) -> None:
+        factor = 1.0 if read_scale is None else e8m0(f32_exponent(read_scale(waves)))
+        low, high = (encode(read(waves) / factor) for read in readers)
+        pair = (low | (high << U32(bits))) << U32(shift)
+        waves.write_v(index, (waves.vgpr[index] & kept) | pair)
+
+    return run
+
+
+def _formats(ins: Instruction) -> tuple[str, str]:
+    """To which format, from which."""
+    match = re.match(r"v_cvt_scalef32_pk_(\w+?)_([a-z0-9]+)", ins.mnemonic)
+    if match is None:
+        raise EmulatorError("formats are not known")
+    return match[1], match[2]

@@ -1,0 +1,366 @@
+"""Executes gfx950 kernels (MI355X, CDNA4) with numpy, from the compiler's text assembly.
+
+What it is for: to see whether a compiled kernel computes the right thing, on a machine without the
+card. It checks what the card would not tell: accesses outside of an array, LDS races, reads of what
+nothing wrote (garbage stands there). It does not know time, caches, hazards or the effect of s_waitcnt:
+every instruction completes before the next one. Not emulated, and refused by name: scratch, flat
+addresses, images, fp6, sparse and 4x4 matrix instructions, LDS atomics. `formats`, `vector_ops` and
+`matrix` state where rounding may differ.
+"""
+
+import struct
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools.gfx950 import access, converts, lanes, matrix, scalar, vector_ops
+from tools.gfx950.assembly import EmulatorError, Instruction, parse
+from tools.gfx950.memory import Lds, Memory
+from tools.gfx950.operands import parse_operand
+from tools.gfx950.registry import BUILDERS, Action, plain
+from tools.gfx950.waves import EXEC, LANES, VCC, Waves, mask_of
+
+__all__ = ["Argument", "EmulatorError", "Kernel", "Statistics"]
+
+DEFINING = (access, converts, lanes, matrix, scalar, vector_ops)  # importing them fills BUILDERS
+
+Argument = np.ndarray | tuple[str, int | float]
+SCALARS = {"i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "f32": "<f", "f64": "<d"}
+SCALARS |= {"u8": "<B", "u16": "<H", "u32": "<I", "u64": "<Q"}
+
+BRANCHES = ("s_branch", "s_cbranch_scc0", "s_cbranch_scc1", "s_cbranch_vccz", "s_cbranch_vccnz")
+BRANCHES += ("s_cbranch_execz", "s_cbranch_execnz")
+CONTROL = (*BRANCHES, "s_barrier", "s_endpgm")
+
+# Random order: a wave that has not met a barrier after so many instructions may be waiting for another
+# one.
+PATIENCE = 20_000
+
+
+@dataclass
+class Statistics:
+    """What a run did.
+
+    instructions: by waves, so one that four waves execute counts four times. bytes_read, bytes_written:
+    of global memory, by lanes. by_mnemonic: the instructions, by mnemonic without encoding suffix.
+    """
+
+    instructions: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    by_mnemonic: Counter[str] = field(default_factory=Counter)
+
+
+class Kernel:
+    """One kernel of an assembly file, ready to run.
+
+    Raises EmulatorError naming every instruction that is not known, by its line.
+    """
+
+    def __init__(self, text: str, name: str) -> None:
+        self.program = parse(text, name)
+        self._actions: list[Action | None] = []  # None for CONTROL
+        unknown: dict[str, str] = {}
+        for instruction in self.program.instructions:
+            try:
+                self._actions.append(self._build(instruction))
+            except EmulatorError as error:
+                unknown.setdefault(instruction.line, str(error))
+        if unknown:
+            problems = "; ".join(f"{line!r}: {why}" for line, why in unknown.items())
+            raise EmulatorError(f"{name}: {problems}")
+        self._vgprs, self._agprs = self._registers()
+
+    def run(
+        self,
+        arguments: Sequence[Argument],
+        grid: tuple[int, int, int],
+        num_warps: int,
+        lds_bytes: int,
+        *,
+        seed: int | None = None,
+        batch: int = 32,
+        races: bool = True,
+        limit: int = 1_000_000_000,
+    ) -> Statistics:
+        """Run a grid of workgroups of num_warps waves; arrays are pointers and are written in place.
+
+        arguments: numpy arrays, or scalars such as ("i32", 7); pointers that Triton appends for itself
+        may be left out. lds_bytes: that the launch adds to what the kernel declares.
+
+        seed: None runs waves in lockstep, which is fast; a number runs them one at a time, in random
+        order up to the next barrier. batch: workgroups that run at the same time. Batches follow one
+        another in ascending order, and within a batch all make progress, so a workgroup may wait for
+        lower ones. races: raise for LDS races, see `Lds`. limit: of wave instructions.
+
+        EmulatorError quotes the line of assembly for any access outside of an array or of the LDS.
+        """
+        arrays = [a for a in arguments if isinstance(a, np.ndarray)]
+        segment = np.zeros(self._segment_size(arguments), np.uint8)
+        memory = Memory([*arrays, segment])
+        self._fill(segment, arguments, memory, grid, num_warps)
+        counts = np.zeros(len(self._actions), np.int64)
+        run = _Run(
+            self, memory, counts, limit, None if seed is None else np.random.default_rng(seed)
+        )
+        size = self.program.directives.get("group_segment_fixed_size", 0) + lds_bytes
+        order = ((x, y, z) for z, y, x in product(*(range(n) for n in reversed(grid))))
+        with np.errstate(all="ignore"):
+            pointer = np.array([memory.address(len(arrays))], np.uint64)  # to the arguments
+            while workgroups := list(islice(order, batch)):
+                lds = Lds(len(workgroups), size, races=races)
+                waves = self._start(workgroups, num_warps, memory, lds)
+                waves.write_s64(self._pointer_register(), pointer)
+                run.batch(waves, num_warps)
+        by_mnemonic: Counter[str] = Counter()
+        for instruction, count in zip(self.program.instructions, counts.tolist(), strict=True):
+            by_mnemonic[plain(instruction.mnemonic)] += count
+        by_mnemonic = +by_mnemonic  # drops zeros
+        return Statistics(int(counts.sum()), memory.bytes_read, memory.bytes_written, by_mnemonic)
+
+    def _build(self, instruction: Instruction) -> Action | None:
+        mnemonic = plain(instruction.mnemonic)
+        if mnemonic in BRANCHES and instruction.operands[0] not in self.program.labels:
+            raise EmulatorError("the label is not known")
+        if mnemonic in CONTROL:
+            return None
+        if mnemonic not in BUILDERS:
+            raise EmulatorError("instruction not known")
+        return BUILDERS[mnemonic](instruction)
+
+    def _registers(self) -> tuple[int, int]:
+        """How many VGPRs and AGPRs the code names; at least one VGPR, which holds the lane's number."""
+        most = {"v": 1, "a": 0}
+        for instruction in self.program.instructions:
+            for text in instruction.operands:
+                if any(letter in text for letter in "va"):
+                    try:
+                        operand = parse_operand(text)
+                    except EmulatorError:  # a label, a counter of s_waitcnt
+                        continue
+                    if operand.kind in most:
+                        end = operand.index + operand.count
+                        most[operand.kind] = max(most[operand.kind], end)
+        # Instructions may write more registers than their operand names (a pair behind one name): leave
+        # room.
+        return most["v"] + 1, most["a"]
+
+    # ---- how a workgroup starts
+
+    def _pointer_register(self) -> int:
+        """The SGPRs that point to the arguments come after those of what else the kernel asked for."""
+        directives = self.program.directives
+        if not directives.get("user_sgpr_kernarg_segment_ptr", 1):
+            raise EmulatorError(f"{self.program.name} does not ask for its arguments")
+        sizes = {"private_segment_buffer": 4, "dispatch_ptr": 2, "queue_ptr": 2}
+        return sum(n for what, n in sizes.items() if directives.get(f"user_sgpr_{what}"))
+
+    def _start(
+        self, workgroups: list[tuple[int, int, int]], num_warps: int, memory: Memory, lds: Lds
+    ) -> Waves:
+        """All waves of a batch of workgroups at the first instruction."""
+        owner = np.repeat(np.arange(len(workgroups)), num_warps)
+        number = np.tile(np.arange(num_warps), len(workgroups))
+        waves = Waves(self._vgprs, self._agprs, owner, number, memory, lds)
+        waves.write_s64(EXEC, np.array([2**64 - 1], np.uint64))
+        directives = self.program.directives
+        register = directives.get("user_sgpr_count", 2)
+        for axis, letter in enumerate("xyz"):
+            if directives.get(f"system_sgpr_workgroup_id_{letter}", int(letter == "x")):
+                waves.sgpr[register] = np.array(workgroups)[owner, axis]
+                register += 1
+        # Three fields of 10 bits, of which y and z are 0: Triton's workgroups have one axis.
+        waves.vgpr[0] = number[:, None] * LANES + np.arange(LANES)
+        return waves
+
+    # ---- the argument buffer
+
+    def _segment_size(self, arguments: Sequence[Argument]) -> int:
+        declared = self.program.directives.get("kernarg_size", 0)
+        return max(declared, 8 * len(arguments) + 64)
+
+    def _fill(
+        self,
+        segment: NDArray[np.uint8],
+        arguments: Sequence[Argument],
+        memory: Memory,
+        grid: tuple[int, int, int],
+        num_warps: int,
+    ) -> None:
+        """Write the arguments where the kernel's metadata says; in order of their sizes without any."""
+        places = self.program.parameters
+        explicit = [p for p in places if not p.kind.startswith("hidden_")]
+        missing = explicit[len(arguments) :]
+        if places and (len(arguments) > len(explicit) or any(p.size != 8 for p in missing)):
+            raise EmulatorError(
+                f"{self.program.name}: {len(arguments)} arguments, the kernel has {len(explicit)}"
+            )
+        end, pointers = 0, 0
+        for i, argument in enumerate(arguments):
+            if isinstance(argument, np.ndarray):
+                data = struct.pack("<Q", memory.address(pointers))
+                pointers += 1
+            else:
+                kind, value = argument
+                if kind not in SCALARS:
+                    raise EmulatorError(
+                        f"argument {i}: type {kind!r} is none of {', '.join(SCALARS)}"
+                    )
+                data = struct.pack(SCALARS[kind], value)
+            start = explicit[i].offset if places else -(-end // len(data)) * len(data)
+            if places and explicit[i].size != len(data):
+                raise EmulatorError(
+                    f"argument {i} has {len(data)} bytes, the kernel's has {explicit[i].size}"
+                )
+            end = start + len(data)
+            segment[start:end] = np.frombuffer(data, np.uint8)
+        launch = {f"hidden_block_count_{c}": n for c, n in zip("xyz", grid, strict=True)}
+        launch |= {f"hidden_group_size_{c}": 1 for c in "yz"}
+        launch["hidden_group_size_x"] = num_warps * LANES
+        for place in places:
+            if place.kind in launch:
+                data = launch[place.kind].to_bytes(place.size, "little")
+                segment[place.offset : place.offset + place.size] = np.frombuffer(data, np.uint8)
+
+
+class _Run:
+    """Schedules the waves of one batch of workgroups after another.
+
+    A group is a batch of waves at one place in the code. It runs until it ends, meets a barrier, or
+    branches back while others wait; then it goes to the end of the queue. So waves that spin cannot keep
+    the others from the work they wait for. Groups that are in the queue at one place become one again.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        memory: Memory,
+        counts: NDArray[np.int64],
+        limit: int,
+        random: np.random.Generator | None,
+    ) -> None:
+        self._instructions = kernel.program.instructions
+        self._actions = kernel._actions
+        labels = kernel.program.labels
+        self._targets = [
+            labels.get(i.operands[0], -1) if i.operands else -1 for i in self._instructions
+        ]
+        self._mnemonics = [i.mnemonic for i in self._instructions]
+        self._memory, self._counts, self._limit, self._random = memory, counts, limit, random
+
+    def batch(self, waves: Waves, num_warps: int) -> None:
+        """Run all waves from the first instruction to their ends."""
+        self._num_warps = num_warps
+        workgroups = len(waves) // num_warps
+        self._met = np.zeros(workgroups, np.int64)  # waves that are at a barrier, or have ended
+        self._ended = np.zeros(workgroups, np.int64)
+        self._queue: deque[tuple[int, Waves]] = deque()
+        self._waiting: list[tuple[int, Waves]] = []
+        parts = [waves] if self._random is None else _one_by_one(waves)
+        self._queue.extend((0, part) for part in parts)
+        while self._queue:
+            place, group = self._next()
+            self._advance(place, group)
+
+    def _next(self) -> tuple[int, Waves]:
+        if self._random is not None:
+            chosen = int(self._random.integers(len(self._queue)))
+            self._queue.rotate(-chosen)
+            return self._queue.popleft()
+        place, first = self._queue.popleft()
+        same = [group for other, group in self._queue if other == place]
+        if same:
+            self._queue = deque(entry for entry in self._queue if entry[0] != place)
+        return place, Waves.join([first, *same])
+
+    def _advance(self, place: int, waves: Waves) -> None:
+        """Run one group until it stops or others get their turn."""
+        actions, counts, size, steps = self._actions, self._counts, len(waves), 0
+        while place < len(actions):
+            action = actions[place]
+            counts[place] += size
+            steps += 1
+            if action is not None:
+                try:
+                    action(waves)
+                except EmulatorError as error:
+                    raise EmulatorError(f"{error}, at: {self._instructions[place].line}") from None
+                except Exception as error:  # a defect of the emulator
+                    error.add_note(f"emulating: {self._instructions[place].line}")
+                    raise
+                place += 1
+                continue
+            mnemonic = self._mnemonics[place]
+            if mnemonic == "s_endpgm":
+                self._meet(waves, None)
+                return
+            if mnemonic == "s_barrier":
+                self._meet(waves, place + 1)
+                return
+            taken = _condition(mnemonic, waves)
+            target = self._targets[place]
+            if taken.all():
+                backwards, place = target <= place, target
+            elif not taken.any():
+                backwards, place = False, place + 1
+            else:
+                self._queue.append((target, waves.select(taken)))
+                waves, backwards, place = waves.select(~taken), False, place + 1
+                size = len(waves)
+            if backwards:
+                if counts.sum() > self._limit:
+                    raise EmulatorError(
+                        f"more than {self._limit} instructions: does this loop end?"
+                    )
+                if self._queue and (self._random is None or steps > PATIENCE):
+                    self._queue.append((place, waves))
+                    return
+        raise EmulatorError("the code ends without s_endpgm")
+
+    def _meet(self, waves: Waves, place: int | None) -> None:
+        """Waves are at a barrier, to go on at `place`, or, if that is None, have ended. Workgroups of
+        which no other wave runs any more leave the barrier; an ended wave is not waited for."""
+        arrived = np.bincount(waves.workgroup, minlength=len(self._met))
+        self._met += arrived
+        if place is None:
+            self._ended += arrived
+        else:
+            self._waiting.append((place, waves))
+        complete = self._met == self._num_warps
+        if not self._waiting or not complete.any():
+            return
+        still: list[tuple[int, Waves]] = []
+        freed: list[tuple[int, Waves]] = []
+        for there, group in self._waiting:
+            leaves = complete[group.workgroup]
+            if leaves.all():
+                freed.append((there, group))
+            elif leaves.any():
+                freed.append((there, group.select(leaves)))
+                still.append((there, group.select(~leaves)))
+            else:
+                still.append((there, group))
+        for _, group in freed:
+            group.lds.barrier(group.workgroup)
+        self._met[complete] = self._ended[complete]
+        self._waiting = still
+        self._queue.extend(freed)
+
+
+def _one_by_one(waves: Waves) -> Iterator[Waves]:
+    return (waves.select(np.array([i])) for i in range(len(waves)))
+
+
+def _condition(mnemonic: str, waves: Waves) -> NDArray[np.bool_]:
+    """Which waves take a branch."""
+    if mnemonic == "s_branch":
+        return np.ones(len(waves), bool)
+    what, holds = mnemonic.removeprefix("s_cbranch_"), mnemonic.endswith(("nz", "1"))
+    if what.startswith("scc"):
+        return waves.scc == holds
+    mask = waves.read_s64(VCC) if what.startswith("vcc") else mask_of(waves.active)
+    return (mask != 0) == holds

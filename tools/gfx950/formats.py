@@ -1,0 +1,106 @@
+"""Number formats of the card's instructions, as numpy arrays of their codes and of float values.
+
+bf16 and f16 codes stand in the low 16 bits. fp8 is e4m3fn (no infinities, NaN is 0x7f and 0xff), bf8 is
+e5m2 (IEEE-like), fp4 is e2m1 (no infinities, no NaN), e8m0 is a power of two. No conversion flushes
+denormals: Triton compiles for a mode that keeps them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+U32 = np.uint32
+
+
+def bf16_to_f32(codes: NDArray) -> NDArray[np.float32]:
+    """The value of bf16 codes in the low halves; what lies in the high halves does not matter."""
+    return (codes.astype(U32) << U32(16)).view(np.float32)
+
+
+def f32_to_bf16(values: NDArray) -> NDArray[np.uint32]:
+    """Rounded to nearest, ties to even; a NaN stays one and becomes quiet."""
+    bits = np.asarray(values, np.float32).view(U32)
+    half = U32(0x7FFF) + ((bits >> U32(16)) & U32(1))  # a tie goes up only from an odd code
+    return np.where(np.isnan(values), (bits >> U32(16)) | U32(0x40), (bits + half) >> U32(16))
+
+
+def f16_to_f32(codes: NDArray) -> NDArray[np.float32]:
+    """The value of f16 codes in the low halves."""
+    return codes.astype(np.uint16).view(np.float16).astype(np.float32)
+
+
+def f32_to_f16(values: NDArray) -> NDArray[np.uint32]:
+    """Rounded to nearest, ties to even, from float32 or float64."""
+    return values.astype(np.float16).view(np.uint16).astype(U32)
+
+
+def f32_exponent(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The biased exponent field of f32 bits: an e8m0 code, where an instruction takes its scale from
+    it."""
+    return (bits >> U32(23)) & U32(0xFF)
+
+
+def e8m0(codes: NDArray) -> NDArray[np.float64]:
+    """2 ** (code - 127); NaN for code 255."""
+    exponents = codes.astype(np.int32)
+    return np.where(exponents == 255, np.nan, np.ldexp(1.0, exponents - 127))
+
+
+@dataclass(frozen=True)
+class Minifloat:
+    """A format of 4, 6 or 8 bits: sign, exponent, mantissa.
+
+    values [2**bits]: float32, by code. limit: the code of the largest finite magnitude.
+    """
+
+    bits: int
+    values: NDArray[np.float32]
+    limit: int
+
+    def decode(self, codes: NDArray) -> NDArray[np.float32]:
+        """codes: unsigned, below 2**bits."""
+        return self.values[codes]
+
+    def encode(self, values: NDArray) -> NDArray[np.uint32]:
+        """Rounded to nearest, ties to even; saturates at the limit. A NaN gives the code with all
+        magnitude bits set, which in fp4, without a NaN, is the largest value."""
+        magnitudes = self.values[: self.limit + 1].astype(np.float64)  # grow with the code
+        middles = (magnitudes[1:] + magnitudes[:-1]) / 2  # exact in float64
+        size = np.abs(np.asarray(values, np.float64))
+        below = np.searchsorted(middles, size, side="left")
+        above = np.searchsorted(middles, size, side="right")  # another one only at a tie
+        sign_bit = 1 << (self.bits - 1)
+        code = np.where(below % 2 == 0, below, above)
+        code = np.where(np.isnan(size), sign_bit - 1, code)
+        return (code | np.where(np.signbit(values), sign_bit, 0)).astype(U32)
+
+
+def _minifloat(exponent_bits: int, mantissa_bits: int, bias: int, special: str) -> Minifloat:
+    """special: which codes are not finite: "none", "fn" (all ones is NaN) or "ieee" (exponent all
+    ones)."""
+    bits = 1 + exponent_bits + mantissa_bits
+    sign_bit, top = 1 << (bits - 1), (1 << exponent_bits) - 1
+    values = np.zeros(1 << bits, np.float32)
+    for code in range(sign_bit):
+        exponent, mantissa = code >> mantissa_bits, code & ((1 << mantissa_bits) - 1)
+        fraction = mantissa / (1 << mantissa_bits)
+        value = (
+            (1 + fraction) * 2.0 ** (exponent - bias) if exponent else fraction * 2.0 ** (1 - bias)
+        )
+        if special == "ieee" and exponent == top:
+            value = np.nan if mantissa else np.inf
+        if special == "fn" and code == sign_bit - 1:
+            value = np.nan
+        values[code], values[code | sign_bit] = value, -value
+    limit = int(np.flatnonzero(np.isfinite(values[:sign_bit]))[-1])
+    return Minifloat(bits, values, limit)
+
+
+MINIFLOATS = {
+    "fp8": _minifloat(4, 3, 7, "fn"),
+    "bf8": _minifloat(5, 2, 15, "ieee"),
+    "fp6": _minifloat(2, 3, 1, "none"),
+    "bf6": _minifloat(3, 2, 3, "none"),
+    "fp4": _minifloat(2, 1, 1, "none"),
+}

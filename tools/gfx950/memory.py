@@ -1,0 +1,221 @@
+"""The memory that a kernel sees: the caller's arrays, each in a large hole, and every workgroup's LDS."""
+
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools.gfx950.assembly import EmulatorError
+
+# Device addresses: region i starts in the middle of the i-th slot of 64 GiB. Offsets of 32 bits, in
+# either direction, cannot lead from one region to another, so an access beyond an array never hits a
+# neighbour.
+_BASE, _SLOT_BITS = 1 << 44, 36
+_START = 1 << (_SLOT_BITS - 1)
+
+_ONE = np.uint32(1)
+
+
+class Memory:
+    """Global memory. Arrays are not copied: a store of the kernel is a write into the caller's array.
+
+    Arrays that overlap (views of one buffer) lie in one region, as they do on the card. Addresses are
+    congruent to the host's modulo 256, since the compiler may rely on an alignment.
+
+    bytes_read, bytes_written: by lanes, so a byte that two lanes read counts twice.
+    """
+
+    def __init__(self, arrays: Sequence[NDArray]) -> None:
+        spans = [np.lib.array_utils.byte_bounds(a) if a.size else (0, 0) for a in arrays]
+        order = sorted(range(len(arrays)), key=lambda i: spans[i])
+        self.bytes_read = self.bytes_written = 0
+        self._arrays = arrays  # keeps them alive
+        self._regions: list[NDArray[np.uint8]] = []
+        self._starts: list[int] = []  # offset of each region in its slot
+        self._writable: list[bool] = []
+        self._addresses = [0] * len(arrays)  # an empty array is a null pointer
+        groups: list[list[int]] = []
+        end = -1
+        for i in order:
+            if not arrays[i].size:
+                continue
+            if spans[i][0] >= end:
+                groups.append([])
+            groups[-1].append(i)
+            end = max(end, spans[i][1])
+        for slot, group in enumerate(groups):
+            low = min(spans[i][0] for i in group)
+            size = max(spans[i][1] for i in group) - low
+            start = _START + low % 256
+            self._regions.append(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(low)))
+            self._starts.append(start)
+            self._writable.append(all(arrays[i].flags.writeable for i in group))
+            for i in group:
+                first = arrays[i].__array_interface__["data"][0]
+                self._addresses[i] = _BASE + (slot << _SLOT_BITS) + start + first - low
+
+    def address(self, index: int) -> int:
+        """The device address of the first element of an array, by its place in the list."""
+        return self._addresses[index]
+
+    def read(self, addresses: NDArray[np.uint64], size: int) -> NDArray[np.uint8]:
+        """[n] addresses -> [n, size] bytes. EmulatorError if a byte lies outside of every array."""
+        self.bytes_read += size * addresses.size
+        data = np.empty((addresses.size, size), np.uint8)
+        for slot, lanes, offsets in self._locate(addresses, size, "load"):
+            data[lanes] = (
+                _window(self._regions[slot], size)[offsets].view(np.uint8).reshape(-1, size)
+            )
+        return data
+
+    def write(self, addresses: NDArray[np.uint64], data: NDArray[np.uint8]) -> None:
+        """[n] addresses, [n, size] bytes; of two lanes with one address the later one wins."""
+        size = data.shape[1]
+        self.bytes_written += data.size
+        packed = np.ascontiguousarray(data).view(f"V{size}")[:, 0]
+        for slot, lanes, offsets in self._locate(addresses, size, "store"):
+            if not self._writable[slot]:
+                raise EmulatorError("store into an array that is read-only")
+            _window(self._regions[slot], size)[offsets] = packed[lanes]
+
+    def _locate(
+        self, addresses: NDArray[np.uint64], size: int, what: str
+    ) -> list[tuple[int, NDArray | slice, NDArray[np.int64]]]:
+        """For every region that is accessed: its slot, which of the lanes, and their offsets in it."""
+        if not addresses.size:
+            return []
+        places = addresses.astype(np.int64) - _BASE
+        slots = places >> _SLOT_BITS
+        found: list[tuple[int, NDArray | slice, NDArray[np.int64]]] = []
+        same = bool((slots == slots[0]).all())
+        for slot in (int(slots[0]),) if same else np.unique(slots).tolist():
+            lanes = slice(None) if same else slots == slot
+            known = 0 <= slot < len(self._regions)
+            offsets = places[lanes] - (slot << _SLOT_BITS) - (self._starts[slot] if known else 0)
+            end = len(self._regions[slot]) - size if known else -1
+            outside = (offsets < 0) | (offsets > end)
+            if outside.any():
+                first = int(addresses[lanes][outside][0])
+                near = (
+                    f"byte {offsets[outside][0]} of an array of {end + size}"
+                    if known
+                    else "nowhere"
+                )
+                raise EmulatorError(
+                    f"{what} of {size} bytes outside of every array by {int(outside.sum())} lanes, "
+                    f"the first at {first:#x}: {near}"
+                )
+            found.append((slot, lanes, offsets))
+        return found
+
+
+class Lds:
+    """The LDS of the workgroups of a batch: bytes [workgroups, size], 0xCC at the start.
+
+    races: whether to raise EmulatorError when, with no barrier of the workgroup in between, one wave
+    writes a byte that another wave has read or written (with another value), or reads one that another
+    wave has written. Such a kernel works or not as the waves happen to be scheduled.
+    """
+
+    def __init__(self, workgroups: int, size: int, *, races: bool) -> None:
+        self.size = size
+        self._bytes = np.full(workgroups * size, 0xCC, np.uint8)
+        # One bit for each wave of the workgroup that has read, or written, this byte since the barrier.
+        self._races = races
+        self._readers = np.zeros(workgroups * size if races else 0, np.uint32)
+        self._writers = np.zeros_like(self._readers)
+        self._touched = np.zeros(workgroups, bool)
+
+    def read(
+        self, workgroups: NDArray, waves: NDArray, addresses: NDArray[np.uint32], size: int
+    ) -> NDArray[np.uint8]:
+        """[n] workgroups, waves in them and byte addresses -> [n, size] bytes."""
+        places = self._places(workgroups, addresses, size, "load")
+        if self._races:
+            self._touched[workgroups] = True
+            spans, bits = self._spans(places, size), _wave_bits(waves)
+            if (self._writers[spans] & ~bits).any():
+                raise EmulatorError(
+                    "LDS race: a load of what another wave has stored, with no barrier in between"
+                )
+            for wave, chosen in _by_wave(waves):
+                self._readers[spans[chosen]] |= _ONE << wave
+        return _window(self._bytes, size)[places].view(np.uint8).reshape(-1, size)
+
+    def write(
+        self,
+        workgroups: NDArray,
+        waves: NDArray,
+        addresses: NDArray[np.uint32],
+        data: NDArray[np.uint8],
+    ) -> None:
+        """[n] workgroups, waves and addresses, [n, size] bytes; of equal addresses the later lane
+        wins."""
+        size = data.shape[1]
+        places = self._places(workgroups, addresses, size, "store")
+        if self._races:
+            self._touched[workgroups] = True
+            self._check_write(places, waves, data)
+        packed = np.ascontiguousarray(data).view(f"V{size}")[:, 0]
+        _window(self._bytes, size)[places] = packed
+
+    def barrier(self, workgroups: NDArray) -> None:
+        """All waves of these workgroups have met: what they did so far is ordered before what follows."""
+        if self._races:
+            for workgroup in np.unique(workgroups[self._touched[workgroups]]).tolist():
+                span = slice(workgroup * self.size, (workgroup + 1) * self.size)
+                self._readers[span] = 0
+                self._writers[span] = 0
+                self._touched[workgroup] = False
+
+    def _check_write(self, places: NDArray, waves: NDArray, data: NDArray[np.uint8]) -> None:
+        spans = self._spans(places, data.shape[1])
+        for wave, chosen in _by_wave(waves):
+            mine, bit = spans[chosen], _ONE << wave
+            if (self._readers[mine] & ~bit).any():
+                raise EmulatorError(
+                    "LDS race: a store to what another wave has loaded, with no barrier in between"
+                )
+            # Waves that hold copies of one value may all store it.
+            changes = self._bytes[mine] != data[chosen]
+            if (((self._writers[mine] & ~bit) != 0) & changes).any():
+                raise EmulatorError(
+                    "LDS race: two waves store different values, with no barrier in between"
+                )
+            self._writers[mine] |= bit
+            self._bytes[mine] = data[chosen]  # the next wave's comparison is with this one's value
+
+    def _places(
+        self, workgroups: NDArray, addresses: NDArray[np.uint32], size: int, what: str
+    ) -> NDArray[np.int64]:
+        offsets = addresses.astype(np.int64)
+        outside = offsets + size > self.size
+        if outside.any():
+            raise EmulatorError(
+                f"LDS {what} of {size} bytes at {int(offsets[outside][0])}, "
+                f"the workgroup has {self.size} bytes"
+            )
+        return workgroups * self.size + offsets
+
+    @staticmethod
+    def _spans(places: NDArray, size: int) -> NDArray[np.int64]:
+        return places[:, None] + np.arange(size)
+
+
+def _wave_bits(waves: NDArray) -> NDArray[np.uint32]:
+    return (_ONE << waves.astype(np.uint32))[:, None]
+
+
+def _by_wave(waves: NDArray) -> list[tuple[np.uint32, NDArray | slice]]:
+    """Each wave's number in its workgroup, with the lanes that are of it."""
+    numbers = np.unique(waves)
+    if numbers.size == 1:
+        return [(np.uint32(numbers[0]), slice(None))]
+    return [(np.uint32(number), waves == number) for number in numbers]
+
+
+def _window(data: NDArray[np.uint8], size: int) -> NDArray:
+    """A view whose element i is the `size` bytes from byte i on, so that one index takes them all."""
+    count = max(len(data) - size + 1, 0)
+    return np.ndarray((count,), f"V{size}", data, strides=(1,))

@@ -1,0 +1,166 @@
+"""Compiles a Triton launch for a card that is not here, and runs what the compiler made in the emulator.
+
+Neither needs a GPU nor a driver. The kernel goes through Triton's own JIT with the launch's own
+arguments, so that it is specialised as it would be on the card: an int that is 1 becomes a constant, a
+pointer or an int that 16 divides is known to be so, a tensor below 2 GiB is read by buffer loads.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fast.launch import Launch
+from qwen35.errors import InputError
+from tools.gfx950.emulator import Argument, Kernel, Statistics
+
+# Name -> Triton's backend, its name of the architecture, lanes of a warp, names of the text and the
+# binary.
+TARGETS: dict[str, tuple[str, str | int, int, str, str]] = {
+    "gfx950": ("hip", "gfx950", 64, "amdgcn", "hsaco"),
+    "sm_90": ("cuda", 90, 32, "ptx", "cubin"),
+}
+# Triton's name of a scalar's type -> the emulator's.
+SCALARS = {"fp32": "f32", "fp64": "f64", "i1": "u8"}
+SCALARS |= {f"{sign}{bits}": f"{sign}{bits}" for sign in "iu" for bits in (8, 16, 32, 64)}
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A kernel as the compiler made it for one launch.
+
+    name: of the function in the text. text: assembly (amdgcn), or ptx. binary: the code object (hsaco),
+    or cubin. shared: bytes of LDS (shared memory) that the launch adds. parameters: (name, type in
+    Triton's terms) of the arguments that are left at run time, in order: no constexpr, none folded into
+    a constant.
+    """
+
+    name: str
+    target: str
+    text: str
+    binary: bytes
+    shared: int
+    num_warps: int
+    parameters: tuple[tuple[str, str], ...]
+
+
+def compile_launch(launch: Launch, target: str) -> CompiledKernel:
+    """Compile for "gfx950" or "sm_90"; tensors of the launch may be on the CPU or on `meta`.
+
+    The driver that was active before is so afterwards. InputError for an unknown target; what Triton
+    raises when it cannot compile goes through.
+    """
+    if target not in TARGETS:
+        raise InputError(f"target {target!r} is none of {', '.join(TARGETS)}")
+    *_, text, binary = TARGETS[target]
+    with _stand_in_driver(target):
+        kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+    return CompiledKernel(
+        name=kernel.metadata.name,
+        target=target,
+        text=kernel.asm[text],
+        binary=kernel.asm[binary],
+        shared=kernel.metadata.shared,
+        num_warps=kernel.metadata.num_warps,
+        parameters=tuple(
+            (n, kind) for n, kind in kernel.src.signature.items() if kind != "constexpr"
+        ),
+    )
+
+
+def emulate(
+    launch: Launch, *, seed: int | None = None, batch: int = 32, races: bool = True
+) -> Statistics:
+    """Compile a launch for gfx950 and run it on its own tensors, which are on the CPU, in place.
+
+    seed, batch, races: of `Kernel.run`. InputError for a tensor that is elsewhere, and EmulatorError, one
+    of them, for what the kernel does wrong or the emulator does not know.
+    """
+    compiled = compile_launch(launch, "gfx950")
+    kernel = _kernel(compiled.text, compiled.name)
+    arguments = [
+        _argument(name, kind, launch.arguments[name]) for name, kind in compiled.parameters
+    ]
+    return kernel.run(
+        arguments,
+        launch.grid,
+        compiled.num_warps,
+        compiled.shared,
+        seed=seed,
+        batch=batch,
+        races=races,
+    )
+
+
+_kernel = cache(Kernel)  # by text and name: the same kernel is often run on several inputs
+
+
+def _argument(name: str, kind: str, value: Any) -> Argument:
+    """One argument of a launch as the emulator takes it."""
+    if kind.startswith("*"):
+        if not isinstance(value, Tensor) or value.device.type != "cpu":
+            where = value.device if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"argument {name}: {where}, expected a tensor on the CPU")
+        return _bytes(value)
+    if kind not in SCALARS:
+        raise InputError(f"argument {name}: type {kind!r} is none of *, {', '.join(SCALARS)}")
+    return SCALARS[kind], value
+
+
+def _bytes(x: Tensor) -> np.ndarray:
+    """The memory from a tensor's first element to its last one, uint8, shared with it; any strides."""
+    if not x.numel():
+        return np.empty(0, np.uint8)
+    storage = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+    start = x.storage_offset() * x.element_size()
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return storage[start : start + (last + 1) * x.element_size()].numpy()
+
+
+@contextmanager
+def _stand_in_driver(target: str) -> Iterator[None]:
+    """While the block runs, Triton takes a card of this kind to be the current one."""
+    from triton.runtime import driver
+
+    before = (
+        driver._active
+    )  # `driver.active` would look for a real one, and raise where there is none
+    driver.set_active(_stand_in(target))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+@cache
+def _stand_in(target: str) -> Any:
+    """A driver that answers what the JIT asks before it launches. Triton is imported only when needed."""
+    from triton.backends.compiler import GPUTarget
+
+    backend, architecture, lanes, *_ = TARGETS[target]
+
+    class StandIn:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget(backend, architecture, lanes)
+
+        def get_current_device(self) -> str:
+            return target  # the JIT keeps what it compiled by device: none of ours may meet a real one's
+
+        def get_current_stream(self, device: str | None = None) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def map_python_to_cpp_type(self, kind: str) -> str:
+            return kind
+
+        def get_benchmarker(self) -> None:
+            return None
+
+    return StandIn()

@@ -1,0 +1,338 @@
+"""How a vector instruction (VALU) is put together: sources, a function over lanes, where the result goes.
+
+`define` and `define_packed` say all of it in a line; `vector_ops` is the list of what they define. The
+encodings DPP (a permutation of the first source's lanes) and SDWA (bytes or words of sources and result)
+come with that: a definition does not know about them.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools.gfx950.assembly import EmulatorError, Instruction
+from tools.gfx950.operands import (
+    TYPES,
+    Operand,
+    Reader,
+    bits_list,
+    bits_of,
+    number,
+    only_modifiers,
+    operands_of,
+    register,
+    source,
+)
+from tools.gfx950.registry import BUILDERS, Action, Builder, instruction, parse_signature
+from tools.gfx950.waves import EXEC, LANES, Waves, mask_of
+
+LANE = np.arange(LANES)
+U32 = np.uint32
+
+DPP = ("quad_perm", "row_shl", "row_shr", "row_ror", "row_bcast", "row_newbcast", "row_mirror")
+DPP += ("row_half_mirror", "row_mask", "bank_mask", "bound_ctrl")
+SDWA = ("dst_sel", "dst_unused", "src0_sel", "src1_sel")
+
+Function = Callable[..., NDArray | tuple[NDArray, ...]]
+# What a permutation hands over: lanes that may write, or None for all active ones.
+Writer = Callable[[Waves, NDArray, NDArray | None], None]
+
+
+def define(
+    mnemonics: str, signature: str, function: Function, *, clamped: Function | None = None
+) -> None:
+    """Make instructions of a function over lanes.
+
+    signature: types of the results and of the sources, "u32 = f32 i32", in the order of the operands.
+    clamped: the function with the modifier clamp, for integers; for floats that is a range of 0 to 1.
+    A source +f32 is the old value of the destination and has no operand of its own. Sources are arrays
+    that broadcast to [W, 64]; the function must not write into them.
+    """
+    for mnemonic in mnemonics.split():
+        BUILDERS[mnemonic] = _builder(
+            signature, function, clamped, compares=mnemonic.startswith("v_cmp")
+        )
+
+
+def define_packed(mnemonics: str, signature: str, function: Function) -> None:
+    """Make instructions that apply a function to both halves: of 32 bits in types of 16, of 64 in f32.
+
+    op_sel and op_sel_hi choose the half of each source for the low and the high half of the result.
+    """
+    for mnemonic in mnemonics.split():
+        instruction(mnemonic)(_packed_builder(signature, function))
+
+
+def _builder(
+    signature: str, function: Function, clamped: Function | None, *, compares: bool
+) -> Builder:
+    results, sources = parse_signature(signature)
+    read_operands = [kind for kind in sources if not kind.startswith("+")]
+
+    def build(instruction: Instruction) -> Action:
+        operands = operands_of(instruction, len(results) + len(read_operands))
+        dpp, sdwa = (instruction.mnemonic.endswith(suffix) for suffix in ("_dpp", "_sdwa"))
+        known = ("clamp", "mul", "div", "op_sel")
+        only_modifiers(instruction, *known, *(DPP if dpp else SDWA if sdwa else ()))
+        destination, given = operands[0], operands[len(results) :]
+        if dpp and not given[0].kind == "v":
+            raise EmulatorError("DPP permutes a VGPR")
+        permutation = dpp_permutation(instruction) if dpp else None
+        words = bits_list(instruction, "op_sel", [0] * (len(sources) + 1))
+        if any(words) and not any(TYPES[kind.lstrip("+")][1] == 16 for kind in sources + results):
+            raise EmulatorError("op_sel on operands of 32 bits")
+        readers: list[Reader] = []
+        for i, kind in enumerate(sources):
+            if kind.startswith("+"):
+                readers.append(source(destination, kind[1:]))
+                continue
+            operand = given[i]
+            base = None
+            if permutation is not None and i == 0:
+                base = _permuted(operand, permutation)
+            elif sdwa and f"src{i}_sel" in instruction.modifiers:
+                base = _selected(operand, str(instruction.modifiers[f"src{i}_sel"]))
+            elif operand.sign_extend:
+                raise EmulatorError("sext() without a selected byte or word")
+            readers.append(source(operand, kind, base, words[i]))
+        outputs = [
+            _destination(instruction, operand, kind, words[-1] if i == 0 else 0)
+            for i, (operand, kind) in enumerate(zip(operands, results, strict=False))
+        ]
+        saturates = clamped is not None and "clamp" in instruction.modifiers
+        apply = clamped if saturates and clamped is not None else function
+        finish = _output_modifiers(instruction, results[0], clamp=not saturates)
+        also_exec = compares and instruction.mnemonic.startswith("v_cmpx")
+
+        def run(waves: Waves) -> None:
+            values = apply(*[read(waves) for read in readers])
+            if not isinstance(values, tuple):
+                values = (values,)
+            mask = None if permutation is None else permutation.writes(waves)
+            for i, (write, kind, value) in enumerate(zip(outputs, results, values, strict=True)):
+                write(waves, bits_of(finish(value) if i == 0 else value, kind), mask)
+            if also_exec:
+                waves.write_s64(EXEC, mask_of(_all_lanes(values[0], waves) & waves.active))
+
+        return run
+
+    return build
+
+
+def _packed_builder(signature: str, function: Function) -> Builder:
+    (result,), kinds = parse_signature(signature)
+    wide = TYPES[result][1] == 32  # halves are registers of their own
+
+    def build(instruction: Instruction) -> Action:
+        only_modifiers(instruction, "op_sel", "op_sel_hi", "neg_lo", "neg_hi", "clamp")
+        destination, *given = operands_of(instruction, 1 + len(kinds))
+        if "clamp" in instruction.modifiers:
+            raise EmulatorError("clamp of a packed result is not emulated")
+        halves: list[list[Reader]] = []
+        for select, negate, default in (("op_sel", "neg_lo", 0), ("op_sel_hi", "neg_hi", 1)):
+            chosen = bits_list(instruction, select, [default] * len(kinds))
+            signs = bits_list(instruction, negate, [0] * len(kinds))
+            halves.append(
+                [
+                    _half(operand, kind, word, bool(sign), wide)
+                    for operand, kind, word, sign in zip(given, kinds, chosen, signs, strict=True)
+                ]
+            )
+
+        def run(waves: Waves) -> None:
+            low, high = (
+                bits_of(np.asarray(function(*[read(waves) for read in half])), result)
+                for half in halves
+            )
+            if wide:
+                high = np.array(high)  # may be a view of what the next line writes
+                waves.write_v(destination.index, low)
+                waves.write_v(destination.index + 1, high)
+            else:
+                waves.write_v(destination.index, low | (high << U32(16)))
+
+        return run
+
+    return build
+
+
+def _half(operand: Operand, kind: str, word: int, negate: bool, wide: bool) -> Reader:
+    """One half of a packed source. A constant has only one; SGPRs and VGPRs come in pairs if wide."""
+    if wide:
+        part = word if operand.kind != "constant" and operand.count > 1 else 0
+        base = None if operand.kind == "constant" else register(operand, part)
+        read = source(operand, kind, base)
+    else:
+        read = source(operand, kind, word=word)
+    if not negate:
+        return read
+
+    def negated(waves: Waves) -> NDArray:
+        return -read(waves)
+
+    return negated
+
+
+def _output_modifiers(
+    instruction: Instruction, kind: str, *, clamp: bool
+) -> Callable[[NDArray], NDArray]:
+    """mul:2, mul:4, div:2 and, unless the function does it, clamp of a float result."""
+    factor = number(instruction, "mul", 1) / number(instruction, "div", 1)
+    clamp = clamp and "clamp" in instruction.modifiers
+    if (factor != 1 or clamp) and kind not in ("f16", "f32", "f64"):
+        raise EmulatorError("an integer result with mul, div or clamp is not emulated")
+
+    def finish(value: NDArray) -> NDArray:
+        if factor != 1:
+            value = value * value.dtype.type(factor)
+        if clamp:
+            value = np.clip(np.where(np.isnan(value), 0, value), 0, 1)  # DX10_CLAMP: NaN becomes 0
+        return value
+
+    return finish
+
+
+def _destination(instruction: Instruction, operand: Operand, kind: str, word: int) -> Writer:
+    """Where bits of a type go. A mask has 0 for the lanes that are not active."""
+    index = operand.index
+    if kind == "mask":
+        if operand.kind != "s":
+            raise EmulatorError(f"operand {operand.text!r}: a mask goes to SGPRs")
+
+        def write(waves: Waves, bits: NDArray, mask: NDArray | None) -> None:
+            lanes = _all_lanes(bits, waves)
+            waves.write_s64(index, mask_of(lanes & waves.active))
+
+        return write
+    if operand.kind == "a" and kind == "u32":
+
+        def write(waves: Waves, bits: NDArray, mask: NDArray | None) -> None:
+            np.copyto(waves.agpr[index], bits, where=waves.active)
+
+        return write
+    if operand.kind != "v":
+        raise EmulatorError(f"operand {operand.text!r}: the result goes to VGPRs")
+    if TYPES[kind][1] == 64:
+
+        def write(waves: Waves, bits: NDArray, mask: NDArray | None) -> None:
+            waves.write_v(index, (bits & np.uint64(0xFFFFFFFF)).astype(U32), mask)
+            waves.write_v(index + 1, (bits >> np.uint64(32)).astype(U32), mask)
+
+        return write
+    place = str(instruction.modifiers.get("dst_sel", "WORD_1" if word else "DWORD"))
+    if place == "DWORD":
+        return lambda waves, bits, mask: waves.write_v(index, bits, mask)
+    shift, width = _span(place)
+    unused = str(instruction.modifiers.get("dst_unused", "UNUSED_PRESERVE" if word else ""))
+    if unused not in ("UNUSED_PRESERVE", "UNUSED_PAD"):
+        raise EmulatorError(f"dst_unused:{unused} is not emulated")
+    kept = U32(0xFFFFFFFF ^ (width << shift)) if unused == "UNUSED_PRESERVE" else U32(0)
+
+    def write(waves: Waves, bits: NDArray, mask: NDArray | None) -> None:
+        inserted = (bits & U32(width)) << U32(shift)
+        waves.write_v(index, inserted | (waves.vgpr[index] & kept), mask)
+
+    return write
+
+
+def _all_lanes(values: NDArray, waves: Waves) -> NDArray:
+    return np.broadcast_to(values, (len(waves), LANES))
+
+
+# ---- SDWA: sub-dword addressing
+
+
+def _span(selection: str) -> tuple[int, int]:
+    """BYTE_n, WORD_n, DWORD -> shift and mask."""
+    kind, _, place = selection.partition("_")
+    width = {"BYTE": 8, "WORD": 16, "DWORD": 32}[kind]
+    return width * int(place or 0), (1 << width) - 1
+
+
+def _selected(operand: Operand, selection: str) -> Reader:
+    """A byte or word of a register, moved to the low end and extended by zeros or, in sext(), its
+    sign."""
+    whole = register(operand)
+    shift, width = _span(selection)
+    sign = U32((width + 1) >> 1)
+
+    def read(waves: Waves) -> NDArray:
+        value = (whole(waves) >> U32(shift)) & U32(width)
+        return (value ^ sign) - sign if operand.sign_extend else value
+
+    return read
+
+
+# ---- DPP: data parallel primitives
+
+
+class Permutation:
+    """Where each lane of a DPP source comes from, and which lanes write.
+
+    lanes int [64]: the source of each lane. inside bool [64]: False where it would lie outside of the
+    row. writable bool [64]: row_mask and bank_mask. zero_outside: bound_ctrl.
+    """
+
+    def __init__(
+        self, lanes: NDArray, inside: NDArray, writable: NDArray, *, zero_outside: bool
+    ) -> None:
+        self.lanes, self.inside = lanes, inside
+        self.writable, self.zero_outside = writable, zero_outside
+
+    def valid(self, waves: Waves) -> NDArray:
+        """Lanes whose source exists and is active."""
+        return self.inside & waves.active[:, self.lanes]
+
+    def writes(self, waves: Waves) -> NDArray:
+        """Lanes that get a result: without bound_ctrl, one with no valid source keeps what it had."""
+        lanes = waves.active & self.writable
+        return lanes if self.zero_outside else lanes & self.valid(waves)
+
+
+def dpp_permutation(instruction: Instruction) -> Permutation:
+    """The permutation that the modifiers of a DPP instruction describe. Rows have 16 lanes."""
+    place, row = LANE % 16, LANE - LANE % 16
+    inside = np.ones(LANES, bool)
+    modifiers = instruction.modifiers
+    chosen = [name for name in modifiers if name in DPP[:8]]
+    if len(chosen) != 1:
+        raise EmulatorError("DPP needs one permutation")
+    name = chosen[0]
+    amount = (
+        0 if name in ("quad_perm", "row_mirror", "row_half_mirror") else number(instruction, name)
+    )
+    if name == "quad_perm":
+        lanes = LANE - LANE % 4 + np.array(bits_list(instruction, name, [0] * 4))[LANE % 4]
+    elif name in ("row_shl", "row_shr"):
+        moved = place + amount if name == "row_shl" else place - amount
+        inside = (moved >= 0) & (moved < 16)
+        lanes = row + np.clip(moved, 0, 15)
+    elif name == "row_ror":
+        lanes = row + (place - amount) % 16
+    elif name == "row_newbcast":
+        lanes = row + amount
+    elif name == "row_bcast" and amount == 15:  # the last lane of each row, to the next row
+        inside = row > 0
+        lanes = np.maximum(row - 1, 0)
+    elif name == "row_bcast" and amount == 31:  # lane 31, to the rows 2 and 3
+        inside = row >= 32
+        lanes = np.full(LANES, 31)
+    elif name == "row_mirror":
+        lanes = row + 15 - place
+    elif name == "row_half_mirror":
+        lanes = LANE - LANE % 8 + 7 - LANE % 8
+    else:
+        raise EmulatorError(f"DPP {name}:{amount} is not known")
+    rows, banks = number(instruction, "row_mask", 15), number(instruction, "bank_mask", 15)
+    writable = ((rows >> (LANE // 16)) & 1 & (banks >> (LANE // 4 % 4))).astype(bool)
+    # LLVM prints bound_ctrl only where the bit is set, older versions of it as bound_ctrl:0.
+    return Permutation(lanes, inside, writable, zero_outside="bound_ctrl" in modifiers)
+
+
+def _permuted(operand: Operand, permutation: Permutation) -> Reader:
+    whole = register(operand)
+
+    def read(waves: Waves) -> NDArray:
+        return np.where(permutation.valid(waves), whole(waves)[:, permutation.lanes], U32(0))
+
+    return read

@@ -1,0 +1,117 @@
+"""The registers of a batch of waves that are at the same instruction.
+
+Everything that a wave has is an array with an axis of W waves, so that one numpy call executes an
+instruction for all of them. A branch that only some of them take splits the batch.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from tools.gfx950.memory import Lds, Memory
+
+LANES = 64
+GARBAGE = 0xDEADBEEF  # what registers hold before they are written
+VCC, M0, EXEC = 106, 124, 126  # numbers under which these registers lie among the SGPRs
+
+
+class Waves:
+    """W waves of 64 lanes.
+
+    vgpr, agpr uint32 [registers, W, 64]; sgpr uint32 [128, W], VCC, M0 and EXEC at their encodings;
+    scc bool [W]. active bool [W, 64]: EXEC by lanes, to be written by `write_s32`, `write_s64` only;
+    all_active: whether all of it is True. workgroup, wave int64 [W]: which workgroup of the batch,
+    which wave of the workgroup. memory, lds: shared by all waves that run at the time.
+    """
+
+    def __init__(
+        self,
+        vgprs: int,
+        agprs: int,
+        workgroup: NDArray[np.int64],
+        wave: NDArray[np.int64],
+        memory: "Memory",
+        lds: "Lds",
+    ) -> None:
+        count = len(workgroup)
+        self.vgpr = np.full((vgprs, count, LANES), GARBAGE, np.uint32)
+        self.agpr = np.full((agprs, count, LANES), GARBAGE, np.uint32)
+        self.sgpr = np.full((128, count), GARBAGE, np.uint32)
+        self.scc = np.zeros(count, bool)
+        self.workgroup, self.wave = workgroup, wave
+        self.memory, self.lds = memory, lds
+        self._update_active()
+
+    def __len__(self) -> int:
+        return len(self.wave)
+
+    def select(self, chosen: NDArray) -> "Waves":
+        """A copy with some of the waves; chosen: bool [W] or indices."""
+        part = object.__new__(Waves)
+        part.vgpr, part.agpr = self.vgpr[:, chosen], self.agpr[:, chosen]
+        part.sgpr, part.scc = self.sgpr[:, chosen], self.scc[chosen]
+        part.workgroup, part.wave = self.workgroup[chosen], self.wave[chosen]
+        part.memory, part.lds = self.memory, self.lds
+        part._update_active()
+        return part
+
+    @staticmethod
+    def join(parts: "Sequence[Waves]") -> "Waves":
+        """The waves of all parts, which share memory and LDS, as one batch."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = object.__new__(Waves)
+        whole.vgpr = np.concatenate([p.vgpr for p in parts], axis=1)
+        whole.agpr = np.concatenate([p.agpr for p in parts], axis=1)
+        whole.sgpr = np.concatenate([p.sgpr for p in parts], axis=1)
+        whole.scc = np.concatenate([p.scc for p in parts])
+        whole.workgroup = np.concatenate([p.workgroup for p in parts])
+        whole.wave = np.concatenate([p.wave for p in parts])
+        whole.memory, whole.lds = parts[0].memory, parts[0].lds
+        whole._update_active()
+        return whole
+
+    def read_s64(self, index: int) -> NDArray[np.uint64]:
+        """Two SGPRs as one number, [W]."""
+        high = self.sgpr[index + 1].astype(np.uint64)
+        return self.sgpr[index].astype(np.uint64) | (high << np.uint64(32))
+
+    def write_s32(self, index: int, bits: NDArray) -> None:
+        """bits: uint32 [W] or [1]."""
+        self.sgpr[index] = bits
+        if index in (EXEC, EXEC + 1):
+            self._update_active()
+
+    def write_s64(self, index: int, bits: NDArray) -> None:
+        """bits: uint64 [W] or [1]."""
+        self.sgpr[index] = (bits & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+        self.sgpr[index + 1] = (bits >> np.uint64(32)).astype(np.uint32)
+        if index == EXEC:
+            self._update_active()
+
+    def write_v(self, index: int, bits: NDArray, mask: NDArray | None = None) -> None:
+        """A VGPR of the active lanes, or of those in mask bool [W, 64]; bits: uint32, may broadcast."""
+        if mask is not None:
+            np.copyto(self.vgpr[index], bits, where=mask)
+        elif self.all_active:
+            self.vgpr[index] = bits
+        else:
+            np.copyto(self.vgpr[index], bits, where=self.active)
+
+    def _update_active(self) -> None:
+        self.active = lanes_of(self.read_s64(EXEC))
+        self.all_active = bool(self.active.all())
+
+
+def lanes_of(mask: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """[W] masks -> [W, 64] lanes; lane i is bit i."""
+    octets = np.ascontiguousarray(mask).astype("<u8").view(np.uint8).reshape(-1, 8)
+    return np.unpackbits(octets, axis=1, bitorder="little").view(bool)
+
+
+def mask_of(lanes: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    """[W, 64] lanes -> [W] masks."""
+    return np.packbits(lanes, axis=1, bitorder="little").view("<u8")[:, 0]

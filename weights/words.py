@@ -1,0 +1,78 @@
+"""MXFP4 codes in an order that Hopper decodes with few instructions, and the way back, bit for bit.
+
+Hopper's matrix unit wants bf16 pairs: element 2p in the low half of a register, 2p + 1 in the high half.
+A code's bits, sign s and magnitude e1 e0 m, belong at bits 15 and 8, 7, 6 of its half: there they are the
+number times 2^-126. Of the eight codes of a 32-bit word, pair 0 lies there already; the others are turned
+there:
+
+    pair 0    in place
+    pair 1    by 6 to the left
+    pair 2    by 10 to the left, around the end
+    pair 3    by 12 to the left; e1 alone by 4
+
+No four pairs can all be one turn away: sixteen bits have no tiling by the shape {15, 8, 7, 6}.
+
+In a span of 128 elements, word 4c + 2t + u (c to 3, t and u to 1) holds the four elements from
+64t + 16c + 4u on and the four that are 8 further. So words 2t + u of all c, which `ldmatrix` deals to one
+thread, meet two scales only, and the activations beside two neighbouring words are 16 bytes.
+"""
+
+import torch
+from torch import Tensor
+
+from qwen35.errors import InputError
+
+SPAN = 128  # elements along K that are permuted among themselves
+TURNS = ((0, 0, 0, 0), (6, 6, 6, 6), (10, 10, 10, 10), (12, 12, 4, 12))  # of pair p: m, e0, e1, s
+HOMES = (6, 7, 8, 15)  # where m, e0, e1, s belong in a half
+
+# Where bit 4e + b of a word goes: element e, b = 0 to 3 for its m, e0, e1, s.
+PLACES = tuple(
+    (HOMES[b] + 16 * (e % 2) - TURNS[e // 2][b]) % 32 for e in range(8) for b in range(4)
+)
+
+
+def encode(codes: Tensor) -> Tensor:
+    """codes [..., K/2] uint8, two a byte as in a checkpoint -> the same shape and dtype in this order.
+
+    A copy, on the same device. InputError for another dtype, or when 128 does not divide K.
+    """
+    fours = _fours(codes).unflatten(-1, (2, 4, 2, 2))  # [..., spans, t, c, half, u]
+    words = fours.movedim((-3, -4, -1, -2), (-4, -3, -2, -1)).contiguous()
+    return _moved(words, list(enumerate(PLACES))).view(codes.shape)
+
+
+def decode(encoded: Tensor) -> Tensor:
+    """What `encode` was given."""
+    _fours(encoded)
+    words = _moved(encoded.contiguous(), [(place, bit) for bit, place in enumerate(PLACES)])
+    fours = _fours(words).unflatten(-1, (4, 2, 2, 2))  # [..., spans, c, t, u, half]
+    ordered = fours.movedim((-4, -3, -2, -1), (-3, -4, -1, -2)).contiguous()
+    return ordered.view(torch.uint8).view(encoded.shape)
+
+
+def _fours(codes: Tensor) -> Tensor:
+    """Four codes each, [..., spans, 32] int16."""
+    *rows, half = codes.shape
+    if codes.dtype != torch.uint8 or half * 2 % SPAN:
+        raise InputError(
+            f"MXFP4 codes of shape {list(codes.shape)} and {codes.dtype}; "
+            f"expected [..., K/2] torch.uint8 with K a multiple of {SPAN}"
+        )
+    return codes.contiguous().view(torch.int16).view(*rows, -1, SPAN // 4)
+
+
+def _moved(data: Tensor, moves: list[tuple[int, int]]) -> Tensor:
+    """Each bit of a 32-bit word from its first place to its second, as uint8; bits that turn by as much
+    go together."""
+    words = data.view(torch.uint8).flatten().view(torch.int32).long() & 0xFFFFFFFF
+    masks: dict[int, int] = {}
+    for source, target in moves:
+        turn = (target - source) % 32
+        masks[turn] = masks.get(turn, 0) | 1 << source
+    moved = torch.zeros_like(words)
+    for turn, mask in masks.items():
+        part = words & mask
+        moved |= (part << turn | part >> 32 - turn) & 0xFFFFFFFF
+    signed = torch.where(moved < 1 << 31, moved, moved - (1 << 32)).to(torch.int32)
+    return signed.view(torch.uint8).view(data.shape if data.dtype == torch.uint8 else (-1,))
