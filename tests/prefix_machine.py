@@ -217,6 +217,12 @@ class Machine(RuleBasedStateMachine):
         prompt[at % len(prompt)] ^= 1
         self.ask(tuple(prompt), depth, chunk, 0)
 
+    @rule(first=st.permutations([0, 1, 2]), tail=TAILS, depth=DEPTHS, chunk=CHUNKS)
+    def meet_again(self, first: list[int], tail: int, depth: int, chunk: int) -> None:
+        """Two prompts that begin differently and then have a block in common."""
+        for letter in first[:2]:
+            self.ask(block(letter) + block(first[2]) + block(3)[:tail], depth, chunk, 0)
+
     @rule(letters=LETTERS, tail=TAILS, draft=st.booleans(), chunk=CHUNKS)
     def prefill_alone(self, letters: list[int], tail: int, draft: bool, chunk: int) -> None:
         """Every tensor of the state, the MTP head's too."""
@@ -334,7 +340,7 @@ class InFolder(Machine):
     @precondition(lambda self: self.asked and not self.held)
     @rule(which=st.integers(0, 8), file=st.integers(0, 8), at=st.integers(0, 999), cut=st.booleans())
     def damage(self, which: int, file: int, at: int, cut: bool) -> None:
-        """A file that a prompt would use is cut off, or one byte of it changes; then the prompt comes."""
+        """A file that a prompt would use is cut off, or some bytes of it change; then the prompt comes."""
         prompt = self.asked[which % len(self.asked)]
         reuse = self.caches[0].begin(list(prompt), draft=False)
         used = [self.folder / f"{key}.safetensors" for key in reuse.pinned]
@@ -344,7 +350,7 @@ class InFolder(Machine):
         damaged = used[file % len(used)]
         content = bytearray(damaged.read_bytes())
         place = at * len(content) // 1000
-        content[place] ^= 0x10
+        content[place : place + 16] = bytes(byte ^ 0x10 for byte in content[place : place + 16])
         damaged.write_bytes(content[:place] if cut else content)
         self.damaged = True  # its children wait for it to be computed again
         self.ask(prompt, 1, GRID, 0)

@@ -1,0 +1,455 @@
+"""`python -m tools.compile`: every kernel compiled for cards that are not here, and what came of it.
+
+gfx950 (MI355X) and sm_90 (H100, H200); needs neither a GPU nor a driver. --check compares with the
+committed table, compile.json. Columns:
+
+vgpr: a lane's vector registers, of which agpr are accumulation registers; sm_90: a thread's registers.
+scratch: bytes a lane. lds: bytes a program. occupancy: waves (warps) that a SIMD (scheduler) can hold.
+code_bytes: of instructions.
+fp4_converts, scaled_mfma, mfma, wgmma, mma: how many instructions of the kernel are native FP4 converts,
+matrix products with scales, matrix products.
+wide_loads, narrow_loads: loads from memory, of 16 bytes a lane and of fewer: in the hot loop, or in the
+whole kernel if it has no loop, and always for sm_90.
+loop_bytes: what all loads of one pass of the hot loop bring to a program, activations too.
+weight_bytes_per_valu: weight bytes of a wave for each of the loop's vector instructions that is not a
+matrix product. An MI355X issues so few vector instructions that a kernel has to get 13 bytes from each
+to keep up with its memory: 8 TB/s over 256 CUs x 4 SIMDs x 2.4 GHz / 4 cycles.
+
+One pass of the loop in the assembly counts as one iteration of the source (`Launch.weight_bytes`). If the
+compiler unrolls the loop in part, the figure is too low, never too high: what loads bring does not tell
+twice the weights from weights and as many activations. There is no figure if no loop is left, or the
+hot loop brings fewer bytes than weight_bytes: it is another one then.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from fast.launch import Launch
+from qwen35.cli import Parser, run
+from qwen35.errors import InputError
+from tools.gfx950.assembly import Instruction, hot_loop, parse
+
+TARGETS = {"gfx950": "s", "sm_90": "sass"}  # and the suffix of their assembly
+TABLE = Path(__file__).with_suffix(".json")
+PROCESSES = 2
+BYTES_PER_VALU = 13  # at least: see above
+UPDATE = "python -m tools.compile --update"
+TOLERANCE = 0.02  # of weight_bytes_per_valu
+
+LANES = 64
+LOAD = re.compile(r"(?:buffer|global|flat)_load_(?:lds_)?(dword(?:x[234])?|[us]byte|[us]?short)")
+SCALAR_LOAD = re.compile(r"s_(?:buffer_)?load_dword(?:x(\d+))?$")
+BYTES = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "ubyte": 1, "sbyte": 1}
+SASS = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """row: of the table, or None with the compiler's error. assembly: of the machine's instructions."""
+
+    name: str
+    target: str
+    row: Row | None
+    assembly: str = ""
+    error: str = ""
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        "python -m tools.compile",
+        "Compile every kernel, with no GPU, and tell registers, spills and the instructions that count.",
+    )
+    parser.add_argument(
+        "--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all"
+    )
+    parser.add_argument("--match", metavar="GLOB", default="*", help="only kernels so named")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--asm", type=Path, metavar="DIR", help="write the assembly there")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--check", action="store_true", help=f"exit 1 at what is worse than in {TABLE.name}"
+    )
+    group.add_argument("--update", action="store_true", help=f"write {TABLE.name}")
+    return parser
+
+
+def compile_all(jobs: list[tuple[Launch, str]]) -> list[Compiled]:
+    """Launches, each for a target, in processes that inherit them: kernels cannot be pickled."""
+    pool = ProcessPoolExecutor(PROCESSES, get_context("fork"), _inherit, (jobs,))
+    try:
+        with pool:
+            return list(pool.map(_compile_job, range(len(jobs))))
+    except BrokenProcessPool:
+        raise InputError("the compiler crashed; --match tells at which kernel") from None
+
+
+_jobs: list[tuple[Launch, str]] = []
+
+
+def _inherit(jobs: list[tuple[Launch, str]]) -> None:
+    _jobs[:] = jobs
+    os.dup2(2, 1)  # what compilers print is no part of the table
+
+
+def _compile_job(index: int) -> Compiled:
+    return _compile(*_jobs[index])
+
+
+def _compile(launch: Launch, target: str) -> Compiled:
+    from tools.gfx950.target import compile_launch
+
+    try:
+        compiled = compile_launch(launch, target)
+        describe = _describe_gfx950 if target == "gfx950" else _describe_sm90
+        figures, assembly = describe(launch, compiled)
+    except Exception as error:  # of whatever type the compiler raises: the others are to go on
+        message = " ".join(str(error).split()) or "no message"
+        return Compiled(launch.name, target, None, error=f"{type(error).__name__}: {message}")
+    return Compiled(
+        launch.name, target, {"name": launch.name, "target": target} | figures, assembly
+    )
+
+
+def _describe_gfx950(launch: Launch, compiled: Any) -> tuple[Row, str]:
+    program = parse(compiled.text, compiled.name)
+    resources, loop = program.resources, hot_loop(program)
+    mnemonics = [instruction.mnemonic for instruction in program.instructions]
+    widths = [lane_bytes(instruction) for instruction in loop or program.instructions]
+    valu = sum(_is_valu(instruction.mnemonic) for instruction in loop)
+    loop_bytes = compiled.num_warps * sum(map(wave_bytes, loop))
+    per_valu = None
+    if valu and 0 < launch.weight_bytes <= loop_bytes:
+        per_valu = round(launch.weight_bytes / compiled.num_warps / valu, 2)
+    row = {
+        **{
+            name: resources[name]
+            for name in ("vgpr", "agpr", "sgpr", "vgpr_spills", "sgpr_spills", "scratch")
+        },
+        "lds": compiled.shared,
+        "occupancy": occupancy_gfx950(resources["vgpr"], compiled.shared, compiled.num_warps),
+        "code_bytes": resources["code_bytes"],
+        "weight_bytes_per_valu": per_valu,
+        "weight_bytes": launch.weight_bytes,
+        "loop_bytes": loop_bytes,
+        "fp4_converts": _count(r"v_cvt_scalef32_pk_\w+_fp4", mnemonics),
+        "scaled_mfma": _count(r"v_mfma_scale_\w+", mnemonics),
+        "mfma": _count(r"v_mfma_(?!scale_)\w+", mnemonics),
+        "wide_loads": sum(width == 16 for width in widths),
+        "narrow_loads": sum(0 < width < 16 for width in widths),
+    }
+    return row, compiled.text
+
+
+def occupancy_gfx950(vgpr: int, lds: int, num_warps: int) -> float:
+    """Waves a SIMD, four of which make a CU: 512 registers a lane in eights, 160 KiB a CU in pieces of
+    1280 bytes."""
+    by_registers = 512 // max(8, _round_up(vgpr, 8))
+    by_lds = 160 * 1024 // _round_up(lds, 1280) * num_warps / 4 if lds else math.inf
+    return min(8, by_registers, by_lds)
+
+
+def occupancy_sm90(registers: int, shared: int, num_warps: int) -> float:
+    """Warps a scheduler: 64 Ki registers an SM, 256 at a time for a warp; 228 KiB, of which each program
+    takes 1 KiB more than it asks for; 64 warps and 32 programs an SM; 4 schedulers."""
+    by_registers = 65536 // _round_up(32 * registers, 256) // num_warps
+    by_shared = 228 * 1024 // (_round_up(shared, 128) + 1024)
+    return min(by_registers, by_shared, 64 // num_warps, 32) * num_warps / 4
+
+
+def _round_up(value: int, granule: int) -> int:
+    return -(-value // granule) * granule
+
+
+def _is_valu(mnemonic: str) -> bool:
+    return mnemonic.startswith("v_") and not mnemonic.startswith(("v_mfma_", "v_smfmac_"))
+
+
+def lane_bytes(instruction: Instruction) -> int:
+    """That a load from memory brings to a lane; 0 if it is none, or one of the whole wave."""
+    found = LOAD.match(instruction.mnemonic)
+    return BYTES.get(found[1], 2) if found else 0
+
+
+def wave_bytes(instruction: Instruction) -> int:
+    if found := SCALAR_LOAD.match(instruction.mnemonic):
+        return 4 * int(found[1] or 1)
+    return LANES * lane_bytes(instruction)
+
+
+def _count(pattern: str, mnemonics: list[str]) -> int:
+    """Instructions so named; an encoding may be added to the name."""
+    return sum(bool(re.match(pattern, mnemonic)) for mnemonic in mnemonics)
+
+
+def _describe_sm90(launch: Launch, compiled: Any) -> tuple[Row, str]:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.binary)
+        cubin.flush()
+        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name)
+        assembly = _output(knobs.nvidia.nvdisasm.path, "-c", "-ndf", cubin.name)
+    used = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if used is None:
+        raise InputError(f"cuobjdump -res-usage says {usage!r}")
+    registers, stack = int(used[1]), int(used[2])
+    opcodes = [found[1] for line in assembly.splitlines() if (found := SASS.match(line))]
+    loads, wide = r"LDG(STS)?\b", r"LDG(STS)?\b.*\.128\b"
+    row = {
+        "vgpr": registers,
+        "agpr": None,
+        "sgpr": None,
+        "vgpr_spills": _count(r"STL\b", opcodes),
+        "sgpr_spills": None,
+        "scratch": stack,
+        "lds": compiled.shared,
+        "occupancy": occupancy_sm90(registers, compiled.shared, compiled.num_warps),
+        "code_bytes": 16 * len(opcodes),
+        "weight_bytes_per_valu": None,
+        "wgmma": _count(r"[A-Z]GMMA\b", opcodes),
+        "mma": _count(r"[A-Z]MMA\b", opcodes),
+        "wide_loads": _count(wide, opcodes),
+        "narrow_loads": _count(loads, opcodes) - _count(wide, opcodes),
+    }
+    return row, assembly
+
+
+def _output(*command: str) -> str:
+    """Of one of Triton's own programs."""
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def faults(row: Row) -> list[str]:
+    """What no kernel may have, whatever the table says."""
+    found = [
+        f"{row[name]} {unit}"
+        for name, unit in (
+            ("vgpr_spills", "vector registers spilled"),
+            ("sgpr_spills", "scalar registers spilled"),
+            ("scratch", "bytes of scratch"),
+        )
+        if row[name]
+    ]
+    figure = row["weight_bytes_per_valu"]
+    if figure is not None and figure < BYTES_PER_VALU:
+        found.append(f"weight_bytes_per_valu {figure}, less than {BYTES_PER_VALU}")
+    return found
+
+
+def lost(row: Row, old: Row) -> list[str]:
+    """Native instructions that the kernel had and has no more: Triton then goes the long way round."""
+    names = ("fp4_converts", "scaled_mfma", "mfma", "wgmma", "mma")
+    return [f"{name} {old[name]} -> 0" for name in names if old.get(name) and not row.get(name)]
+
+
+def compare(row: Row, old: Row) -> tuple[list[str], list[str]]:
+    """What is worse than recorded, beyond `lost`, and what is better."""
+    worse: list[str] = []
+    better: list[str] = []
+    for name, tolerance in (
+        ("occupancy", 0.0),
+        ("wide_loads", 0.0),
+        ("weight_bytes_per_valu", TOLERANCE),
+    ):
+        was, now = old[name], row[name]
+        if was is None or was == now:
+            continue
+        line = f"{name} {was} -> {now}"
+        if name == "occupancy":
+            causes = [cause for cause in ("vgpr", "lds") if old[cause] != row[cause]]
+            line += "".join(f", {cause} {old[cause]} -> {row[cause]}" for cause in causes)
+        if now is None or now < was * (1 - tolerance):
+            worse.append(line)
+        elif now > was * (1 + tolerance):
+            better.append(line)
+    for name in ("vgpr_spills", "sgpr_spills", "scratch"):
+        if old[name] and not row[name]:
+            better.append(f"{name} {old[name]} -> 0")
+    return worse, better
+
+
+def check(
+    found: list[Compiled], table: dict[str, Any], version: str, wanted: Callable[[str, str], bool]
+) -> tuple[list[str], list[str]]:
+    """Lines on what is worse than in the table, and on what is better. wanted: whether this run is about
+    this kernel and target. A table of another Triton version only tells native instructions."""
+    recorded = {(row["name"], row["target"]): row for row in table["kernels"]}
+    worse: list[str] = []
+    better: list[str] = []
+    for one in found:
+        old, good = recorded.pop((one.name, one.target), None), []
+        if one.row is None:
+            continue
+        bad = faults(one.row)
+        if old is None:
+            bad.append(f"not in {TABLE.name}; {UPDATE} adds it")
+        else:
+            bad += lost(one.row, old)
+            if table["triton"] == version:
+                changed, good = compare(one.row, old)
+                bad += changed
+        worse += [f"{one.name} {one.target}: {line}" for line in bad]
+        better += [f"{one.name} {one.target}: {line}" for line in good]
+    worse += [
+        f"{name} {target}: in {TABLE.name}, but there is no such kernel; {UPDATE} removes it"
+        for name, target in recorded
+        if wanted(name, target)
+    ]
+    return worse, better
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+        keys = [(row["name"], row["target"]) for row in table["kernels"]]
+        assert isinstance(table["triton"], str) and len(set(keys)) == len(keys)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; {UPDATE} writes it") from None
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise InputError(f"{path} is no table of compiled kernels; {UPDATE} writes one") from None
+    return table
+
+
+def write_table(path: Path, rows: list[Row], version: str) -> None:
+    """One line a row, for git diff; whole or not at all."""
+    ordered = sorted(rows, key=lambda row: (row["name"], row["target"]))
+    lines = ",\n".join(json.dumps(row) for row in ordered)
+    text = f'{{"triton": {json.dumps(version)}, "kernels": [\n{lines}\n]}}\n'
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def print_table(rows: list[Row]) -> None:
+    """A table for each target; columns that hold nothing are left out."""
+    for target in TARGETS:
+        own = [row for row in rows if row["target"] == target]
+        names = [
+            name
+            for name in dict.fromkeys(name for row in own for name in row)
+            if name != "target" and any(row[name] is not None for row in own)
+        ]
+        if not own:
+            continue
+        shown = [[_shown(row[name]) for name in names] for row in own]
+        header = [target, *names[1:]]
+        widths = [max(map(len, column)) for column in zip(header, *shown, strict=True)]
+        for line in [header, *shown]:
+            first, *others = [(cell, width) for cell, width in zip(line, widths, strict=True)]
+            cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+            print("  ".join(cells))
+        print()
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def write_assembly(folder: Path, found: list[Compiled]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in found:
+        if one.row is None:
+            continue
+        name = re.sub(r"[^\w.=-]+", "_", one.name)
+        (folder / f"{name}.{one.target}.{TARGETS[one.target]}").write_text(one.assembly)
+
+
+def all_launches(target: str) -> Iterable[Launch]:
+    """The project's, with what they are launched with on a target."""
+    from fast.kernels import launches
+
+    return launches(target)
+
+
+def main(
+    args: argparse.Namespace,
+    launches: Callable[[str], Iterable[Launch]] = all_launches,
+    table: Path = TABLE,
+) -> int:
+    try:
+        import triton
+    except ImportError:
+        raise InputError("Triton is missing; pip install triton (needs no GPU)") from None
+    version = triton.__version__
+
+    def wanted(name: str, target: str) -> bool:
+        return target in args.target and fnmatchcase(name, args.match)
+
+    kept: list[Row] = []  # of the table, as this run is not about them
+    old = read_table(table) if args.check or (args.update and not _whole(args)) else None
+    if old and args.update:
+        if old["triton"] != version:
+            raise InputError(f"{table.name} is of Triton {old['triton']}: update all of it")
+        kept = [row for row in old["kernels"] if not wanted(row["name"], row["target"])]
+
+    jobs = [
+        (launch, target) for target in dict.fromkeys(args.target) for launch in launches(target)
+    ]
+    times = Counter((launch.name, target) for launch, target in jobs)
+    if twice := [name for (name, _), n in times.items() if n > 1]:
+        raise InputError(f"more than one launch is named {twice[0]!r}")
+    chosen = [job for job in jobs if fnmatchcase(job[0].name, args.match)]
+    if not chosen:
+        raise InputError(f"--match {args.match!r} fits the name of none of {len(jobs)} kernels")
+
+    started = time.perf_counter()
+    found = compile_all(chosen)
+    seconds = time.perf_counter() - started
+    print(f"{len(found)} compiled by Triton {version} in {seconds:.1f} s", file=sys.stderr)
+    rows = [one.row for one in found if one.row is not None]
+    if args.asm:
+        write_assembly(args.asm, found)
+
+    worse = [f"{one.name} {one.target}: {one.error}" for one in found if one.row is None]
+    better: list[str] = []
+    if args.check and old:
+        if old["triton"] != version:
+            print(
+                f"{table.name} is of Triton {old['triton']}, not {version}: occupancies, loads and "
+                "bytes per instruction are not compared",
+                file=sys.stderr,
+            )
+        bad, better = check(found, old, version, wanted)
+        worse += bad
+    if args.json:
+        document = {"kernels": rows, "triton": version, "worse": worse, "better": better}
+        print(json.dumps(document))
+    else:
+        print_table(rows)
+        for line in better:
+            print(f"better  {line}")
+        for line in worse:
+            print(f"WORSE   {line}")
+    if args.update and not worse:
+        write_table(table, kept + rows, version)
+    return 1 if worse else 0
+
+
+def _whole(args: argparse.Namespace) -> bool:
+    """Whether this run is about all kernels and targets."""
+    return args.match == "*" and set(args.target) == set(TARGETS)
+
+
+if __name__ == "__main__":
+    run(build_parser(), main)
