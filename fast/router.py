@@ -12,6 +12,8 @@ from fast.launch import Launch, constants, options, run
 from fast.target import ROWS, check_rows, target_of
 from qwen35.errors import InputError
 
+MAX_TOP_K = 16  # slots of the kernel that chooses
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -63,6 +65,11 @@ class Router(nn.Module):
         from fast.kernels import router  # Triton is needed from here on
 
         M, D = self.weight.shape
+        if not 1 <= self.top_k <= min(MAX_TOP_K, self.E):
+            raise InputError(
+                f"the router's top {self.top_k} of {self.E} experts; "
+                f"expected 1 to {min(MAX_TOP_K, self.E)}"
+            )
         check_rows("the router", x, D)
         N = len(x)
         multiply, parts = product(x, self.weight, self.target)

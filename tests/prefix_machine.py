@@ -338,9 +338,11 @@ class InFolder(Machine):
         return sum(len(held) for cache in self.caches for held in cache.home.in_use.values())  # pyright: ignore
 
     @precondition(lambda self: self.asked and not self.held)
-    @rule(which=st.integers(0, 8), file=st.integers(0, 8), at=st.integers(0, 999), cut=st.booleans())
+    @rule(
+        which=st.integers(0, 8), file=st.integers(0, 8), at=st.integers(0, 999), cut=st.booleans()
+    )
     def damage(self, which: int, file: int, at: int, cut: bool) -> None:
-        """A file that a prompt would use is cut off, or some bytes of it change; then the prompt comes."""
+        """A file that a prompt would use is cut off, or some of its bytes change; then it comes."""
         prompt = self.asked[which % len(self.asked)]
         reuse = self.caches[0].begin(list(prompt), draft=False)
         used = [self.folder / f"{key}.safetensors" for key in reuse.pinned]

@@ -492,3 +492,17 @@ def test_without_path_and_gpu(compiled: list[Compiled], tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kernels"] == [one.row for one in compiled]
+
+
+def test_the_projects_kernels_are_no_worse_than_the_committed_table(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every kernel in every configuration, for both targets."""
+    arguments = build_parser().parse_args(["--check", "--json"])
+    assert main(arguments) == 0, capsys.readouterr().out
+    kernels = json.loads(capsys.readouterr().out)["kernels"]
+    assert len(kernels) == 44
+    for row in kernels:
+        assert not row["vgpr_spills"] and not row["scratch"], row
+    hot = [row for row in kernels if row["weight_bytes_per_valu"]]
+    assert hot and all(row["weight_bytes_per_valu"] >= 13 for row in hot)

@@ -248,7 +248,7 @@ def test_to_mxfp4(written: Written, tmp_path: Path, name: str, what: str) -> Non
 def amd_table(c: Config) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The tensors of AMD's MXFP4 repository, written out (the vision tower aside)."""
     D, E = c.hidden_size, c.num_experts
-    I, S = c.moe_intermediate_size, c.shared_expert_intermediate_size  # noqa: E741
+    I, S = c.moe_intermediate_size, c.shared_expert_intermediate_size
     V, HV = c.linear_value_head_dim * c.linear_num_value_heads, c.linear_num_value_heads
     Q, KV = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     text = "model.language_model."

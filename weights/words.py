@@ -38,7 +38,7 @@ def encode(codes: Tensor) -> Tensor:
     A copy, on the same device. InputError for another dtype, or when 128 does not divide K.
     """
     fours = _fours(codes).unflatten(-1, (2, 4, 2, 2))  # [..., spans, t, c, half, u]
-    words = fours.movedim((-3, -4, -1, -2), (-4, -3, -2, -1)).contiguous()
+    words = _in_order(fours.movedim((-3, -4, -1, -2), (-4, -3, -2, -1)))
     return _moved(words, list(enumerate(PLACES))).view(codes.shape)
 
 
@@ -47,7 +47,7 @@ def decode(encoded: Tensor) -> Tensor:
     _fours(encoded)
     words = _moved(encoded.contiguous(), [(place, bit) for bit, place in enumerate(PLACES)])
     fours = _fours(words).unflatten(-1, (4, 2, 2, 2))  # [..., spans, c, t, u, half]
-    ordered = fours.movedim((-4, -3, -2, -1), (-3, -4, -1, -2)).contiguous()
+    ordered = _in_order(fours.movedim((-4, -3, -2, -1), (-3, -4, -1, -2)))
     return ordered.view(torch.uint8).view(encoded.shape)
 
 
@@ -59,7 +59,12 @@ def _fours(codes: Tensor) -> Tensor:
             f"MXFP4 codes of shape {list(codes.shape)} and {codes.dtype}; "
             f"expected [..., K/2] torch.uint8 with K a multiple of {SPAN}"
         )
-    return codes.contiguous().view(torch.int16).view(*rows, -1, SPAN // 4)
+    return codes.contiguous().view(torch.int16).view(*rows, half * 2 // SPAN, SPAN // 4)
+
+
+def _in_order(x: Tensor) -> Tensor:
+    """A copy that is row-major, of nothing too."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _moved(data: Tensor, moves: list[tuple[int, int]]) -> Tensor:

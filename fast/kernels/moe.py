@@ -9,6 +9,7 @@ over its own slots.
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import is_hip
 
 from fast.kernels.mxfp4 import dot
 
@@ -21,6 +22,20 @@ def _first(experts, pair):
     earlier = tl.arange(0, MAX_PAIRS)
     chosen = tl.load(experts + earlier, mask=earlier < pair, other=-1)
     return tl.min(tl.where(chosen == tl.load(experts + pair), earlier, pair), 0)
+
+
+@triton.jit
+def _stored():
+    """A barrier behind which all that this program stored is where other programs can be told of it.
+
+    On gfx950 the compiler lets only the wave that tells them wait for its stores, not the others.
+    """
+    if is_hip():
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\n\tv_mov_b32 $0, $1", "=v,v,~{memory}", [tl.arange(0, 64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -89,7 +104,7 @@ def down(
         tl.store(partial + (pair * 8 + row) * D + column, acc, mask=row < rows)
     elif OVERLAP:
         gdc_wait()
-    tl.debug_barrier()  # this program's part is written before it says so
+    _stored()
     before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
     if before == pairs - 1:
         total = tl.zeros((BLOCK_N, ROWS), tl.float32)

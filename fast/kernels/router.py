@@ -40,11 +40,11 @@ def linear(
 
 @triton.jit
 def _summed(parts, column, mask, rows, N, SPLITS: tl.constexpr):
-    """The parts of a row's columns, added in order and rounded to bf16 as the reference's product is."""
+    """The parts of a row's columns, added in order, fp32."""
     total = tl.load(parts + column, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):  # pyright: ignore
         total += tl.load(parts + split * rows * N + column, mask=mask, other=0.0)
-    return total.to(tl.bfloat16).to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -64,7 +64,9 @@ def choose(
     if tl.program_id(1) == 0:
         index = tl.arange(0, BLOCK_E)
         logits = _summed(parts, index, index < E, rows, N, SPLITS)
-        logits = tl.where(index < E, logits, float("-inf"))
+        # As the reference's product is rounded: what ties there ties here.
+        rounded = logits.to(tl.bfloat16).to(tl.float32)
+        logits = tl.where(index < E, rounded, float("-inf"))
         exponentials = tl.exp(logits - tl.max(logits, 0))
         probabilities = exponentials / tl.sum(exponentials, 0)
         # Of numbers that are not negative the bits have their order; -1 is below all of them.

@@ -117,7 +117,7 @@ def swap(ins: Instruction) -> Action:
 
 @instruction("v_div_fmas_f32")
 def scaled_fma(ins: Instruction) -> Action:
-    """fma, times 2**32 in lanes that VCC names: the end of a division."""
+    """fma, scaled back in lanes that VCC names: the end of a division."""
     only_modifiers(ins)
     destination, *sources = operands_of(ins, 4)
     readers = [source(operand, "f32") for operand in sources]

@@ -347,8 +347,11 @@ def div_scale(x: NDArray, denominator: NDArray, numerator: NDArray) -> tuple[NDA
 
 
 def div_fmas(a: NDArray, b: NDArray, c: NDArray, scale: NDArray) -> NDArray:
+    """div_scale scaled by 2^64 one way or the other; this undoes it. (The published text has 2^32, which
+    would undo nothing; AMD's text for other chips has these two.)"""
     exact = a.astype(F64) * b.astype(F64) + c.astype(F64)
-    return np.where(scale, exact * 2.0**32, exact).astype(F32)
+    back = np.where(f32_exponents(c) > 127, 2.0**64, 2.0**-64)
+    return np.where(scale, exact * back, exact).astype(F32)
 
 
 def div_fixup(quotient: NDArray, denominator: NDArray, numerator: NDArray) -> NDArray:
