@@ -3,7 +3,7 @@
 import sys
 
 from qwen35.cli import Parser, run
-from tools.bench import diff, exactness, generate, language, mapped, quantize, ttft
+from tools.bench import diff, exactness, generate, language, mapped, moe, quantize, router, ttft
 
 OPS = {
     "diff": diff,
@@ -11,7 +11,9 @@ OPS = {
     "generate": generate,
     "language": language,
     "mapped": mapped,
+    "moe": moe,
     "quantize": quantize,
+    "router": router,
     "ttft": ttft,
 }
 

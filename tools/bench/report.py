@@ -24,15 +24,15 @@ def device_name() -> str:
     return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def emit(op: str, config: dict[str, Any], rows: list[Row], *, only_json: bool) -> None:
-    """Print the table (unless only_json), then the document."""
+def emit(op: str, config: dict[str, Any], rows: list[Row], *, only_json: bool, **more: Any) -> None:
+    """Print the table (unless only_json), then the document; more: of it, such as another device."""
     if not only_json:
         names = list(dict.fromkeys(name for row in rows for name in row))
         cells = [names, *([_shown(row.get(name, "")) for name in names] for row in rows)]
         widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
         for line in cells:
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
-    document = {"op": op, "config": config, "device": device_name(), "rows": rows}
+    document = {"op": op, "config": config, "device": device_name(), **more, "rows": rows}
     print(json.dumps(document), flush=True)
 
 

@@ -1,0 +1,215 @@
+"""`tools.tune` without a GPU: which candidates there are, who wins, and how the table is written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fast import configs
+from fast.configs import Config
+from qwen35.cli import run
+from qwen35.errors import InputError
+from tools import tune
+from tools.bench import gpu, mixture
+
+triton = pytest.importorskip("triton")
+
+WIDE = {"BLOCK_N": 64, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3}
+TABLE = {"gfx950": {"down": {"D=1 I=2": {"x": 1}}}, "sm_90": {"down": {"D=4096 I=128": {"x": 2}}}}
+
+
+def test_a_table_keeps_its_other_entries(tmp_path: Path) -> None:
+    path = tmp_path / "configs.json"
+    path.write_text(json.dumps(TABLE))
+    tune.write(path, "sm_90", "down", "D=4096 I=256", WIDE)
+    tune.write(path, "sm_90", "choose", "E=512", {"num_warps": 1})
+    tune.write(path, "sm_90", "choose", "E=512", {"num_warps": 2})
+    found = json.loads(path.read_text())
+    assert found["gfx950"] == TABLE["gfx950"]
+    assert found["sm_90"]["down"] == TABLE["sm_90"]["down"] | {"D=4096 I=256": WIDE}
+    assert found["sm_90"]["choose"] == {"E=512": {"num_warps": 2}}
+    assert [file.name for file in tmp_path.iterdir()] == ["configs.json"]
+
+
+def test_a_table_may_be_new(tmp_path: Path) -> None:
+    tune.write(tmp_path / "new.json", "sm_90", "choose", "E=8", {"num_warps": 1})
+    assert json.loads((tmp_path / "new.json").read_text())["sm_90"]["choose"]["E=8"]
+
+
+def test_a_table_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "configs.json"
+    path.write_text(json.dumps(TABLE))
+
+    def full(self: Path, text: str) -> int:
+        with self.open("w") as file:
+            file.write(text[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        tune.write(path, "sm_90", "choose", "E=8", {"num_warps": 1})
+    assert json.loads(path.read_text()) == TABLE
+    assert [file.name for file in tmp_path.iterdir()] == ["configs.json"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"sm_90": 1}', '{"sm_90": {"down": []}}'])
+def test_what_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "configs.json").write_text(text)
+    with pytest.raises(InputError, match=r"configs\.json is no table"):
+        tune.read(tmp_path / "configs.json")
+
+
+def test_the_committed_table_is_written_as_it_is(tmp_path: Path) -> None:
+    """A sweep that changes nothing gives an empty diff, but for the end of the last line."""
+    path = tmp_path / "configs.json"
+    before = configs.TABLE.read_text()
+    path.write_text(before)
+    entry = json.loads(before)["sm_90"]["choose"]["E=512"]
+    tune.write(path, "sm_90", "choose", "E=512", entry)
+    assert path.read_text().rstrip("\n") == before.rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "fitting"),
+    [
+        ({}, True),
+        ({"BLOCK_N": 48}, False),  # does not divide N
+        ({"BLOCK_K": 384}, False),  # nor K
+        ({"num_warps": 8}, False),  # fewer than 16 rows a warp
+        ({"BLOCK_N": 32, "BLOCK_K": 1024, "num_warps": 1}, False),  # registers
+        ({"BLOCK_N": 128, "BLOCK_K": 1024, "num_warps": 8, "num_stages": 3}, False),  # shared
+        ({"BLOCK_N": 128, "BLOCK_K": 512, "num_warps": 8, "num_stages": 4}, True),
+    ],
+)
+def test_what_fits(change: Config, fitting: bool) -> None:
+    assert tune.fits(WIDE | change, 256, 4096, 4, "sm_90") == fitting
+
+
+def test_shared_memory_by_hand() -> None:
+    """Three stages of 64 x 256 codes, their scales, and 16 rows of 256 activations."""
+    assert tune.shared_bytes(WIDE, 4) == 3 * (64 * 128 + 64 * 8 + 16 * 256 * 2)
+    assert tune.shared_bytes(WIDE, 16) == 3 * (64 * 512 + 16 * 256 * 2)
+
+
+@pytest.mark.parametrize("target", ["gfx950", "sm_90"])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_every_shape_has_candidates(target: str, tp: int) -> None:
+    I = mixture.intermediate(tp)
+    sizes: list[tuple[list[tuple[int, ...]], int | None, int, int]] = [
+        (tune.GATE_UP, 2 * I, 4096, 4), (tune.DOWN, 4096, I, 4),
+        (tune.WIDE, None, 4096, 16), (tune.NARROW, None, I, 16),
+    ]  # fmt: skip
+    for rows, N, K, bits in sizes:
+        assert len(rows) == len(set(rows))
+        fitting = [c for c in tune.blocked(rows) if tune.fits(c, N, K, bits, target)]
+        assert len(fitting) >= 5
+        assert all(set(WIDE) <= set(config) for config in fitting)
+
+
+class NoGraph:
+    """Calls say how long they took."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        self.calls = calls
+
+    def microseconds(self, repeats: int) -> list[float]:
+        return [self.calls[0]()] * repeats
+
+
+def swept(
+    monkeypatch: pytest.MonkeyPatch, us: dict[int, list[float] | None], wrong: tuple[int, ...] = ()
+) -> tuple[dict[str, Any], Config, list[int]]:
+    """Of 1 (the old one), 2 and 4 warps, whose times are in `us`, in the order that they are taken."""
+    now: list[int] = []
+    monkeypatch.setattr(tune, "in_force", lambda *_: {"num_warps": 1})
+    monkeypatch.setattr(tune, "put_in_force", lambda *_: None)
+    monkeypatch.setattr(gpu, "Graph", NoGraph)
+
+    def prepare(config: Config) -> tuple[list[Any], list[str]]:
+        warps = config["num_warps"]
+        now.append(warps)
+        times = us[warps]
+        if times is None:
+            raise triton.errors.TritonError("out of resources")
+        return [lambda: times.pop(0)], ["error"] if warps in wrong else []
+
+    candidates = [{"num_warps": warps} for warps in (1, 2, 4)]
+    subject = tune.Subject("choose", "E=8", candidates, prepare)
+    row, config = tune.tune(subject, "sm_90", 3, True)
+    return row, config, now
+
+
+def test_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    us: dict[int, list[float] | None] = {1: [5.0, 5.1, 5.2], 2: [3.0, 3.1, 3.2], 4: [4.0]}
+    row, config, now = swept(monkeypatch, us)
+    assert config == {"num_warps": 2}
+    assert now == [1, 2, 4, 1, 2, 1, 2, 2]
+    assert (row["old_us"], row["old_us_again"], row["us"], row["us_again"]) == (5.1, 5.2, 3.1, 3.2)
+    assert (row["old"], row["new"]) == ("num_warps=1", "num_warps=2")
+    assert (row["tried"], row["failed"]) == (3, 0)
+
+
+def test_the_old_one_stays_unless_beaten_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    us: dict[int, list[float] | None] = {1: [5.0, 5.1, 3.0], 2: [3.0, 3.1, 3.2], 4: [4.0]}
+    row, config, _ = swept(monkeypatch, us)
+    assert config == {"num_warps": 1}
+    assert (row["us"], row["us_again"]) == (5.1, 3.0)
+
+
+def test_what_is_wrong_or_fails_does_not_win(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    us: dict[int, list[float] | None] = {1: [5.0, 5.1, 5.2, 5.3, 5.4], 2: [3.0], 4: None}
+    row, config, _ = swept(monkeypatch, us, wrong=(2,))
+    assert config == {"num_warps": 1} and row["failed"] == 2
+    err = capsys.readouterr().err
+    assert "num_warps=2: error" in err and "num_warps=4: TritonError: out of resources" in err
+
+
+def test_an_old_one_that_fails_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    row, config, _ = swept(monkeypatch, {1: None, 2: [3.0], 4: [2.0, 2.1, 2.2, 2.3, 2.4]})
+    assert config == {"num_warps": 4}
+    assert (row["us"], row["us_again"]) == (2.1, 2.2) and "old_us" not in row
+
+
+def test_none_that_works_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="choose E=8: none of 3 configurations works"):
+        swept(monkeypatch, {1: None, 2: None, 4: None})
+
+
+def test_in_force_until_the_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = json.loads(json.dumps(TABLE))
+    monkeypatch.setattr(configs, "table", lambda: table)
+    before = configs.TABLE.read_text()
+    tune.put_in_force("sm_90", "down", "D=4096 I=128", WIDE)
+    assert tune.in_force("sm_90", "down", "D=4096 I=128") == WIDE
+    assert tune.in_force("sm_90", "down", "D=4096 I=64") == WIDE  # the nearest, without a warning
+    assert configs.TABLE.read_text() == before
+    configs.lookup.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--tp", 3), ["--tp 3", "1, 2, 4, 8"]),
+        (("--repeats", 0), ["--repeats 0"]),
+        (("--op", "up"), ["up", "gate_up"]),
+        (("--output", "nowhere/at/all.json"), ["nowhere/at/all.json"]),
+        (("--output", __file__), ["test_tune.py is no table"]),
+        pytest.param((), ["gfx950", "sm_90", "cpu"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[Any, ...], words: list[str]
+) -> None:
+    """Before anything is measured; so is a missing GPU."""
+    with pytest.raises(SystemExit) as ended:
+        run(tune.build_parser(), tune.main, [*map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1), err
+    assert not [word for word in words if word not in err], err

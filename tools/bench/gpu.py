@@ -1,0 +1,113 @@
+"""What GPU benchmarks share: the device, calls timed in a captured graph, the bandwidth of reading."""
+
+import argparse
+import ctypes
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fast.target import target_of
+from tools.bench import report
+from tools.bench.report import Row
+
+STREAMED = 8 << 30  # bytes that `read_gb_s` adds up
+WARMUP = 3  # replays before any is timed
+
+
+def find() -> tuple[torch.device, str]:
+    """The GPU and its target. InputError when there is none that the kernels run on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, target_of(device)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Of the last-level cache."""
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def read_gb_s(device: torch.device, repeats: int = 10) -> float:
+    """Read bandwidth of a streaming sum over 8 GB, the median."""
+    data = torch.empty(STREAMED // 4, dtype=torch.float32, device=device).uniform_()
+    seconds = [us * 1e-6 for us in _events(lambda: data.sum(), repeats)]
+    return data.nbytes / statistics.median(seconds) * 1e-9
+
+
+class Graph:
+    """`calls`, in turn, in one captured graph; launches: kernels, copies and fills in one of them."""
+
+    def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
+        self.calls = list(calls)  # kept, with the tensors that the graph reads and writes
+        for call in self.calls:
+            call()  # compiles, and lets libraries set themselves up
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.graph(self.graph):
+            for call in self.calls:
+                call()
+        nodes = _nodes(self.graph.raw_cuda_graph())
+        self.launches = nodes and round(nodes / len(self.calls))
+
+    def microseconds(self, repeats: int) -> list[float]:
+        """Of one call, in each of so many replays."""
+        return [us / len(self.calls) for us in _events(self.graph.replay, repeats)]
+
+
+def _nodes(graph: int) -> int | None:
+    """Of a graph; None when the driver does not say."""
+    library, name = "libcuda.so.1", "cuGraphGetNodes"
+    if torch.version.hip:
+        library, name = "libamdhip64.so", "hipGraphGetNodes"
+    count = ctypes.c_size_t()
+    try:
+        status = getattr(ctypes.CDLL(library), name)(
+            ctypes.c_void_p(graph), None, ctypes.byref(count)
+        )
+    except (OSError, AttributeError):
+        return None
+    return None if status else count.value
+
+
+def _events(call: Callable[[], object], repeats: int) -> list[float]:
+    """Microseconds between device events around `call`."""
+    for _ in range(WARMUP):
+        call()
+    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    taken: list[float] = []
+    for _ in range(repeats):
+        started.record()
+        call()
+        ended.record()
+        torch.cuda.synchronize()
+        taken.append(started.elapsed_time(ended) * 1e3)
+    return taken
+
+
+def figures(first: list[float], second: list[float], moved: float, read: float) -> Row:
+    """Two passes over the same thing, in microseconds, and its floor: `moved` bytes at `read` GB/s."""
+    us, floor = statistics.median(first), moved / read * 1e-3
+    return {
+        "us": us,
+        "us_again": statistics.median(second),
+        "min_us": min(first + second),
+        "max_us": max(first + second),
+        "floor_us": floor,
+        "gb_s": moved / us * 1e-3,
+        "share_of_read": floor / us,
+    }
+
+
+def emit(
+    op: str,
+    args: argparse.Namespace,
+    target: str,
+    device: torch.device,
+    read: float,
+    rows: list[Row],
+) -> None:
+    """`report.emit`, with the GPU's name and its read bandwidth."""
+    config = {name: getattr(args, name) for name in ("tp", "rows", "experts", "top_k", "repeats")}
+    name = torch.cuda.get_device_name(device)
+    report.emit(
+        op, {"target": target} | config, rows, only_json=args.json, device=name, read_gb_s=read
+    )

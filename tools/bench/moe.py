@@ -1,0 +1,176 @@
+"""The routed experts on a GPU, from top-k ids to the reduced output, beside triton_kernels and plain
+torch.
+
+First the check, at each size: the largest error against a float64 oracle is at most twice that of a
+bfloat16 reference, a repeated launch has the same bits, and so has a row alone. Then the time of one
+call inside a captured graph that goes through several routings, whose experts together exceed the
+cache. Two passes, so that the noise shows. `floor_us`: the bytes of the experts that are hit, each once
+in MXFP4, at `read_gb_s`, the bandwidth of a streaming sum over 8 GB in the same run. `err_x_bf16`: the
+largest error in multiples of bfloat16's.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fast.launch import run
+from fast.moe import Experts
+from qwen35.cli import Parser
+from tools.bench import gpu, mixture, report
+from tools.bench.mixture import Case, Run, Weights
+
+OURS = "ours"
+IDS, MATRICES = (
+    "triton_kernels, from the top-k ids",
+    "triton_kernels, its three matrix launches alone",
+)
+PLAIN = "plain torch, bf16 weights"
+INSTALL = "triton_kernels is not installed (pip install tokenspeed-triton-kernels): no such row"
+
+Prepare = Callable[[Case], Callable[[], Tensor]]  # a call on inputs that stay, -> [N, D] bf16
+
+
+def add_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--tp", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N",
+        help="ranks that share an expert's intermediate size")  # fmt: skip
+    add("--rows", type=int, default=4)
+    add("--experts", type=int, default=512)
+    add("--top-k", type=int, default=10)
+    add("--repeats", type=int, default=50)
+    add("--no-peers", action="store_true")
+
+
+def ours(weights: Weights) -> Prepare:
+    """Two launches, on buffers that are there already."""
+    experts = Experts.from_tensors(*weights.tensors)
+
+    def prepare(case: Case) -> Callable[[], Tensor]:
+        launches, out = experts.launches(case.x, case.experts, case.shares)
+
+        def call() -> Tensor:
+            run(launches, case.x.device)
+            return out
+
+        return call
+
+    return prepare
+
+
+def peers(weights: Weights) -> dict[str, Prepare]:
+    """Those that can be made here."""
+    made: dict[str, Prepare] = {}
+
+    def triton_kernels() -> None:
+        from tools.bench.moe_peers import TritonKernels
+
+        theirs = TritonKernels(weights)
+        made[IDS], made[MATRICES] = theirs.from_ids, theirs.matrices_alone
+
+    def plain() -> None:
+        from tools.bench.moe_peers import Plain
+
+        made[PLAIN] = Plain(weights).from_ids
+
+    if _installed():
+        guarded("triton_kernels", triton_kernels)
+    guarded(PLAIN, plain)
+    return made
+
+
+def _installed() -> bool:
+    return importlib.util.find_spec("triton_kernels") is not None
+
+
+def guarded(name: str, step: Callable[[], None]) -> None:
+    """A peer may fail in any way; that is told, and costs its rows only."""
+    try:
+        step()
+    except Exception as error:  # whatever another library raises
+        print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def as_run(prepare: Prepare) -> Run:
+    return lambda case: prepare(case)()
+
+
+def at_size(
+    tp: int, args: argparse.Namespace, device: torch.device, read: float
+) -> tuple[list[report.Row], list[str]]:
+    """The rows of one TP size; or none, and what failed."""
+    E, k, D, I = args.experts, args.top_k, mixture.HIDDEN, mixture.intermediate(tp)
+    generator = torch.Generator(device).manual_seed(tp)
+    each = mixture.expert_bytes(D, I)
+    sets, rotation = mixture.rotation(args.rows, D, E, k, each, gpu.cache_bytes(device), generator)
+    moved = mixture.distinct([case for _, case in rotation]) * each
+    weights = [mixture.random_weights(E, D, I, generator) for _ in range(sets)]
+    cases = mixture.check_cases(args.rows, D, E, k, generator)
+
+    prepared: dict[str, list[Prepare]] = {OURS: [ours(one) for one in weights]}
+    worst, failed = mixture.check(as_run(prepared[OURS][0]), weights[0], cases)
+    if failed:
+        return [], [f"TP {tp}: {line}" for line in failed]
+    found: dict[str, report.Row] = {OURS: {"err_x_bf16": worst}}
+    if not args.no_peers:
+        of_sets = [peers(one) for one in weights]
+        for name in of_sets[0]:
+            if all(name in made for made in of_sets):
+                prepared[name] = [made[name] for made in of_sets]
+
+    timed: dict[str, gpu.Graph] = {}
+    passes: dict[str, list[list[float]]] = {name: [] for name in prepared}
+
+    def add(name: str) -> None:
+        calls = [prepared[name][at](case) for at, case in rotation]
+        if name != OURS:
+            multiple, wrong = mixture.check(
+                as_run(prepared[name][0]), weights[0], cases, bits=False
+            )
+            found[name] = {"err_x_bf16": multiple}
+            if wrong:
+                found[name]["error"] = wrong[0]
+                return
+        timed[name] = gpu.Graph(calls)
+        found[name]["launches"] = timed[name].launches
+
+    add(OURS)
+    for name in prepared:
+        if name != OURS:
+            guarded(name, lambda name=name: add(name))
+    for _ in range(2):
+        for name, graph in timed.items():
+            passes[name].append(graph.microseconds(args.repeats))
+    return [
+        {"name": name, "tp": tp}
+        | (gpu.figures(*passes[name], moved, read) if name in timed else {})
+        | row
+        for name, row in found.items()
+        if name in timed or "error" in row
+    ], []
+
+
+def main(args: argparse.Namespace) -> int:
+    mixture.check_sizes(args.rows, args.experts, args.top_k, args.repeats)
+    for tp in args.tp:
+        mixture.intermediate(tp)
+    device, target = gpu.find()
+    if not args.no_peers and not _installed():
+        print(INSTALL, file=sys.stderr)
+    read = gpu.read_gb_s(device)
+    rows: list[report.Row] = []
+    failed: list[str] = []
+    for tp in args.tp:
+        with torch.inference_mode():
+            more, wrong = at_size(tp, args, device, read)
+        rows, failed = rows + more, failed + wrong
+        torch.cuda.empty_cache()
+    for line in failed:
+        print(line, file=sys.stderr)
+    if failed:
+        return 1
+    gpu.emit("moe", args, target, device, read, rows)
+    return 0
