@@ -44,8 +44,13 @@ def lookup(target: str, kernel: str, shape: str) -> Config:
 
 def fitted(config: Config, N: int, K: int) -> Config:
     """The same with blocks that divide N and K; both are multiples of 128, so that no block vanishes."""
-    blocks = {"BLOCK_N": math.gcd(config["BLOCK_N"], N), "BLOCK_K": math.gcd(config["BLOCK_K"], K)}
-    return config | blocks
+    n, k = math.gcd(config["BLOCK_N"], N), math.gcd(config["BLOCK_K"], K)
+    warps = config["num_warps"]
+    if k < config["BLOCK_K"]:
+        # More rows for each warp: of 16 rows by 128 elements Triton makes a layout that tears words of
+        # Hopper's codes apart (`launch.check_packing`).
+        warps = min(warps, max(1, n // 32))
+    return config | {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps}
 
 
 def _distance(shape: str, other: str) -> float:

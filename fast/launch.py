@@ -1,5 +1,6 @@
 """One launch of a Triton kernel as a value: to be run, compiled for an absent card, or emulated."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from fast.target import target_of
+from qwen35.errors import InputError
 
 OPTIONS = (
     "num_warps",
@@ -33,7 +35,49 @@ class Launch:
     weight_bytes: int = 0
 
     def __call__(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.options)
+        compiled = self.kernel[self.grid](**self.arguments, **self.options)
+        if compiled.hash not in _checked:
+            check_packing(self.name, compiled.asm["ttgir"])
+            _checked.add(compiled.hash)
+
+
+_checked: set[str] = set()  # hashes of compiled kernels
+_PACKED = re.compile(
+    r"packed_element = (\d+) : .*? : tensor<\w+, (#ttg\.\w+<\{.*?\}>|#\w+)>"
+)  # and the layout of the first operand
+
+
+def check_packing(name: str, ir: str) -> None:
+    """InputError when inline assembly that takes n elements at once is not given n neighbours of a row.
+
+    ir: Triton's own, with layouts ("ttgir"). Which elements go together Triton leaves open: they are
+    those that lie one after the other in a thread's registers, and that is up to the layout. Decoding
+    MXFP4 (`kernels/mxfp4.py`) takes a word's four bytes, so that any other four are garbage.
+    """
+    aliases = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
+    for number, layout in _PACKED.findall(ir):
+        n, text = int(number), aliases.get(layout, layout)
+        if n > 1 and not _are_neighbours(n, text):
+            raise InputError(
+                f"{name}: Triton hands {n} elements to an instruction that are no neighbours (its layout "
+                f"is {text}); another BLOCK_N, BLOCK_K or num_warps is needed"
+            )
+
+
+def _are_neighbours(n: int, layout: str) -> bool:
+    """Whether a thread's registers hold runs of n elements along the last dimension; n a power of two."""
+    if run := re.search(r"kWidth = (\d+)", layout):
+        return int(run[1]) % n == 0
+    if bases := re.search(r"register = \[(\[.*?\])\]", layout):
+        steps = [[int(x) for x in one.split(",")] for one in re.findall(r"\[(.*?)\]", bases[1])]
+        bits = n.bit_length() - 1
+        return [step[-1] for step in steps[:bits] if not any(step[:-1])] == [
+            1 << bit for bit in range(bits)
+        ]
+    if sizes := re.search(r"sizePerThread = \[([\d, ]+)\].*order = \[(\d+)", layout):
+        per_thread = [int(size) for size in sizes[1].split(",")]
+        return per_thread[-1] % n == 0 and int(sizes[2]) == len(per_thread) - 1
+    return False
 
 
 def constants(config: dict[str, int]) -> dict[str, int]:

@@ -18,6 +18,7 @@ def _decode_words(words, multiplier):
 
     words [N, K/2] uint8, as weights/words.py encodes them; multiplier [N, K/2] int32: bf16 2^(scale - 1),
     twice. A code's magnitude at the bottom of a bf16's exponent is 2^-126 times it, subnormal or not.
+    Which four bytes are packed is up to the layout; `launch.check_packing` wants those of a word.
     """
     return tl.inline_asm_elementwise(
         """

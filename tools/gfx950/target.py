@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast.launch import Launch
+from fast.launch import Launch, check_packing
 from qwen35.errors import InputError
 from tools.gfx950.emulator import Argument, Kernel, Statistics
 
@@ -52,14 +52,15 @@ class CompiledKernel:
 def compile_launch(launch: Launch, target: str) -> CompiledKernel:
     """Compile for "gfx950" or "sm_90"; tensors of the launch may be on the CPU or on `meta`.
 
-    The driver that was active before is so afterwards. InputError for an unknown target; what Triton
-    raises when it cannot compile goes through.
+    The driver that was active before is so afterwards. InputError for an unknown target, and of
+    `check_packing`; what Triton raises when it cannot compile goes through.
     """
     if target not in TARGETS:
         raise InputError(f"target {target!r} is none of {', '.join(TARGETS)}")
     *_, text, binary = TARGETS[target]
     with _stand_in_driver(target):
         kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+    check_packing(launch.name, kernel.asm["ttgir"])
     return CompiledKernel(
         name=kernel.metadata.name,
         target=target,

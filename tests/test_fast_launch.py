@@ -1,0 +1,100 @@
+"""What Triton packs for one instruction, read off its layouts: decoding on Hopper needs whole words."""
+
+import re
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fast.launch import Launch, check_packing
+from qwen35.errors import InputError
+
+pytest.importorskip("triton")
+
+from fast.moe import Experts
+from tools.gfx950.target import compile_launch
+
+META = torch.device("meta")
+TORN = "down D=4096 I=512: Triton hands 4 elements to an instruction that are no neighbours"
+
+IR = """
+#blocked = #ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [8, 4], warpsPerCTA = [4, 1], order = [1, 0]}>
+#rows = #ttg.blocked<{sizePerThread = [4, 1], threadsPerWarp = [8, 4], warpsPerCTA = [4, 1], order = [0, 1]}>
+#two = #ttg.blocked<{sizePerThread = [1, 2], threadsPerWarp = [8, 4], warpsPerCTA = [4, 1], order = [1, 0]}>
+#run = #ttg.linear<{register = [[0, 1], [0, 2], [8, 0]], lane = [[0, 4], [1, 0]], warp = [], block = []}>
+#torn = #ttg.linear<{register = [[0, 32], [0, 16], [0, 1], [0, 2]], lane = [[0, 8], [1, 0]], warp = [], block = []}>
+#turned = #ttg.linear<{register = [[0, 2], [0, 1], [8, 0]], lane = [[0, 4], [1, 0]], warp = [], block = []}>
+#down = #ttg.linear<{register = [[1, 1], [0, 2], [8, 0]], lane = [[0, 4], [1, 0]], warp = [], block = []}>
+%0 = tt.elementwise_inline_asm "prmt;" {constraints = "=r", packed_element = 1 : i32, pure = false} -> i32
+%1:2 = tt.elementwise_inline_asm "a { b" {constraints = "=r,r", packed_element = 4 : i32, pure = true} %w, %m : tensor<64x64xi8, LAYOUT>, tensor<64x64xi32, #torn> -> tensor<64x64xbf16, #torn>
+"""  # noqa: E501
+OF_A_PRODUCT = "#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = %d}>"
+
+
+@pytest.mark.parametrize("layout", ["#blocked", "#run", OF_A_PRODUCT % 4, OF_A_PRODUCT % 8])
+def test_four_neighbours_of_a_row_are_taken(layout: str):
+    check_packing("a kernel", IR.replace("LAYOUT", layout))
+
+
+@pytest.mark.parametrize(
+    "layout", ["#rows", "#two", "#torn", "#turned", "#down", "#unknown", OF_A_PRODUCT % 2]
+)
+def test_any_other_four_are_refused(layout: str):
+    with pytest.raises(InputError, match="a kernel: Triton hands 4 elements"):
+        check_packing("a kernel", IR.replace("LAYOUT", layout))
+
+
+def test_an_instruction_that_takes_one_element_may_have_any_layout():
+    check_packing("a kernel", IR.replace("LAYOUT", "#torn").replace("= 4 : i32", "= 1 : i32"))
+
+
+def down(I: int, **config: int) -> Launch:
+    experts = Experts(16, 4096, I, "sm_90", META)
+    experts.down_config |= config
+    x = torch.empty(4, 4096, dtype=torch.bfloat16, device=META)
+    chosen = torch.empty(4, 8, dtype=torch.int32, device=META)
+    return experts.launches(x, chosen, torch.empty(4, 8, device=META))[0][1]
+
+
+def test_blocks_of_16_rows_by_128_a_warp_which_computed_garbage_on_an_h200_are_refused():
+    with pytest.raises(InputError, match=re.escape(TORN)):
+        compile_launch(down(512, BLOCK_N=64, BLOCK_K=128, num_warps=4), "sm_90")
+    compile_launch(down(512, BLOCK_N=64, BLOCK_K=128, num_warps=2), "sm_90")
+
+
+def test_a_shape_whose_blocks_become_shorter_gets_a_layout_that_decodes():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 896 is not in the table
+        launch = down(896)
+    assert launch.arguments["BLOCK_K"] == 128
+    compile_launch(launch, "sm_90")
+
+
+def test_a_launch_on_the_card_is_checked_too_and_once():
+    class Compiled:
+        asked = 0
+        hash = "of a kernel that only this test has"
+
+        @property
+        def asm(self) -> dict[str, str]:
+            self.asked += 1
+            return {"ttgir": IR.replace("LAYOUT", layout)}
+
+    compiled = Compiled()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            return lambda **arguments: compiled  # pyright: ignore
+
+    launch = replace(down(512), name="on a card", kernel=Kernel())
+    layout = "#torn"
+    for _ in range(2):
+        with pytest.raises(InputError, match="on a card: Triton hands 4 elements"):
+            launch()
+    assert compiled.asked == 2
+    layout = "#run"
+    for _ in range(2):
+        launch()
+    assert compiled.asked == 3
