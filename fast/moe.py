@@ -1,6 +1,6 @@
 """The mixture of experts over MXFP4 weights for 1 to 8 rows: `Experts`, `SparseMoeBlock` around it."""
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import torch
@@ -31,9 +31,9 @@ class Experts(nn.Module):
     """x [N, D] bf16, experts [N, k] integers, weights [N, k] -> [N, D] bf16, N from 1 to 8.
 
     gate_up [E, 2 I, D/2] uint8: gate row 0, up row 0, gate row 1, ... and its scales [E, 2 I, D/32];
-    down [E, D, I/2] and [E, D, I/32]. Codes in the order that the target decodes: the checkpoint's own on
-    gfx950, that of `weights/words.py` on sm_90; scales flat. Sums are fp32; a row's bits do not depend on
-    other rows.
+    down [E, D, I/2] and [E, D, I/32]. gfx950 takes the checkpoint's own order. For sm_90 codes are
+    encoded as `weights/words.py` tells, and gate_up and its scales lie in its tiles. Sums are fp32; a
+    row's bits do not depend on other rows.
     """
 
     def __init__(self, E: int, D: int, I: int, target: str, device: torch.device) -> None:
@@ -46,6 +46,8 @@ class Experts(nn.Module):
                 f"both must be multiples of {words.SPAN}"
             )
         self.E, self.D, self.I, self.target = E, D, I, target
+        self.tile_n = words.TILE_N if target == "sm_90" else 1
+        self.tile_k = math.gcd(words.TILE_K, D)
         shape = configs.key(D=D, I=I)
         self.gate_up_config = configs.fitted(configs.lookup(target, "gate_up", shape), 2 * I, D)
         self.down_config = configs.fitted(configs.lookup(target, "down", shape), D, I)
@@ -118,9 +120,6 @@ class Experts(nn.Module):
         down: tuple[Tensor, Tensor],
     ) -> None:
         """One expert's codes and scales, in the checkpoint's order."""
-        order: Callable[[Tensor], Tensor] = {"gfx950": torch.clone, "sm_90": words.encode}[
-            self.target
-        ]
         for name, (_, scale) in {"gate": gate, "up": up, "down": down}.items():
             largest = int(scale.max())
             if largest > MAX_SCALE[self.target]:
@@ -129,9 +128,17 @@ class Experts(nn.Module):
                     + (" (NaN)" if largest == mxfp4.NAN_SCALE else "")
                     + f"; {self.target} decodes scales up to {MAX_SCALE[self.target]}"
                 )
-        self.gate_up[e, 0::2], self.gate_up[e, 1::2] = order(gate[0]), order(up[0])
-        self.gate_up_scale[e, 0::2], self.gate_up_scale[e, 1::2] = gate[1], up[1]
-        self.down[e], self.down_scale[e] = order(down[0]), down[1]
+        # Gate row 0, up row 0, gate row 1, ...: of codes, and of scales.
+        gate_up, gate_up_scale = (
+            torch.stack(two, 1).flatten(0, 1) for two in zip(gate, up, strict=True)
+        )
+        down_codes, down_scale = down
+        if self.target == "sm_90":
+            gate_up, down_codes = words.encode(gate_up), words.encode(down_codes)
+            gate_up = words.tiles(gate_up, self.tile_k // 2)
+            gate_up_scale = words.tiles(gate_up_scale, self.tile_k // 32)
+        self.gate_up[e], self.gate_up_scale[e] = gate_up, gate_up_scale
+        self.down[e], self.down_scale[e] = down_codes, down_scale
 
     def launches(
         self, x: Tensor, experts: Tensor, weights: Tensor, added: Tensor | None = None
@@ -163,7 +170,8 @@ class Experts(nn.Module):
             (2 * self.I // first["BLOCK_N"], N * k, 1),
             {
                 "x": x, "experts": experts, "weight": self.gate_up, "scale": self.gate_up_scale,
-                "first": first_pair, "hidden": hidden, "rows": N, **sizes, **constants(first),
+                "first": first_pair, "hidden": hidden, "rows": N,
+                "TILE_N": self.tile_n, "TILE_K": self.tile_k, **sizes, **constants(first),
             },
             options(first),
             first["BLOCK_N"] * first["BLOCK_K"] // 2,

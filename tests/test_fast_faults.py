@@ -125,7 +125,7 @@ def fault(name: str, module: str, check: Check, kind: str, *edits: tuple[str, st
 
 
 SILU = "gate / (1 + tl.exp(-gate)) * up  # [BLOCK_N/2, ROWS]"
-SCALES = "scales = scale + n * (D // 32) + tl.arange(0, BLOCK_K // 32)[None, :]"
+SCALES = "scales = scale + place(n, group, D // 32, TILE_K // 32, TILE_N)"
 SHARE = "share = tl.load(weights + row * TOP_K + slot,"
 SOURCE = "source = tl.load(first + row * TOP_K + slot, mask=row < rows, other=0)"
 FIRST = "tl.where(chosen == tl.load(experts + pair), earlier, pair)"
@@ -134,11 +134,11 @@ fault("gate and up swapped", "moe", experts, "numbers", ("gate, up = acc", "up, 
 fault("SiLU forgotten", "moe", experts, "numbers", (SILU, "gate * up"))
 fault(
     "the scale of the neighbouring group", "moe", experts, "numbers",
-    (SCALES, SCALES.replace("tl.arange(0, BLOCK_K // 32)", "(tl.arange(0, BLOCK_K // 32) ^ 1)")),
+    (SCALES, SCALES.replace("group", "group ^ 1")),
 )  # fmt: skip
 fault(
     "the scales of the row below", "moe", experts, "numbers",
-    (SCALES, SCALES.replace("n * (D", "(n ^ 1) * (D")),
+    (SCALES, SCALES.replace("(n,", "(n ^ 1,")),
 )  # fmt: skip
 fault(
     "high nibble first", "mxfp4", experts, "numbers",
@@ -174,7 +174,7 @@ fault(
 )  # fmt: skip
 fault(
     "the last block of the intermediate size skipped", "moe", wide_experts, "numbers",
-    ("tl.range(BLOCK_K, I, BLOCK_K)", "tl.range(BLOCK_K, I - BLOCK_K, BLOCK_K)"),
+    ("tl.range(0, I, BLOCK_K)", "tl.range(0, I - BLOCK_K, BLOCK_K)"),
 )  # fmt: skip
 fault(
     "hidden rows counted by the rows there are", "moe", experts, "numbers unwritten",

@@ -402,12 +402,17 @@ def test_aiters_shuffled_tensors_come_back_as_the_same_experts(target: str, rows
 
 @quiet
 def test_for_sm_90_codes_lie_in_the_order_that_hopper_decodes():
-    slow = slow_experts(3, 256, 128)
+    slow = slow_experts(3, 512, 128)
     fast, plain = Experts.from_reference(slow, "sm_90"), Experts.from_reference(slow, TARGET)
-    for name in ("gate_up", "down"):
+    for name in ("gate_up", "down", "gate_up_scale"):
         assert not torch.equal(getattr(fast, name), getattr(plain, name))
-        assert torch.equal(words.decode(getattr(fast, name)), getattr(plain, name))
-        assert torch.equal(getattr(fast, f"{name}_scale"), getattr(plain, f"{name}_scale"))
+    assert torch.equal(words.decode(fast.down), plain.down)
+    assert torch.equal(fast.down_scale, plain.down_scale)
+    for e in range(3):
+        codes = words.rows(fast.gate_up[e], fast.tile_k // 2)
+        assert torch.equal(words.decode(codes), plain.gate_up[e])
+        scale = words.rows(fast.gate_up_scale[e], fast.tile_k // 32)
+        assert torch.equal(scale, plain.gate_up_scale[e])
 
 
 @quiet

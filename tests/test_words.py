@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen35.errors import InputError
 from weights import mxfp4
-from weights.words import PLACES, SPAN, TURNS, decode, encode
+from weights.words import PLACES, SPAN, TILE_N, TURNS, decode, encode, rows, tiles
 
 KERNEL = Path(__file__).parents[1] / "fast/kernels/mxfp4.py"
 
@@ -180,7 +180,32 @@ def test_the_kernel_computes_k_as_this_file_does():
     assert "twice = (scale.to(tl.int32) + 126) * 0x00800080" in source
 
 
+# ---- tiles
+
+
+@pytest.mark.parametrize(("N", "L", "width"), [(64, 128, 128), (256, 512, 128), (192, 24, 4)])
+def test_tiles_lie_where_the_kernel_looks_for_them_and_return(N: int, L: int, width: int):
+    pytest.importorskip("triton")
+    from fast.kernels.mxfp4 import place as kernels_place
+
+    place = kernels_place.fn
+    matrix = codes_of(6, N, L)
+    tiled = tiles(matrix, width)
+    assert tiled.shape == matrix.shape and tiled.is_contiguous()
+    n, j = torch.arange(N)[:, None], torch.arange(L)[None, :]
+    assert torch.equal(tiled.flatten()[place(n, j, L, width, TILE_N)], matrix)
+    assert torch.equal(matrix.flatten()[place(n, j, L, width, 1)], matrix)
+    assert torch.equal(rows(tiled, width), matrix)
+
+
 # ---- bad input
+
+
+@pytest.mark.parametrize("function", [tiles, rows])
+@pytest.mark.parametrize(("N", "L"), [(96, 128), (64, 64)])
+def test_a_matrix_that_tiles_do_not_divide_is_refused(function, N: int, L: int):
+    with pytest.raises(InputError, match=re.escape(f"a matrix [{N}, {L}] in tiles of 64 x 128")):
+        function(torch.zeros(N, L), 128)
 
 
 @pytest.mark.parametrize("function", [encode, decode])

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import is_hip
 
-from fast.kernels.mxfp4 import dot
+from fast.kernels.mxfp4 import dot, place
 
 MAX_PAIRS = tl.constexpr(128)  # rows times top-k, rounded up to a power of two
 
@@ -41,14 +41,15 @@ def _stored():
 @triton.jit
 def gate_up(
     x, experts, weight, scale, first, hidden, rows,
-    D: tl.constexpr, I: tl.constexpr, OVERLAP: tl.constexpr,
+    D: tl.constexpr, I: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """hidden[pair, row] = silu(gate(x[row])) * up(x[row]), for the first pair of each expert.
 
     x [rows, D] bf16, experts [rows * k] int32, weight [E, 2 I, D/2] uint8 (gate row 0, up row 0, gate row
-    1, ...), scale [E, 2 I, D/32] uint8 -> hidden [rows * k, 8, I] bf16, first [rows * k] int32: the first
-    pair of each pair's expert. Grid (2 I / BLOCK_N, rows * k).
+    1, ...) and scale [E, 2 I, D/32] uint8, both in tiles of TILE_N rows by TILE_K elements -> hidden
+    [rows * k, 8, I] bf16, first [rows * k] int32: the first pair of each pair's expert.
+    Grid (2 I / BLOCK_N, rows * k).
     """
     if OVERLAP:
         gdc_launch_dependents()  # `down` may fetch its weights as soon as there is room
@@ -59,11 +60,12 @@ def gate_up(
         tl.store(first + pair, earliest)
     if earliest == pair:
         n = expert * (2 * I) + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-        codes = weight + n * (D // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
-        scales = scale + n * (D // 32) + tl.arange(0, BLOCK_K // 32)[None, :]
+        byte, group = tl.arange(0, BLOCK_K // 2)[None, :], tl.arange(0, BLOCK_K // 32)[None, :]
+        codes = weight + place(n, byte, D // 2, TILE_K // 2, TILE_N)
+        scales = scale + place(n, group, D // 32, TILE_K // 32, TILE_N)
         acc = tl.zeros((BLOCK_N, ROWS), tl.float32)
         for k in tl.range(0, D, BLOCK_K):
-            w, s = tl.load(codes + k // 2), tl.load(scales + k // 32)
+            w, s = tl.load(codes + k // 2 * TILE_N), tl.load(scales + k // 32 * TILE_N)
             acc = dot(w, s, x + k, D, rows, acc, BLOCK_N, BLOCK_K, ROWS)
         gate, up = acc.reshape(BLOCK_N // 2, 2, ROWS).permute(0, 2, 1).split()
         activated = gate / (1 + tl.exp(-gate)) * up  # [BLOCK_N/2, ROWS]
@@ -91,19 +93,20 @@ def down(
     n = tl.load(experts + pair).to(tl.int64) * D + column
     codes = weight + n * (I // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
     scales = scale + n * (I // 32) + tl.arange(0, BLOCK_K // 32)[None, :]
-    if _first(experts, pair) == pair:
+    earliest = _first(experts, pair)
+    # What is before the wait does not need `gate_up`, and overlaps with its end: the weights too, if they
+    # are one block. Of several, to fetch the first by itself costs more than it saves.
+    if OVERLAP and (I > BLOCK_K or earliest < pair):
+        gdc_wait()
+    if earliest == pair:
         acc = tl.zeros((BLOCK_N, ROWS), tl.float32)
         x = hidden + pair * 8 * I
-        w, s = tl.load(codes), tl.load(scales)
-        if OVERLAP:
-            gdc_wait()  # what is before this does not need `gate_up`, and overlaps with its end
-        acc = dot(w, s, x, I, rows, acc, BLOCK_N, BLOCK_K, ROWS)
-        for k in tl.range(BLOCK_K, I, BLOCK_K):
+        for k in tl.range(0, I, BLOCK_K):
             w, s = tl.load(codes + k // 2), tl.load(scales + k // 32)
+            if OVERLAP and I == BLOCK_K:
+                gdc_wait()
             acc = dot(w, s, x + k, I, rows, acc, BLOCK_N, BLOCK_K, ROWS)
         tl.store(partial + (pair * 8 + row) * D + column, acc, mask=row < rows)
-    elif OVERLAP:
-        gdc_wait()
     _stored()
     before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
     if before == pairs - 1:

@@ -48,6 +48,16 @@ def _decode_words(words, multiplier):
 
 
 @triton.jit
+def place(n, j, LENGTH: tl.constexpr, WIDTH: tl.constexpr, TILE_N: tl.constexpr):
+    """Where row n, column j lies in a matrix [..., LENGTH] of contiguous tiles, TILE_N rows by WIDTH.
+
+    With TILE_N = 1 that is row-major order.
+    """
+    inside = n % TILE_N * WIDTH + j % WIDTH
+    return n // TILE_N * (TILE_N * LENGTH) + j // WIDTH * (TILE_N * WIDTH) + inside
+
+
+@triton.jit
 def dot(
     weight, scale, x, K, rows, acc,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
