@@ -3,6 +3,7 @@
 `Cache` is the one visible object: a forward reads it and writes it, nothing else holds state.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -49,6 +50,10 @@ class KVCache:
         """Forget the last `tokens` positions."""
         self.length -= tokens
 
+    def take(self, k: Tensor, v: Tensor) -> None:
+        """Append k, v [B, G, T, K] from any device."""
+        self.append(k.to(self.k.device), v.to(self.v.device))
+
     def tensors(self) -> dict[str, Tensor]:
         """What is held, by name, [B, G, length, K] each (views)."""
         return {"k": self.k[:, :, : self.length], "v": self.v[:, :, : self.length]}
@@ -92,6 +97,11 @@ class DeltaState:
         self.rows, self.trail = self.rows[:, :-tokens], self.trail[:-tokens]
         self.conv = self.rows[:, self.rows.shape[1] - self.conv.shape[1] :]
         self.recurrent = self.trail[-1]
+
+    def take(self, conv: Tensor, recurrent: Tensor) -> None:
+        """Go on from copies of conv and recurrent, which may be on any device."""
+        device = self.conv.device
+        self.conv, self.recurrent = (t.to(device, copy=True) for t in (conv, recurrent))
 
     def tensors(self) -> dict[str, Tensor]:
         """What the next pass starts from, by name."""
@@ -139,8 +149,48 @@ class Cache:
         layers = [kv() if kind == "full_attention" else delta() for kind in config.layer_types]
         return cls(layers, kv() if config.mtp_num_hidden_layers else None)
 
+    def advance(self, tokens: int) -> None:
+        """Count tokens that every layer of the trunk has seen."""
+        self.length += tokens
+
     def rollback(self, tokens: int) -> None:
         """Take back the last `tokens` trunk positions (at most those of the last decode pass)."""
         for layer in self.layers:
             layer.rollback(tokens)
         self.length -= tokens
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for that many positions in every layer that keeps keys and values."""
+        for state in (*self.layers, self.mtp):
+            if isinstance(state, KVCache):
+                state.reserve(capacity)
+
+    def snapshot(self, first: int = 0, *, mtp: bool = True) -> dict[str, Tensor]:
+        """All that is held, by the name of its node; of keys and values only positions `first` and later.
+
+        `layers.3.k` and `layers.3.v`: [B, G, length - first, K]. `layers.0.conv` and
+        `layers.0.recurrent`: the state after the last token. `mtp.k` and `mtp.v`: the MTP head stays one
+        row behind the trunk, so its rows begin at first - 1. mtp: whether they are wanted. The tensors
+        are views; no later pass of a prefill writes into them.
+        """
+        held: dict[str, Tensor] = {}
+        for node, state in self._nodes(mtp).items():
+            before = max(first - 1, 0) if node == "mtp" else first
+            for name, tensor in state.tensors().items():
+                is_kv = isinstance(state, KVCache)
+                held[f"{node}.{name}"] = tensor[:, :, before:] if is_kv else tensor
+        return held
+
+    def restore(
+        self, parts: Sequence[Mapping[str, Tensor]], length: int, *, mtp: bool = True
+    ) -> None:
+        """Copy snapshots that follow one another into this empty cache; `length` is all their tokens."""
+        for node, state in self._nodes(mtp).items():
+            for part in parts if isinstance(state, KVCache) else parts[-1:]:
+                names = state.tensors()
+                state.take(*(part[f"{node}.{name}"] for name in names))
+        self.length = length
+
+    def _nodes(self, mtp: bool) -> dict[str, State]:
+        states = {f"layers.{i}": state for i, state in enumerate(self.layers)}
+        return states | {"mtp": self.mtp} if mtp and self.mtp is not None else states

@@ -1,185 +1,28 @@
-"""Prefill and decode, and `python -m qwen35.generate`."""
+"""`python -m qwen35.generate`: the command line over generation.py."""
 
 import argparse
-import hashlib
 import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from qwen35.cache import Cache
 from qwen35.cli import Parser, parse_ids, run
 from qwen35.config import as_ids
 from qwen35.errors import InputError
+from qwen35.generation import Generation
 from qwen35.load import DTYPES, load, locate
-from qwen35.prefix_cache import PrefixCache, fingerprint, identity
+from qwen35.prefix.cache import PrefixCache
+from qwen35.prefix.keys import fingerprint, identity
 from qwen35.requests import parse_request
-from qwen35.sampling import Sampling, pick
-from qwen35.speculative import Decoder, DraftStats
+from qwen35.sampling import Sampling
 from qwen35.tokenizer import Message, Tokenizer
-from reference.linear import GRID
 from reference.model import Model
-
-
-def prefill(
-    model: Model,
-    ids: list[int],
-    cache: Cache,
-    *,
-    chunk: int,
-    draft: bool,
-    hidden: Tensor | None = None,
-    stops: Sequence[int] = (),
-    at_stop: Callable[[int, Tensor], object] = lambda end, hidden: None,
-    progress: Callable[[int], object] = lambda tokens: None,
-) -> Tensor:
-    """Compute what `cache` lacks of a prompt; returns the trunk's state of its last token, [1, 1, D].
-
-    Passes begin and end on the 64-token grid, `chunk` tokens at a time; the tail beyond the grid is a
-    pass of its own. What a token computes is the same at any chunk size. draft: also run the MTP head
-    over the prompt, all rows but the last, whose next token is not known yet. It stays a row behind, so
-    what it has computed at a stop does not depend on what follows.
-
-    hidden: the state of the last token that is in the cache, [1, 1, D]. stops: positions on the grid
-    where a pass ends, whatever the chunk; `at_stop` gets each with the state of the token before it.
-    """
-    device = model.embed_tokens.weight.device
-    start, whole = cache.length, len(ids) // GRID * GRID
-    edges = sorted({start, *range(start, whole, chunk), *stops, max(start, whole), len(ids)})
-    before = hidden
-    for first, last in pairwise(edges):
-        computed = model(torch.tensor([ids[first:last]], device=device), cache)  # [1, T, D]
-        earlier = [] if before is None else [before]
-        behind = torch.cat([*earlier, computed[:, :-1]], dim=1)
-        if draft and behind.shape[1]:
-            following = torch.tensor([ids[last - behind.shape[1] : last]], device=device)
-            model.draft(following, behind, cache)
-        before = computed[:, -1:]
-        if last in stops:
-            at_stop(last, before)
-        progress(last - first)
-    assert before is not None, "a prompt has at least one token"
-    return before
-
-
-@dataclass
-class Generation:
-    """One continuation of a prompt: iterate over it for (token, logits [V]); then read the figures."""
-
-    model: Model
-    prompt: list[int]
-    max_new_tokens: int
-    sampling: Sampling
-    stop: frozenset[int]
-    draft_tokens: int
-    prefill_chunk: int = 2048
-    prefix_cache: PrefixCache | None = None
-    digest: bool = False
-    progress: Callable[[int], object] = lambda tokens: None
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = "interrupted"
-    draft: DraftStats = field(default_factory=DraftStats)
-    cached_tokens: int = 0
-    cache_reason: str = ""
-    logits_sha256: str = ""
-    ttft_s: float = 0.0
-    decode_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.model.config.check_prompt(self.prompt, new_tokens=1)
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens = {self.max_new_tokens}; expected at least 1")
-        if self.prefill_chunk < GRID or self.prefill_chunk % GRID:
-            raise InputError(
-                f"prefill_chunk = {self.prefill_chunk}; expected a multiple of {GRID}, the grid"
-            )
-        if self.draft_tokens < 0:
-            raise InputError(f"draft_tokens = {self.draft_tokens}; expected an integer >= 0")
-        if self.draft_tokens and self.model.mtp is None:
-            raise InputError(
-                f"draft_tokens = {self.draft_tokens}, but the checkpoint has no MTP head"
-            )
-
-    @torch.inference_mode()
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        started = time.perf_counter()
-        self.token_ids = []
-        room = self.model.config.max_position_embeddings - len(self.prompt)
-        limit = min(self.max_new_tokens, room)
-        bits = hashlib.sha256()
-        with self._reused() as (cache, hidden):
-            logits = self.model.lm_head(hidden)[0, 0]  # [V]
-            token = pick(logits, len(self.prompt), self.sampling)
-            first = time.perf_counter()
-            self.ttft_s = first - started
-            decoder = Decoder(
-                self.model, cache, token=token, hidden=hidden,
-                depth=self.draft_tokens, sampling=self.sampling, stop=self.stop,
-            )  # fmt: skip
-            self.draft = decoder.stats
-            fresh = [(token, logits)]
-            # The first token is out before anything is kept for later.
-            yield from self._given(fresh, first, bits)
-        while True:
-            if self.token_ids[-1] in self.stop:
-                self.finish_reason = "stop"
-                return
-            if len(self.token_ids) == limit:
-                self.finish_reason = "length"
-                return
-            yield from self._given(decoder.round(limit - len(self.token_ids)), first, bits)
-
-    def _given(
-        self, fresh: list[tuple[int, Tensor]], first: float, bits: "hashlib._Hash"
-    ) -> Iterator[tuple[int, Tensor]]:
-        for token, logits in fresh:
-            self.token_ids.append(token)
-            if self.digest:
-                bits.update(logits.float().cpu().numpy().astype("<f4").tobytes())
-                self.logits_sha256 = bits.hexdigest()
-            self.decode_s = time.perf_counter() - first
-            yield token, logits
-
-    @contextmanager
-    def _reused(self) -> Iterator[tuple[Cache, Tensor]]:
-        """The prompt's cache and the state of its last token, [1, 1, D]; at the end of the block, what
-        the prefix cache has not had of it is kept there."""
-        cache, draft = self.model.new_cache(), self.draft_tokens > 0
-        settings: dict[str, Any] = {
-            "chunk": self.prefill_chunk, "draft": draft, "progress": self.progress
-        }  # fmt: skip
-        if self.prefix_cache is None:
-            yield cache, prefill(self.model, self.prompt, cache, **settings)
-            return
-        kept = self.prefix_cache
-        reuse = kept.begin(self.prompt, draft=draft)
-        self.cached_tokens, self.cache_reason = reuse.length, reuse.reason
-        try:
-            room = len(self.prompt) + self.max_new_tokens + self.draft_tokens
-            hidden = kept.restore(reuse, cache, room=room, draft=draft)
-            self.progress(reuse.length)
-            yield cache, prefill(
-                self.model, self.prompt, cache, hidden=hidden, stops=reuse.stops,
-                at_stop=lambda end, h: kept.keep(reuse, cache, h, end, draft=draft), **settings,
-            )  # fmt: skip
-            kept.finish(reuse, self.prompt)
-        finally:
-            kept.release(reuse)
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Decode speed: the first token, which prefill gives, is not counted."""
-        return (len(self.token_ids) - 1) / self.decode_s if len(self.token_ids) > 1 else 0.0
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
@@ -313,16 +156,16 @@ def _prefix_cache(args: argparse.Namespace, model: Model, folder: Path) -> Prefi
     """In the folder asked for; in memory where several prompts come one after the other."""
     if not args.prefix_cache_bytes or not (args.prefix_cache or args.chat or args.requests):
         return None
-    home = None
+    store = None
     mark = fingerprint(folder) if args.prefix_cache else ""
     if args.prefix_cache:
-        from qwen35.prefix_files import Folder
+        from qwen35.prefix.folder import Folder
 
-        home = Folder(args.prefix_cache, identity(model, mark))
-        for line in home.problems():
+        store = Folder(args.prefix_cache, identity(model, mark))
+        for line in store.problems():
             _say(f"prefix cache: {line}")
     return PrefixCache(
-        model, budget=args.prefix_cache_bytes, home=home, checkpoint=mark,
+        model, budget=args.prefix_cache_bytes, store=store, checkpoint=mark,
         warn=lambda line: _say(f"prefix cache: {line}"),
     )  # fmt: skip
 

@@ -6,9 +6,10 @@ them), and with the forward signature of the node that it replaces. It knows tor
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from itertools import accumulate
 from typing import Protocol
 
@@ -31,6 +32,29 @@ def matching(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     if not found:
         near = difflib.get_close_matches(pattern, named, n=3, cutoff=0.3) or list(named)[:3]
         raise InputError(f"pattern {pattern!r} matches no node; the nearest are {', '.join(near)}")
+    return found
+
+
+def nodes(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
+    """The modules whose name matches a glob and that run as such. What happens inside a routed expert is
+    left out unless the pattern names it (`layers.3.mlp.experts.7.*`). InputError when there is none."""
+    fits = re.compile(translate(pattern)).match
+    inside = (
+        ".experts." in pattern
+    )  # the thousands inside of experts are walked only if they are wanted
+    found: dict[str, nn.Module] = {}
+    rest = [("", model)]
+    while rest:
+        prefix, module = rest.pop()
+        children = [(f"{prefix}{name}", child) for name, child in module.named_children()]
+        for name, child in children:
+            is_list = isinstance(child, nn.ModuleList) and not name.endswith("experts")
+            if not is_list and fits(name):
+                found[name] = child
+        rest += [(f"{name}.", c) for name, c in children if inside or not name.endswith("experts")]
+    if not found:
+        matching(model, pattern)  # says which names are near
+        raise InputError(f"pattern {pattern!r} matches no node that runs by itself")
     return found
 
 

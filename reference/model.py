@@ -18,7 +18,7 @@ class Model(nn.Module):
     the final norm; updates `cache`. `lm_head` turns hidden states into logits [B, T, vocab].
 
     A pass of at most DECODE_ROWS tokens is a decode pass; a longer one is prefill and must start on
-    the 64-token grid (see `qwen35.generate.prefill`).
+    the 64-token grid (see `qwen35.generation.prefill`).
     """
 
     def __init__(self, config: Config) -> None:
@@ -39,7 +39,7 @@ class Model(nn.Module):
         hidden = self.embed_tokens(ids)  # [B, T, D]
         for layer, state in zip(self.layers, cache.layers, strict=True):
             hidden = layer(hidden, state)
-        cache.length += ids.shape[1]
+        cache.advance(ids.shape[1])
         return self.norm(hidden)
 
     def draft(self, ids: Tensor, hidden: Tensor, cache: Cache) -> Tensor:

@@ -2,7 +2,7 @@
 
 Prompts are made of a few blocks, so that they share beginnings; they are submitted, continued with their
 own answers, forked, abandoned in the middle; caches are restarted, shrunk, damaged and held in use. After
-every step the bytes are within the budget, no stretch lacks its parent, and nothing is held by nobody.
+every step the bytes are within the budget, no segment lacks its parent, and nothing is held by nobody.
 """
 
 import shutil
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from qwen35.cache import Cache
 from qwen35.config import Config
-from qwen35.generate import Generation, prefill
-from qwen35.prefix_cache import Memory, PrefixCache, Reuse, identity
-from qwen35.prefix_files import Folder
+from qwen35.generation import Generation, prefill
+from qwen35.prefix.cache import PrefixCache, Reuse
+from qwen35.prefix.folder import Folder
+from qwen35.prefix.keys import identity
+from qwen35.prefix.store import Memory
 from qwen35.sampling import Sampling
 from reference.linear import GRID
 from reference.model import Model
@@ -122,9 +124,9 @@ CHUNKS = st.sampled_from([GRID, 2 * GRID, 8 * GRID])
 
 
 class Machine(RuleBasedStateMachine):
-    """The steps; a home is chosen by those who inherit."""
+    """The steps; a store is chosen by those who inherit."""
 
-    models = 1  # how many share the home
+    models = 1  # how many share the store
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +136,7 @@ class Machine(RuleBasedStateMachine):
         self.damaged = False
         self.warned: list[str] = []
 
-    # A home's own
+    # A store's own
 
     def restarted(self) -> None:
         """A new process: what is in memory is gone, what is in a folder stays."""
@@ -146,7 +148,7 @@ class Machine(RuleBasedStateMachine):
     def pins(self) -> int:
         raise NotImplementedError
 
-    def home(self, seed: int) -> Any:
+    def store(self, seed: int) -> Any:
         raise NotImplementedError
 
     # Steps
@@ -164,7 +166,7 @@ class Machine(RuleBasedStateMachine):
     def open(self) -> None:
         self.caches = [
             PrefixCache(
-                small(seed), budget=self.budget, interval=self.interval, home=self.home(seed),
+                small(seed), budget=self.budget, interval=self.interval, store=self.store(seed),
                 checkpoint=str(seed), warn=self.warned.append,
             )
             for seed in range(self.models)
@@ -286,11 +288,11 @@ class Machine(RuleBasedStateMachine):
     def no_orphans_and_no_leaks(self) -> None:
         if not hasattr(self, "caches"):
             return
-        stretches = self.caches[0].home.stretches()
-        for stretch in () if self.damaged else stretches.values():
-            assert stretch.first == 0 or stretch.parent in stretches
+        segments = self.caches[0].store.segments()
+        for segment in () if self.damaged else segments.values():
+            assert segment.first == 0 or segment.parent in segments
         for _, reuse, _, _ in self.held:
-            assert set(reuse.pinned) <= stretches.keys()
+            assert set(reuse.pinned) <= segments.keys()
         assert self.pins() == sum(len(reuse.pinned) for _, reuse, _, _ in self.held)
 
     def teardown(self) -> None:
@@ -304,7 +306,7 @@ class InMemory(Machine):
     def restarted(self) -> None:
         self.memory = Memory()
 
-    def home(self, seed: int) -> Memory:
+    def store(self, seed: int) -> Memory:
         return self.memory
 
     def sizes(self) -> dict[str, int]:
@@ -325,7 +327,7 @@ class InFolder(Machine):
         if not hasattr(self, "folder"):
             self.folder = Path(tempfile.mkdtemp())
 
-    def home(self, seed: int) -> Folder:
+    def store(self, seed: int) -> Folder:
         return Folder(self.folder, identity(small(seed), str(seed)))
 
     def files(self) -> list[Path]:
@@ -335,7 +337,7 @@ class InFolder(Machine):
         return {file.name: file.stat().st_size for file in self.files()}
 
     def pins(self) -> int:
-        return sum(len(held) for cache in self.caches for held in cache.home.in_use.values())  # pyright: ignore
+        return sum(len(held) for cache in self.caches for held in cache.store.in_use.values())  # pyright: ignore
 
     @precondition(lambda self: self.asked and not self.held)
     @rule(

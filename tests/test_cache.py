@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen35.cache import Cache, DeltaState, KVCache
-from qwen35.generate import prefill
+from qwen35.generation import prefill
 from reference.linear import DECODE_ROWS
 from reference.model import Model
 from tests.family import small_model

@@ -19,7 +19,8 @@ from qwen35 import load as load_module
 from qwen35.cli import run
 from qwen35.config import Config
 from qwen35.errors import InputError
-from qwen35.generate import Generation, build_parser, main
+from qwen35.generate import build_parser, main
+from qwen35.generation import Generation
 from qwen35.load import load
 from qwen35.sampling import Sampling
 from reference import quantized

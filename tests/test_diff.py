@@ -24,11 +24,11 @@ from torch.nn import functional as F
 import reference.attention
 import reference.deltanet
 from qwen35.cache import DeltaState, KVCache
-from qwen35.diff import diff, passes
+from qwen35.compare.diff import diff, passes
+from qwen35.compare.judge import MOST, Judge, Report, Row
+from qwen35.compare.trace import trace
 from qwen35.errors import InputError
-from qwen35.judge import MOST, Judge, Report, Row
 from qwen35.load import TINY, Loader, load
-from qwen35.trace import trace
 from reference.attention import GatedAttention
 from reference.deltanet import GatedDeltaNet
 from reference.layer import DecoderLayer

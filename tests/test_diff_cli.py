@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qwen35.cli import run
+from qwen35.compare.trace import trace
+from qwen35.compare.trace_file import save_trace
 from qwen35.load import TINY, load
-from qwen35.trace import trace
-from qwen35.trace_file import save_trace
 from reference.moe import MLP
 from tests.checkpoints import QWEN3_5, write
 from tools.diff import build_parser, main

@@ -5,7 +5,7 @@ Wrong drafts cannot change the tokens, only waste passes: no comparison of token
 
 import torch
 
-from qwen35.generate import prefill
+from qwen35.generation import prefill
 from qwen35.load import TINY, load
 from qwen35.sampling import Sampling, pick
 from qwen35.speculative import Decoder

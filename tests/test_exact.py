@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwen35.cli import run
-from qwen35.generate import Generation
+from qwen35.generation import Generation
 from qwen35.load import TINY, load
 from qwen35.sampling import Sampling
 from reference.model import Model

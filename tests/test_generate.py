@@ -20,7 +20,8 @@ import torch
 from qwen35 import load as load_module
 from qwen35.cli import parse_ids, run
 from qwen35.errors import InputError
-from qwen35.generate import Generation, build_parser, generation_config, main
+from qwen35.generate import build_parser, generation_config, main
+from qwen35.generation import Generation
 from qwen35.load import load
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer

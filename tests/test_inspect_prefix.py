@@ -12,11 +12,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qwen35 import prefix_files
 from qwen35.cli import run
-from qwen35.generate import Generation
-from qwen35.prefix_cache import PrefixCache, chained, identity, root_of
-from qwen35.prefix_files import Folder
+from qwen35.generation import Generation
+from qwen35.prefix import folder as prefix_files
+from qwen35.prefix.cache import PrefixCache
+from qwen35.prefix.folder import Folder
+from qwen35.prefix.keys import chained, identity, root_of
 from qwen35.sampling import Sampling
 from reference.model import Model
 from tests.family import small_model
@@ -33,8 +34,8 @@ def model() -> Model:
 
 
 def fill(folder: Path, model: Model, ids: list[int], *, checkpoint: str, draft: int = 1) -> None:
-    home = Folder(folder, identity(model, checkpoint))
-    cache = PrefixCache(model, budget=1 << 30, interval=2, home=home, checkpoint=checkpoint)
+    store = Folder(folder, identity(model, checkpoint))
+    cache = PrefixCache(model, budget=1 << 30, interval=2, store=store, checkpoint=checkpoint)
     result = Generation(model, ids, 1, Sampling(), frozenset(), draft, prefix_cache=cache)
     for _ in result:
         pass
@@ -42,7 +43,7 @@ def fill(folder: Path, model: Model, ids: list[int], *, checkpoint: str, draft: 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, model: Model) -> Path:
-    """Stretches 0..128, 128..256; after the first one also 128..192 and, on from there, 192..256; of
+    """Segments 0..128, 128..256; after the first one also 128..192 and, on from there, 192..256; of
     another checkpoint, and without drafts, 0..64."""
     folder = tmp_path_factory.mktemp("prefixes")
     fill(folder, model, PROMPT[:256], checkpoint="a")
@@ -81,17 +82,17 @@ def document(cli: Cli, folder: Path, status: int = 0) -> dict[str, Any]:
 
 
 def row_of(found: dict[str, Any], ids: list[int], model: Model, checkpoint: str = "a") -> Any:
-    """The row of the stretch that ends where these ids end."""
+    """The row of the segment that ends where these ids end."""
     key = chained(root_of(identity(model, checkpoint)), ids)[-1]
-    return next(row for row in found["stretches"] if row["key"] == key)
+    return next(row for row in found["segments"] if row["key"] == key)
 
 
-def test_a_tree_of_stretches(cli: Cli, folder: Path, model: Model) -> None:
+def test_a_tree_of_segments(cli: Cli, folder: Path, model: Model) -> None:
     """Each after its parent, with positions, depth and size."""
     found = document(cli, folder)
-    assert found.keys() == {"stretches", "identities", "problems", "bytes"}
+    assert found.keys() == {"segments", "identities", "problems", "bytes"}
     assert found["problems"] == []
-    rows = found["stretches"]
+    rows = found["segments"]
     assert len(rows) == 5
     places = {row["key"]: i for i, row in enumerate(rows)}
     for i, row in enumerate(rows):
@@ -116,14 +117,14 @@ def test_identities_and_bytes(cli: Cli, folder: Path, model: Model) -> None:
     found = document(cli, folder)
     fields = {row["fields"]["checkpoint"]: row["fields"] for row in found["identities"]}
     assert fields == {name: identity(model, name) for name in "ab"}
-    assert {r["fields"]["checkpoint"]: r["stretches"] for r in found["identities"]} == {
+    assert {r["fields"]["checkpoint"]: r["segments"] for r in found["identities"]} == {
         "a": 4,
         "b": 1,
     }
     assert found["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
     assert found["bytes"] == sum(row["bytes"] for row in found["identities"])
     for row in found["identities"]:
-        own = [one["bytes"] for one in found["stretches"] if one["root"] == row["root"]]
+        own = [one["bytes"] for one in found["segments"] if one["root"] == row["root"]]
         assert sum(own) == row["bytes"]
         assert row["root"] == root_of(row["fields"])
 
@@ -137,18 +138,18 @@ def test_when_it_was_used(cli: Cli, folder: Path, model: Model) -> None:
     for name, used in (("a", 2_000_000_000), ("b", 1_000_000_000)):
         os.utime(folder / f"{keys[name]}.safetensors", (used, used))
     found = document(cli, folder)
-    assert found["stretches"][0]["key"] == keys["b"]
-    assert found["stretches"][-1]["key"] == keys["a"]
-    assert found["stretches"][0]["used"][:4] == "2001"
-    assert found["stretches"][-1]["used"][:4] == "2033"
+    assert found["segments"][0]["key"] == keys["b"]
+    assert found["segments"][-1]["key"] == keys["a"]
+    assert found["segments"][0]["used"][:4] == "2001"
+    assert found["segments"][-1]["used"][:4] == "2033"
 
 
 def test_for_people(cli: Cli, folder: Path) -> None:
-    """The same in lines: an identity's fields, then its stretches, indented by depth."""
+    """The same in lines: an identity's fields, then its segments, indented by depth."""
     found = document(cli, folder)
     status, out, err = cli("--prefix-cache", folder)
     assert (status, err) == (0, "")
-    for row in found["stretches"]:
+    for row in found["segments"]:
         (line,) = [one for one in out.splitlines() if one.lstrip().startswith(row["key"][:12])]
         assert len(line) - len(line.lstrip()) == 2 * (row["depth"] + 1)
         after = row["parent"][:12] if row["parent"] else "start"
@@ -176,7 +177,7 @@ def test_damage_makes_it_exit_1(cli: Cli, folder: Path, model: Model) -> None:
     assert damaged["key"] == key and "damaged" in damaged["problem"]
     assert len(orphans) == 2
     assert all(key[:12] in row["problem"] for row in orphans)
-    assert len(found["stretches"]) == 4
+    assert len(found["segments"]) == 4
     assert found["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
     status, out, _ = cli("--prefix-cache", folder)
     assert status == 1
@@ -205,16 +206,16 @@ def test_nothing_is_changed(cli: Cli, folder: Path, model: Model) -> None:
     (folder / "notes.txt").write_text("notes")
     (folder / f"{'0' * 64}.safetensors").mkdir()
     before = {e.name: (e.stat().st_mtime_ns, e.stat().st_ino) for e in os.scandir(folder)}
-    home = Folder(folder, identity(model, "a"))
+    store = Folder(folder, identity(model, "a"))
     os.utime(folder, (5, 5))
-    for key in home.stretches():
-        assert home.pin(key)
+    for key in store.segments():
+        assert store.pin(key)
     times = {e.name: e.stat().st_mtime_ns for e in os.scandir(folder)}
     (folder / "lock").touch()
     os.utime(folder, (5, 5))
     locked = prefix_files.fcntl.flock
-    locked(home.lock, prefix_files.fcntl.LOCK_EX)  # would be waited for without end
-    assert len(document(cli, folder)["stretches"]) == 5
+    locked(store.lock, prefix_files.fcntl.LOCK_EX)  # would be waited for without end
+    assert len(document(cli, folder)["segments"]) == 5
     assert folder.stat().st_mtime == 5
     assert {e.name: e.stat().st_mtime_ns for e in os.scandir(folder) if e.name != "lock"} == times
     assert before.keys() == times.keys()
@@ -244,39 +245,39 @@ def test_evicted_meanwhile(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(inspect_prefix, "examine", late)
     found = document(cli, folder)
-    assert len(seen) == 5 and len(found["stretches"]) == 3
+    assert len(seen) == 5 and len(found["segments"]) == 3
     assert not any("damaged" in row["problem"] for row in found["problems"])
 
 
 def test_a_deep_chain(cli: Cli, tmp_path: Path, model: Model) -> None:
-    """Two thousand stretches, each on from the one before."""
-    home = Folder(tmp_path, identity(model, "a"))
+    """Two thousand segments, each on from the one before."""
+    store = Folder(tmp_path, identity(model, "a"))
     ids = [i % 160 for i in range(64 * 2000)]
-    hashes = chained(root_of(home.identity), ids)
+    hashes = chained(root_of(store.identity), ids)
     for i in range(2000):
-        stretch = prefix_files.Stretch(hashes[i], 64 * i, 64 * i + 64, (hashes[i + 1],), False, 4)
+        segment = prefix_files.Segment(hashes[i], 64 * i, 64 * i + 64, (hashes[i + 1],), False, 4)
         own = ids[64 * i : 64 * i + 64]
         metadata = {
-            "format": prefix_files.FORMAT, "identity": json.dumps(home.identity),
-            "parent": stretch.parent, "first": str(stretch.first), "ids": json.dumps(own),
+            "format": prefix_files.FORMAT, "identity": json.dumps(store.identity),
+            "parent": segment.parent, "first": str(segment.first), "ids": json.dumps(own),
         }  # fmt: skip
-        save_file({"hidden": torch.zeros(1)}, tmp_path / f"{stretch.key}.safetensors", metadata)
+        save_file({"hidden": torch.zeros(1)}, tmp_path / f"{segment.key}.safetensors", metadata)
     found = document(cli, tmp_path)
-    assert [row["depth"] for row in found["stretches"]] == list(range(2000))
+    assert [row["depth"] for row in found["segments"]] == list(range(2000))
 
 
 def test_an_empty_folder(cli: Cli, tmp_path: Path) -> None:
     found = document(cli, tmp_path)
-    assert found == {"stretches": [], "identities": [], "problems": [], "bytes": 0}
+    assert found == {"segments": [], "identities": [], "problems": [], "bytes": 0}
     assert cli("--prefix-cache", tmp_path)[1] == "0 bytes in all\nno problems\n"
 
 
 def test_control_characters_are_not_printed(cli: Cli, tmp_path: Path, model: Model) -> None:
     """A file may say anything of itself."""
-    home = Folder(tmp_path, identity(model, "a\x1b[2J\nb"))
-    hashes = chained(root_of(home.identity), PROMPT[:64])
-    stretch = prefix_files.Stretch(hashes[0], 0, 64, (hashes[1],), False, 4)
-    assert home.write(stretch, PROMPT[:64], {"hidden": torch.zeros(1)}) is None
+    store = Folder(tmp_path, identity(model, "a\x1b[2J\nb"))
+    hashes = chained(root_of(store.identity), PROMPT[:64])
+    segment = prefix_files.Segment(hashes[0], 0, 64, (hashes[1],), False, 4)
+    assert store.write(segment, PROMPT[:64], {"hidden": torch.zeros(1)}) is None
     _, out, _ = cli("--prefix-cache", tmp_path)
     assert "\x1b" not in out
     assert repr("a\x1b[2J\nb") in out

@@ -23,13 +23,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qwen35 import prefix_files
 from qwen35.cli import run
 from qwen35.errors import InputError
-from qwen35.generate import Generation, build_parser, main
+from qwen35.generate import build_parser, main
+from qwen35.generation import Generation
 from qwen35.load import load
-from qwen35.prefix_cache import PrefixCache, chained, fingerprint, identity
-from qwen35.prefix_files import FORMAT, UNFINISHED, Folder, examine
+from qwen35.prefix import folder as prefix_files
+from qwen35.prefix.cache import PrefixCache
+from qwen35.prefix.folder import FORMAT, UNFINISHED, Folder, examine
+from qwen35.prefix.keys import chained, fingerprint, identity
 from qwen35.sampling import Sampling
 from qwen35.swap import swapped
 from reference.model import Model
@@ -49,7 +51,7 @@ def random_ids(length: int, seed: int = 0) -> list[int]:
     return torch.randint(160, (length,), generator=generator).tolist()
 
 
-PROMPT = random_ids(330)  # stretches end at 128, 256 and 320
+PROMPT = random_ids(330)  # segments end at 128, 256 and 320
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +72,19 @@ class Opened:
     """A prefix cache on a folder, and the lines that it gave."""
 
     cache: PrefixCache
-    home: Folder
+    store: Folder
     lines: list[str] = field(default_factory=list)
 
 
 def opened(
     place: Path, model: Model, *, budget: int = PLENTY, interval: int = 2, checkpoint: str = "a"
 ) -> Opened:
-    home, lines = Folder(place, identity(model, checkpoint)), []
+    store, lines = Folder(place, identity(model, checkpoint)), []
     cache = PrefixCache(
-        model, budget=budget, interval=interval, home=home, checkpoint=checkpoint,
+        model, budget=budget, interval=interval, store=store, checkpoint=checkpoint,
         warn=lines.append,
     )  # fmt: skip
-    return Opened(cache, home, lines)
+    return Opened(cache, store, lines)
 
 
 def ran(model: Model, ids: list[int], kept: Opened | None = None, draft: int = 2) -> Generation:
@@ -122,12 +124,12 @@ def assert_healthy(place: Path, model: Model, ids: list[int] | None = None) -> N
     result = ran(model, ids or PROMPT, again)
     assert_same(result, model)
     assert result.cached_tokens == len(result.prompt) // 64 * 64, result.cache_reason
-    assert again.lines == again.home.problems() == []
+    assert again.lines == again.store.problems() == []
     assert unfinished(place) == []
 
 
 def files(place: Path) -> list[Path]:
-    """The stretches, by where they begin."""
+    """The segments, by where they begin."""
     return sorted(place.glob("*.safetensors"), key=lambda file: int(metadata(file)["first"]))
 
 
@@ -150,7 +152,7 @@ def edit_metadata(file: Path, **changes: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, model: Model) -> Path:
-    """A folder that holds PROMPT in three stretches."""
+    """A folder that holds PROMPT in three segments."""
     folder = tmp_path_factory.mktemp("made")
     result = ran(model, PROMPT, opened(folder, model))
     assert_same(result, model)
@@ -179,7 +181,7 @@ def test_another_object_finds_them(place: Path, model: Model) -> None:
 
 
 def test_with_and_without_drafts(tmp_path: Path, model: Model) -> None:
-    """Stretches without the MTP head's keys do not serve drafting, and are replaced by those with."""
+    """Segments without the MTP head's keys do not serve drafting, and are replaced by those with."""
     place = tmp_path / "prefixes"
     assert ran(model, PROMPT, opened(place, model), draft=0).cached_tokens == 0
     for draft, cached in ((0, 320), (2, 0), (2, 320), (0, 320)):
@@ -275,7 +277,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "a byte too many": lambda c: c + b"\0",
     "garbage": lambda c: random.Random(0).randbytes(len(c)),
     "zeros": lambda c: bytes(len(c)),
-    "text": lambda c: b"not a stretch",
+    "text": lambda c: b"not a segment",
 }
 
 
@@ -286,7 +288,7 @@ def test_damage(damage: Callable[[bytes], bytes], which: int, place: Path, model
     file = files(place)[which]
     file.write_bytes(damage(file.read_bytes()))
     kept = opened(place, model)
-    problems = kept.home.problems()
+    problems = kept.store.problems()
     result = ran(model, PROMPT, kept)
     assert_same(result, model)
     assert result.cached_tokens == [0, 128, 256][which]
@@ -360,12 +362,12 @@ def test_a_dtype_that_is_not_its_own(place: Path, model: Model) -> None:
     result = ran(model, PROMPT, kept)
     assert_same(result, model)
     assert result.cached_tokens == 128
-    assert kept.lines or kept.home.problems()
+    assert kept.lines or kept.store.problems()
     assert_healthy(place, model)
 
 
 def test_an_identity_that_is_not_its_own(place: Path, model: Model) -> None:
-    """Of a stretch that is not the first one: no hash covers it."""
+    """Of a segment that is not the first one: no hash covers it."""
     claimed = identity(model, "a") | {"dtype": "float16"}
     edit_metadata(files(place)[1], identity=json.dumps(claimed))
     assert_same(ran(model, PROMPT, opened(place, model)), model)
@@ -377,7 +379,7 @@ def test_an_identity_that_is_not_its_own(place: Path, model: Model) -> None:
 def test_metadata_of_any_kind(name: str, text: str, place: Path, model: Model) -> None:
     edit_metadata(files(place)[1], **{name: text})
     kept = opened(place, model)
-    problems = kept.home.problems()
+    problems = kept.store.problems()
     assert_same(ran(model, PROMPT, kept), model)
     assert problems or kept.lines
     assert_healthy(place, model)
@@ -390,7 +392,7 @@ def test_a_file_under_another_key(place: Path, model: Model) -> None:
     shutil.copy(first, absent)
     middle.replace(last)
     kept = opened(place, model)
-    assert "its name is not the hash" in " ".join(kept.home.problems())
+    assert "its name is not the hash" in " ".join(kept.store.problems())
     result = ran(model, PROMPT, kept)
     assert_same(result, model)
     assert result.cached_tokens == 128
@@ -403,10 +405,10 @@ def test_a_file_that_is_whole_again(place: Path, model: Model) -> None:
     kept, file = opened(place, model), files(place)[1]
     content = file.read_bytes()
     file.write_bytes(flipped(content, 9))
-    assert len(kept.home.problems()) == 1
+    assert len(kept.store.problems()) == 1
     time.sleep(0.02)  # clocks of file systems are coarse
     file.write_bytes(content)
-    assert kept.home.problems() == []
+    assert kept.store.problems() == []
     result = ran(model, PROMPT + random_ids(200, 2), kept)
     assert_same(result, model)
     assert result.cached_tokens == 320
@@ -453,7 +455,7 @@ def root(model: Model, checkpoint: str = "a") -> str:
     return prefix_files.root_of(identity(model, checkpoint))
 
 
-def test_a_stretch_that_others_continue_is_lost(tmp_path: Path, model: Model) -> None:
+def test_a_segment_that_others_continue_is_lost(tmp_path: Path, model: Model) -> None:
     """What remains of the chain is of use again once the lost part is computed, wherever it ended."""
     place, ids = tmp_path / "prefixes", PROMPT
     assert ran(model, ids[:192], opened(place, model, interval=32)).cached_tokens == 0
@@ -464,17 +466,17 @@ def test_a_stretch_that_others_continue_is_lost(tmp_path: Path, model: Model) ->
     assert_healthy(place, model)
 
 
-def test_a_lost_stretch_that_others_continue(place: Path, model: Model) -> None:
+def test_a_lost_segment_that_others_continue(place: Path, model: Model) -> None:
     """Deleted by hand: no error, no problem, computed again."""
     files(place)[0].unlink()
     kept = opened(place, model)
     result = ran(model, PROMPT, kept)
-    assert (result.cached_tokens, kept.lines, kept.home.problems()) == (0, [], [])
+    assert (result.cached_tokens, kept.lines, kept.store.problems()) == (0, [], [])
     assert_healthy(place, model)
 
 
 def test_a_folder_and_a_link_under_a_key(place: Path, model: Model, tmp_path: Path) -> None:
-    """No stretches; neither is followed nor deleted with what it leads to."""
+    """No segments; neither is followed nor deleted with what it leads to."""
     _, middle, last = files(place)
     (tmp_path / "elsewhere").write_bytes(middle.read_bytes())
     middle.unlink()
@@ -512,7 +514,7 @@ def assert_foreign(place: Path, model: Model, words: list[str], **settings: Any)
     """No hit, told in one line, and the other one's files stay and are of use to it."""
     before = {file.name: file.read_bytes() for file in files(place)}
     kept = opened(place, model, **settings)
-    (line,) = kept.home.problems()
+    (line,) = kept.store.problems()
     assert not [word for word in words if word not in line], line
     result = ran(model, PROMPT, kept)
     assert result.cached_tokens == 0
@@ -542,13 +544,13 @@ def test_another_swap(place: Path, model: Model) -> None:
 def test_an_identity_of_a_later_program(place: Path, model: Model) -> None:
     """With a field that this one does not know: other bits, and a line that says so."""
     later = identity(model, "a") | {"kernel": "2"}
-    home = Folder(place, later)
-    cache = PrefixCache(model, budget=PLENTY, home=home, checkpoint="a")
+    store = Folder(place, later)
+    cache = PrefixCache(model, budget=PLENTY, store=store, checkpoint="a")
     hashes = chained(prefix_files.root_of(later), PROMPT[:64])
     tensors = {"hidden": torch.zeros(1, 1, 64)}
-    stretch = prefix_files.Stretch(hashes[0], 0, 64, (hashes[1],), False, 256)
-    assert cache.home.write(stretch, PROMPT[:64], tensors) is None
-    (line,) = opened(place, model).home.problems()
+    segment = prefix_files.Segment(hashes[0], 0, 64, (hashes[1],), False, 256)
+    assert cache.store.write(segment, PROMPT[:64], tensors) is None
+    (line,) = opened(place, model).store.problems()
     assert "kernel" in line and "'2'" in line
 
 
@@ -559,7 +561,7 @@ def test_a_later_format(place: Path, model: Model) -> None:
     before = absent.read_bytes()
     for ids in (PROMPT, random_ids(200, seed=3)):
         kept = opened(place, model)
-        (line,) = kept.home.problems()
+        (line,) = kept.store.problems()
         assert "1 left alone" in line and "'qwen35-prefix-2'" in line and repr(FORMAT) in line
         assert_same(ran(model, ids, kept), model)
     assert ran(model, PROMPT, opened(place, model)).cached_tokens == 320
@@ -577,7 +579,7 @@ def test_a_later_format_and_no_room(place: Path, model: Model) -> None:
 
 
 def test_other_files_stay(place: Path, model: Model) -> None:
-    """A folder may hold what is no stretch."""
+    """A folder may hold what is no segment."""
     others = [
         "notes.txt",
         "model.safetensors",
@@ -586,7 +588,7 @@ def test_other_files_stay(place: Path, model: Model) -> None:
     ]
     for name in others:
         (place / name).write_text(name)
-    assert opened(place, model).home.problems() == []
+    assert opened(place, model).store.problems() == []
     ran(model, random_ids(300, seed=8), opened(place, model, budget=400_000))
     assert all((place / name).read_text() == name for name in others)
 
@@ -653,7 +655,7 @@ def test_damage_that_cannot_be_removed(
     result = ran(model, PROMPT, kept)
     assert_same(result, model)
     assert kept.lines
-    assert not any(kept.home.in_use.values())
+    assert not any(kept.store.in_use.values())
     assert result.cached_tokens == 128
 
 
@@ -677,7 +679,7 @@ def test_a_budget_below_one_block(tmp_path: Path, model: Model) -> None:
 
 
 def test_the_budget_holds_for_the_files(tmp_path: Path, model: Model) -> None:
-    """Their actual sizes together; each stretch that is there can be reached."""
+    """Their actual sizes together; each segment that is there can be reached."""
     place, budget = tmp_path / "prefixes", 900_000
     chosen, most = random.Random(5), 0
     prompts = [PROMPT[: chosen.randrange(1, 330)] + random_ids(n * 23, n) for n in range(20)]
@@ -688,7 +690,7 @@ def test_the_budget_holds_for_the_files(tmp_path: Path, model: Model) -> None:
         assert kept.lines == []
         assert total(place) <= budget
         most = max(most, total(place))
-        held = kept.home.stretches()
+        held = kept.store.segments()
         assert all(s.first == 0 or s.parent in held for s in held.values())
     assert most > 0.7 * budget
 
@@ -703,7 +705,7 @@ def test_the_longest_unused_goes_first(tmp_path: Path, model: Model) -> None:
     assert ran(model, prompts[0], opened(place, model)).cached_tokens == 128
     kept = opened(place, model, budget=budget)
     ran(model, prompts[3], kept)
-    held = kept.home.stretches()
+    held = kept.store.segments()
     there = [chained(root(model), ids)[-1] in held for ids in prompts]
     assert there == [True, False, True, True]
     gone = ran(model, prompts[1], kept)
@@ -721,7 +723,7 @@ def test_the_end_goes_before_the_beginning(place: Path, model: Model) -> None:
     ran(model, new, kept)
     assert first.exists() and not last.exists()
     assert total(place) <= kept.cache.budget
-    held = kept.home.stretches()
+    held = kept.store.segments()
     assert all(s.first == 0 or s.parent in held for s in held.values())
 
 
@@ -750,9 +752,9 @@ def test_a_run_that_is_given_up_lets_go(place: Path, model: Model) -> None:
     )  # fmt: skip
     tokens = iter(result)
     next(tokens)
-    assert any(kept.home.in_use.values())
+    assert any(kept.store.in_use.values())
     tokens.close()
-    assert not any(kept.home.in_use.values())
+    assert not any(kept.store.in_use.values())
     assert len(files(place)) == 3
 
 
@@ -769,7 +771,7 @@ from tests.test_prefix_files import opened, ran
 model, place = load(Path(sys.argv[1]), dtype=torch.float32), Path(sys.argv[2])
 
 def answer(kept, result):
-    print(json.dumps({"lines": kept.lines, "problems": kept.home.problems(),
+    print(json.dumps({"lines": kept.lines, "problems": kept.store.problems(),
         "logits_sha256": result.logits_sha256, "cached": result.cached_tokens}), flush=True)
 
 for line in sys.stdin:
@@ -788,14 +790,14 @@ for line in sys.stdin:
         else:
             kept = opened(place, model)
             written = []
-            write = kept.home.write
-            kept.home.write = lambda *stretch: written.append(stretch) or write(*stretch)
+            write = kept.store.write
+            kept.store.write = lambda *segment: written.append(segment) or write(*segment)
             ran(model, ids, kept)
             while True:
-                for stretch in written:
-                    with kept.home.exclusive():
-                        kept.home.remove(stretch[0].key)
-                        write(*stretch)
+                for segment in written:
+                    with kept.store.exclusive():
+                        kept.store.remove(segment[0].key)
+                        write(*segment)
 """
 
 
@@ -861,13 +863,13 @@ def test_two_processes_write_the_same(
 def test_a_write_is_alone_and_whole(
     tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody else can take the folder's lock meanwhile, and no stretch's name is there half-written."""
+    """Nobody else can take the folder's lock meanwhile, and no segment's name is there half-written."""
     place, seen = tmp_path / "prefixes", []
     kept, other = opened(place, model), opened(place, model)
 
     def watched(tensors: Any, file: Path, claimed: Any) -> None:
         with pytest.raises(BlockingIOError):
-            fcntl.flock(other.home.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(other.store.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         seen.append(file.name)
         save_file(tensors, file, claimed)
         assert not prefix_files.NAME.fullmatch(file.name)
@@ -875,7 +877,7 @@ def test_a_write_is_alone_and_whole(
     monkeypatch.setattr(prefix_files, "save_file", watched)
     assert_same(ran(model, PROMPT, kept), model)
     assert len(seen) == 3
-    fcntl.flock(other.home.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of afterwards
+    fcntl.flock(other.store.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of afterwards
 
 
 def test_a_writer_is_killed(tmp_path: Path, model: Model, workers: Callable[[], Worker]) -> None:
@@ -892,7 +894,7 @@ def test_a_writer_is_killed(tmp_path: Path, model: Model, workers: Callable[[], 
         os.kill(pid, signal.SIGKILL)
         assert worker.hear() == {"ended": pid}
         kept = opened(place, model)
-        assert kept.home.problems() == []
+        assert kept.store.problems() == []
         assert_same(ran(model, ids, kept), model)
         assert kept.lines == []
         assert_healthy(place, model, ids)
@@ -912,7 +914,7 @@ def test_what_a_dead_process_left_goes(place: Path, model: Model) -> None:
     """The beginning of a file, under its unfinished name."""
     left = place / f".{chained(root(model), PROMPT)[-1]}{UNFINISHED}"
     left.write_bytes(files(place)[2].read_bytes()[:5000])
-    assert opened(place, model).home.problems() == []
+    assert opened(place, model).store.problems() == []
     assert_healthy(place, model)
 
 
@@ -925,9 +927,9 @@ def test_evicted_while_the_problems_are_counted(
         file.unlink(missing_ok=True)
         return examine(file)
 
-    home = opened(place, model).home
+    store = opened(place, model).store
     monkeypatch.setattr(prefix_files, "examine", late)
-    assert home.problems() == []
+    assert store.problems() == []
 
 
 # --- gone -----------------------------------------------------------------------------------------
@@ -953,7 +955,7 @@ def test_the_folder_goes_in_mid_run(again: bool, place: Path, model: Model) -> N
     kept.cache.restore = healthy
     assert_same(ran(model, ids, kept), model)
     if again:
-        assert kept.home.problems() == []
+        assert kept.store.problems() == []
         assert_healthy(place, model, ids)
     else:
         assert kept.lines and all(str(place) in line for line in kept.lines)

@@ -10,11 +10,13 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from torch import Tensor
 
-from qwen35 import prefix_cache, prefix_files
 from qwen35.cache import Cache, DeltaState
-from qwen35.generate import Generation
-from qwen35.prefix_cache import Memory, PrefixCache, Reuse, Stretch
-from qwen35.prefix_files import Folder
+from qwen35.generation import Generation
+from qwen35.prefix import cache as prefix_cache
+from qwen35.prefix import folder as prefix_files
+from qwen35.prefix.cache import PrefixCache, Reuse
+from qwen35.prefix.folder import Folder
+from qwen35.prefix.store import Memory, Segment
 from qwen35.speculative import Decoder
 from tests.prefix_machine import InFolder, InMemory, Machine
 
@@ -206,15 +208,15 @@ def evicted_while_another_process_uses_it(patch: pytest.MonkeyPatch) -> None:
 
 @fault(InMemory)
 def parents_evicted_before_their_children(patch: pytest.MonkeyPatch) -> None:
-    def make_room(self: PrefixCache, stretch: Stretch, there: Stretch | None) -> bool:
-        held = self.home.stretches()
+    def make_room(self: PrefixCache, segment: Segment, there: Segment | None) -> bool:
+        held = self.store.segments()
         total = sum(s.nbytes for s in held.values())
         for key in list(held):
-            if total + stretch.nbytes <= self.budget:
+            if total + segment.nbytes <= self.budget:
                 return True
-            if key != stretch.key and self.home.remove(key):
+            if key != segment.key and self.store.remove(key):
                 total -= held[key].nbytes
-        return total + stretch.nbytes <= self.budget
+        return total + segment.nbytes <= self.budget
 
     patch.setattr(PrefixCache, "_make_room", make_room)
 
@@ -222,7 +224,7 @@ def parents_evicted_before_their_children(patch: pytest.MonkeyPatch) -> None:
 @fault(InMemory)
 def snapshots_not_counted(patch: pytest.MonkeyPatch) -> None:
     healthy = Memory.size
-    patch.setattr(Memory, "size", lambda self, stretch: healthy(self, stretch) - 20_000)
+    patch.setattr(Memory, "size", lambda self, segment: healthy(self, segment) - 20_000)
 
 
 @fault(InMemory)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwen35 import load as load_module
 from qwen35.config import Config
-from qwen35.generate import Generation, prefill
+from qwen35.generation import Generation, prefill
 from qwen35.load import load
 from qwen35.sampling import Sampling, probabilities
 from qwen35.speculative import Decoder, DraftStats

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qwen35.compare.trace import trace
 from qwen35.errors import InputError
 from qwen35.load import Loader, load
 from qwen35.swap import matching, outermost, swap, swapped
-from qwen35.trace import trace
 from reference.model import Model
 from reference.moe import MLP, Experts
 from reference.norm import RMSNorm

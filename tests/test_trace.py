@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from qwen35.cli import run
+from qwen35.compare.trace import trace
 from qwen35.errors import InputError
 from qwen35.load import TINY, load
-from qwen35.trace import trace
 from tests.family import small_model
 from tools.trace import build_parser, main
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qwen35.cli import Parser, parse_ids, run
+from qwen35.compare.diff import diff
+from qwen35.compare.judge import MOST, Report
+from qwen35.compare.trace_file import read_trace
 from qwen35.config import Config
-from qwen35.diff import diff
 from qwen35.errors import InputError
-from qwen35.judge import MOST, Report
 from qwen35.load import DTYPES, locate
 from qwen35.swap import Replacement
 from qwen35.tokenizer import Tokenizer
-from qwen35.trace_file import read_trace
 from tools.report import page
 from weights.quantization import PREFIX
 

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from qwen35.cli import Parser, run
 from qwen35.errors import InputError
-from qwen35.generate import Generation
+from qwen35.generation import Generation
 from qwen35.load import DTYPES, load, locate
-from qwen35.prefix_cache import Memory, PrefixCache
+from qwen35.prefix.cache import PrefixCache
+from qwen35.prefix.store import Memory
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer
 from reference.linear import GRID
@@ -118,17 +119,17 @@ def cells(
     yield go("none", None, 0)
     every_block = PrefixCache(model, budget=AMPLE, interval=1)
     yield go("miss", every_block, 0)
-    assert isinstance(every_block.home, Memory)
+    assert isinstance(every_block.store, Memory)
     for length in range(GRID, whole + 1, GRID):
         part = Memory()
-        held = every_block.home.held
+        held = every_block.store.held
         part.held = {key: own for key, own in held.items() if own[0].end <= length}
-        yield go(f"hit {length}", PrefixCache(model, budget=AMPLE, home=part), length)
+        yield go(f"hit {length}", PrefixCache(model, budget=AMPLE, store=part), length)
     if whole:
-        home = Memory()
-        small = PrefixCache(model, budget=AMPLE, home=home)
+        store = Memory()
+        small = PrefixCache(model, budget=AMPLE, store=store)
         go("", small, 0)
-        small.budget = sum(stretch.nbytes for stretch in home.stretches().values())
+        small.budget = sum(segment.nbytes for segment in store.segments().values())
         other = [(i + 1) % model.config.vocab_size for i in prompt]
         continued(model, other, name, depth, chunk, 1, vocab)("", small, 0)
         yield go("evicted", small, 0)

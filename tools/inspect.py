@@ -18,7 +18,7 @@ from qwen35.cli import Parser, run
 from qwen35.config import PUBLISHED, Config
 from qwen35.errors import InputError
 from qwen35.load import TINY, lay_out, shapes, text_model
-from tools.inspect_prefix import describe_stretches, list_folder, print_stretches
+from tools.inspect_prefix import describe_segments, list_folder, print_segments
 from weights.checkpoint import Checkpoint, Entry
 from weights.hub import Repository, is_hub_id
 from weights.quantization import name_pattern
@@ -354,7 +354,7 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"one of MODEL and --prefix-cache is expected; {given} given")
     if args.prefix_cache is not None:
         listed = list_folder(args.prefix_cache)
-        document, show = describe_stretches(listed), print_stretches
+        document, show = describe_segments(listed), print_segments
         failed = any(one.damaged for one in listed)
     else:
         document, show = describe(open_model(args.model)), print_document

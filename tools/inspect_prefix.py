@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.errors import InputError
-from qwen35.prefix_cache import root_of
-from qwen35.prefix_files import NAME, Found, examine
+from qwen35.prefix.folder import NAME, Found, examine
+from qwen35.prefix.keys import root_of
 
 SHOWN = 12  # hex digits of a key, for people
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A file under a stretch's name. used: when it was last used, in seconds since 1970."""
+    """A file under a segment's name. used: when it was last used, in seconds since 1970."""
 
     key: str
     used: float
@@ -26,7 +26,7 @@ class Listed:
 
     @property
     def whole(self) -> bool:
-        return self.found.stretch is not None
+        return self.found.segment is not None
 
     @property
     def damaged(self) -> bool:
@@ -34,7 +34,7 @@ class Listed:
 
 
 def list_folder(folder: Path) -> list[Listed]:
-    """All files that are or claim to be stretches, the longest unused first."""
+    """All files that are or claim to be segments, the longest unused first."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     listed: list[Listed] = []
@@ -49,26 +49,26 @@ def list_folder(folder: Path) -> list[Listed]:
     return sorted(listed, key=lambda one: (one.used, one.key))
 
 
-def describe_stretches(listed: list[Listed]) -> dict[str, Any]:
-    """The JSON document. Stretches of one identity follow one another, each after its parent; `root` of
+def describe_segments(listed: list[Listed]) -> dict[str, Any]:
+    """The JSON document. Segments of one identity follow one another, each after its parent; `root` of
     an identity is what its chains of hashes begin with."""
     identities = {root_of(one.found.identity): one.found.identity for one in listed if one.whole}
-    stretches: list[dict[str, Any]] = []
+    segments: list[dict[str, Any]] = []
     summed: list[dict[str, Any]] = []
     for root, identity in identities.items():
         own = [_row(one, root) for one in listed if one.whole and one.found.identity == identity]
-        stretches += in_tree(own)
+        segments += in_tree(own)
         nbytes = sum(row["bytes"] for row in own)
-        summed.append({"root": root, "fields": identity, "stretches": len(own), "bytes": nbytes})
-    held = {row["key"] for row in stretches}
+        summed.append({"root": root, "fields": identity, "segments": len(own), "bytes": nbytes})
+    held = {row["key"] for row in segments}
     problems = [{"key": one.key, "problem": one.found.problem} for one in listed if not one.whole]
     problems += [
         {"key": row["key"], "problem": f"its parent {row['parent'][:SHOWN]} is not there"}
-        for row in stretches
+        for row in segments
         if row["parent"] and row["parent"] not in held
     ]
     return {
-        "stretches": stretches,
+        "segments": segments,
         "identities": summed,
         "problems": problems,
         "bytes": sum(one.found.size for one in listed),
@@ -76,16 +76,16 @@ def describe_stretches(listed: list[Listed]) -> dict[str, Any]:
 
 
 def _row(one: Listed, root: str) -> dict[str, Any]:
-    """A stretch in the document; its parent is None where it begins at token 0."""
-    stretch = one.found.stretch
-    assert stretch is not None
+    """A segment in the document; its parent is None where it begins at token 0."""
+    segment = one.found.segment
+    assert segment is not None
     return {
         "key": one.key,
-        "parent": stretch.parent if stretch.first else None,
+        "parent": segment.parent if segment.first else None,
         "depth": 0,
-        "first": stretch.first,
-        "end": stretch.end,
-        "drafts": stretch.drafts,
+        "first": segment.first,
+        "end": segment.end,
+        "drafts": segment.drafts,
         "bytes": one.found.size,
         "used": datetime.fromtimestamp(one.used).astimezone().isoformat(timespec="seconds"),
         "root": root,
@@ -108,13 +108,13 @@ def in_tree(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return ordered
 
 
-def print_stretches(document: dict[str, Any]) -> None:
+def print_segments(document: dict[str, Any]) -> None:
     """The same for people."""
     for identity in document["identities"]:
         fields = ", ".join(f"{name} {_shown(text)}" for name, text in identity["fields"].items())
         print(fields)
-        print(f"{identity['stretches']} stretches, {identity['bytes']:,} bytes")
-        for row in document["stretches"]:
+        print(f"{identity['segments']} segments, {identity['bytes']:,} bytes")
+        for row in document["segments"]:
             if row["root"] == identity["root"]:
                 parent = row["parent"][:SHOWN] if row["parent"] else "start"
                 drafts = ", drafts" if row["drafts"] else ""

@@ -5,7 +5,7 @@ import math
 from html import escape
 from typing import Any
 
-from qwen35.judge import BINS, MOST
+from qwen35.compare.judge import BINS, MOST
 
 STYLE = """
 :root {

@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 from qwen35.cli import Parser, parse_ids, run
+from qwen35.compare.trace import trace
+from qwen35.compare.trace_file import save_trace
 from qwen35.errors import InputError
 from qwen35.load import DTYPES, load, locate
 from qwen35.tokenizer import Tokenizer
-from qwen35.trace import trace
-from qwen35.trace_file import save_trace
 
 
 def build_parser() -> Parser:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from qwen35.cli import Parser
+from qwen35.compare.trace import trace
 from qwen35.load import TINY, load
-from qwen35.trace import trace
 from tools.bench import report
 from tools.bench.mapped import write_sparse
 

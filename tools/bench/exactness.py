@@ -13,7 +13,7 @@ import torch
 import reference.linear
 import reference.moe
 from qwen35.cli import Parser
-from qwen35.generate import Generation, prefill
+from qwen35.generation import Generation, prefill
 from qwen35.load import DTYPES, TINY, load
 from qwen35.sampling import Sampling
 from tools.bench import report

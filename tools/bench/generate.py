@@ -7,7 +7,7 @@ import torch
 
 from qwen35.cli import Parser
 from qwen35.errors import InputError
-from qwen35.generate import Generation, prefill
+from qwen35.generation import Generation, prefill
 from qwen35.load import DTYPES, load, locate
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer

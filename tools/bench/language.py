@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from qwen35.cli import Parser
 from qwen35.errors import InputError
-from qwen35.generate import Generation
+from qwen35.generation import Generation
 from qwen35.load import DTYPES, TINY, load, locate
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer

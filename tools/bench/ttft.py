@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 from qwen35.cli import Parser
 from qwen35.errors import InputError
-from qwen35.generate import Generation, prefill
+from qwen35.generation import Generation, prefill
 from qwen35.load import load, locate
-from qwen35.prefix_cache import PrefixCache, fingerprint, identity
-from qwen35.prefix_files import Folder
+from qwen35.prefix.cache import PrefixCache
+from qwen35.prefix.folder import Folder
+from qwen35.prefix.keys import fingerprint, identity
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer
 from reference.linear import GRID
@@ -76,9 +77,9 @@ class Subject:
         return PrefixCache(self.model, budget=BUDGET, warn=_stop)
 
     def in_folder(self, folder: Path) -> PrefixCache:
-        home = Folder(folder, identity(self.model, self.checkpoint))
+        store = Folder(folder, identity(self.model, self.checkpoint))
         return PrefixCache(
-            self.model, budget=BUDGET, home=home, checkpoint=self.checkpoint, warn=_stop
+            self.model, budget=BUDGET, store=store, checkpoint=self.checkpoint, warn=_stop
         )
 
     def in_new_folder(self, folder: Path) -> PrefixCache:
@@ -131,7 +132,7 @@ def at_length(
         }
         check(subject, ids, hits)
         nbytes = {
-            HIT_MEMORY: sum(stretch.nbytes for stretch in kept.home.stretches().values()),
+            HIT_MEMORY: sum(segment.nbytes for segment in kept.store.segments().values()),
             HIT_FOLDER: sum(file.stat().st_size for file in folder.iterdir()),
         }
         colds: dict[str, Opener] = {

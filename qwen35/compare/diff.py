@@ -1,7 +1,7 @@
 """Which node of a model differs from the reference, and by how much, in units of bfloat16's own error.
 
 Three sides compute the same ids: the *oracle* (the reference in float32 or float64), the *yardstick* (the
-reference in bfloat16) and the *candidate*. `qwen35/judge.py` says when a node passes.
+reference in bfloat16) and the *candidate*. `qwen35/compare/judge.py` says when a node passes.
 
     local   every node is given the oracle's inputs and state: an error stays where it is made
     free    each side goes on with what it computed itself: errors add up, as they do in use. Only the
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from qwen35.cache import Cache, State
+from qwen35.compare.judge import Judge, Mode, Report
 from qwen35.errors import InputError
-from qwen35.judge import Judge, Mode, Report
 from qwen35.load import Loader, Swaps
-from qwen35.trace import nodes
+from qwen35.swap import nodes
 from reference.linear import DECODE_ROWS, GRID, linear
 from reference.model import Model
 from reference.moe import Router

@@ -1,44 +1,18 @@
 """The outputs of a model's nodes, by name, for one prompt."""
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import translate
 from types import FrameType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from qwen35.errors import InputError
-from qwen35.swap import matching
+from qwen35.swap import nodes
 from reference.model import Model
 
 TRACED = ("reference.", "fast.")  # packages whose functions' locals a trace may hold
-
-
-def nodes(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
-    """The modules whose name matches a glob and that run as such. What happens inside a routed expert is
-    left out unless the pattern names it (`layers.3.mlp.experts.7.*`). InputError when there is none."""
-    fits = re.compile(translate(pattern)).match
-    inside = (
-        ".experts." in pattern
-    )  # the thousands inside of experts are walked only if they are wanted
-    found: dict[str, nn.Module] = {}
-    rest = [("", model)]
-    while rest:
-        prefix, module = rest.pop()
-        children = [(f"{prefix}{name}", child) for name, child in module.named_children()]
-        for name, child in children:
-            is_list = isinstance(child, nn.ModuleList) and not name.endswith("experts")
-            if not is_list and fits(name):
-                found[name] = child
-        rest += [(f"{name}.", c) for name, c in children if inside or not name.endswith("experts")]
-    if not found:
-        matching(model, pattern)  # says which names are near
-        raise InputError(f"pattern {pattern!r} matches no node that runs by itself")
-    return found
 
 
 @torch.inference_mode()

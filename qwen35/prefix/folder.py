@@ -1,4 +1,4 @@
-"""A prefix cache in a folder: each stretch a safetensors file under the name of its key.
+"""A prefix cache in a folder: each segment a safetensors file under the name of its key.
 
 Several processes may use one folder. Whoever changes it holds a lock on the folder itself; whoever uses a
 file holds a shared lock on that, so nobody else evicts it; the system takes the locks of a process that
@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qwen35.errors import InputError
-from qwen35.prefix_cache import Stretch, chained, root_of
+from qwen35.prefix.keys import chained, root_of
+from qwen35.prefix.store import Segment
 from reference.linear import GRID
 from weights.storage import open_file, row_major
 
@@ -34,20 +35,20 @@ UNFINISHED = ".unfinished"
 
 @dataclass(frozen=True)
 class Found:
-    """A file as it was found. stretch: None where it cannot be used, and `problem` says why. removable:
+    """A file as it was found. segment: None where it cannot be used, and `problem` says why. removable:
     it is ours, whole or not, and counts in the budget."""
 
     size: int
-    stretch: Stretch | None
+    segment: Segment | None
     identity: dict[str, str]
     problem: str = ""
     removable: bool = True
 
 
 class Folder:
-    """The home of a prefix cache that other processes see, and that outlives this one.
+    """The store of a prefix cache that other processes see, and that outlives this one.
 
-    identity: what the bits depend on (`prefix_cache.identity`). InputError when there can be no folder.
+    identity: what the bits depend on (`prefix.keys.identity`). InputError when there can be no folder.
     """
 
     def __init__(self, folder: Path, identity: dict[str, str]) -> None:
@@ -65,7 +66,7 @@ class Folder:
             os.close(self.lock)
 
     def files(self) -> dict[str, Found]:
-        """All files that are or claim to be stretches, by key, the longest unused first."""
+        """All files that are or claim to be segments, by key, the longest unused first."""
         listed: list[tuple[int, str, Found]] = []
         for entry in os.scandir(self.folder):
             if not NAME.fullmatch(entry.name):
@@ -91,7 +92,7 @@ class Folder:
         lines: dict[str, int] = {}
         for found in self.files().values():
             line = found.problem
-            if found.stretch is not None and found.identity != self.identity:
+            if found.segment is not None and found.identity != self.identity:
                 both = {
                     n: (self.identity.get(n), found.identity.get(n))
                     for n in self.identity | found.identity
@@ -104,20 +105,20 @@ class Folder:
                 lines[line] = lines.get(line, 0) + 1
         return [f"{self.folder}: {n} left alone: {line}" for line, n in lines.items()]
 
-    # What a home does.
+    # What a store does.
 
-    def stretches(self) -> dict[str, Stretch]:
-        return {k: found.stretch for k, found in self.files().items() if found.stretch is not None}
+    def segments(self) -> dict[str, Segment]:
+        return {k: found.segment for k, found in self.files().items() if found.segment is not None}
 
-    def read(self, stretch: Stretch) -> dict[str, Tensor] | None:
+    def read(self, segment: Segment) -> dict[str, Tensor] | None:
         """Its tensors, mapped, when they and all that the file says of itself are what was written."""
-        file = self._path(stretch.key)
+        file = self._path(segment.key)
         try:
             tensors = {name: stored.read() for name, stored in open_file(file).items()}
             with safe_open(file, framework="pt") as handle:
                 metadata: dict[str, str] = handle.metadata() or {}
             whole = metadata.get("sha256") == checksum(metadata, tensors)
-            return tensors if whole and examine(file).stretch == stretch else None
+            return tensors if whole and examine(file).segment == segment else None
         except (InputError, SafetensorError, OSError):
             return None
 
@@ -125,27 +126,27 @@ class Folder:
         with self.exclusive(), suppress(OSError):
             self._path(key).unlink()
 
-    def write(self, stretch: Stretch, ids: list[int], tensors: dict[str, Tensor]) -> str | None:
+    def write(self, segment: Segment, ids: list[int], tensors: dict[str, Tensor]) -> str | None:
         on_cpu = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         metadata = {
             "format": FORMAT,
             "identity": json.dumps(self.identity),
-            "parent": stretch.parent,
-            "first": str(stretch.first),
+            "parent": segment.parent,
+            "first": str(segment.first),
             "ids": json.dumps(ids),
         }
         metadata["sha256"] = checksum(metadata, on_cpu)
-        unfinished = self.folder / f".{stretch.key}{UNFINISHED}"
+        unfinished = self.folder / f".{segment.key}{UNFINISHED}"
         try:
             save_file(on_cpu, unfinished, metadata)
-            unfinished.replace(self._path(stretch.key))
+            unfinished.replace(self._path(segment.key))
         except (OSError, SafetensorError) as error:
             unfinished.unlink(missing_ok=True)
             return f"{self.folder}: {' '.join(str(error).split())}"
         return None
 
-    def clutter(self) -> int:
-        damaged = {k: f for k, f in self.files().items() if f.stretch is None and f.removable}
+    def remove_unreadable(self) -> int:
+        damaged = {k: f for k, f in self.files().items() if f.segment is None and f.removable}
         return sum(found.size for key, found in damaged.items() if not self.remove(key))
 
     def is_free(self, key: str) -> bool:
@@ -170,8 +171,8 @@ class Folder:
             return False
         return True
 
-    def size(self, stretch: Stretch) -> int:
-        return stretch.nbytes + overhead(stretch.end - stretch.first, json.dumps(self.identity))
+    def size(self, segment: Segment) -> int:
+        return segment.nbytes + overhead(segment.end - segment.first, json.dumps(self.identity))
 
     def pin(self, key: str) -> bool:
         try:
@@ -224,8 +225,8 @@ def examine(file: Path) -> Found:
         if not blocks or blocks[-1] != file.name.partition(".")[0] or not fits or not on_grid:
             raise ValueError("its name is not the hash of what it holds")
         nbytes = size - overhead(len(ids), metadata["identity"])
-        stretch = Stretch(parent, first, first + len(ids), blocks, "mtp.k" in names, nbytes)
-        return Found(size, stretch, identity)
+        segment = Segment(parent, first, first + len(ids), blocks, "mtp.k" in names, nbytes)
+        return Found(size, segment, identity)
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError,

@@ -1,0 +1,275 @@
+"""Prefix cache: what prefill computed of a prompt's beginning, kept for the next prompt that begins so.
+
+A *segment* is a run of whole 64-token blocks: their keys and values, the MTP head's too, and at its end a
+snapshot of the delta nets' states. Each segment continues another, its parent, or begins at token 0. What
+depends on one another is one object, so it lives and dies together: a hit ends where a segment ends, and
+only a segment that none continues, and that nobody uses, is evicted, the longest unused first.
+
+A segment's key is a chained hash, of its parent's and of its own ids, block by block. The chain starts
+with all that decides about bits (`identity`), so another checkpoint, dtype or swap has other keys. Only
+what prefill computed is kept: decode's states are other bits (the recurrent form, products of 4 rows).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qwen35.cache import Cache, KVCache
+from qwen35.prefix.keys import chained, identity, root_of
+from qwen35.prefix.store import Memory, Segment, Store
+from reference.linear import GRID
+from reference.model import Model
+
+INTERVAL = 32  # blocks between snapshots: 2,048 tokens
+
+
+@dataclass
+class Reuse:
+    """What the cache has of one prompt, from `begin` to `finish`.
+
+    length: tokens that are taken over. reason: why not more. stops: positions at which prefill calls
+    `keep`. hashes: before the first block and after each. chain: the segments taken over, in order.
+    pinned: keys of what must stay. kept: ends, and tensors, of the segments that prefill has computed.
+    """
+
+    length: int
+    reason: str
+    stops: list[int]
+    hashes: list[str]
+    chain: list[tuple[Segment, dict[str, Tensor]]]
+    pinned: list[str]
+    kept: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)
+
+
+class PrefixCache:
+    """Keeps the beginnings of one model's prompts, in memory or in a folder.
+
+    budget: bytes, of all segments together. interval: blocks between snapshots. A prompt's last whole
+    block has one in any case, and so has the point where a prompt leaves what is already kept.
+    warn: gets a line for what went wrong; the run goes on without.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        budget: int,
+        interval: int = INTERVAL,
+        store: Store | None = None,
+        checkpoint: str = "",
+        warn: Callable[[str], object] = lambda line: None,
+    ) -> None:
+        self.model, self.budget, self.interval = model, budget, interval
+        self.store, self.checkpoint, self.warn = store or Memory(), checkpoint, warn
+        self.evicted: dict[str, None] = {}  # keys, the latest last, for explanations
+        self.warned: set[str] = set()
+
+    def begin(self, ids: list[int], *, draft: bool) -> Reuse:
+        """Find the longest beginning of `ids` that is kept, and hold it until `finish` or `release`."""
+        hashes = chained(root_of(identity(self.model, self.checkpoint)), ids)
+        pinned: list[str] = []
+        try:
+            return self._begin(ids, hashes, draft, pinned)
+        except OSError as error:
+            for key in pinned:
+                self.store.unpin(key)
+            self._warn_once(f"it cannot be read, and is not used: {error}")
+            return Reuse(0, "it cannot be read", [], hashes, [], [])
+
+    def _begin(self, ids: list[int], hashes: list[str], draft: bool, pinned: list[str]) -> Reuse:
+        with self.store.exclusive():
+            held = self.store.segments()
+            ways = {key: way for key in hashes[1:] if (way := _way(held, key, hashes, draft))}
+            best = max(ways.values(), key=lambda way: way[-1].end, default=[])
+            for segment in best:
+                if not self.store.pin(segment.key):
+                    break
+                pinned.append(segment.key)
+        chain: list[tuple[Segment, dict[str, Tensor]]] = []
+        for segment in best[: len(pinned)]:
+            tensors = self.store.read(segment)
+            if tensors is None or not self._fits(segment, tensors):
+                self._warn_once(
+                    f"tokens {segment.first} to {segment.end - 1} are damaged, and left out"
+                )
+                self.store.discard(segment.key)
+                del held[segment.key]
+                break
+            chain.append((segment, tensors))
+        for key in pinned[len(chain) :]:
+            self.store.unpin(key)
+        length = chain[-1][0].end if chain else 0
+        known = {block for segment in held.values() for block in segment.blocks}
+        matched = next((i for i in range(len(hashes) - 1, 0, -1) if hashes[i] in known), 0) * GRID
+        whole = len(ids) // GRID * GRID
+        step = self.interval * GRID
+        stops = {*range(step, whole + 1, step), whole, matched}
+        stops |= {i * GRID for i, key in enumerate(hashes) if key in held}
+        return Reuse(
+            length=length,
+            reason=self._reason(length, matched, whole, hashes, held),
+            stops=sorted(stop for stop in stops if stop > length),
+            hashes=hashes,
+            chain=chain,
+            pinned=pinned[: len(chain)],
+        )
+
+    def restore(self, reuse: Reuse, into: Cache, *, room: int, draft: bool) -> Tensor | None:
+        """Copy what is taken over into an empty cache, with room for that many tokens; returns the
+        trunk's state of the last token, [1, 1, D], or None where there is nothing."""
+        into.reserve(room)  # at once: buffers that grow leave parts behind in `kept`
+        if not reuse.chain:
+            return None
+        parts = [tensors for _, tensors in reuse.chain]
+        into.restore(parts, reuse.length, mtp=draft)
+        return parts[-1]["hidden"].to(self.model.embed_tokens.weight.device, copy=True)
+
+    def keep(self, reuse: Reuse, computed: Cache, hidden: Tensor, end: int, *, draft: bool) -> None:
+        """Note what prefill has computed up to token `end`, a stop. Nothing is copied before `finish`:
+        no later pass writes into these positions."""
+        first = reuse.kept[-1][0] if reuse.kept else reuse.length
+        tensors = {"hidden": hidden.clone()} | computed.snapshot(first, mtp=draft)
+        reuse.kept.append((end, tensors))
+
+    def finish(self, reuse: Reuse, ids: list[int]) -> None:
+        """Keep what was noted, as far as the budget goes, and let go of what was held."""
+        try:
+            self._keep_all(reuse, ids)
+        except OSError as error:
+            self._warn_once(f"nothing is kept: {error}")
+        self.release(reuse)
+
+    def _keep_all(self, reuse: Reuse, ids: list[int]) -> None:
+        first = reuse.length
+        with self.store.exclusive():
+            for end, tensors in reuse.kept:
+                blocks = reuse.hashes[first // GRID : end // GRID + 1]
+                nbytes = sum(tensor.nbytes for tensor in tensors.values())
+                drafts = "mtp.k" in tensors
+                segment = Segment(blocks[0], first, end, tuple(blocks[1:]), drafts, nbytes)
+                if not self._put(segment, ids[first:end], tensors, reuse):
+                    break
+                first = end
+
+    def release(self, reuse: Reuse) -> None:
+        """Let go of what was held, without keeping anything."""
+        for key in reuse.pinned:
+            self.store.unpin(key)
+        reuse.pinned, reuse.kept, reuse.chain = [], [], []
+
+    def _put(
+        self, segment: Segment, ids: list[int], tensors: dict[str, Tensor], reuse: Reuse
+    ) -> bool:
+        held = self.store.segments()
+        there = held.get(segment.key)
+        parent_is_there = segment.first == 0 or segment.parent in held
+        # One of this key may be there and be of no use: without drafts, or continuing what is gone.
+        is_new = _way(held, segment.key, reuse.hashes, segment.drafts) is None
+        if parent_is_there and is_new and (there is None or self.store.is_free(segment.key)):
+            if not self._make_room(segment, there):
+                return False
+            problem = self.store.write(segment, ids, tensors)
+            if problem:
+                self._warn_once(f"nothing is kept: {problem}")
+                return False
+        if parent_is_there and self.store.pin(segment.key):
+            reuse.pinned.append(segment.key)
+        return parent_is_there
+
+    def _make_room(self, segment: Segment, there: Segment | None) -> bool:
+        """Evict until the segment fits. False when it cannot."""
+        size = self.store.size(segment)
+        if size > self.budget:
+            blocks = (segment.end - segment.first) // GRID
+            self._warn_once(
+                f"{blocks} blocks and their snapshot take {size:,} bytes, the budget is "
+                f"{self.budget:,}; they are not kept"
+            )
+            return False
+        held = self.store.segments()
+        total = self.store.remove_unreadable() + sum(self.store.size(s) for s in held.values())
+        total -= self.store.size(there) if there else 0
+        while total + size > self.budget:
+            continued = {s.parent for s in held.values()}
+            free = (s for s in held.values() if s.key not in continued and s.key != segment.key)
+            gone = next((s for s in free if self.store.remove(s.key)), None)
+            if gone is None:
+                self._warn_once("not all is kept: what fills the budget is in use")
+                return False
+            del held[gone.key]
+            total -= self.store.size(gone)
+            self.evicted[gone.key] = None
+            while len(self.evicted) > 4096:
+                del self.evicted[next(iter(self.evicted))]
+        return True
+
+    def _fits(self, segment: Segment, tensors: dict[str, Tensor]) -> bool:
+        """Whether these are the tensors that a segment of this model has."""
+        described = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        return described == self.described(segment.first, segment.end, segment.drafts)
+
+    def described(
+        self, first: int, end: int, drafts: bool
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """The tensors of a segment: shapes and dtypes by name."""
+        empty = self.model.new_cache()
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "hidden": ((1, 1, self.model.config.hidden_size), self.model.dtype)
+        }
+        states = {f"layers.{i}": state for i, state in enumerate(empty.layers)}
+        if drafts and empty.mtp is not None:
+            states["mtp"] = empty.mtp
+        for node, state in states.items():
+            rows = end - first - (node == "mtp" and first == 0)
+            for name, tensor in state.tensors().items():
+                B, G, *rest = tensor.shape
+                shape = (B, G, rows, rest[-1]) if isinstance(state, KVCache) else (B, G, *rest)
+                found[f"{node}.{name}"] = shape, tensor.dtype
+        return found
+
+    def _reason(
+        self, length: int, matched: int, whole: int, hashes: list[str], held: dict[str, Segment]
+    ) -> str:
+        """Why a hit ends where it does."""
+        if length == whole:
+            return "all whole blocks" if whole else f"no whole block of {GRID} tokens"
+        gone = [i * GRID for i in range(len(hashes)) if hashes[i] in self.evicted]
+        gone = [end for end in gone if end > length]
+        if any(i * GRID > length and key in held for i, key in enumerate(hashes)):
+            later = max(i * GRID for i, key in enumerate(hashes) if key in held)
+            return f"{later} tokens are kept, but without what drafting needs, or damaged"
+        if matched > length:
+            return f"{matched} tokens are kept, but the last snapshot in them is at {length}"
+        if gone:
+            return f"the snapshot at {max(gone)} was evicted"
+        if not held:
+            return "nothing is kept yet"
+        return f"block {length // GRID}, tokens {length} to {length + GRID - 1}, is not kept"
+
+    def _warn_once(self, line: str) -> None:
+        if line not in self.warned:
+            self.warned.add(line)
+            self.warn(line)
+
+
+def _way(
+    held: dict[str, Segment], key: str, hashes: list[str], draft: bool
+) -> list[Segment] | None:
+    """The segments from token 0 to a key; None when one is missing, or lacks what drafting needs."""
+    way: list[Segment] = []
+    end = hashes.index(key) * GRID
+    while end > 0:
+        segment = held.get(key)
+        if segment is None or (draft and not segment.drafts) or segment.end != end:
+            return None
+        first = segment.first // GRID
+        if (
+            hashes[first] != segment.parent
+            or [*segment.blocks] != hashes[first + 1 : end // GRID + 1]
+        ):
+            return None
+        way.insert(0, segment)
+        key, end = segment.parent, segment.first
+    return way

@@ -1,0 +1,74 @@
+"""The keys of a prefix cache: a chained hash of the ids, which starts with all that decides about bits.
+
+Another checkpoint, dtype, device or set of swapped nodes computes other bits, so it must never meet these
+keys: `identity` lists what is hashed before the first block.
+"""
+
+import hashlib
+import json
+import platform
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qwen35.swap import nodes
+from reference.linear import GRID
+from reference.model import Model
+
+
+def chained(root: str, ids: list[int]) -> list[str]:
+    """The root and the hash after each whole block of `ids`, each over the one before and 64 ids."""
+    hashes = [root]
+    for first in range(0, len(ids) // GRID * GRID, GRID):
+        block = np.array(ids[first : first + GRID], dtype="<i8").tobytes()
+        hashes.append(hashlib.sha256(bytes.fromhex(hashes[-1]) + block).hexdigest())
+    return hashes
+
+
+def root_of(identity: dict[str, str]) -> str:
+    """The hash that a chain of blocks starts with."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def identity(model: Model, checkpoint: str) -> dict[str, str]:
+    """All that the bits of a state depend on, but for the tokens: the same for two processes that may
+    share them. checkpoint: `fingerprint` of its files."""
+    device = model.embed_tokens.weight.device
+    classes = [f"{n}={type(m).__module__}.{type(m).__name__}" for n, m in nodes(model, "*").items()]
+    swapped = [
+        line for line in classes if not line.partition("=")[2].startswith(("reference.", "torch."))
+    ]
+    return {
+        "checkpoint": checkpoint,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "path": "; ".join(swapped) or "reference",
+        "nodes": hashlib.sha256("\n".join(classes).encode()).hexdigest()[:16],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
+        "torch": torch.__version__,
+    }
+
+
+@cache
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (
+        f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    )
+
+
+def fingerprint(folder: Path) -> str:
+    """Sixteen hex digits of a checkpoint's files: names, sizes, times of change, config.json, and of each
+    weight file its first and last MiB. Not every byte: 400 GB would take minutes."""
+    total = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        stat = file.stat()
+        total.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        with file.open("rb") as handle:
+            total.update(handle.read(1 << 20))
+            handle.seek(max(0, stat.st_size - (1 << 20)))
+            total.update(handle.read(1 << 20))
+    return total.hexdigest()[:16]

@@ -1,0 +1,102 @@
+"""Where the segments of a prefix cache are: what a store does, and the store in memory."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens first .. end of a prompt. blocks: the chained hash after each of its blocks, the last one
+    its key; parent: the hash before the first. drafts: whether it has the MTP head's keys and values."""
+
+    parent: str
+    first: int
+    end: int
+    blocks: tuple[str, ...]
+    drafts: bool
+    nbytes: int
+
+    @property
+    def key(self) -> str:
+        return self.blocks[-1]
+
+
+class Store(Protocol):
+    """Where segments are: `Memory` here, `Folder` in prefix/folder.py.
+
+    segments: those that are there, by key, the longest unused first. read: its tensors, None for one
+    that is damaged. write: put one there; gives a line when that failed. discard: remove a damaged one,
+    whoever uses it. remove_unreadable: remove what says nothing sensible of itself;
+    gives the bytes of what would not go. is_free: nobody uses it. remove: False for one that is in use.
+    size: bytes that one takes. pin: use one, which keeps it there until `unpin`; False when it is gone.
+    exclusive: nobody else changes anything while the block runs.
+    """
+
+    def segments(self) -> dict[str, Segment]: ...
+    def read(self, segment: Segment) -> dict[str, Tensor] | None: ...
+    def write(self, segment: Segment, ids: list[int], tensors: dict[str, Tensor]) -> str | None: ...
+    def discard(self, key: str) -> None: ...
+    def remove_unreadable(self) -> int: ...
+    def is_free(self, key: str) -> bool: ...
+    def remove(self, key: str) -> bool: ...
+    def size(self, segment: Segment) -> int: ...
+    def pin(self, key: str) -> bool: ...
+    def unpin(self, key: str) -> None: ...
+    def exclusive(self) -> AbstractContextManager[None]: ...
+
+
+class Memory:
+    """Segments of this process. One is copied when it is written and when it is read into a cache."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, tuple[Segment, dict[str, Tensor]]] = {}  # the longest unused first
+        self.pins: Counter[str] = Counter()
+
+    def segments(self) -> dict[str, Segment]:
+        return {key: segment for key, (segment, _) in self.held.items()}
+
+    def read(self, segment: Segment) -> dict[str, Tensor] | None:
+        return self.held[segment.key][1]
+
+    def write(self, segment: Segment, ids: list[int], tensors: dict[str, Tensor]) -> str | None:
+        self.held.pop(segment.key, None)
+        self.held[segment.key] = segment, {name: t.clone() for name, t in tensors.items()}
+        return None
+
+    def discard(self, key: str) -> None:
+        self.held.pop(key, None)
+
+    def remove_unreadable(self) -> int:
+        return 0
+
+    def is_free(self, key: str) -> bool:
+        return not self.pins[key]
+
+    def remove(self, key: str) -> bool:
+        if not self.is_free(key):
+            return False
+        del self.held[key]
+        return True
+
+    def size(self, segment: Segment) -> int:
+        return segment.nbytes
+
+    def pin(self, key: str) -> bool:
+        """Use it: it becomes the one that was used last. False when it is gone."""
+        if key not in self.held:
+            return False
+        self.held[key] = self.held.pop(key)
+        self.pins[key] += 1
+        return True
+
+    def unpin(self, key: str) -> None:
+        self.pins[key] -= 1
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        yield
