@@ -1,11 +1,15 @@
-"""What every command line shares: one-line errors, exit statuses, `--debug`."""
+"""What every command line shares: text in and out, one-line errors, exit statuses, `--debug`."""
 
 import argparse
+import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, NoReturn
 
 from qwen35.errors import InputError
 
@@ -18,7 +22,13 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+
+
+def one_line(text: object) -> str:
+    """A message as one line that a terminal shows as it is: control characters are written as escapes."""
+    words = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 def parse_ids(text: str) -> list[int]:
@@ -31,13 +41,42 @@ def parse_ids(text: str) -> list[int]:
         ) from None
 
 
+def size(text: str) -> int:
+    """Bytes, written as 1000000, 64M or 4G."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of bytes, as in 64M or 4G")
+    return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
+
+
+def read_text(file: str | Path) -> str:
+    """A whole text file, `-` for standard input: UTF-8 whatever the locale, a byte-order mark dropped."""
+    try:
+        if str(file) == "-":
+            return TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig").read()
+        return Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not readable as UTF-8 text: {error}") from None
+
+
+def print_json(document: Any) -> None:
+    """Print one document on one line. Characters that the output's encoding lacks are escaped."""
+    text = json.dumps(document, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        text = json.dumps(document)
+    print(text, flush=True)
+
+
 def run(
     parser: Parser, main: Callable[[argparse.Namespace], int], argv: list[str] | None = None
 ) -> NoReturn:
     """Parse, run, exit: 0 fine, 1 a check failed, 2 bad input, 130 interrupted."""
+    _never_fail_to_print()
     args = parser.parse_args(argv)
     warnings.showwarning = lambda message, *_, **__: print(
-        f"{parser.prog}: warning: {message}", file=sys.stderr
+        f"{parser.prog}: warning: {one_line(message)}", file=sys.stderr
     )
     try:
         status = main(args)
@@ -45,7 +84,7 @@ def run(
     except InputError as error:
         if args.debug:
             raise
-        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
+        parser.exit(2, f"{parser.prog}: {one_line(error)}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\n")
     except BrokenPipeError:  # the reader of stdout went away, as `| head` does
@@ -54,5 +93,14 @@ def run(
     except OSError as error:  # such as a name that is too long, or a folder that may not be read
         if args.debug:
             raise
-        parser.exit(2, f"{parser.prog}: {error.filename or 'error'}: {error.strerror or error}\n")
+        reason = f"{error.filename or 'error'}: {error.strerror or error}"
+        parser.exit(2, f"{parser.prog}: {one_line(reason)}\n")
     parser.exit(status)
+
+
+def _never_fail_to_print() -> None:
+    """A character that a terminal's encoding lacks becomes `?` and does not end the run."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stderr, TextIOWrapper):
+        sys.stderr.reconfigure(errors="backslashreplace")
