@@ -1,1 +1,53 @@
-"""The front door: configuration, caches, tokenizer, generation."""
+"""The front door of a notebook.
+
+    import qwen35
+    model = qwen35.load("tiny")
+    print(qwen35.generate(model, "In the beginning"))
+
+`load`, `generate`, `swap`, `swapped`, `trace` and `diff` are imported when they are first used: `import
+qwen35` alone imports nothing. Each takes the name that its module may have too, so `qwen35.load` is the
+function; write `from qwen35.load import ...` for what else that module holds.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen35.compare.diff import diff
+    from qwen35.compare.trace import trace
+    from qwen35.completion import generate
+    from qwen35.load import load
+    from qwen35.swap import swap, swapped
+
+__all__ = ["diff", "generate", "load", "swap", "swapped", "trace"]
+
+MODULES = {
+    "diff": "qwen35.compare.diff",
+    "generate": "qwen35.completion",
+    "load": "qwen35.load",
+    "swap": "qwen35.swap",
+    "swapped": "qwen35.swap",
+    "trace": "qwen35.compare.trace",
+}
+
+
+class _FrontDoor(ModuleType):
+    """A package that gives functions where it has submodules of the same name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in MODULES:
+            raise AttributeError(f"module 'qwen35' has no attribute {name!r}")
+        return getattr(importlib.import_module(MODULES[name]), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The import system binds an imported submodule to its package, which would hide the function.
+        if not (name in MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *MODULES})
+
+
+sys.modules[__name__].__class__ = _FrontDoor

@@ -1,37 +1,44 @@
 """A prompt continued as text: what the command line, `--requests` and a notebook share.
 
-`generation.py` works on ids. Here a prompt may be text, ids or a conversation; settings that nobody gave
-come from the checkpoint's files; ids become text as they come, and a stop string ends them.
+`generation.py` works on ids. Here a prompt may be text, ids or a conversation; settings that nobody
+gave come from the checkpoint's files; ids become text as they come, and a stop string ends them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
 from qwen35.generation import Generation
-from qwen35.messages import Answer, Message, parse_messages, parse_tools, split_reasoning
+from qwen35.messages import Answer, parse_messages, parse_tools, split_reasoning
 from qwen35.prefix.cache import PrefixCache
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Prompt, Tokenizer
 from reference.model import Model
 
 NEW_TOKENS = 128  # after a prompt that is no conversation
+DRAFTS = 3
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to continue a prompt; None leaves it to the checkpoint (`defaults.py`) or to the model.
+    """How to continue a prompt. None leaves it to the checkpoint's files or to the model.
 
-    max_new_tokens: None is NEW_TOKENS, and for a conversation what the context holds. temperature 0 is
-    greedy, the default of a prompt; a conversation takes what generation_config.json advises. stop: texts
-    that end the answer and are not part of it. draft_tokens: None is 3 where there is an MTP head.
-    thinking: None lets the chat template decide. template_kwargs: further variables of the template.
-    allow_special_tokens: what a message contains may become control tokens.
+    max_new_tokens: None is NEW_TOKENS, and for a conversation all that the context holds, unless
+        generation_config.json has a limit.
+    temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty: see `sampling.Sampling`. A
+        conversation takes what generation_config.json advises; a prompt is continued greedily.
+    ignore_eos: go on after an end-of-text token.
+    stop: texts that end the answer and are no part of it.
+    draft_tokens: drafts a round; None is 3 where the model has an MTP head.
+    prefill_chunk: prompt tokens a pass, a multiple of 64.
+    digest: hash the logits.
+    thinking: of a conversation; None lets the chat template decide.
+    chat_template_kwargs: further variables of the chat template.
+    allow_special_tokens: let what a message contains become control tokens.
     """
 
     max_new_tokens: int | None = None
@@ -43,14 +50,231 @@ class Settings:
     presence_penalty: float | None = None
     seed: int = 0
     ignore_eos: bool = False
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     draft_tokens: int | None = None
     prefill_chunk: int = 2048
     digest: bool = False
     thinking: bool | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     allow_special_tokens: bool = False
 
     def __post_init__(self) -> None:
-        if any(not text for text in self.stop):
-            raise InputError("stop: a text is empty; expected at least one character")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            raise InputError(f"stop = {self.stop!r}; expected texts of at least one character")
+
+    def sampling(self, defaults: Defaults, vocab: int | None, *, conversation: bool) -> Sampling:
+        """These settings and, in a conversation, the checkpoint's advice where they are None."""
+        advice = defaults.advice if conversation else {}
+        chosen = {
+            name: advice[name] if given is None else given
+            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+                         "presence_penalty")
+            if (given := getattr(self, name)) is not None or name in advice
+        }  # fmt: skip
+        settings: dict[str, Any] = {**chosen, "seed": self.seed, "vocab": vocab}
+        return Sampling(**settings)
+
+
+@dataclass
+class Completion:
+    """One continuation as text: iterate over it for the pieces; then read what came of it.
+
+    generation: the ids and the figures. tokenizer: None prints ids. reasoning_content and content: the
+    two parts of an answer in a conversation, where `text` is all that was generated.
+    """
+
+    generation: Generation
+    tokenizer: Tokenizer | None
+    prompt: Prompt
+    stop: Sequence[str] = ()
+    text: str = ""
+
+    def __iter__(self) -> Iterator[str]:
+        stream = self.tokenizer.stream() if self.tokenizer else None
+        shown = UntilStop(self.stop)
+        for token, _ in self.generation:
+            yield self._shown(shown.push(stream.push(token) if stream else f"{token} "))
+            if shown.found:
+                self.generation.finish_reason = "stop"
+                return
+        rest = shown.push(stream.flush()) if stream else ""
+        yield self._shown(rest + shown.flush())
+
+    def _shown(self, piece: str) -> str:
+        self.text += piece
+        return piece
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.generation.token_ids
+
+    @property
+    def finish_reason(self) -> str:
+        return self.generation.finish_reason
+
+    @property
+    def answer(self) -> Answer | None:
+        """The parts of an answer in a conversation; None after a prompt that is none."""
+        opened = self.prompt.opens_thinking
+        return None if opened is None else split_reasoning(self.text, opened=opened)
+
+    def document(self) -> dict[str, Any]:
+        """The figures, as `--json` prints them."""
+        result = self.generation
+        parts: dict[str, Any] = {}
+        if (answer := self.answer) is not None:
+            parts = {"reasoning_content": answer.reasoning, "content": answer.content}
+        found: dict[str, Any] = {
+            "text": self.text,
+            **parts,
+            "token_ids": result.token_ids,
+            "prompt_tokens": len(result.prompt),
+            "cached_tokens": result.cached_tokens,
+            "finish_reason": result.finish_reason,
+            "path": "reference",
+            "draft": {
+                "proposed": result.draft.proposed,
+                "accepted": result.draft.accepted,
+                "tokens_per_forward": round(result.draft.tokens_per_forward, 4),
+            },
+            "timing": {
+                "ttft_s": round(result.ttft_s, 4),
+                "decode_s": round(result.decode_s, 4),
+                "tokens_per_s": round(result.tokens_per_s, 2),
+            },
+        }
+        if result.prefix_cache:
+            found["cache_reason"] = result.cache_reason
+        if result.digest:
+            found["logits_sha256"] = result.logits_sha256
+        return found
+
+
+class UntilStop:
+    """Passes text on up to the first stop string, and holds back what may be the beginning of one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stop, self.held, self.found = stop, "", False
+
+    def push(self, piece: str) -> str:
+        """The text that may be shown now; `found` tells whether a stop string ended it."""
+        text = self.held + piece
+        places = [place for stop in self.stop if (place := text.find(stop)) >= 0]
+        if places:
+            self.held, self.found = "", True
+            return text[: min(places)]
+        longest = max(map(len, self.stop), default=1) - 1
+        begun = range(max(0, len(text) - longest), len(text))
+        cut = next((i for i in begun if any(s.startswith(text[i:]) for s in self.stop)), len(text))
+        self.held = text[cut:]
+        return text[:cut]
+
+    def flush(self) -> str:
+        """What was held back, once no text follows."""
+        held, self.held = self.held, ""
+        return held
+
+
+class Completer:
+    """A model with what its folder says of text: makes completions of prompts.
+
+    tokenizer: None where the folder has none; then prompts are ids, and so is what is printed.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer | None,
+        defaults: Defaults,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
+        self.prefix_cache = prefix_cache
+
+    def prompt(self, given: Any, settings: Settings, *, tools: Any = None) -> Prompt:
+        """Encode a text, ids, or a conversation (a list of messages). InputError for anything else."""
+        if isinstance(given, list) and all(type(i) is int for i in given):
+            return Prompt(given)
+        if self.tokenizer is None:
+            raise InputError(
+                f"{self.model.folder}: there is no tokenizer.json, so a prompt has to be given as ids"
+            )
+        if isinstance(given, str):
+            return Prompt(self.tokenizer.encode(given), given)
+        return self.tokenizer.chat(
+            parse_messages(given),
+            tools=parse_tools(tools),
+            thinking=settings.thinking,
+            template_kwargs=settings.chat_template_kwargs,
+            allow_special_tokens=settings.allow_special_tokens,
+        )
+
+    def complete(self, prompt: Prompt, settings: Settings) -> Completion:
+        """The continuation of a prompt. InputError for settings that do not fit; nothing runs yet."""
+        conversation = prompt.opens_thinking is not None
+        limit = settings.max_new_tokens
+        if limit is None and conversation:
+            limit = self.defaults.max_new_tokens or self.model.config.max_position_embeddings
+        drafts = settings.draft_tokens
+        if drafts is None:
+            drafts = DRAFTS if self.model.mtp is not None else 0
+        stop = [*settings.stop, *(self.defaults.stop if conversation else ())]
+        if stop and self.tokenizer is None:
+            raise InputError(f"stop = {stop!r}, but {self.model.folder} has no tokenizer.json")
+        vocab = self.tokenizer.size if self.tokenizer else None
+        generation = Generation(
+            self.model,
+            prompt.ids,
+            NEW_TOKENS if limit is None else limit,
+            settings.sampling(self.defaults, vocab, conversation=conversation),
+            frozenset() if settings.ignore_eos else frozenset(self.defaults.stop_ids),
+            drafts,
+            settings.prefill_chunk,
+            self.prefix_cache,
+            settings.digest,
+        )
+        return Completion(generation, self.tokenizer, prompt, stop)
+
+
+@lru_cache(maxsize=4)
+def _beside(folder: Path, model: Model) -> tuple[Tokenizer | None, Defaults]:
+    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    return tokenizer, Defaults.of_folder(folder, model.config, tokenizer)
+
+
+def generate(
+    model: Model,
+    prompt: str | list[int] | list[dict[str, Any]],
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    prefix_cache: PrefixCache | None = None,
+    on_text: Callable[[str], object] = lambda piece: None,
+    **settings: Any,
+) -> Completion:
+    """Continue a prompt and return the Completion, which prints as its text.
+
+    model: as `load` gives it. prompt: a text, token ids, or messages ({"role": ..., "content": ...}).
+    tools: functions that a conversation offers. prefix_cache: keeps beginnings for later prompts.
+    on_text: gets each piece of the text as it comes. settings: fields of `completion.Settings`, which
+    have the names of the command line's options: max_new_tokens, temperature, seed, stop, ...
+
+        completion = qwen35.generate(model, "In the beginning", max_new_tokens=20, temperature=0.7)
+        completion.text, completion.token_ids, completion.finish_reason
+
+    InputError, one line, for a prompt or a setting that does not fit.
+    """
+    unknown = settings.keys() - Settings.__dataclass_fields__
+    if unknown:
+        known = ", ".join(Settings.__dataclass_fields__)
+        raise InputError(f"unknown setting {min(unknown)!r}; known are {known}")
+    if model.folder is None:
+        raise InputError("the model was not loaded from a folder, so it has no tokenizer")
+    completer = Completer(model, *_beside(model.folder, model), prefix_cache)
+    chosen = Settings(**settings)
+    completion = completer.complete(completer.prompt(prompt, chosen, tools=tools), chosen)
+    for piece in completion:
+        on_text(piece)
+    return completion

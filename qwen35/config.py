@@ -7,6 +7,7 @@ Axis legend of the whole project (shape comments, first-line unpacking):
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ class Config:
     decoder_sparse_step: int = 1
     # the rest
     rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 262144
+    max_position_embeddings: int = 32768  # what transformers takes where a file does not say
     tie_word_embeddings: bool = False
     mtp_num_hidden_layers: int = 1
     eos_token_id: tuple[int, ...] = ()
@@ -159,7 +160,7 @@ class Config:
     def from_file(cls, path: Path) -> "Config":
         """Read a `config.json`. Raises InputError naming the file."""
         try:
-            document = json.loads(path.read_text())
+            document = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise InputError(f"{path}: no such file") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -174,6 +175,7 @@ class Config:
         """From a parsed `config.json`, nested (`text_config`) or flat, of any family member."""
         if not isinstance(document, dict):
             raise InputError(f"config: a JSON object was expected, not {type(document).__name__}")
+        document = without_nulls(document)
         text = document.get("text_config", document)
         _expect("text_config", text, isinstance(text, dict), "an object")
         model_type = text.get("model_type", document.get("model_type"))
@@ -182,7 +184,7 @@ class Config:
             raise InputError(f"config: model_type = {model_type!r}; known are {known}")
         _refuse_unsupported(text)
         # Qwen3-Next keeps the two rope numbers at the top level, Qwen3.5 in rope_parameters.
-        rope = text.get("rope_parameters") or {}
+        rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
         types = text.get("layer_types") or _layer_types(text)
         is_list = isinstance(types, list) and all(isinstance(kind, str) for kind in types)
         _expect("layer_types", types, is_list, "a list of layer types")
@@ -198,11 +200,11 @@ class Config:
                 document.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
             ),
             "mlp_only_layers": tuple(text.get("mlp_only_layers") or ()),
-            "eos_token_id": as_ids(text.get("eos_token_id")),
+            "eos_token_id": tuple(
+                sorted({*as_ids(text.get("eos_token_id")), *as_ids(document.get("eos_token_id"))})
+            ),
             # Qwen3-Next does not say how many MTP layers it has: it has one.
             "mtp_num_hidden_layers": text.get("mtp_num_hidden_layers", 1),
-            # HF writes None for "not given"; the family's default is silu.
-            "output_gate_type": text.get("output_gate_type") or "swish",
         }
         missing = [
             name
@@ -221,6 +223,54 @@ class Config:
                 f"config: no published size {name!r}; known are {', '.join(PUBLISHED)}"
             )
         return cls.from_dict(FAMILY | PUBLISHED[name])
+
+
+def without_nulls(document: dict[str, Any]) -> dict[str, Any]:
+    """Drop the keys of a JSON object, and of objects inside it, that are null: null means the default."""
+    return {
+        name: without_nulls(value) if isinstance(value, dict) else value
+        for name, value in document.items()
+        if value is not None
+    }
+
+
+def disagreements(document: dict[str, Any]) -> list[str]:
+    """One line for each key of a parsed `config.json` that two places give different values.
+
+    The value that is taken is the one that transformers takes: text_config's, but tie_word_embeddings of
+    the top level; rope_scaling before rope_parameters, and what these hold before the keys beside them;
+    layer_types before full_attention_interval. eos_token_id never disagrees: its ids are united.
+    """
+    outer = without_nulls(document)
+    text = outer.get("text_config", outer)
+    lines: list[str] = []
+
+    def compare(name: str, taken: str, value: Any, passed: str, other: Any) -> None:
+        if value != other:
+            lines.append(
+                f"{name} is {value!r} in {taken} and {other!r} in {passed}; the first is taken"
+            )
+
+    known = {*Config.__dataclass_fields__, "rope_parameters", "rope_scaling", "rope_theta"}
+    if text is not outer:
+        for name in sorted(known & outer.keys() & text.keys() - {"eos_token_id", "model_type"}):
+            places = ("text_config", text[name], "the top level", outer[name])
+            if name == "tie_word_embeddings":
+                places = (*places[2:], *places[:2])
+            compare(name, *places)
+    ropes = [(key, text[key]) for key in ("rope_scaling", "rope_parameters") if text.get(key)]
+    for (key, rope), (other_key, other) in pairwise([*ropes, ("text_config", text)]):
+        for name in ("rope_theta", "partial_rotary_factor", "rope_type"):
+            if name in rope and name in other:
+                compare(name, key, rope[name], other_key, other[name])
+    if "layer_types" in text and "full_attention_interval" in text:
+        derived = _layer_types(text)
+        if list(text["layer_types"]) != derived:
+            lines.append(
+                f"layer_types is not what full_attention_interval = {text['full_attention_interval']} "
+                "gives; the first is taken"
+            )
+    return lines
 
 
 def as_ids(value: int | list[int] | None) -> tuple[int, ...]:

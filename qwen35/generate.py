@@ -1,64 +1,58 @@
-"""`python -m qwen35.generate`: the command line over generation.py."""
+"""`python -m qwen35.generate`: the command line over completion.py."""
 
 import argparse
-import json
-import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from qwen35.cli import Parser, parse_ids, run
-from qwen35.config import as_ids
+from qwen35.cli import Parser, one_line, parse_ids, print_json, read_text, run, size
+from qwen35.completion import NEW_TOKENS, Completer, Completion, Settings
+from qwen35.defaults import Defaults
 from qwen35.errors import InputError
-from qwen35.generation import Generation
 from qwen35.load import DTYPES, load, locate
+from qwen35.messages import Message
 from qwen35.prefix.cache import PrefixCache
 from qwen35.prefix.keys import fingerprint, identity
-from qwen35.requests import parse_request
-from qwen35.sampling import Sampling
-from qwen35.tokenizer import Message, Tokenizer
+from qwen35.requests import parse_requests
+from qwen35.tokenizer import Tokenizer
 from reference.model import Model
 
 
-def generation_config(folder: Path) -> dict[str, Any]:
-    """`generation_config.json`, empty when there is none."""
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return {}
-    try:
-        document = json.loads(path.read_text())
-        as_ids(document.get("eos_token_id") if isinstance(document, dict) else None)
-    except (OSError, ValueError) as error:  # an InputError is a ValueError
-        raise InputError(f"{path}: not readable: {error}") from None
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: a JSON object was expected, not {type(document).__name__}")
-    return document
-
-
 def build_parser() -> Parser:
+    """The options; those that a request may have too are read from `completion.Settings`."""
     parser = Parser("python -m qwen35.generate", "Generate text with Qwen3.5.")
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue (with --chat: the first message)")
     add("--prompt-file", metavar="FILE", help="read the prompt from FILE, - for standard input")
     add("--prompt-ids", metavar="IDS", help="the prompt as token ids: 1,2,3")
-    add("--model", metavar="DIR|HUB_ID", help="a checkpoint (default: the embedded one)")
-    add("--max-new-tokens", type=int, default=128, metavar="N")
+    add("--model", metavar="DIR|HUB_ID", help="a checkpoint (default: the embedded one, `tiny`)")
+    add("--max-new-tokens", type=int, metavar="N",
+        help=f"default: {NEW_TOKENS}; in a conversation all that the context holds")  # fmt: skip
     add("--temperature", type=float, metavar="T", help="0 is greedy, the default without --chat")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (0: all)")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that sum to P")
+    add("--min-p", type=float, metavar="P",
+        help="leave out tokens below P times the likeliest one's probability")  # fmt: skip
+    add("--repetition-penalty", type=float, metavar="R",
+        help="divide the logits of tokens seen, the prompt included, by R (1 is off)")  # fmt: skip
+    add("--presence-penalty", type=float, metavar="R",
+        help="subtract R from the logits of tokens generated so far (0 is off)")  # fmt: skip
     add("--seed", type=int, default=0, metavar="S")
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="end before this text (may be given more than once)")  # fmt: skip
     add("--ignore-eos", action="store_true", help="go on after an end-of-text token")
     add("--draft-tokens", type=int, metavar="K", help="drafts of the MTP head a round (default 3)")
     add("--prefill-chunk", type=int, default=2048, metavar="N", help="prompt tokens a pass")
     add("--device", default="cpu", metavar="D")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--chat", action="store_true", help="a conversation; an empty line ends it")
-    add("--no-thinking", action="store_true", help="with --chat: answer without thinking first")
+    add("--thinking", action=argparse.BooleanOptionalAction,
+        help="whether to think before an answer (default: the chat template decides)")  # fmt: skip
+    add("--allow-special-tokens", action="store_true",
+        help="control tokens in a message are such, and not text")  # fmt: skip
     add(
         "--requests",
         metavar="FILE",
@@ -72,54 +66,34 @@ def build_parser() -> Parser:
     return parser
 
 
-def size(text: str) -> int:
-    """Bytes, written as 1000000, 64M or 4G."""
-    match = re.fullmatch(r"(\d+)([KMGT]?)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of bytes, as in 64M or 4G")
-    return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
-
-
 def main(args: argparse.Namespace) -> int:
     prompt = _prompt(args)
+    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__
+                           if name != "chat_template_kwargs"})  # fmt: skip
     started = time.perf_counter()
     folder = locate(args.model)
+    # Ids alone need no tokenizer: then ids are printed, and the head's padding cannot be told apart.
+    needs_text = not (args.requests or isinstance(prompt, list))
+    has_text = needs_text or (folder / "tokenizer.json").exists()
+    tokenizer = Tokenizer(folder) if has_text else None
     model = load(folder, dtype=DTYPES.get(args.dtype), device=_device(args.device))
     load_s = time.perf_counter() - started
-    if args.draft_tokens is None:
-        args.draft_tokens = 3 if model.mtp else 0
-        if not model.mtp:
-            _say(f"{folder}: no MTP head in this checkpoint, drafting is off")
-    # Ids alone need no tokenizer: then ids are printed, and the head's padding cannot be told apart.
-    known_text = (folder / "tokenizer.json").exists() or not (
-        args.requests or isinstance(prompt, list)
-    )
-    tokenizer = Tokenizer(folder) if known_text else None
-    defaults = generation_config(folder)
-    stop = as_ids(defaults.get("eos_token_id")) or model.config.eos_token_id
-
-    prefix_cache = _prefix_cache(args, model, folder)
-
-    def generation(ids: list[int], args: argparse.Namespace = args) -> Generation:
-        return Generation(
-            model, ids, args.max_new_tokens, _sampling(args, defaults, tokenizer),
-            frozenset() if args.ignore_eos else frozenset(stop),
-            args.draft_tokens, args.prefill_chunk, prefix_cache, args.digest,
-        )  # fmt: skip
-
+    if model.mtp is None and args.draft_tokens is None:
+        _say(f"{folder}: no MTP head in this checkpoint, drafting is off")
+    defaults = Defaults.of_folder(folder, model.config, tokenizer)
+    if defaults.warning:
+        _say(f"{folder}: {defaults.warning}")
+    completer = Completer(model, tokenizer, defaults, _prefix_cache(args, model, folder))
     if args.requests:
-        return _serve(args, generation, tokenizer, load_s)
-    if args.chat:
-        assert tokenizer is not None and not isinstance(prompt, list)
-        _converse(generation, tokenizer, prompt, thinking=not args.no_thinking)
+        return _serve(args.requests, completer, settings, load_s)
+    if args.chat and not args.json:
+        _converse(completer, settings, prompt if isinstance(prompt, str) else None)
         return 0
-    if isinstance(prompt, str):
-        assert tokenizer is not None
-        prompt = tokenizer.encode(prompt)
-    result = generation(prompt or [])
-    text = _stream(result, tokenizer, quiet=args.json)
+    given = [{"role": "user", "content": prompt}] if args.chat else prompt
+    completion = completer.complete(completer.prompt(given, settings), settings)
+    _show(completion, quiet=args.json)
     if args.json:
-        print(json.dumps(_document(result, text, load_s), ensure_ascii=False))
+        print_json(_document(completion, load_s))
     return 0
 
 
@@ -134,22 +108,22 @@ def _prompt(args: argparse.Namespace) -> str | list[int] | None:
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
         raise InputError(f"{given[0]} and {given[1]} are given; one prompt is expected")
-    if args.chat and (args.json or args.requests or args.prompt_ids is not None):
-        raise InputError("--chat goes with none of --json, --requests and --prompt-ids")
+    if args.chat and (args.requests or args.prompt_ids is not None):
+        raise InputError("--chat goes with neither --requests nor --prompt-ids")
+    if args.chat and args.json and not given:
+        raise InputError("--chat --json is one turn: give the message as PROMPT or --prompt-file")
+    if not (args.chat or args.requests):
+        for option, value in (("--thinking, --no-thinking", args.thinking is not None),
+                              ("--allow-special-tokens", args.allow_special_tokens)):  # fmt: skip
+            if value:
+                raise InputError(f"{option}: only a conversation has it; give --chat or --requests")
     if args.prompt_ids is not None:
         return parse_ids(args.prompt_ids)
     if args.prompt_file is None:
         if args.prompt is None and not args.chat and not args.requests:
             raise InputError("no prompt: give PROMPT, --prompt-file or --prompt-ids")
         return args.prompt
-    return _text(args.prompt_file)
-
-
-def _text(file: str) -> str:
-    try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not readable as text: {error}") from None
+    return read_text(args.prompt_file)
 
 
 def _prefix_cache(args: argparse.Namespace, model: Model, folder: Path) -> PrefixCache | None:
@@ -170,29 +144,16 @@ def _prefix_cache(args: argparse.Namespace, model: Model, folder: Path) -> Prefi
     )  # fmt: skip
 
 
-def _serve(
-    args: argparse.Namespace,
-    generation: Callable[..., Generation],
-    tokenizer: Tokenizer | None,
-    load_s: float,
-) -> int:
+def _serve(file: str, completer: Completer, settings: Settings, load_s: float) -> int:
     """Every request of a file, in order. All are checked before the first one runs."""
-    queue: list[tuple[Any, Generation]] = []
-    for number, line in enumerate(_text(args.requests).splitlines(), 1):
-        if line.strip():
-            where = f"{args.requests}, line {number}"
-            try:
-                request = parse_request(line, tokenizer, thinking=not args.no_thinking)
-                own = argparse.Namespace(**vars(args) | request.settings)
-                queue.append((request.id, generation(request.prompt, own)))
-            except InputError as error:
-                raise InputError(f"{where}: {error}") from None
-    if not queue:
-        raise InputError(f"{args.requests}: no request in it")
-    for name, result in queue:
-        found = _document(result, _stream(result, tokenizer, quiet=True), load_s)
-        named = found if name is None else {"id": name} | found
-        print(json.dumps(named, ensure_ascii=False), flush=True)
+    requests = parse_requests(read_text(file), file, completer, settings)
+    queue = [
+        (request.id, completer.complete(request.prompt, request.settings)) for request in requests
+    ]
+    for name, completion in queue:
+        _show(completion, quiet=True)
+        found = _document(completion, load_s)
+        print_json(found if name is None else {"id": name} | found)
     return 0
 
 
@@ -206,43 +167,16 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _sampling(
-    args: argparse.Namespace, defaults: dict[str, Any], tokenizer: Tokenizer | None
-) -> Sampling:
-    """What the options say; else a conversation takes the checkpoint's advice; a prompt is greedy."""
-    advised = defaults if args.chat and defaults.get("do_sample") else {}
-
-    def chosen(name: str, kind: type[float] | type[int], otherwise: float) -> Any:
-        given = getattr(args, name)
-        value = advised.get(name) if given is None else given
-        try:
-            return kind(otherwise if value is None else value)
-        except (TypeError, ValueError):
-            raise InputError(
-                f"generation_config.json: {name} = {value!r}; expected a number"
-            ) from None
-
-    return Sampling(
-        temperature=chosen("temperature", float, 0.0),
-        top_k=chosen("top_k", int, 0),
-        top_p=chosen("top_p", float, 1.0),
-        seed=args.seed,
-        vocab=tokenizer.size if tokenizer else None,
-    )
-
-
-def _stream(result: Generation, tokenizer: Tokenizer | None, *, quiet: bool) -> str:
-    """Print the text as it comes and the closing line; return the text."""
-    text = tokenizer.stream() if tokenizer else None
-    pieces: list[str] = []
+def _show(completion: Completion, *, quiet: bool) -> None:
+    """Print the text as it comes, and the closing line."""
+    result = completion.generation
     bar = tqdm(total=len(result.prompt), desc="prefill", unit="tok", leave=False, disable=None)
     result.progress = bar.update
     try:
-        for token, _ in result:
+        for piece in completion:
             bar.close()
-            pieces.append(text.push(token) if text else f"{token} ")
             if not quiet:
-                print(pieces[-1], end="", flush=True)
+                print(piece, end="", flush=True)
     finally:  # also when interrupted: what was printed stays, with its figures
         bar.close()
         if result.token_ids:
@@ -258,23 +192,24 @@ def _stream(result: Generation, tokenizer: Tokenizer | None, *, quiet: bool) -> 
                 _say(f"prefix cache: {result.cached_tokens} tokens; {result.cache_reason}")
             if result.digest and not quiet:
                 _say(f"logits_sha256 {result.logits_sha256}")
-    return "".join(pieces)
 
 
-def _converse(
-    generation: Callable[[list[int]], Generation],
-    tokenizer: Tokenizer,
-    message: str | None,
-    *,
-    thinking: bool,
-) -> None:
+def _converse(completer: Completer, settings: Settings, message: str | None) -> None:
     """Turns until an empty line or the end of the input."""
     history: list[Message] = []
     while message := message or _ask():
         history.append({"role": "user", "content": message})
-        ids = tokenizer.encode(tokenizer.render(history, thinking=thinking))
-        answer = _stream(generation(ids), tokenizer, quiet=False)
-        history.append({"role": "assistant", "content": answer})
+        completion = completer.complete(completer.prompt(history, settings), settings)
+        _show(completion, quiet=False)
+        answer = completion.answer
+        assert answer is not None
+        if not answer.finished:
+            _say(
+                f"no answer: the limit of {len(completion.token_ids)} tokens cut the thought, which is "
+                "not part of the conversation"
+            )
+        thought = {"reasoning_content": answer.reasoning} if answer.finished else {}
+        history.append({"role": "assistant", "content": answer.content} | thought)
         message = None
 
 
@@ -286,35 +221,14 @@ def _ask() -> str:
         raise InputError(f"standard input is not text: {error}") from None
 
 
-def _document(result: Generation, text: str, load_s: float) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "text": text,
-        "token_ids": result.token_ids,
-        "prompt_tokens": len(result.prompt),
-        "cached_tokens": result.cached_tokens,
-        "finish_reason": result.finish_reason,
-        "path": "reference",
-        "draft": {
-            "proposed": result.draft.proposed,
-            "accepted": result.draft.accepted,
-            "tokens_per_forward": round(result.draft.tokens_per_forward, 4),
-        },
-        "timing": {
-            "load_s": round(load_s, 4),
-            "ttft_s": round(result.ttft_s, 4),
-            "decode_s": round(result.decode_s, 4),
-            "tokens_per_s": round(result.tokens_per_s, 2),
-        },
-    }
-    if result.prefix_cache:
-        found["cache_reason"] = result.cache_reason
-    if result.digest:
-        found["logits_sha256"] = result.logits_sha256
-    return found
+def _document(completion: Completion, load_s: float) -> dict[str, object]:
+    document = completion.document()
+    document["timing"] = {"load_s": round(load_s, 4)} | document["timing"]
+    return document
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(one_line(line), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

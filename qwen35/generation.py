@@ -17,10 +17,14 @@ from torch import Tensor
 from qwen35.cache import Cache
 from qwen35.errors import InputError
 from qwen35.prefix.cache import PrefixCache
-from qwen35.sampling import Sampling, pick
+from qwen35.sampling import Sampling, Seen, pick
 from qwen35.speculative import Decoder, DraftStats
 from reference.linear import GRID
 from reference.model import Model
+
+AT_ONCE = (
+    2048  # new tokens that room is made for before the first one: a limit may be the whole context
+)
 
 
 def prefill(
@@ -111,12 +115,15 @@ class Generation:
         bits = hashlib.sha256()
         with self._reused() as (cache, hidden):
             logits = self.model.lm_head(hidden)[0, 0]  # [V]
-            token = pick(logits, len(self.prompt), self.sampling)
+            seen = None
+            if self.sampling.has_penalties:
+                seen = Seen(self.prompt, logits.shape[-1], logits.device)
+            token = pick(logits, len(self.prompt), self.sampling, seen)
             first = time.perf_counter()
             self.ttft_s = first - started
             decoder = Decoder(
                 self.model, cache, token=token, hidden=hidden,
-                depth=self.draft_tokens, sampling=self.sampling, stop=self.stop,
+                depth=self.draft_tokens, sampling=self.sampling, stop=self.stop, seen=seen,
             )  # fmt: skip
             self.draft = decoder.stats
             fresh = [(token, logits)]
@@ -157,7 +164,7 @@ class Generation:
         reuse = kept.begin(self.prompt, draft=draft)
         self.cached_tokens, self.cache_reason = reuse.length, reuse.reason
         try:
-            room = len(self.prompt) + self.max_new_tokens + self.draft_tokens
+            room = len(self.prompt) + min(self.max_new_tokens, AT_ONCE) + self.draft_tokens
             hidden = kept.restore(reuse, cache, room=room, draft=draft)
             self.progress(reuse.length)
             yield cache, prefill(

@@ -22,11 +22,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def locate(model: str | Path | None) -> Path:
-    """The folder of a model: the embedded checkpoint (None), a folder, or a hub id, downloaded."""
-    if model is None:
+    """Find a model's folder: a path, "tiny" (or None) for the embedded one, or a hub id to download."""
+    if model is None or str(model) == "tiny":
         return TINY
     path = Path(model)
     if path.is_dir():
+        if not (path / "config.json").exists():
+            raise InputError(f"{path / 'config.json'}: no such file")
         return path
     from weights.hub import is_hub_id, one_line  # here: the hub's client takes its time to import
 
@@ -42,13 +44,15 @@ Swaps = Sequence[tuple[str, Replacement]]  # (pattern of node names, what stands
 
 
 def load(
-    folder: str | Path,
+    model: str | Path,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     swaps: Swaps = (),
 ) -> Model:
-    """Build the reference model of a checkpoint folder, in eval mode, without gradients.
+    """Build the reference model of a checkpoint, in eval mode, without gradients.
+
+    model: "tiny" (the embedded checkpoint), a folder, or a hub id, which is downloaded.
 
     dtype: of the activations and the dense weights; None takes the checkpoint's own. On a CPU, weights
     that are already in that dtype stay mapped files, and experts always do, in whatever format the file
@@ -61,13 +65,15 @@ def load(
     A checkpoint without MTP tensors gives a model with `mtp` None. Raises InputError when a tensor is
     missing, unknown or of another shape; warns when the file is not quantised as its config claims.
     """
+    folder = locate(model)
     loader = Loader(folder, dtype=dtype, device=device, swaps=swaps)
-    model = loader.skeleton
+    built = loader.skeleton
     for stage in loader.stages:
-        model.set_submodule(stage, loader.fill(stage, model.get_submodule(stage)))
+        built.set_submodule(stage, loader.fill(stage, built.get_submodule(stage)))
     if loader.config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight  # pyright: ignore (a Parameter)
-    return model.eval()
+        built.lm_head.weight = built.embed_tokens.weight  # pyright: ignore (a Parameter)
+    built.folder = folder
+    return built.eval()
 
 
 class Loader:

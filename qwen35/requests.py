@@ -1,67 +1,99 @@
-"""One line of `--requests`: a prompt, and settings of its own."""
+"""`--requests`: many prompts in one process, a JSON object a line, with settings of their own."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qwen35.completion import Completer, Settings
 from qwen35.errors import InputError
-from qwen35.tokenizer import Message, Tokenizer
+from qwen35.tokenizer import Prompt
 
+PROMPTS = ("prompt", "prompt_ids", "messages")
 SETTINGS: dict[str, type] = {
-    "max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int,
-    "draft_tokens": int, "ignore_eos": bool,
+    "max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float,
+    "repetition_penalty": float, "presence_penalty": float, "seed": int, "draft_tokens": int,
+    "ignore_eos": bool, "stop": list, "chat_template_kwargs": dict,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Request:
-    """id: whatever the request calls itself, or None. settings: options that it has of its own."""
+    """id: whatever the request calls itself, or None. settings: the command line's, and its own."""
 
     id: Any
-    prompt: list[int]
-    settings: dict[str, Any]
+    prompt: Prompt
+    settings: Settings
 
 
-def parse_request(line: str, tokenizer: Tokenizer | None, *, thinking: bool) -> Request:
-    """{"prompt": TEXT}, {"prompt_ids": [1, 2]} or {"messages": [...]}, with options under their names, as
-    in "max_new_tokens". thinking: of messages. InputError for anything else."""
+def parse_requests(text: str, where: str, completer: Completer, common: Settings) -> list[Request]:
+    """All requests of a file. InputError naming the line (`where`: the file) for the first bad one."""
+    requests: list[Request] = []
+    for number, line in enumerate(text.split("\n"), 1):  # a text may hold other line separators
+        if line.strip():
+            try:
+                requests.append(parse_request(line, completer, common))
+            except InputError as error:
+                raise InputError(f"{where}, line {number}: {error}") from None
+    if not requests:
+        raise InputError(f"{where}: no request in it")
+    return requests
+
+
+def parse_request(line: str, completer: Completer, common: Settings) -> Request:
+    """Read one line: {"prompt": TEXT}, {"prompt_ids": [1, 2]}, or {"messages": [...]} with or without
+    `tools`; and settings under their names, as in "max_new_tokens". InputError for anything else."""
     try:
-        request = json.loads(line)
+        request = json.loads(line, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {error}") from None
     if not isinstance(request, dict):
         raise InputError(f"a JSON object was expected, not {type(request).__name__}")
-    unknown = sorted(request.keys() - {"id", "prompt", "prompt_ids", "messages", *SETTINGS})
+    request = {name: value for name, value in request.items() if value is not None}
+    unknown = sorted(request.keys() - {"id", "tools", *PROMPTS, *SETTINGS})
     if unknown:
-        raise InputError(f"unknown key {unknown[0]!r}; known are {', '.join(SETTINGS)}")
-    given = [name for name in ("prompt", "prompt_ids", "messages") if name in request]
+        known = ", ".join(("id", *PROMPTS, "tools", *SETTINGS))
+        raise InputError(f"unknown key {unknown[0]!r}; known are {known}")
+    given = [name for name in PROMPTS if name in request]
     if len(given) != 1:
         raise InputError("one of prompt, prompt_ids and messages was expected")
-    settings = {name: request[name] for name in SETTINGS if name in request}
-    for name, value in settings.items():
-        kinds = (int, float) if SETTINGS[name] is float else SETTINGS[name]
-        if not isinstance(value, kinds) or isinstance(value, bool) != (SETTINGS[name] is bool):
-            raise InputError(f"{name} = {value!r}; expected {SETTINGS[name].__name__}")
-    ids = request.get("prompt_ids")
-    if ids is None:
-        if tokenizer is None:
-            raise InputError("the checkpoint has no tokenizer.json; give prompt_ids")
-        text = request.get("prompt")
-        if text is None:
-            text = tokenizer.render(_messages(request["messages"]), thinking=thinking)
-        if not isinstance(text, str):
-            raise InputError(f"prompt is {type(text).__name__}; expected text")
-        ids = tokenizer.encode(text)
-    elif not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise InputError("prompt_ids: a list of integers was expected")
-    return Request(request.get("id"), ids, settings)
-
-
-def _messages(value: Any) -> list[Message]:
-    is_list = isinstance(value, list) and all(
-        isinstance(m, dict) and all(isinstance(m.get(n), str) for n in ("role", "content"))
-        for m in value
+    if "tools" in request and "messages" not in request:
+        raise InputError("tools are offered, but there are no messages")
+    _check_echo(request.get("id"))
+    settings = replace(
+        common, **{name: _setting(name, request[name]) for name in SETTINGS if name in request}
     )
-    if not is_list:
+    _check_prompt(given[0], request[given[0]])
+    prompt = completer.prompt(request[given[0]], settings, tools=request.get("tools"))
+    return Request(request.get("id"), prompt, settings)
+
+
+def _setting(name: str, value: Any) -> Any:
+    kind = SETTINGS[name]
+    if name == "stop" and isinstance(value, str):
+        return (value,)
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
+        raise InputError(f"{name} = {value!r}; expected {kind.__name__}")
+    return tuple(value) if name == "stop" else value
+
+
+def _check_prompt(name: str, value: Any) -> None:
+    if name == "prompt" and not isinstance(value, str):
+        raise InputError(f"prompt is {type(value).__name__}; expected text")
+    is_ids = isinstance(value, list) and all(type(i) is int for i in value)
+    if name == "prompt_ids" and not is_ids:
+        raise InputError("prompt_ids: a list of integers was expected")
+    if name == "messages" and not isinstance(value, list):
         raise InputError('messages: a list of {"role": ..., "content": ...} was expected')
-    return value
+
+
+def _check_echo(name: Any) -> None:
+    """Refuse an id that could not be printed with the result, before anything is computed."""
+    try:
+        json.dumps(name, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"id cannot be printed: {error}") from None
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")

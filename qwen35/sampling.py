@@ -1,10 +1,12 @@
-"""From logits to a token: greedy, temperature, top-k, top-p, with randomness keyed by (seed, position).
+"""From logits to a token: penalties, greedy, temperature, top-k, top-p, min-p, with randomness keyed by
+(seed, position).
 
 The draw at a position does not depend on what was drawn elsewhere or how often. So a sampled text is
 the same at any drafting depth, and a draft that is accepted when it *is* the model's own draw leaves
 the model's distribution as it was (rejection sampling with one-hot proposals).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,16 +18,33 @@ from qwen35.errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_k 0 and top_p 1 switch the filters off.
+    """How a token is chosen; every default switches its part off.
 
+    temperature: 0 is greedy.
+    top_k: draw from that many likeliest tokens (0: all).
+    top_p: draw from the likeliest tokens whose probabilities reach it.
+    min_p: leave out tokens less likely than that part of the likeliest one's probability.
+    repetition_penalty: divide the logits of tokens in the prompt or the text so far by it where they are
+        positive, multiply where negative (Keskar et al. 2019; as transformers does).
+    presence_penalty: subtract it from the logits of tokens in the text so far. The prompt does not count
+        (as in OpenAI's and vLLM's interfaces). Both penalties change greedy choices too.
+    seed: of the randomness.
     vocab: ids at and above it are padding and never drawn (None: every row of the head is real).
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
     seed: int = 0
     vocab: int | None = None
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the choice depends on the tokens before it."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -34,15 +53,50 @@ class Sampling:
             raise InputError(f"top_k = {self.top_k}; expected an integer >= 0")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p = {self.top_p}; expected a number in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p = {self.min_p}; expected a number in [0, 1]")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise InputError(
+                f"repetition_penalty = {self.repetition_penalty}; expected a number > 0 (1 is off)"
+            )
+        if not -float("inf") < self.presence_penalty < float("inf"):
+            raise InputError(f"presence_penalty = {self.presence_penalty}; expected a number")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed = {self.seed}; expected an integer in 0..2^63 - 1")
+
+
+class Seen:
+    """The tokens of a continuation that penalties look at, as masks over the head's rows.
+
+    prompt: ids. Tokens that are picked are added one by one, in the order of the text. A draft that is
+    rejected was never picked, so it leaves no trace.
+    """
+
+    def __init__(
+        self, prompt: Sequence[int], rows: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.anywhere = torch.zeros(rows, dtype=torch.bool, device=device)  # [V]
+        self.anywhere[torch.tensor(prompt, dtype=torch.int64, device=device)] = True
+        self.generated = torch.zeros_like(self.anywhere)  # [V]
+
+    def add(self, token: int) -> None:
+        """Count a token of the text."""
+        self.anywhere[token] = self.generated[token] = True
+
+
+def penalized(logits: Tensor, seen: Seen, sampling: Sampling) -> Tensor:
+    """Logits [V] with the penalties of what was seen: repetition first, then presence. [V] float64."""
+    wide = logits.double()
+    factor = sampling.repetition_penalty
+    repeated = torch.where(wide < 0, wide * factor, wide / factor)
+    return torch.where(seen.anywhere, repeated, wide) - sampling.presence_penalty * seen.generated
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """The distribution drawn from. logits [V] -> [V] float64; needs temperature > 0.
 
     Filters in the usual order: temperature, top-k, then the smallest set of most likely tokens whose
-    probabilities reach top_p (at least one). Ties at an edge go to the lower id.
+    probabilities reach top_p (at least one), then min-p. Ties at an edge go to the lower id.
     """
     real = logits[: sampling.vocab].double()
     scaled = (
@@ -55,6 +109,7 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         reached_before = p.cumsum(-1) - p >= sampling.top_p
         p = p.masked_fill(reached_before, 0)
+    p = p.masked_fill(p < sampling.min_p * p[0], 0)
     filtered = torch.zeros(logits.shape[-1], dtype=torch.float64, device=logits.device)
     filtered[order] = p / p.sum()
     return filtered
@@ -65,11 +120,22 @@ def uniform(seed: int, position: int) -> float:
     return np.random.Generator(np.random.Philox(key=seed, counter=position)).random()
 
 
-def pick(logits: Tensor, position: int, sampling: Sampling) -> int:
-    """The token at `position` of the sequence from the logits [V] before it."""
+def pick(logits: Tensor, position: int, sampling: Sampling, seen: Seen | None = None) -> int:
+    """Choose the token at `position` of the sequence from the logits [V] before it.
+
+    seen: the tokens before it, which penalties need; the choice is added to them.
+    """
+    scores = logits if seen is None else penalized(logits, seen, sampling)
+    token = _pick(scores, position, sampling)
+    if seen is not None:
+        seen.add(token)
+    return token
+
+
+def _pick(scores: Tensor, position: int, sampling: Sampling) -> int:
     if sampling.temperature == 0:
-        return int(logits[: sampling.vocab].argmax())
-    cumulative = probabilities(logits, sampling).cumsum(-1)
+        return int(scores[: sampling.vocab].argmax())
+    cumulative = probabilities(scores, sampling).cumsum(-1)
     # Scaled by the total, so that rounding in the sum cannot leave the last token out.
     threshold = uniform(sampling.seed, position) * cumulative[-1]
     return int(torch.searchsorted(cumulative, threshold, right=True))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen35.cache import Cache
-from qwen35.sampling import Sampling, pick
+from qwen35.sampling import Sampling, Seen, pick
 from reference.linear import DECODE_ROWS
 from reference.model import Model
 
@@ -35,7 +35,8 @@ class Decoder:
     """Continues one sequence round by round; a round gives 1 to 1 + depth tokens.
 
     token: the newest token, not yet seen by the trunk; hidden: [1, 1, D], the trunk's state of the
-    token before it. depth: most drafts a round. stop: tokens after which nothing is drafted.
+    token before it. depth: most drafts a round. stop: tokens after which nothing is drafted. seen: the
+    tokens so far, `token` included, where penalties need them.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class Decoder:
         depth: int,
         sampling: Sampling,
         stop: frozenset[int],
+        seen: Seen | None = None,
     ) -> None:
         self.model, self.cache = model, cache
-        self.depth, self.sampling, self.stop = depth, sampling, stop
+        self.depth, self.sampling, self.stop, self.seen = depth, sampling, stop, seen
         self.stats = DraftStats(proposed=[0] * depth, accepted=[0] * depth)
         # The MTP head has not seen these tokens yet; fresh_hidden holds the trunk's state before each.
         self.fresh_ids, self.fresh_hidden = [token], hidden
@@ -69,7 +71,7 @@ class Decoder:
             logits = self.model.lm_head(hidden)[0]  # [len(part), V]
             self.stats.forwards += 1
             for i, row in enumerate(logits):
-                token = pick(row, start + i + 1, self.sampling)
+                token = pick(row, start + i + 1, self.sampling, self.seen)
                 picked.append((token, row))
                 hiddens.append(hidden[:, i : i + 1])
                 guessed = drafts[first + i : first + i + 1] == [token]

@@ -1,48 +1,78 @@
-"""Text to ids and back, and the chat template, both as the checkpoint brings them."""
+"""Text to ids and back, as the checkpoint's own files say.
 
-import datetime
+| file | taken | left alone, and why |
+|---|---|---|
+| tokenizer.json | vocabulary, merges, normaliser, pre-tokeniser, decoder, added tokens | `truncation` and `padding` are leftovers of training; `post_processor` adds tokens that a prompt states itself |
+| tokenizer_config.json | `added_tokens_decoder`; `bos_token`, `eos_token` and the other named tokens; `chat_template` | lengths, sides, `clean_up_tokenization_spaces`, class names: they serve batches and other back ends |
+| special_tokens_map.json | named tokens that tokenizer_config.json lacks | |
+| chat_template.jinja, additional_chat_templates/ | the templates, before tokenizer_config.json's | |
+"""  # noqa: E501
+
 import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
-from tokenizers.decoders import DecodeStream
 
 from qwen35.errors import InputError
+from qwen35.template import ChatTemplate, Marker
 
-Message = dict[str, str]
+UNFINISHED = "\ufffd"  # what an incomplete character decodes to
+WINDOW = 32  # ids that a stream decodes at once, at most, while characters stay unfinished
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids of a prompt. text: None where it came as ids. opens_thinking: whether a conversation's prompt
+    ends inside a thought, which the answer then begins with; None for what is no conversation."""
+
+    ids: list[int]
+    text: str | None = None
+    opens_thinking: bool | None = None
 
 
 class Tokenizer:
-    """`tokenizer.json` and, where there is one, the chat template of a checkpoint folder."""
+    """The tokenizer of a checkpoint folder, with its chat template where it has one."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "tokenizer.json"
         if not path.exists():
             raise InputError(f"{path}: no such file, so text has no ids; give --prompt-ids instead")
         try:
-            self._backend = Backend.from_file(str(path))
+            self._backend = Backend.from_str(path.read_text(encoding="utf-8-sig"))
         except Exception as error:  # the library raises plain Exception
             raise InputError(f"{path}: not readable as a tokenizer: {error}") from None
-        self._template = _read_template(folder)
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        config = read_config(folder / "tokenizer_config.json")
+        older = read_config(folder / "special_tokens_map.json")
+        self.special_tokens = {
+            name: written
+            for name in NAMED
+            if (written := _written(config.get(name) or older.get(name))) is not None
+        }
+        _add_tokens(self._backend, config, self.special_tokens, folder / "tokenizer_config.json")
+        self._template = ChatTemplate.of_folder(folder, config)
         self._folder = folder
 
-    @property
+    @cached_property
     def size(self) -> int:
-        """Number of ids with a meaning; rows of the head at and above it are padding."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        """The highest id + 1; rows of the head at and above it are padding."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token in its written form, such as `<|im_end|>`."""
+        return self._backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; the written form of a special token becomes that token."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"the text is not UTF-8: character {error.start} is {text[error.start]!r}"
-            ) from None
+        _check_unicode(text)
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -51,66 +81,174 @@ class Tokenizer:
 
     def stream(self) -> "TextStream":
         """A decoder to be fed one id at a time."""
-        return TextStream(self._backend)
+        return TextStream(self)
 
-    def render(self, messages: list[Message], *, thinking: bool) -> str:
-        """The prompt of a conversation, up to where the assistant's answer begins."""
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        allow_special_tokens: bool = False,
+    ) -> Prompt:
+        """The prompt of a conversation, up to where the assistant's answer begins.
+
+        messages, tools: as `messages.parse_messages` and `parse_tools` give them.
+        thinking: the template's `enable_thinking`; None leaves that to the template.
+        template_kwargs: further variables of the template.
+        allow_special_tokens: whether control tokens inside a message become such. Otherwise a message's
+            text stays text, whatever it contains, and only the template's own control tokens count.
+
+        InputError for a folder without a template, and for whatever goes wrong inside it.
+        """
         if self._template is None:
             raise InputError(
                 f"{self._folder}: no chat template (chat_template.jinja, or tokenizer_config.json)"
             )
-        try:
-            return _environment().from_string(self._template).render(
-                messages=messages, add_generation_prompt=True, enable_thinking=thinking
-            )  # fmt: skip
-        except Exception as error:  # a template is foreign code and may raise anything
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"{self._folder}: the chat template fails: {reason}") from None
+        switch = {} if thinking is None else {"enable_thinking": thinking}
+        given = {"messages": messages, "tools": tools} | switch | dict(template_kwargs or {})
+        marker = None if allow_special_tokens else Marker(self._added, given, self._template)
+        marked = self._template.render(
+            self.special_tokens | (given if marker is None else marker.mark(given)),
+            with_tools=tools is not None,
+        )
+        text, pieces = (marked, None) if marker is None else marker.unmark(marked)
+        _check_unicode(text)
+        ids = self.encode(text) if pieces is None else self._encode_pieces(pieces)
+        return Prompt(ids, text, opens_thinking(text))
+
+    @cached_property
+    def _added(self) -> dict[str, AddedToken]:
+        """The added tokens by their written form, but for white space, which texts hold as such."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return {token.content: token for token in added if not token.content.isspace()}
+
+    def _encode_pieces(self, pieces: list[tuple[str, bool]]) -> list[int]:
+        """Ids of control tokens (True) and of text between them, in which no token is recognised."""
+        ids: list[int] = []
+        for i, (piece, is_control) in enumerate(pieces):
+            if is_control:
+                token = self._backend.token_to_id(piece)
+                assert token is not None
+                ids.append(token)
+                continue
+            before = self._added.get(pieces[i - 1][0]) if i else None
+            after = self._added.get(pieces[i + 1][0]) if i + 1 < len(pieces) else None
+            text = piece.lstrip() if before is not None and before.rstrip else piece
+            ids += self._encode_plain(text.rstrip() if after is not None and after.lstrip else text)
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        backend = self._backend
+        normalised = backend.normalizer.normalize_str(text) if backend.normalizer else text
+        words = [normalised]
+        if backend.pre_tokenizer:
+            words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalised)]
+        return [token.id for word in words for token in backend.model.tokenize(word)]
 
 
 class TextStream:
-    """Ids in, text out as soon as it is whole characters."""
+    """Ids in, text out as soon as it is whole characters. All pieces and `flush` joined are the text that
+    the ids decode to at once."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._stream = DecodeStream(skip_special_tokens=True)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] = []  # ids whose text is out; decoders look at what stands before
+        self._fresh: list[int] = []  # ids after them
+        self._shown = 0  # characters of the fresh ids' text that are out
 
     def push(self, token: int) -> str:
         """The text that this id completes; empty while a character is unfinished."""
-        return self._stream.step(self._backend, token) or ""
+        self._fresh.append(token)
+        text = self._text(self._fresh)
+        # The bytes of an unfinished character decode to one replacement character, the last one.
+        whole = text.removesuffix(UNFINISHED)
+        piece, self._shown = whole[self._shown :], max(self._shown, len(whole))
+        if whole == text and text:
+            self._before, self._fresh, self._shown = self._fresh, [], 0
+        elif len(self._fresh) > WINDOW:
+            self._shorten(text)
+        return piece
+
+    def flush(self) -> str:
+        """The rest, once no id follows: an unfinished character as U+FFFD."""
+        piece = self._text(self._fresh)[self._shown :]
+        self._before, self._fresh, self._shown = [*self._before, *self._fresh], [], 0
+        return piece
+
+    def _text(self, ids: list[int]) -> str:
+        before = self._tokenizer.decode(self._before)
+        return self._tokenizer.decode([*self._before, *ids])[len(before) :]
+
+    def _shorten(self, text: str) -> None:
+        """Let go of ids whose bytes are no characters and never will be."""
+        for cut in range(len(self._fresh) - 1, 0, -1):
+            first, rest = self._fresh[:cut], self._fresh[cut:]
+            done = self._text(first)
+            if done + self._tokenizer.decode(rest) == text:
+                self._before, self._fresh = first[-WINDOW:], rest
+                self._shown -= len(done)
+                return
 
 
-def _read_template(folder: Path) -> str | None:
-    own, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+def opens_thinking(prompt: str) -> bool:
+    """Whether a rendered prompt ends with an open thought, as the family's does when thinking is on."""
+    return prompt.rstrip().endswith("<think>")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint folder, without its nulls; empty where there is no such file."""
+    if not path.exists():
+        return {}
     try:
-        if own.exists():
-            return own.read_text()
-        if not path.exists():
-            return None
-        template = json.loads(path.read_text()).get("chat_template")
-        if isinstance(template, list):  # several named ones
-            template = {named["name"]: named["template"] for named in template}.get("default")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        file = own if own.exists() else path
-        raise InputError(f"{file}: no readable chat template: {error!r}") from None
-    if template is not None and not isinstance(template, str):
-        raise InputError(f"{path}: chat_template is {template!r}; expected text")
-    return template
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: a JSON object was expected, not {type(document).__name__}")
+    return {name: value for name, value in document.items() if value is not None}
 
 
-def _environment() -> jinja2.Environment:
-    """Templates come with a checkpoint, so they run in a sandbox; the helpers are those of the hub."""
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+def _written(token: Any) -> str | None:
+    """A named token, which is a text in some files and an object in others."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _add_tokens(
+    backend: Backend, config: dict[str, Any], named: dict[str, str], path: Path
+) -> None:
+    """Add tokens that only tokenizer_config.json has, and take over its flags, as transformers does."""
+    listed = config.get("added_tokens_decoder", {})
+    try:
+        tokens = {
+            int(number): AddedToken(**{"normalized": True} | described)
+            for number, described in listed.items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: added_tokens_decoder cannot be read: {error}") from None
+    for number, token in sorted(tokens.items()):
+        known = backend.get_added_tokens_decoder().get(number)
+        if known is not None and repr(known) == repr(token):
+            continue
+        backend.add_tokens([token])
+        found = backend.token_to_id(token.content)
+        if found != number:
+            warnings.warn(
+                f"{path}: {token.content!r} has the id {number} there and {found} in tokenizer.json",
+                stacklevel=2,
+            )
+    unmarked = {t.content for t in backend.get_added_tokens_decoder().values()}
+    backend.add_special_tokens(
+        [AddedToken(written, special=True) for written in named.values() if written not in unmarked]
     )
 
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)  # jinja's own escapes for HTML
-
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    env.filters["tojson"] = tojson
-    return env
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text is not UTF-8: character {error.start} is {text[error.start]!r}"
+        ) from None

@@ -1,5 +1,7 @@
 """The model: embedding, decoder layers, final norm, head, and the MTP head beside them."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ class Model(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.folder: Path | None = None  # that it was loaded from, with its tokenizer
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, kind, config.is_sparse(i))

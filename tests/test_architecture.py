@@ -121,15 +121,6 @@ def test_the_rules_refuse_what_they_should() -> None:
     assert not [(a, b) for a, b in refused if _under(b, rule_for(a))]
 
 
-def test_the_front_package_is_empty() -> None:
-    """`import qwen35` runs nothing: the file holds one docstring."""
-    body = parse(ROOT / "qwen35" / "__init__.py").body
-    assert len(body) == 1
-    assert isinstance(body[0], ast.Expr)
-    assert isinstance(body[0].value, ast.Constant)
-    assert isinstance(body[0].value.value, str)
-
-
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda]:
     """Every function of a file, nested ones too."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)

@@ -17,10 +17,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwen35 import load as load_module
 from qwen35.config import Config
 from qwen35.errors import InputError
-from qwen35.load import load, locate
+from qwen35.load import TINY, load, locate
 from reference.model import Model
 from tests.checkpoints import (
     IDS,
@@ -162,7 +161,7 @@ def test_an_index_wins_over_a_single_file(tmp_path: Path) -> None:
 
 def test_the_embedded_checkpoint_loads() -> None:
     """No download: the default model comes with the repository and has a drafting head."""
-    assert locate(None) == load_module.TINY
+    assert locate(None) == TINY
     model = load(locate(None))
     assert model.mtp is not None
     assert logits_of(model).isfinite().all()

@@ -15,13 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qwen35 import load as load_module
 from qwen35.cli import run
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.generate import build_parser, main
 from qwen35.generation import Generation
-from qwen35.load import load
+from qwen35.load import TINY, load
 from qwen35.sampling import Sampling
 from reference import quantized
 from reference.model import Model
@@ -270,8 +269,8 @@ def test_the_command_line_drafts_with_a_quantised_model(
 
 def test_the_embedded_model_is_plain_and_quiet() -> None:
     """The default model has no quantised module and no claim."""
-    assert not quantised_linears(quiet_load(load_module.TINY))
-    assert Checkpoint(load_module.TINY).problems == []
+    assert not quantised_linears(quiet_load(TINY))
+    assert Checkpoint(TINY).problems == []
 
 
 # --- memory ---------------------------------------------------------------------------------------

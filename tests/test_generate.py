@@ -17,12 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen35 import load as load_module
 from qwen35.cli import parse_ids, run
 from qwen35.errors import InputError
-from qwen35.generate import build_parser, generation_config, main
+from qwen35.generate import build_parser, main
 from qwen35.generation import Generation
-from qwen35.load import load
+from qwen35.load import TINY, load
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer
 from tests.checkpoints import QWEN3_5, TEXT_VOCAB, edit_json, edit_tensors, write
@@ -128,7 +127,7 @@ def test_the_json_document(cli: Cli, small: Path) -> None:
 def test_the_embedded_model_is_the_default(cli: Cli) -> None:
     """No --model: the checkpoint of the repository, in its own dtype, with drafting."""
     found = document(cli, "Once upon a time", "--max-new-tokens", 12)
-    assert found["text"] == Tokenizer(load_module.TINY).decode(found["token_ids"])
+    assert found["text"] == Tokenizer(TINY).decode(found["token_ids"])
     assert len(found["draft"]["proposed"]) == 3
 
 
@@ -189,11 +188,11 @@ def always(folder: Path, token: int) -> None:
 
 
 def test_stop_ids_and_ignore_eos(cli: Cli, tmp_path: Path) -> None:
-    """generation_config's ids end the text, else the config's own; --ignore-eos goes on."""
-    write(tmp_path, "0.8B", tokenizer=True, eos_token_id=65)
+    """Ids that either config names end the text; --ignore-eos goes on."""
+    write(tmp_path, "0.8B", tokenizer=True, eos_token_id=66)
     always(tmp_path, 65)
     common = ("abc", "--model", tmp_path, "--max-new-tokens", 6)
-    assert document(cli, *common)["finish_reason"] == "length"  # its list is another one
+    assert document(cli, *common)["finish_reason"] == "length"  # both name other ids
     edit_json(tmp_path / "generation_config.json", eos_token_id=[3, 65])
     stopped = document(cli, *common)
     assert stopped["finish_reason"] == "stop"
@@ -204,6 +203,8 @@ def test_stop_ids_and_ignore_eos(cli: Cli, tmp_path: Path) -> None:
     edit_json(tmp_path / "generation_config.json", eos_token_id=65)
     assert document(cli, *common)["finish_reason"] == "stop"
     (tmp_path / "generation_config.json").unlink()
+    assert document(cli, *common)["finish_reason"] == "length"
+    edit_json(tmp_path / "config.json", eos_token_id=65)
     assert document(cli, *common)["finish_reason"] == "stop"
 
 
@@ -231,7 +232,7 @@ def test_a_conversation_of_two_turns(cli: Cli, small: Path) -> None:
     assert len(figures) == 2
     assert err.count("> ") == 3
     tokenizer = Tokenizer(small)
-    first = tokenizer.encode(tokenizer.render([{"role": "user", "content": "Hi"}], thinking=True))
+    first = tokenizer.chat([{"role": "user", "content": "Hi"}]).ids
     assert int(figures[0][0]) == len(first)
     assert int(figures[1][0]) > len(first)
     assert out.count("\n") >= 2
@@ -242,10 +243,10 @@ def test_a_conversation_without_thinking(cli: Cli, small: Path) -> None:
     """--no-thinking makes another prompt; the first message may be an argument."""
     tokenizer = Tokenizer(small)
     common = ("Hi", "--model", small, "--max-new-tokens", 1, "--chat")
-    for options, thinking in (((), True), (("--no-thinking",), False)):
+    for options, thinking in (((), None), (("--thinking",), True), (("--no-thinking",), False)):
         status, _, err = cli(*common, *options)
         assert status == 0
-        prompt = tokenizer.render([{"role": "user", "content": "Hi"}], thinking=thinking)
+        prompt = tokenizer.chat([{"role": "user", "content": "Hi"}], thinking=thinking).text
         assert int(FIGURES.findall(err)[0][0]) == len(tokenizer.encode(prompt))
 
 
@@ -409,11 +410,6 @@ def test_bad_advice(cli: Cli, tmp_path: Path, name: str) -> None:
     write(tmp_path, "0.8B", tokenizer=True)
     edit_json(tmp_path / "generation_config.json", do_sample=True, **{name: "hot"})
     assert_bad(cli("a", "--model", tmp_path, "--chat", "--max-new-tokens", 1), name, "hot")
-
-
-def test_generation_config_is_optional(tmp_path: Path) -> None:
-    """No file is no advice."""
-    assert generation_config(tmp_path) == {}
 
 
 @pytest.mark.parametrize("text", ["1,2,3", " 1, 2 ,3 "])

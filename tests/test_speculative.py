@@ -14,10 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35 import load as load_module
 from qwen35.config import Config
 from qwen35.generation import Generation, prefill
-from qwen35.load import load
+from qwen35.load import TINY, load
 from qwen35.sampling import Sampling, probabilities
 from qwen35.speculative import Decoder, DraftStats
 from qwen35.tokenizer import Tokenizer
@@ -38,13 +37,13 @@ Steps = list[tuple[int, Tensor]]
 @cache
 def embedded() -> Model:
     """The embedded model, loaded once."""
-    return load(load_module.TINY)
+    return load(TINY)
 
 
 @cache
 def embedded_prompts() -> list[list[int]]:
     """A word, a clause, and a prompt of more than one chunk of the grid."""
-    tokenizer = Tokenizer(load_module.TINY)
+    tokenizer = Tokenizer(TINY)
     return [tokenizer.encode(text) for text in TEXTS]
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen35 import load as load_module
 from qwen35.errors import InputError
+from qwen35.load import TINY
 from qwen35.tokenizer import Tokenizer
 from tests.checkpoints import SPECIAL, edit_json, write_tokenizer
 
@@ -37,7 +37,7 @@ def tokenizer(
 ) -> Tokenizer:
     """The embedded one, and one whose every id is a byte, where no character is whole."""
     if request.param == "embedded":
-        return Tokenizer(load_module.TINY)
+        return Tokenizer(TINY)
     folder = tmp_path_factory.mktemp("bytes")
     write_tokenizer(folder)
     return Tokenizer(folder)
@@ -70,7 +70,7 @@ def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
 @given(text=st.text(st.characters(codec="utf-8"), max_size=30))
 def test_any_text_streams_as_it_decodes(text: str) -> None:
     """One id at a time or all at once: the same characters."""
-    tokenizer = Tokenizer(load_module.TINY)
+    tokenizer = Tokenizer(TINY)
     ids = tokenizer.encode(text)
     assert streamed(tokenizer, ids) == tokenizer.decode(ids)
 
@@ -89,7 +89,7 @@ def test_a_character_comes_when_it_is_whole(tmp_path: Path) -> None:
 @given(data=st.data())
 def test_any_ids_can_be_streamed(data: st.DataObject) -> None:
     """A model may say anything: broken bytes, padding. The stream loses no later text."""
-    tokenizer = Tokenizer(load_module.TINY)
+    tokenizer = Tokenizer(TINY)
     ids = data.draw(st.lists(st.integers(0, tokenizer.size + 10), max_size=20))
     tail = tokenizer.encode(" the end. the end")
     assert streamed(tokenizer, [*ids, *tail]).endswith(" the end")
@@ -124,8 +124,8 @@ def test_thinking_tokens_are_text(tokenizer: Tokenizer) -> None:
 
 def test_the_embedded_head_has_rows_of_padding() -> None:
     """As published: fewer ids than rows of the head, so that masking is exercised."""
-    config = json.loads((load_module.TINY / "config.json").read_text())
-    assert 0 < Tokenizer(load_module.TINY).size < config["text_config"]["vocab_size"]
+    config = json.loads((TINY / "config.json").read_text())
+    assert 0 < Tokenizer(TINY).size < config["text_config"]["vocab_size"]
 
 
 # --- templates ------------------------------------------------------------------------------------
@@ -133,16 +133,16 @@ def test_the_embedded_head_has_rows_of_padding() -> None:
 
 def test_the_embedded_template_with_and_without_thinking() -> None:
     """The published form of a prompt: an open thought, or an empty one."""
-    tokenizer = Tokenizer(load_module.TINY)
+    tokenizer = Tokenizer(TINY)
     turn = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    assert tokenizer.render(USER, thinking=True) == turn
-    assert tokenizer.render(USER, thinking=False) == turn + "\n</think>\n\n"
+    assert tokenizer.chat(USER, thinking=True).text == turn
+    assert tokenizer.chat(USER, thinking=False).text == turn + "\n</think>\n\n"
 
 
 def test_earlier_thoughts_are_dropped() -> None:
     """Only the answers of earlier turns come back."""
     answer = {"role": "assistant", "content": "<think>\nsecret\n</think>\n\nHi."}
-    text = Tokenizer(load_module.TINY).render([*USER, answer, *USER], thinking=True)
+    text = Tokenizer(TINY).chat([*USER, answer, *USER], thinking=True).text
     assert "secret" not in text
     assert "Hi." in text
 
@@ -155,7 +155,7 @@ def test_earlier_thoughts_are_dropped() -> None:
 def test_the_embedded_template_refuses(messages: list[dict[str, str]]) -> None:
     """raise_exception of a template is bad input, in one line."""
     with pytest.raises(InputError, match="chat template fails"):
-        Tokenizer(load_module.TINY).render(messages, thinking=True)
+        Tokenizer(TINY).chat(messages, thinking=True).text
 
 
 FORMS: dict[str, Any] = {
@@ -171,14 +171,14 @@ FORMS: dict[str, Any] = {
 def test_a_template_in_the_tokenizers_config(folder: Path, template: Any) -> None:
     """The older place, in both of its forms."""
     edit_json(folder / "tokenizer_config.json", chat_template=template)
-    assert Tokenizer(folder).render(USER, thinking=True) == "Hello!"
+    assert Tokenizer(folder).chat(USER, thinking=True).text == "Hello!"
 
 
 def test_the_templates_own_file_wins(folder: Path) -> None:
     """Where both are there, the newer place counts."""
     edit_json(folder / "tokenizer_config.json", chat_template="old")
     (folder / "chat_template.jinja").write_text("new")
-    assert Tokenizer(folder).render(USER, thinking=True) == "new"
+    assert Tokenizer(folder).chat(USER, thinking=True).text == "new"
 
 
 def test_the_hubs_helpers(folder: Path) -> None:
@@ -187,7 +187,7 @@ def test_the_hubs_helpers(folder: Path) -> None:
         "{% for i in range(5) %}\n  {% if i == 2 %}{% break %}{% endif %}\n{{ i }}\n{% endfor %}\n"
         "{{ {'a': '<é>'} | tojson }} {{ strftime_now('%Y') | length }}"
     )
-    assert Tokenizer(folder).render(USER, thinking=True) == '0\n1\n{"a": "<é>"} 4'
+    assert Tokenizer(folder).chat(USER, thinking=True).text == '0\n1\n{"a": "<é>"} 4'
 
 
 @pytest.mark.parametrize("template", [None, [], [{"name": "other", "template": "x"}]], ids=repr)
@@ -197,7 +197,7 @@ def test_no_template(folder: Path, template: Any) -> None:
     tokenizer = Tokenizer(folder)
     assert tokenizer.decode(tokenizer.encode("fine")) == "fine"
     with pytest.raises(InputError, match="no chat template"):
-        tokenizer.render(USER, thinking=True)
+        tokenizer.chat(USER, thinking=True).text
 
 
 HOSTILE: dict[str, str] = {
@@ -223,7 +223,7 @@ def test_templates_run_in_a_sandbox(folder: Path, template: str) -> None:
     """A checkpoint's template can neither reach Python nor files; trying is bad input, one line."""
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(InputError) as caught:
-        Tokenizer(folder).render(USER, thinking=True)
+        Tokenizer(folder).chat(USER, thinking=True).text
     assert str(folder) in str(caught.value)
 
 
@@ -232,7 +232,7 @@ def test_a_look_at_python_sees_nothing(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(
         "[{{ ''.__class__ }}{{ raise_exception.__code__ }}]"
     )
-    assert Tokenizer(folder).render(USER, thinking=True) == "[]"
+    assert Tokenizer(folder).chat(USER, thinking=True).text == "[]"
 
 
 FAULTY: dict[str, str] = {
@@ -254,7 +254,7 @@ def test_a_failing_template_is_bad_input(folder: Path, template: str) -> None:
     """Whatever goes wrong inside a template, the folder is named and no traceback escapes."""
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(InputError) as caught:
-        Tokenizer(folder).render(USER, thinking=True)
+        Tokenizer(folder).chat(USER, thinking=True).text
     assert str(folder) in str(caught.value)
 
 
@@ -290,7 +290,7 @@ def test_a_tokenizer_config_that_cannot_be_read(folder: Path, content: str) -> N
     """The file is named, at the latest when the template is asked for."""
     (folder / "tokenizer_config.json").write_text(content)
     with pytest.raises(InputError) as caught:
-        Tokenizer(folder).render(USER, thinking=True)
+        Tokenizer(folder).chat(USER, thinking=True).text
     assert str(folder) in str(caught.value)
 
 

@@ -160,7 +160,7 @@ def print_rows(found: dict[str, Any]) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    folder = locate(None if args.model == "tiny" else args.model)
+    folder = locate(args.model)
     if args.report and not args.report.parent.is_dir():
         raise InputError(f"{args.report}: {args.report.parent} is not a folder")
     if args.decode < 0:
@@ -176,9 +176,7 @@ def main(args: argparse.Namespace) -> int:
         if args.ids is not None and parse_ids(args.ids) != ids:
             raise InputError(f"{args.against}: traced with ids {ids}, asked for are {args.ids}")
     else:
-        candidate = (
-            locate(None if args.against == "tiny" else args.against) if args.against else None
-        )
+        candidate = locate(args.against) if args.against else None
         ids = prompt_ids(args, folder)
     swaps = [replacement(text) for text in args.swap]
     with tqdm(desc="stages", unit="", disable=None, leave=False) as bar:

@@ -178,7 +178,7 @@ def differing(found: list[Cell]) -> list[Cell]:
 
 
 def main(args: argparse.Namespace) -> int:
-    folder = locate(None if args.model == "tiny" else args.model)
+    folder = locate(args.model)
     model = load(folder, dtype=DTYPES.get(args.dtype), device=args.device)
     vocabulary = model.config.vocab_size
     vocab = Tokenizer(folder).size if (folder / "tokenizer.json").exists() else None

@@ -33,7 +33,7 @@ def build_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> int:
-    folder = locate(None if args.model == "tiny" else args.model)
+    folder = locate(args.model)
     if not args.output.parent.is_dir():
         raise InputError(f"{args.output}: {args.output.parent} is not a folder")
     ids = parse_ids(args.ids) if args.ids is not None else Tokenizer(folder).encode(args.prompt)
