@@ -73,7 +73,8 @@ def _message(given: Any, where: str) -> Message:
             raise InputError(
                 f"{where}: reasoning_content is {type(reasoning).__name__}; expected text"
             )
-        message["reasoning_content"] = reasoning
+        # Both names: most templates read the first, some the second.
+        message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], where)
     return message

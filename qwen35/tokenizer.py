@@ -24,6 +24,7 @@ from qwen35.template import ChatTemplate, Marker
 
 UNFINISHED = "\ufffd"  # what an incomplete character decodes to
 WINDOW = 32  # ids that a stream decodes at once, at most, while characters stay unfinished
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -223,11 +224,13 @@ def _add_tokens(
     listed = config.get("added_tokens_decoder", {})
     try:
         tokens = {
-            int(number): AddedToken(**{"normalized": True} | described)
+            int(number): AddedToken(
+                described["content"], **{flag: bool(described.get(flag)) for flag in FLAGS}
+            )
             for number, described in listed.items()
         }
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: added_tokens_decoder cannot be read: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: added_tokens_decoder cannot be read: {error!r}") from None
     for number, token in sorted(tokens.items()):
         known = backend.get_added_tokens_decoder().get(number)
         if known is not None and repr(known) == repr(token):
