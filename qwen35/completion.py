@@ -154,7 +154,7 @@ class Completion:
 
 
 class UntilStop:
-    """Passes text on up to the first stop string, and holds back what may be the beginning of one."""
+    """Passes text on up to the stop string that is complete first; what may begin one is held back."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop, self.held, self.found = stop, "", False
@@ -162,10 +162,11 @@ class UntilStop:
     def push(self, piece: str) -> str:
         """The text that may be shown now; `found` tells whether a stop string ended it."""
         text = self.held + piece
-        places = [place for stop in self.stop if (place := text.find(stop)) >= 0]
-        if places:
+        ended = [(first + len(s), first) for s in self.stop if (first := text.find(s)) >= 0]
+        if ended:
             self.held, self.found = "", True
-            return text[: min(places)]
+            _, first = min(ended)
+            return text[:first]
         longest = max(map(len, self.stop), default=1) - 1
         begun = range(max(0, len(text) - longest), len(text))
         cut = next((i for i in begun if any(s.startswith(text[i:]) for s in self.stop)), len(text))

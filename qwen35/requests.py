@@ -6,6 +6,7 @@ from typing import Any
 
 from qwen35.completion import Completer, Settings
 from qwen35.errors import InputError
+from qwen35.messages import parse_messages
 from qwen35.tokenizer import Prompt
 
 PROMPTS = ("prompt", "prompt_ids", "messages")
@@ -62,8 +63,8 @@ def parse_request(line: str, completer: Completer, common: Settings) -> Request:
     settings = replace(
         common, **{name: _setting(name, request[name]) for name in SETTINGS if name in request}
     )
-    _check_prompt(given[0], request[given[0]])
-    prompt = completer.prompt(request[given[0]], settings, tools=request.get("tools"))
+    said = _said(given[0], request[given[0]])
+    prompt = completer.prompt(said, settings, tools=request.get("tools"))
     return Request(request.get("id"), prompt, settings)
 
 
@@ -77,14 +78,15 @@ def _setting(name: str, value: Any) -> Any:
     return tuple(value) if name == "stop" else value
 
 
-def _check_prompt(name: str, value: Any) -> None:
+def _said(name: str, value: Any) -> Any:
+    if name == "messages":
+        return parse_messages(value)
     if name == "prompt" and not isinstance(value, str):
         raise InputError(f"prompt is {type(value).__name__}; expected text")
     is_ids = isinstance(value, list) and all(type(i) is int for i in value)
     if name == "prompt_ids" and not is_ids:
         raise InputError("prompt_ids: a list of integers was expected")
-    if name == "messages" and not isinstance(value, list):
-        raise InputError('messages: a list of {"role": ..., "content": ...} was expected')
+    return value
 
 
 def _check_echo(name: Any) -> None:

@@ -89,7 +89,8 @@ def penalized(logits: Tensor, seen: Seen, sampling: Sampling) -> Tensor:
     wide = logits.double()
     factor = sampling.repetition_penalty
     repeated = torch.where(wide < 0, wide * factor, wide / factor)
-    return torch.where(seen.anywhere, repeated, wide) - sampling.presence_penalty * seen.generated
+    scores = torch.where(seen.anywhere, repeated, wide)
+    return torch.where(seen.generated, scores - sampling.presence_penalty, scores)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -58,7 +58,7 @@ from tests.test_checkpoint import ROOT, peak_anonymous_memory
 from weights import checkpoint as checkpoint_module
 from weights.checkpoint import Checkpoint
 from weights.convert import Options, convert
-from weights.quantization import Quantization, disagreements
+from weights.quantization import Quantization, misclaimed
 
 MEMBER = "397B-A17B"
 SIZES = FAMILY[MEMBER] | QUANTIZED_SIZES
@@ -438,7 +438,7 @@ def test_a_long_list_is_looked_up_not_walked(monkeypatch: pytest.MonkeyPatch) ->
     plain = [f"mtp.layers.0.mlp.experts.{e}.up_proj" for e in range(200)]
     claim = Quantization("quark", (*plain, "*.gate"))
     formats = {f"layers.0.mlp.experts.{e}.up_proj": "mxfp4" for e in range(100)}
-    assert disagreements(claim, formats | {plain[-1]: "plain"}) == []
+    assert misclaimed(claim, formats | {plain[-1]: "plain"}) == []
     assert compared == ["*.gate"] * 100
 
 

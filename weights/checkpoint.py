@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qwen35.config import Config
+from qwen35.config import Config, disagreements
 from qwen35.errors import InputError
 from weights import fp8, mxfp4
-from weights.quantization import PREFIX, Quantization, disagreements
+from weights.quantization import PREFIX, Quantization, misclaimed
 from weights.storage import DTYPE_NAMES, Stored, open_folder, some
 
 Format = Literal["plain", "mxfp4", "fp8"]
@@ -139,7 +139,7 @@ class Checkpoint:
             )
         config_file = self.folder / "config.json"
         self.config = Config.from_file(config_file)
-        self.document = json.loads(config_file.read_text())
+        self.document = json.loads(config_file.read_bytes())
         if "tensor_parallel" in self.document:
             raise InputError(
                 f"{config_file}: one rank's part, {self.document['tensor_parallel']}; "
@@ -156,7 +156,7 @@ class Checkpoint:
         formats: dict[str, str] = {}
         for stored in self.stored.values():
             self._add(stored, formats)
-        self.problems = disagreements(self.quantization, formats)
+        self.problems = [*disagreements(self.document), *misclaimed(self.quantization, formats)]
 
     def _add(self, stored: Stored, formats: dict[str, str]) -> None:
         name = PREFIX.sub("", stored.name)

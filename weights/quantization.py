@@ -124,7 +124,7 @@ def mxfp4_claim(excluded: list[str]) -> dict[str, Any]:
     }
 
 
-def disagreements(claim: Quantization | None, formats: Mapping[str, str]) -> list[str]:
+def misclaimed(claim: Quantization | None, formats: Mapping[str, str]) -> list[str]:
     """One line for each kind of module that is not as claimed.
 
     formats: by name of a linear module of the file (a matrix `.weight` that is no embedding) its format,
