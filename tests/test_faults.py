@@ -7,6 +7,7 @@ too).
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -30,13 +31,14 @@ from reference.norm import RMSNorm, RMSNormGated
 from tests.family import small_model
 from tests.oracle import (
     COMPARISONS,
-    TOLERANCE,
     OracleMTP,
+    Pairs,
     pair,
     relative,
     their_hidden,
     their_logits,
     token_ids,
+    within_twice,
 )
 
 MEMBER = "397B-A17B"
@@ -72,21 +74,42 @@ def compare_mtp(model: Model, theirs: Any) -> float:
     return relative(torch.cat((first, second), 1), torch.cat((their_first, their_second), 1))
 
 
+@cache
+def truths(name: str) -> dict[float, dict[str, Tensor]]:
+    """By input scale what a module of transformers computes in float64: no fault reaches it, since it is
+    computed before any is planted."""
+    wide = pair(MEMBER, torch.float64)
+    return {
+        scale: {what: truth for what, (_, truth) in COMPARISONS[name](*wide, PROMPT, scale).items()}
+        for scale in (1.0, 0.01)
+    }
+
+
+@pytest.fixture(autouse=True)
+def truths_before_faults(no_gradients: None) -> None:
+    for name in COMPARISONS:
+        truths(name)
+
+
 def checks(model: Model) -> list[str]:
     """Names of the checks that fail, leaves first. One that breaks down has failed too.
 
-    The last two are end to end and carry the rounding of every layer, 2e-5 here where a single
-    module has 2e-6; no fault below is that faint.
+    A module may err twice as much as transformers does in float32. The last two are end to end and carry
+    the rounding of every layer, 2e-5 here; no fault below is that faint.
     """
     _, theirs = pair(MEMBER)
 
     def worst_module(name: str) -> float:
-        found = [COMPARISONS[name](model, theirs, PROMPT, scale) for scale in (1.0, 0.01)]
-        return max(max(errors.values()) for errors in found)
+        """The error as a share of the most that it may be."""
+        found: list[float] = []
+        for scale, truth in truths(name).items():
+            rounded = COMPARISONS[name](model, theirs, PROMPT, scale)
+            pairs = [within_twice(*rounded[what], truth[what]) for what in rounded]
+            found += [error / most for error, most in pairs]
+        return max(found, default=0.0)
 
     runs: list[tuple[str, Callable[[], float], float]] = [
-        (name, lambda name=name: worst_module(name), TOLERANCE[torch.float32])
-        for name in COMPARISONS
+        (name, lambda name=name: worst_module(name), 1.0) for name in COMPARISONS
     ]
     runs.append(("Model", lambda: compare_model(model, theirs), 1e-4))
     runs.append(("MTP", lambda: compare_mtp(model, theirs), 1e-4))
@@ -418,9 +441,8 @@ def residual_of_the_normed_input(patch: Patch, model: Model) -> None:
 def two_layers_exchanged(patch: Patch, model: Model) -> None:
     """Each layer is whole, the order is not."""
     model.layers[4], model.layers[5] = model.layers[5], model.layers[4]
-    healthy = COMPARISONS.copy()
-    for name in healthy:  # the modules are looked up by layer, so the exchange shows there too
-        patch.setitem(COMPARISONS, name, lambda *_: {"not looked at": 0.0})
+    for name in COMPARISONS:  # the modules are looked up by layer, so the exchange shows there too
+        patch.setitem(COMPARISONS, name, lambda *_: {})
 
 
 @fault("MTP")
@@ -438,7 +460,7 @@ def mtp_fed_with_the_hidden_before_the_norm(patch: Patch, model: Model) -> None:
     outside: list[str] = []  # the norm's own check calls it directly and must find it whole
     compare = COMPARISONS["RMSNorm"]
 
-    def compare_norms(*arguments: Any) -> dict[str, float]:
+    def compare_norms(*arguments: Any) -> Pairs:
         outside.append("in the norm's check")
         try:
             return compare(*arguments)

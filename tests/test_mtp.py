@@ -10,7 +10,7 @@ from torch import Tensor
 from reference.model import Model
 from tests.family import small_model
 from tests.oracle import (
-    TOLERANCE,
+    EXACT,
     OracleMTP,
     pair,
     random,
@@ -83,9 +83,9 @@ def test_drafting_float64(name: str, length: int) -> None:
     oracle = draft_theirs(name, torch.float64, ids, their_hidden(theirs, ids[:, :-1]))
     assert ours.drafts == oracle.drafts
     for got, expected in zip(ours.outputs, oracle.outputs, strict=True):
-        assert relative(got, expected) < TOLERANCE[torch.float64]
-    assert relative(ours.logits, oracle.logits) < TOLERANCE[torch.float64]
-    assert max(state_errors(ours.cache, oracle.cache).values()) < TOLERANCE[torch.float64]
+        assert relative(got, expected) < EXACT
+    assert relative(ours.logits, oracle.logits) < EXACT
+    assert max(state_errors(ours.cache, oracle.cache).values()) < EXACT
     assert ours.cache.length == length + CHAIN
 
 
@@ -99,7 +99,6 @@ def test_first_pass_float32(name: str, length: int) -> None:
     ours = draft_ours(model, ids, hidden)
     yardstick = draft_theirs(name, torch.float32, ids, hidden)
     truth = draft_theirs(name, torch.float64, ids, hidden.double())
-    assert relative(ours.outputs[0], truth.outputs[0]) < TOLERANCE[torch.float32]
     assert ours.drafts == yardstick.drafts == truth.drafts
     for step in range(CHAIN + 1):
         outputs = (d.outputs[step] for d in (ours, yardstick, truth))
@@ -118,7 +117,7 @@ def test_passes_continue(name: str) -> None:
     cache, cuts = model.new_cache(), [64, 64, 4, 2]
     parts = zip(ids[:, 1:].split(cuts, 1), hidden.split(cuts, 1), strict=True)
     got = torch.cat([model.draft(following, states, cache) for following, states in parts], 1)
-    assert relative(got, expected) < TOLERANCE[torch.float64]
+    assert relative(got, expected) < EXACT
 
 
 @pytest.mark.parametrize("name", ["0.8B", "397B-A17B"])
@@ -127,8 +126,10 @@ def test_swapped_halves_of_fc_are_noticed(name: str) -> None:
     model = small_model(name, seed=7)
     hidden = random(1, 8, 64, seed=3, dtype=torch.float32)
     ids = token_ids(9, model)
-    truth = draft_theirs(name, torch.float32, ids, hidden).outputs[0]
-    assert relative(draft_ours(model, ids, hidden).outputs[0], truth) < TOLERANCE[torch.float32]
+    yardstick = draft_theirs(name, torch.float32, ids, hidden).outputs[0]
+    truth = draft_theirs(name, torch.float64, ids, hidden.double()).outputs[0]
+    error, most = within_twice(draft_ours(model, ids, hidden).outputs[0], yardstick, truth)
+    assert error <= most
     first, second = model.mtp.fc.weight.data.chunk(2, dim=1)
     model.mtp.fc.weight.data = torch.cat((second, first), dim=1)
     assert relative(draft_ours(model, ids, hidden).outputs[0], truth) > 0.1
@@ -143,8 +144,9 @@ def test_the_first_position_does_not_matter(name: str) -> None:
     ours = draft_ours(model, ids, hidden)
     shifted = draft_theirs(name, torch.float64, ids, hidden, offset=1)
     assert ours.drafts == shifted.drafts
-    # The RoPE table is float32, and the angles of other positions round otherwise.
-    assert relative(ours.logits, shifted.logits) < TOLERANCE[torch.float32]
+    # The RoPE table is float32, and the angles of other positions round otherwise: by half a unit in the
+    # last place of the largest angle, 40 radians. Of a wrong formula nothing would be left.
+    assert relative(ours.logits, shifted.logits) < 41 * torch.finfo(torch.float32).eps
     # The shift is real: the keys that are kept differ.
     assert relative(ours.cache.k[:, :, : ours.cache.length], shifted.cache.keys) > 1e-3
 

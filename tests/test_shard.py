@@ -20,11 +20,10 @@ from qwen35.config import PUBLISHED, Config
 from qwen35.errors import InputError
 from reference.model import Model
 from tests.family import FAMILY, SHARED, randomise
-from tests.oracle import TOLERANCE, relative, token_ids
+from tests.oracle import EXACT, relative, token_ids
 from weights.checkpoint import _ungroup
 from weights.shard import KEYS, TABLE, VALUES, Plan, Section, Shard, join
 
-MOST = TOLERANCE[torch.float64]
 STEPS = (65, 1, 3)  # a prompt of more than one chunk, then cached decode passes
 
 KINDS = ["linear_attention", "full_attention"]
@@ -154,7 +153,7 @@ def red(whole: Model, plan: Plan) -> dict[str, float]:
         name: relative(sum((rank[name] for rank in ranks), torch.zeros_like(truth)), truth)
         for name, truth in contributions(whole).items()
     }
-    return {name: error for name, error in errors.items() if error > MOST}
+    return {name: error for name, error in errors.items() if error > EXACT}
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
@@ -228,9 +227,9 @@ def test_a_group_is_the_model(name: str, size: int) -> None:
         ids, next_ids = (token_ids(count, whole, seed=seed) for seed in (count, count + 100))
         hidden = whole(ids, cache)
         logits, drafts = group_pass(ranks, plan, ids, next_ids, caches)
-        assert relative(logits, whole.lm_head(hidden)) < MOST
+        assert relative(logits, whole.lm_head(hidden)) < EXACT
         draft = whole.lm_head(whole.draft(next_ids, hidden, cache))
-        assert relative(drafts, draft) < MOST
+        assert relative(drafts, draft) < EXACT
 
 
 # --- a wrong plan does not add up

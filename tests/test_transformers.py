@@ -1,8 +1,11 @@
 """Every module and the whole trunk against transformers, for every family member.
 
 Modules get the same inputs on both sides. In float64 (see tests/oracle.py) they agree to rounding,
-which proves the formulas; float32 then only has to show that nothing is lost on the way.
+which proves the formulas; float32 then only has to show that nothing is lost on the way: our error may be
+twice that of transformers' own float32, whatever a processor makes of either.
 """
+
+from itertools import product
 
 import pytest
 import torch
@@ -14,9 +17,9 @@ from qwen35.tokenizer import Tokenizer
 from tests.family import FAMILY, randomise, small_model
 from tests.oracle import (
     COMPARISONS,
+    EXACT,
     LENGTHS,
     SCALES,
-    TOLERANCE,
     pair,
     relative,
     state_errors,
@@ -27,7 +30,6 @@ from tests.oracle import (
     within_twice,
 )
 
-DTYPES = (torch.float32, torch.float64)
 MOE_ONLY = ("Router", "Experts", "SparseMoeBlock")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -43,20 +45,25 @@ def has_experts(name: str) -> bool:
     return "num_experts" in FAMILY[name]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("module", COMPARISONS)
 @pytest.mark.parametrize("name", FAMILY)
-def test_module(name: str, module: str, dtype: torch.dtype) -> None:
-    """Lengths around the chunk of 64, usual and small inputs; mixers and layers then decode."""
+def test_module(name: str, module: str) -> None:
+    """Lengths around the chunk of 64, usual and small inputs; mixers and layers then decode.
+
+    float64 proves the formula. float32 may err twice as much as transformers' float32 does.
+    """
     if module in MOE_ONLY and not has_experts(name):
         pytest.skip("a dense member")
-    model, theirs = pair(name, dtype)
-    for length in LENGTHS if dtype == torch.float32 else (1, 65, 130):
-        for scale in SCALES:
-            errors = COMPARISONS[module](model, theirs, length, scale)
-            assert errors, "nothing was compared"
-            too_large = {what: e for what, e in errors.items() if not e <= TOLERANCE[dtype]}
-            assert not too_large, f"{length} tokens, inputs x{scale}"
+    compare = COMPARISONS[module]
+    for length, scale in product(LENGTHS, SCALES):
+        exact = compare(*pair(name, torch.float64), length, scale)
+        rounded = compare(*pair(name), length, scale)
+        assert exact and exact.keys() == rounded.keys(), "nothing was compared"
+        for what, (wide, truth) in exact.items():
+            where = f"{what}, {length} tokens, inputs x{scale}"
+            assert relative(wide, truth) <= EXACT, where
+            error, most = within_twice(*rounded[what], truth)
+            assert error <= most, where
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -75,7 +82,7 @@ def test_logits(name: str, length: int) -> None:
     ids = token_ids(length, model)
     truth = their_logits(wide_theirs, ids)
     wide_logits = wide_model.lm_head(wide_model(ids, wide_model.new_cache()))
-    assert relative(wide_logits, truth) < TOLERANCE[torch.float64]
+    assert relative(wide_logits, truth) < EXACT
     if length > 1:
         logits = model.lm_head(model(ids, model.new_cache()))
         error, most = within_twice(logits, their_logits(theirs, ids), truth)
@@ -85,16 +92,21 @@ def test_logits(name: str, length: int) -> None:
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", FAMILY)
 def test_logits_with_weights_as_they_are_initialised(name: str, length: int) -> None:
-    """Matrices of standard deviation 0.02, transformers' own: the logits agree within 5e-5."""
+    """Matrices of standard deviation 0.02, transformers' own: the two-times rule, over all logits."""
     model = small_model(name)
     randomise(model, seed=1, scale=0.02 * model.config.hidden_size**0.5)
     ids = token_ids(length, model)
+    found = their_logits(their_model(name, model), ids)
     logits = model.lm_head(model(ids, model.new_cache()))
-    assert (logits - their_logits(their_model(name, model), ids)).abs().max() < 5e-5
+    wide = model.to(torch.float64)
+    truth = their_logits(their_model(name, wide), ids)
+    assert relative(wide.lm_head(wide(ids, wide.new_cache())), truth) < EXACT
+    floor = torch.finfo(torch.float32).eps * truth.abs().max()
+    assert (logits - truth).abs().max() <= 2 * (found - truth).abs().max() + floor
 
 
 def test_logits_of_the_embedded_model() -> None:
-    """The trained checkpoint as transformers itself loads it, in float32: within 5e-5."""
+    """The trained checkpoint as transformers itself loads it, in float32: the two-times rule."""
     model = load(TINY, dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(
         TINY, dtype=torch.float32, attn_implementation="eager"
@@ -103,7 +115,10 @@ def test_logits_of_the_embedded_model() -> None:
     ids = torch.tensor([Tokenizer(TINY).encode(text)])
     logits = model.lm_head(model(ids, model.new_cache()))
     assert ids.shape[1] > 400
-    assert (logits - theirs(ids).logits).abs().max() < 5e-5
+    wide = load(TINY, dtype=torch.float64)
+    truth = wide.lm_head(wide(ids, wide.new_cache()))
+    error, most = within_twice(logits, theirs(ids).logits, truth)
+    assert error <= most
 
 
 @pytest.mark.parametrize("name", ["4B", "397B-A17B"])
@@ -154,8 +169,8 @@ def test_cached_decode(name: str, length: int) -> None:
     logits, yardstick, truths = [], [], []
     for seed in seeds(length):
         wide_logits, truth, states = decode(name, torch.float64, length, seed)
-        assert relative(wide_logits, truth) < TOLERANCE[torch.float64]
-        assert max(states.values()) < TOLERANCE[torch.float64], states
+        assert relative(wide_logits, truth) < EXACT
+        assert max(states.values()) < EXACT, states
         ours, theirs, _ = decode(name, torch.float32, length, seed)
         logits.append(ours)
         yardstick.append(theirs)
@@ -172,4 +187,4 @@ def test_second_prefill_pass(name: str) -> None:
     cache, their_cache = model.new_cache(), DynamicCache(config=theirs.config)
     for part in ids.split([64, 86], dim=1):
         got, expected = model(part, cache), their_hidden(theirs, part, their_cache)
-        assert relative(got, expected) < TOLERANCE[torch.float64]
+        assert relative(got, expected) < EXACT
