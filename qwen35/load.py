@@ -15,7 +15,8 @@ from qwen35.errors import InputError
 from qwen35.swap import Replacement, matching, outermost, swap
 from reference.model import Model
 from reference.quantized import FP8Linear, MXFP4Linear
-from weights.checkpoint import Checkpoint, Entry
+from weights.checkpoint import Checkpoint
+from weights.entry import Entry
 
 TINY = Path(__file__).parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -92,9 +93,9 @@ class Loader:
         swaps: Swaps = (),
     ) -> None:
         self.checkpoint = Checkpoint(folder)
+        self.config = text_model(self.checkpoint)
         for problem in self.checkpoint.problems:
             warnings.warn(f"{self.checkpoint.folder}: {problem}", stacklevel=3)
-        self.config = text_model(self.checkpoint)
         _check_count(self.checkpoint, self.config)
         self.skeleton = lay_out(self.config)
         self.checkpoint.check(shapes(self.skeleton))
@@ -167,17 +168,57 @@ def shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def text_model(checkpoint: Checkpoint) -> Config:
+# Copies of the trunk's own matrices that some clients store under the MTP head.
+COPIES = {
+    "mtp.embed_tokens.weight": "embed_tokens.weight",
+    "mtp.layers.0.embed_tokens.weight": "embed_tokens.weight",
+    "mtp.lm_head.weight": "lm_head.weight",
+    "mtp.layers.0.shared_head.head.weight": "lm_head.weight",
+}
+
+
+def text_model(checkpoint: Checkpoint, *, compare: bool = True) -> Config:
     """The shape of the model that a checkpoint's tensors make: its config, without an MTP head where it
-    has none. What is no part of that model is put aside."""
+    has none, and with a head of its own where the file has one that differs from the embedding.
+
+    What is no part of that model is put aside, and named in `checkpoint.ignored`. compare: whether
+    numbers may be read; where only headers are there, a note says what was not compared.
+    """
     config = checkpoint.config
     if not any(name.startswith("mtp.") for name in checkpoint.entries):
         config = replace(config, mtp_num_hidden_layers=0)
     if not config.mtp_num_hidden_layers:
-        checkpoint.ignore("mtp.")
-    if config.tie_word_embeddings:
-        checkpoint.ignore("lm_head.")
+        checkpoint.ignore("mtp.", "mtp_num_hidden_layers is 0")
+    head = checkpoint.entries.get("lm_head.weight")
+    if config.tie_word_embeddings and head is not None:
+        if not compare:
+            checkpoint.notes.append(
+                "lm_head.weight is stored although tie_word_embeddings is true; loading compares it with "
+                "the embedding"
+            )
+        if not compare or _equal(head, checkpoint.entries.get("embed_tokens.weight")):
+            checkpoint.ignore("lm_head.", "the same as the embedding, which it is tied to")
+        else:
+            config = replace(config, tie_word_embeddings=False)
+            checkpoint.problems.append(
+                "lm_head.weight differs from embed_tokens.weight although tie_word_embeddings is true; "
+                "the file's head is used"
+            )
+    for copy_, original in COPIES.items():
+        entry = checkpoint.entries.get(copy_)
+        if entry is not None and (not compare or _equal(entry, checkpoint.entries.get(original))):
+            checkpoint.ignore(copy_, f"the same as {original}")
     return config
+
+
+def _equal(a: Entry, b: Entry | None) -> bool:
+    """Whether two parameters are stored with the same bytes. Read in pieces: a head may have 2 GB."""
+    if b is None or a.format != "plain" or b.format != "plain" or a.view or b.view:
+        return False
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    pieces = zip(a.weight.read().split(4096), b.weight.read().split(4096), strict=True)
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pieces)
 
 
 def _kept_dtype(name: str, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
@@ -189,7 +230,8 @@ def _kept_dtype(name: str, stored: torch.dtype, wanted: torch.dtype) -> torch.dt
 
 
 def _quantized_linear(entry: Entry) -> MXFP4Linear | FP8Linear:
-    assert entry.scale is not None and entry.view is None  # only whole matrices are published so
+    assert entry.view is None  # experts are published whole, or as slices of a fused tensor
+    weight, scale = entry.numbers()
     if entry.format == "mxfp4":
-        return MXFP4Linear(entry.weight.read(), entry.scale.read(), entry.stored_as)
-    return FP8Linear(entry.weight.read(), entry.scale.read(), entry.stored_as, entry.block)
+        return MXFP4Linear(weight, scale, entry.stored_as)
+    return FP8Linear(weight, scale, entry.stored_as, entry.block)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from reference.linear import linear
 from weights import fp8
-from weights.checkpoint import decode
+from weights.entry import decode
 
 
 class MXFP4Linear(nn.Module):

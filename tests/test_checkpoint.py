@@ -154,10 +154,17 @@ def test_symlinked_shards_work(tmp_path: Path) -> None:
 
 
 def test_an_index_wins_over_a_single_file(tmp_path: Path) -> None:
-    """Left-overs of an interrupted conversion are not read beside an index."""
+    """Left-overs of an interrupted conversion are named beside an index, and not used."""
     expected = write(tmp_path, "0.8B", replace(QWEN3_5, shards=2))
-    save_file({"left.over": torch.ones(1)}, tmp_path / SINGLE)
-    assert Checkpoint(tmp_path).entries.keys() == expected.keys()
+    before = logits_of(load(tmp_path))
+    again = {"model.language_model.norm.weight": torch.ones(64), "left.over": torch.ones(1)}
+    save_file(again, tmp_path / SINGLE)
+    with pytest.warns(UserWarning, match="not used where another file has the name: .*norm"):
+        assert torch.equal(logits_of(load(tmp_path)), before)
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.check({name: tuple(tensor.shape) for name, tensor in expected.items()})
+    assert checkpoint.entries.keys() == expected.keys()
+    assert "not part of this model" in checkpoint.ignored["left.over"]
 
 
 def test_the_embedded_checkpoint_loads() -> None:
@@ -637,10 +644,14 @@ def test_an_index_that_cannot_be_read(sharded: Path, content: str) -> None:
 
 
 def test_an_empty_index_misses_everything(sharded: Path) -> None:
-    """No tensor at all is a missing tensor."""
+    """No tensor at all is a missing tensor; files that it does not list are read all the same."""
     write_index(sharded, {})
+    before = logits_of(load(sharded))
+    for file in sharded.glob("*.safetensors"):
+        file.rename(file.with_suffix(".other"))
     with pytest.raises(InputError, match=r"0 parameters.*8 layers"):
         load(sharded)
+    assert before.isfinite().all()
 
 
 def test_the_config_of_another_model_is_caught(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ from tests.checkpoints import (
     Dialect,
     write,
 )
-from weights.checkpoint import Checkpoint, Entry
+from weights.checkpoint import Checkpoint
+from weights.entry import Entry
 from weights.storage import DTYPES
 
 MOST_GROWTH = 300 * 2**20  # bytes of resident memory, over all that follows

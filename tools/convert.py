@@ -2,12 +2,11 @@
 
 import argparse
 import copy
-import json
 from pathlib import Path
 
 from tqdm import tqdm
 
-from qwen35.cli import Parser, run
+from qwen35.cli import Parser, print_json, run
 from qwen35.errors import InputError
 from qwen35.load import TINY, lay_out, shapes, text_model
 from weights.checkpoint import Checkpoint
@@ -41,8 +40,12 @@ def build_parser() -> Parser:
 def check(checkpoint: Checkpoint) -> None:
     """Raise InputError unless a checkpoint's tensors make a model of its config."""
     as_a_model = copy.copy(checkpoint)  # what is no part of it is put aside here only
-    as_a_model.entries, as_a_model.ignored = dict(checkpoint.entries), list(checkpoint.ignored)
-    as_a_model.check(shapes(lay_out(text_model(as_a_model))))
+    as_a_model.entries, as_a_model.ignored = dict(checkpoint.entries), dict(checkpoint.ignored)
+    as_a_model.notes, as_a_model.problems = [], []
+    as_a_model.check(shapes(lay_out(text_model(as_a_model, compare=False))))
+    # What stands in a file that no index lists, and is no part of the model, is not carried along.
+    foreign = checkpoint.unlisted & as_a_model.ignored.keys() - checkpoint.ignored.keys()
+    checkpoint.ignored |= {name: as_a_model.ignored[name] for name in foreign}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -66,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
             keep_source=args.keep_source, check=check, progress=progress,
         )  # fmt: skip
     if args.json:
-        print(json.dumps(report))
+        print_json(report)
         return 0
     print(f"{report['files']} files, {report['bytes'] / 1e9:.3f} GB in {args.target}")
     errors = report["errors"]

@@ -2,9 +2,9 @@
 DIR instead: what the folder of a prefix cache holds (inspect_prefix.py)."""
 
 import argparse
-import json
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,16 +14,21 @@ from typing import Any
 import torch
 
 from qwen35.cache import Cache, DeltaState
-from qwen35.cli import Parser, run
+from qwen35.cli import Parser, print_json, run
 from qwen35.config import PUBLISHED, Config
+from qwen35.defaults import GENERATION, Defaults
 from qwen35.errors import InputError
 from qwen35.load import TINY, lay_out, shapes, text_model
+from qwen35.tokenizer import Tokenizer
 from tools.inspect_prefix import describe_segments, list_folder, print_segments
-from weights.checkpoint import Checkpoint, Entry
+from weights.checkpoint import Checkpoint
+from weights.entry import Entry
 from weights.hub import Repository, is_hub_id
 from weights.quantization import name_pattern
 from weights.shard import SIZES, Plan
-from weights.storage import DTYPE_NAMES, INDEX, SINGLE
+from weights.storage import DTYPE_NAMES, INDEX, safetensors_files, some
+
+HEADERS = ("config.json", INDEX, GENERATION)  # of a hub repository, beside the weights' headers
 
 # Parts of the model by the names of their parameters; the first that fits holds.
 PARTS = (
@@ -163,6 +168,9 @@ class Inspected:
     groups: list[Group]
     names: dict[str, Any]
     problems: list[str]
+    notes: list[str]
+    ignored: dict[str, str]  # by name of a stored tensor, why it is not used
+    defaults: Defaults
 
 
 def inspect_config(config: Config) -> Inspected:
@@ -171,18 +179,26 @@ def inspect_config(config: Config) -> Inspected:
         (Group(name, shape, "BF16", None), 2 * math.prod(shape))
         for name, shape in shapes(lay_out(config)).items()
     )
-    return Inspected(config, groups, {}, [])
+    defaults = Defaults(stop_ids={number: ["config.json"] for number in config.eos_token_id})
+    return Inspected(config, groups, {}, [], [], {}, defaults)
 
 
-def inspect_checkpoint(checkpoint: Checkpoint) -> Inspected:
-    """A checkpoint whose headers are there; its problems are those that keep it from loading, and what
-    is not as its quantization_config claims."""
-    config = text_model(checkpoint)
+def inspect_checkpoint(checkpoint: Checkpoint, *, is_hollow: bool) -> Inspected:
+    """A checkpoint; its problems are those that keep it from loading, and where its files disagree.
+
+    is_hollow: only headers are there, so no numbers can be compared.
+    """
+    config = text_model(checkpoint, compare=not is_hollow)
     problems = list(checkpoint.problems)
+    tokenizer, defaults = None, Defaults()
     try:
         checkpoint.check(shapes(lay_out(config)))
+        if (checkpoint.folder / "tokenizer.json").exists():
+            tokenizer = Tokenizer(checkpoint.folder)
+        defaults = Defaults.of_folder(checkpoint.folder, config, tokenizer)
     except InputError as error:
         problems.append(str(error))
+    problems += [defaults.warning] if defaults.warning else []
     ignored = set(checkpoint.ignored)
     stored = [name for name in checkpoint.stored if name not in ignored]
     vision = [checkpoint.stored[name] for name in checkpoint.ignored if ".visual." in name]
@@ -203,7 +219,9 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspected:
         (Group(name, e.shape, _format(e), e.scale_block), e.nbytes)
         for name, e in checkpoint.entries.items()
     )
-    return Inspected(config, groups, names, problems)
+    return Inspected(
+        config, groups, names, problems, checkpoint.notes, checkpoint.ignored, defaults
+    )
 
 
 def _format(entry: Entry) -> str:
@@ -227,14 +245,14 @@ def open_model(model: str) -> Inspected:
             known = ", ".join(PUBLISHED)
             raise InputError(f"{model}: no such folder, no hub id (owner/name), none of {known}")
         with tempfile.TemporaryDirectory() as headers:
-            Repository(model).fetch_headers(Path(headers), ("config.json", INDEX))
-            return _inspect_folder(Path(headers))
+            Repository(model).fetch_headers(Path(headers), HEADERS)
+            return _inspect_folder(Path(headers), is_hollow=True)
     return _inspect_folder(folder)
 
 
-def _inspect_folder(folder: Path) -> Inspected:
-    if (folder / INDEX).exists() or (folder / SINGLE).exists():
-        return inspect_checkpoint(Checkpoint(folder))
+def _inspect_folder(folder: Path, *, is_hollow: bool = False) -> Inspected:
+    if (folder / INDEX).exists() or safetensors_files(folder):
+        return inspect_checkpoint(Checkpoint(folder), is_hollow=is_hollow)
     return inspect_config(Config.from_file(folder / "config.json"))
 
 
@@ -267,8 +285,21 @@ def describe(found: Inspected) -> dict[str, Any]:
         "parameters": parameters(found.groups, found.config),
         "parts": list(parts.values()),
         "ranks": per_rank(found.groups, found.config),
+        "stop_ids": {str(number): files for number, files in found.defaults.stop_ids.items()},
+        "sampling": found.defaults.advice,
+        "not_followed": found.defaults.not_followed,
+        "ignored": _reasons(found.ignored),
+        "notes": found.notes,
         "problems": found.problems,
     }
+
+
+def _reasons(ignored: dict[str, str]) -> dict[str, dict[str, int]]:
+    """By reason how many tensors of each kind are not used."""
+    counted: dict[str, Counter[str]] = {}
+    for name, reason in ignored.items():
+        counted.setdefault(name_pattern(reason), Counter())[name_pattern(name)] += 1
+    return {reason: dict(patterns) for reason, patterns in counted.items()}
 
 
 def print_document(document: dict[str, Any]) -> None:
@@ -325,6 +356,16 @@ def print_document(document: dict[str, Any]) -> None:
         ],
     )
     print()
+    stops = (f"{number} ({', '.join(files)})" for number, files in document["stop_ids"].items())
+    print(f"ends of a text: {'; '.join(stops) or 'none'}")
+    if document["sampling"]:
+        advice = ", ".join(f"{name} {value}" for name, value in document["sampling"].items())
+        print(f"advised for a conversation: {advice}")
+    for reason, patterns in document["ignored"].items():
+        kinds = [f"{pattern} ({count} x)" for pattern, count in patterns.items()]
+        print(f"not used: {some(kinds)}: {reason}")
+    for note in document["notes"]:
+        print(f"note: {note}")
     if not document["problems"]:
         print("no problems")
     for problem in document["problems"]:
@@ -360,7 +401,7 @@ def main(args: argparse.Namespace) -> int:
         document, show = describe(open_model(args.model)), print_document
         failed = bool(document["problems"])
     if args.json:
-        print(json.dumps(document))
+        print_json(document)
     else:
         show(document)
     return 1 if failed else 0

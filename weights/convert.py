@@ -25,7 +25,8 @@ from torch import Tensor
 
 from qwen35.errors import InputError
 from weights import mxfp4
-from weights.checkpoint import SCALES, UNFINISHED, Checkpoint, Entry, check_scale
+from weights.checkpoint import UNFINISHED, Checkpoint
+from weights.entry import PACKED, Entry, check_scale, owner_of, stem_of
 from weights.hub import BESIDE, WEIGHTS
 from weights.quantization import PREFIX, mxfp4_claim, name_pattern
 from weights.rounding import Rounding
@@ -127,25 +128,27 @@ def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
     ignored = set(checkpoint.ignored)
     items: list[Item] = []
     for stored in checkpoint.stored.values():
-        if stored.name in ignored:
-            items.append(Item(stored.name, Entry(stored, stored.shape), "copy"))
+        if owner_of(stored.name, checkpoint.stored) is not None:  # written with its weight
             continue
-        if stored.name.endswith(SCALES):  # written with its weight
+        if stored.name in ignored:
+            if stored.name not in checkpoint.unlisted:
+                items.append(Item(stored.name, Entry(stored, stored.shape), "copy"))
             continue
         whole = checkpoint.whole(stored)
+        own_name = stem_of(stored.name) + ".weight" if stored.name.endswith(PACKED) else stored.name
         bare = PREFIX.sub("", stored.name)
         prefix = stored.name.removesuffix(bare)
         parts = [
             (prefix + name, checkpoint.entries[name]) for name in checkpoint.parts[stored.name]
         ]
-        named = parts if whole.is_fused_experts else [(stored.name, whole)]
+        named = parts if whole.is_fused_experts else [(own_name, whole)]
         module = PREFIX.sub("", named[0][0]).removesuffix(".weight")
         if any(fnmatchcase(module, pattern) for pattern in chosen):
             to = "copy" if whole.format == "mxfp4" else "mxfp4"
             items += [Item(name, entry, to) for name, entry in named]
         else:
             stays = whole.format == "plain" or (options.to == "mxfp4" and whole.format == "mxfp4")
-            items.append(Item(stored.name, whole, "copy" if stays else "bf16"))
+            items.append(Item(own_name, whole, "copy" if stays else "bf16"))
     target = f"{options.to} ({options.what})" if chosen else options.to
     is_change = any(item.to != "copy" for item in items) or options.tp > 1
     if not is_change or (chosen and not any(item.is_mxfp4 for item in items)):
@@ -465,7 +468,7 @@ def convert_tensor(
         rounded = exact.bfloat16()
         if not rounded.isfinite().all():
             raise InputError(f"{entry.stored_as}: {name} holds an infinity or a NaN")
-        error.add(name, exact, lambda rows: rounded[rows].float())
+        error.add(name, exact.flatten(0, -2), lambda rows: rounded.flatten(0, -2)[rows].float())
         return [rounded]
     packed, powers = mxfp4.quantize(exact)
     if (powers > LARGEST_SCALE).any():

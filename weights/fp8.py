@@ -26,7 +26,7 @@ def granularity(
     """
     N, K = shape
     blocks = (-(-N // block[0]), -(-K // block[1]))
-    if scale_shape in ((), (1,)):
+    if scale_shape in ((), (1,), (1, 1)):
         return "tensor"
     if scale_shape in ((N,), (N, 1)):
         return "channel"
@@ -43,12 +43,17 @@ def dequantize(
 ) -> Tensor:
     """weight [N, K] e4m3, scale [], [1], [N], [N, 1] or [ceil(N/128), ceil(K/128)] -> [N, K] in dtype.
 
+    weight [E, N, K] with scale [E, ...] is decoded matrix by matrix.
+
     The product is taken in float32 (in float64 when that is asked for) and rounded to dtype once. A NaN
     in either makes its products NaN. InputError when the shapes do not belong together, or for numbers
     that are not e4m3.
     """
     if weight.dtype != E4M3:
         raise InputError(f"FP8 numbers have {weight.dtype}; expected {E4M3}")
+    if weight.dim() == 3:
+        pairs = zip(weight, scale, strict=True)
+        return torch.stack([dequantize(*pair, dtype, block) for pair in pairs])
     kind = granularity(tuple(weight.shape), tuple(scale.shape), block)
     precise = torch.float64 if dtype == torch.float64 else torch.float32
     wide, factor = weight.to(precise), scale.to(precise)  # [N, K]
@@ -58,8 +63,11 @@ def dequantize(
         wide *= factor.view(-1, 1)
     else:
         columns = factor.repeat_interleave(block[1], dim=1)[:, : weight.shape[1]]  # [blocks, K]
-        for rows, factors in zip(wide.split(block[0]), columns, strict=True):
-            rows *= factors
+        if block[0] == 1:
+            wide *= columns
+        else:
+            for rows, factors in zip(wide.split(block[0]), columns, strict=True):
+                rows *= factors
     return wide.to(dtype)
 
 

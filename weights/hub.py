@@ -12,7 +12,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import build_hf_headers, httpx
 
 from qwen35.errors import InputError
-from weights.storage import INDEX, SINGLE
 
 WEIGHTS = ".safetensors"
 BESIDE = (
@@ -57,8 +56,7 @@ class Repository:
         for file in self.sizes:
             if file.endswith(beside):
                 self.fetch(file, folder)
-        weights = [SINGLE] if INDEX not in self.sizes else None
-        files = [f for f in self.sizes if f.endswith(WEIGHTS) and (weights is None or f in weights)]
+        files = [file for file in self.sizes if file.endswith(WEIGHTS)]
         with ThreadPoolExecutor(8) as pool:
             for _ in pool.map(lambda file: self._fetch_header(file, folder / file), files):
                 pass

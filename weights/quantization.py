@@ -13,18 +13,22 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+from qwen35.config import without_nulls
 from qwen35.errors import InputError
 from weights import fp8
 
-METHODS = ("fp8", "quark")
+# The keys under which clients list the modules that they left alone. All of them are read.
+EXCLUDED = ("exclude", "modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
+# The methods whose lists are understood. What others claim is not compared with the tensors.
+METHODS = ("fp8", "quark", "compressed-tensors", "modelopt", "mxfp4")
 LARGEST_BLOCK = 1 << 16  # rows or columns: a block is laid out once while it is decoded
 PREFIX = re.compile(r"^model\.(language_model\.)?")
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """method: "fp8" (Qwen's repositories) or "quark" (AMD's). excluded: names or globs of modules.
-    block: rows and columns of an FP8 block."""
+    """A claim. method: what wrote it, as in "fp8" (Qwen's repositories) or "quark" (AMD's). excluded:
+    names or globs of modules that it leaves alone. block: rows and columns of an FP8 block."""
 
     method: str
     excluded: tuple[str, ...] = ()
@@ -32,27 +36,33 @@ class Quantization:
 
     @classmethod
     def from_config(cls, document: Mapping[str, Any]) -> "Quantization | None":
-        """Of a parsed config.json; None where it claims nothing. InputError for an unknown method."""
+        """The claim of a parsed config.json; None where it claims nothing. InputError for a list that is
+        none, and for a block of no size."""
         text = document.get("text_config")
-        nested = text.get("quantization_config") if isinstance(text, dict) else None
-        claim = document.get("quantization_config") or nested
+        inner = text if isinstance(text, dict) else {}
+        keys = ("quantization_config", "compression_config")
+        claim = next(
+            (found for place in (document, inner) for k in keys if (found := place.get(k))), None
+        )
         if not claim:
             return None
-        if not isinstance(claim, dict) or claim.get("quant_method") not in METHODS:
-            method = claim.get("quant_method") if isinstance(claim, dict) else claim
-            raise InputError(
-                f"quantization_config: quant_method = {method!r}; known are {', '.join(METHODS)}"
-            )
-        key = "exclude" if claim["quant_method"] == "quark" else "modules_to_not_convert"
-        excluded = claim.get(key) or []
-        if not isinstance(excluded, list) or not all(isinstance(e, str) for e in excluded):
-            raise InputError(f"quantization_config: {key} = {excluded!r}; expected a list of names")
-        block = claim.get("weight_block_size") or list(fp8.BLOCK)
+        if not isinstance(claim, dict):
+            raise InputError(f"quantization_config = {claim!r}; expected an object")
+        claim = without_nulls(claim)
+        excluded: list[str] = []
+        for key in EXCLUDED:
+            names = claim.get(key, [])
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise InputError(
+                    f"quantization_config: {key} = {names!r}; expected a list of names"
+                )
+            excluded += names
+        block = claim.get("weight_block_size") or _block_structure(claim) or list(fp8.BLOCK)
         if not isinstance(block, list) or len(block) != 2 or not all(_is_size(b) for b in block):
             raise InputError(
                 f"quantization_config: weight_block_size = {block!r}; expected [128, 128]"
             )
-        return cls(claim["quant_method"], tuple(excluded), (block[0], block[1]))
+        return cls(str(claim.get("quant_method")), tuple(excluded), (block[0], block[1]))
 
     def excludes(self, module: str) -> bool:
         """Whether the list names this module of the file or a parent of it, with or without the prefix,
@@ -124,30 +134,57 @@ def mxfp4_claim(excluded: list[str]) -> dict[str, Any]:
     }
 
 
-def misclaimed(claim: Quantization | None, formats: Mapping[str, str]) -> list[str]:
-    """One line for each kind of module that is not as claimed.
+def compare(claim: Quantization | None, formats: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Problems and notes: a line for each kind of module that is not as claimed.
 
     formats: by name of a linear module of the file (a matrix `.weight` that is no embedding) its format,
     "mxfp4", "fp8" or "plain". Layer and expert numbers are left out of the lines.
+
+    A tensor that is quantised although the claim excludes it is a problem: an engine that believes the
+    claim would read it wrong. A tensor that is not, although the claim does not exclude it, is a note:
+    clients forget to list what they left alone, and its dtype says what it is.
     """
+    if claim is not None and claim.method not in METHODS:
+        return [
+            f"quantization_config: quant_method = {claim.method!r} is not compared with the tensors; "
+            "they are read as what they are"
+        ], []
+    if claim is not None and formats and set(formats.values()) == {"plain"}:
+        return [f"quantization_config ({claim.method}) is there, but no tensor is quantised"], []
     wrong: Counter[tuple[str, str]] = Counter()
+    unlisted: Counter[tuple[str, str]] = Counter()
     for module, found in formats.items():
         claimed = claim is not None and not claim.excludes(module)
         if claimed == (found != "plain"):
             continue
+        pattern = name_pattern(PREFIX.sub("", module))
         if claim is None:
-            reason = f"{found}, but config.json has no quantization_config"
+            wrong[pattern, f"{found}, but config.json has no quantization_config"] += 1
         elif claimed:
             reason = f"not quantised, but quantization_config ({claim.method}) does not exclude it"
+            unlisted[pattern, reason] += 1
         else:
-            reason = f"{found}, but quantization_config ({claim.method}) excludes it"
-        wrong[name_pattern(PREFIX.sub("", module)), reason] += 1
-    return [f"{pattern} ({count} x): {reason}" for (pattern, reason), count in wrong.items()]
+            wrong[pattern, f"{found}, but quantization_config ({claim.method}) excludes it"] += 1
+
+    def lines(counted: Counter[tuple[str, str]]) -> list[str]:
+        return [f"{pattern} ({count} x): {reason}" for (pattern, reason), count in counted.items()]
+
+    return lines(wrong), lines(unlisted)
 
 
 def name_pattern(name: str) -> str:
     """A name with its layer and expert numbers as `*`: what many tensors have in common."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _block_structure(claim: Mapping[str, Any]) -> Any:
+    """The FP8 block of compressed-tensors' claim, where it states one."""
+    groups = claim.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and weights.get("block_structure"):
+            return weights["block_structure"]
+    return None
 
 
 def _is_size(value: Any) -> bool:

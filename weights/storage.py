@@ -53,14 +53,33 @@ class Stored:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """Each safetensors file of a folder, with the names that its index promises (None: no index)."""
+@dataclass(frozen=True)
+class Opened:
+    """The tensors of a folder.
+
+    listed: those of the files that its index names, or of model.safetensors. unlisted: those of other
+    safetensors files beside them whose names are new. notes, problems: lines on the other files, what is
+    used of them and what is not.
+    """
+
+    listed: list[Stored]
+    unlisted: list[Stored]
+    notes: list[str]
+    problems: list[str]
+
+
+def indexed_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The weight files of a folder, with the names that its index promises (None: there is no index).
+
+    A folder with neither an index nor model.safetensors has all its safetensors files instead.
+    """
     if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
+        files = [folder / SINGLE] if (folder / SINGLE).exists() else safetensors_files(folder)
+        if not files:
             raise InputError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
-        return {folder / SINGLE: None}
+        return dict.fromkeys(files)
     try:
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
         promised: dict[str, set[str]] = {}
         for name, file in weight_map.items():
             promised.setdefault(file, set()).add(name)
@@ -78,13 +97,20 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
     return {folder / file: promised[file] for file in sorted(promised)}
 
 
-def open_folder(folder: Path) -> list[Stored]:
-    """The tensors of all files of a folder, in the order of files and names.
+def safetensors_files(folder: Path) -> list[Path]:
+    """All safetensors files of a folder, sorted, but for hidden ones."""
+    return sorted(f for f in folder.glob("*.safetensors") if not f.name.startswith("."))
 
-    InputError for a file that is missing, cut off or not as the index says, and for a name in two files.
+
+def open_folder(folder: Path) -> Opened:
+    """The tensors of all files of a folder, in the order of files and names; those that the index lists
+    come first.
+
+    InputError for a file of the index that is missing, cut off or not as the index says, and for a name
+    in two of them. What is wrong with another file is a line in `problems`, since nothing needs it.
     """
     found: dict[str, Stored] = {}
-    files = weight_files(folder)
+    files = indexed_files(folder)
     home = {name: file.name for file, names in files.items() for name in names or ()}
     for file, promised in files.items():
         stored = open_file(file)
@@ -102,8 +128,34 @@ def open_folder(folder: Path) -> list[Stored]:
                 else f"{file}: in {INDEX} but not in the file"
             )
             raise InputError(f"{where}: {some(only_here or only_there)}")
+        twice = sorted(names & found.keys())
+        if twice:
+            raise InputError(
+                f"{file}: {twice[0]} is in this file and in {found[twice[0]].file.name}"
+            )
         found |= {name: stored[name] for name in sorted(names)}
-    return list(found.values())
+    opened = Opened(list(found.values()), [], [], [])
+    for file in safetensors_files(folder):
+        if file not in files:
+            _open_unlisted(file, found, opened)
+    return opened
+
+
+def _open_unlisted(file: Path, found: dict[str, Stored], opened: Opened) -> None:
+    try:
+        stored = open_file(file)
+    except InputError as error:
+        opened.problems.append(f"{error}; it is in no index, and not used")
+        return
+    fresh, again = sorted(stored.keys() - found.keys()), sorted(stored.keys() & found.keys())
+    if fresh:
+        opened.notes.append(f"{file.name}: in no index; read from it: {some(fresh)}")
+    if again:
+        opened.problems.append(
+            f"{file.name}: in no index, and not used where another file has the name: {some(again)}"
+        )
+    opened.unlisted.extend(stored[name] for name in fresh)
+    found |= {name: stored[name] for name in fresh}
 
 
 def open_file(file: Path) -> dict[str, Stored]:
