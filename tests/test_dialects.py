@@ -386,7 +386,7 @@ def test_quantised_modules_that_are_excluded_are_reported(copied: Callable[..., 
     claim["exclude"] += ["*.experts.*.up_proj", "model.language_model.layers.1.mlp.shared_expert"]
     edit_json(folder / "config.json", quantization_config=claim)
     reason = "mxfp4, but quantization_config (quark) excludes it"
-    assert sorted(Checkpoint(folder).notes) == sorted(
+    assert sorted(warnings_of(folder)) == sorted(
         [f"layers.*.mlp.experts.*.up_proj (16 x): {reason}"]
         + [f"layers.*.mlp.shared_expert.{p}_proj (1 x): {reason}" for p in ("gate", "up", "down")]
     )

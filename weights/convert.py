@@ -142,13 +142,15 @@ def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
             (prefix + name, checkpoint.entries[name]) for name in checkpoint.parts[stored.name]
         ]
         named = parts if whole.is_fused_experts else [(own_name, whole)]
+        is_decoded = whole.format == "fp8" or (options.to == "bf16" and whole.format == "mxfp4")
         module = PREFIX.sub("", named[0][0]).removesuffix(".weight")
         if any(fnmatchcase(module, pattern) for pattern in chosen):
             to = "copy" if whole.format == "mxfp4" else "mxfp4"
             items += [Item(name, entry, to) for name, entry in named]
         else:
-            stays = whole.format == "plain" or (options.to == "mxfp4" and whole.format == "mxfp4")
-            items.append(Item(own_name, whole, "copy" if stays else "bf16"))
+            # Experts that are quantised in one tensor have scales of their own: they go one by one.
+            kept = named if is_decoded else [(own_name, whole)]
+            items += [Item(name, entry, "bf16" if is_decoded else "copy") for name, entry in kept]
     target = f"{options.to} ({options.what})" if chosen else options.to
     is_change = any(item.to != "copy" for item in items) or options.tp > 1
     if not is_change or (chosen and not any(item.is_mxfp4 for item in items)):
@@ -444,7 +446,8 @@ class _Conversion:
             if item.is_mxfp4 or len(item.entry.shape) < 2 or "embed_tokens" in item.name:
                 continue
             bare = PREFIX.sub("", item.name)
-            names = self.checkpoint.parts[item.name] if item.entry.is_fused_experts else [bare]
+            is_fused = item.name == item.entry.stored_as and item.entry.is_fused_experts
+            names = self.checkpoint.parts[item.name] if is_fused else [bare]
             prefix = item.name.removesuffix(bare)
             excluded += [prefix + name.removesuffix(".weight") for name in names]
         return list(dict.fromkeys(excluded))
