@@ -30,7 +30,8 @@ from tests.checkpoints import (
 from tests.family import FAMILY
 from tools.inspect import describe, open_model
 from weights.checkpoint import Checkpoint
-from weights.convert import Options, convert
+from weights.convert import convert
+from weights.output import Options
 from weights.storage import INDEX
 
 MEMBER = "397B-A17B"

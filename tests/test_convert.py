@@ -59,7 +59,8 @@ from tests.oracle import within_twice
 from tools.convert import build_parser, main
 from weights import mxfp4
 from weights.checkpoint import UNFINISHED, Checkpoint
-from weights.convert import FINISHED, REPORT, Options, convert
+from weights.convert import FINISHED, REPORT, convert
+from weights.output import Options
 from weights.quantization import PREFIX
 from weights.shard import Plan, join
 
@@ -944,7 +945,7 @@ def test_an_unfinished_conversion_of_something_else(
 
 def test_bad_arguments(little: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line each, before anything is opened."""
-    for args in (("--to", "fp8"), ("--tp", 3), ("--what", "some"), ("--shard-bytes", 0)):
+    for args in (("--to", "fp7"), ("--tp", 3), ("--what", "some"), ("--shard-bytes", 0)):
         check_refused(capsys, little, little.parent / "out", *args, words=[str(args[1])])
     status, _, err = cli(capsys, little, little.parent / "out")
     assert (status, err.count("\n")) == (2, 1)

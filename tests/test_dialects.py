@@ -57,7 +57,8 @@ from tests.family import FAMILY
 from tests.test_checkpoint import ROOT, peak_anonymous_memory
 from weights import entry as entry_module
 from weights.checkpoint import Checkpoint
-from weights.convert import Options, convert
+from weights.convert import convert
+from weights.output import Options
 from weights.quantization import Quantization, compare
 
 MEMBER = "397B-A17B"

@@ -36,7 +36,8 @@ from reference.moe import MLP, Experts, Router, SparseMoeBlock
 from reference.mtp import MTP
 from reference.norm import RMSNorm, RMSNormGated
 from tests.checkpoints import QWEN3_5, QWEN3_NEXT, Dialect, assert_names, edit_tensors, write
-from weights.convert import Options, convert
+from weights.convert import convert
+from weights.output import Options
 
 LAYERS = {"num_hidden_layers": 2, "full_attention_interval": 2}  # a delta net, then attention
 SIZES = LAYERS | {"num_experts": 12, "num_experts_per_tok": 3}

@@ -16,7 +16,8 @@ from qwen35.load import TINY, load
 from reference.moe import MLP
 from tests.checkpoints import QWEN3_5, write
 from tools.diff import build_parser, main
-from weights.convert import Options, convert
+from weights.convert import convert
+from weights.output import Options
 
 IDS = "5,17,42,7,99,3,58,12,31"
 HERE = "tests.test_diff_cli"

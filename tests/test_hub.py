@@ -22,8 +22,9 @@ from tests.hub_server import HubServer
 from tests.test_convert import Children, contents, is_complete
 from tools.inspect import describe, open_model
 from weights.checkpoint import UNFINISHED
-from weights.convert import Options, convert
+from weights.convert import convert
 from weights.hub import PROBABLY, Repository
+from weights.output import Options
 from weights.source import Hub
 
 ROOT = Path(__file__).parents[1]

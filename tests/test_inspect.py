@@ -26,7 +26,8 @@ from tests.checkpoints import (
 )
 from tests.family import FAMILY
 from tools.inspect import describe, open_model
-from weights.convert import Options, convert
+from weights.convert import convert
+from weights.output import Options
 from weights.shard import Plan
 
 ROOT = Path(__file__).parents[1]

@@ -5,7 +5,8 @@ from pathlib import Path
 from qwen35.load import TINY, load
 from qwen35.tokenizer import Tokenizer
 from tools.bench.language import HELDOUT, SEPARATOR, bits
-from weights.convert import Options, convert
+from weights.convert import convert
+from weights.output import Options
 
 
 def perplexity(folder: Path, documents: list[str]) -> float:

@@ -10,8 +10,9 @@ from qwen35.cli import Parser, print_json, run
 from qwen35.errors import InputError
 from qwen35.load import TINY, lay_out, shapes, text_model
 from weights.checkpoint import Checkpoint
-from weights.convert import SHARD_BYTES, WHAT, Options, convert
+from weights.convert import convert
 from weights.hub import is_hub_id
+from weights.output import SHARD_BYTES, WHAT, Options
 from weights.shard import SIZES
 
 
@@ -23,8 +24,11 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("source", metavar="SRC", help="a checkpoint folder, a hub id, or `tiny`; it is only read")
     add("target", metavar="DST", type=Path, help="a folder that is empty or not there yet")
-    add("--to", choices=("mxfp4", "bf16"), required=True)
-    add("--what", choices=WHAT, help="for mxfp4 (default: experts, those of the trunk)")
+    add("--to", choices=("mxfp4", "fp8", "bf16"), required=True)
+    add("--what", choices=WHAT,
+        help="default: experts (the trunk's) for mxfp4, all-linear for fp8, as published")  # fmt: skip
+    add("--activations", choices=("mxfp4", "bf16"),
+        help="what mxfp4's claim says of them (default mxfp4, as AMD's; bf16: weights only)")  # fmt: skip
     add(
         "--tp", type=int, choices=SIZES, default=1, help="ranks: a folder for each (default: whole)"
     )
@@ -55,9 +59,12 @@ def main(args: argparse.Namespace) -> int:
     is_hub = not folder.is_dir() and is_hub_id(args.source)
     if args.to == "bf16" and args.what:
         raise InputError(
-            f"--what {args.what} goes with --to mxfp4; bf16 takes all that is quantised"
+            f"--what {args.what} goes with --to mxfp4 or fp8; bf16 takes all that is quantised"
         )
-    options = Options(args.to, args.what or "experts", args.tp, args.shard_bytes)
+    if args.activations and args.to != "mxfp4":
+        raise InputError(f"--activations {args.activations} goes with --to mxfp4, not {args.to}")
+    what = args.what or ("all-linear" if args.to == "fp8" else "experts")
+    options = Options(args.to, what, args.activations or "mxfp4", args.tp, args.shard_bytes)
     with tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None, desc="converted") as bar:
 
         def progress(done: int, total: int) -> None:

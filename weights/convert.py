@@ -1,225 +1,37 @@
-"""Checkpoint to checkpoint, tensor by tensor: to MXFP4 in AMD's dialect, or back to BF16; whole, or a
-folder for each rank.
+"""Checkpoint to checkpoint, tensor by tensor: to MXFP4 in AMD's dialect, to FP8 in Qwen's, or back to
+BF16; whole, or a folder for each rank.
 
-What is written is decided from headers, before any weight is read: `plan` says what becomes of each
-tensor, `arrange` which file it goes to. A file is written under another name and renamed when it is
-whole, `config.json` comes last. So a conversion that was killed continues with the first file that is
-missing, and its folder is no checkpoint until then. Progress lies in a sub-folder, UNFINISHED, that is
-removed at the end.
+What is written is decided from headers, before any weight is read (`weights/output.py`). A file is
+written under another name and renamed when it is whole, `config.json` comes last. So a conversion that
+was killed continues with the first file that is missing, and its folder is no checkpoint until then.
+Progress lies in a sub-folder, UNFINISHED, that is removed at the end.
 """
 
 import fcntl
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from qwen35.errors import InputError
-from weights import mxfp4
 from weights.checkpoint import UNFINISHED, Checkpoint
-from weights.entry import PACKED, Entry, check_scale, owner_of, stem_of
 from weights.hub import BESIDE, WEIGHTS
-from weights.quantization import PREFIX, mxfp4_claim, name_pattern
+from weights.output import Item, Options, OutputFile, arrange, convert_tensor, cut, items_of
+from weights.quantization import PREFIX, fp8_claim, mxfp4_claim, name_pattern
 from weights.rounding import Rounding
 from weights.shard import Plan, Shard
 from weights.source import Folder, Hub
 from weights.storage import INDEX, PARTIAL, Stored, header, read_json, row_major, write_whole
 
 FINISHED = f"{UNFINISHED}.done"  # what is about to be removed
-LARGEST_SCALE = 252  # with the next one 4 and 6 are beyond float32 and bfloat16
 TASK = "task.json"
 REPORT = "conversion.json"
-SHARD_BYTES = 4_000_000_000
-
-# Which linear layers are quantised, by name less the prefix. Whatever is chosen, the router, the gate of
-# the shared expert, in_proj_a and in_proj_b (in_proj_ba), the convolution, mtp.fc, embedding, head and
-# the vision tower are not, as in all published repositories.
-WHAT = {
-    "experts": ("layers.*.mlp.experts.*_proj",),
-    "all-linear": tuple(
-        f"{trunk}layers.*.{module}"
-        for trunk in ("", "mtp.")
-        for module in (
-            "mlp.*_proj",  # dense, shared and routed
-            "self_attn.*_proj",
-            "linear_attn.in_proj_qkv*",  # Qwen3-Next: in_proj_qkvz
-            "linear_attn.in_proj_z",
-            "linear_attn.out_proj",
-        )
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Options:
-    """to: the format. what: key of WHAT, for MXFP4. tp: ranks. shard_bytes: of a file, at most."""
-
-    to: Literal["mxfp4", "bf16"]
-    what: str = "experts"
-    tp: int = 1
-    shard_bytes: int = SHARD_BYTES
-
-
-# --- what becomes of each tensor --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One tensor of the output. per: elements of the last axis that one of its values holds."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    per: int = 1
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Item:
-    """One parameter of the output: `entry` is what it is made of, `name` and `to` what it becomes."""
-
-    name: str
-    entry: Entry
-    to: Literal["copy", "mxfp4", "bf16"]
-
-    @property
-    def is_mxfp4(self) -> bool:
-        return self.to == "mxfp4" or (self.to == "copy" and self.entry.format == "mxfp4")
-
-    @property
-    def files(self) -> list[str]:
-        """The source files that hold it: two where its scales lie in the next one."""
-        parts = (self.entry.weight, self.entry.scale)
-        return list(dict.fromkeys(part.file.name for part in parts if part is not None))
-
-    def slots(self) -> tuple[Slot, ...]:
-        """What is written for it, whole."""
-        shape = self.entry.shape
-        if not self.is_mxfp4:
-            dtype = torch.bfloat16 if self.to == "bf16" else self.entry.dtype
-            return (Slot(self.name, dtype, shape),)
-        *rows, K = shape
-        return (
-            Slot(self.name, torch.uint8, (*rows, K // 2), 2),
-            Slot(f"{self.name}_scale", torch.uint8, (*rows, K // mxfp4.GROUP), mxfp4.GROUP),
-        )
-
-
-def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
-    """What the output consists of, in the order of the source's files.
-
-    To MXFP4: what is chosen is quantised, fused experts one by one; what is MXFP4 already stays so; what
-    is FP8 and not chosen becomes BF16. To BF16: all that is quantised. The rest is copied as it is, under
-    its own name. InputError where nothing is to be done, or where 32 does not divide a chosen matrix's K.
-    """
-    chosen = WHAT[options.what] if options.to == "mxfp4" else ()
-    ignored = set(checkpoint.ignored)
-    items: list[Item] = []
-    for stored in checkpoint.stored.values():
-        if owner_of(stored.name, checkpoint.stored) is not None:  # written with its weight
-            continue
-        if stored.name in ignored:
-            if stored.name not in checkpoint.unlisted:
-                items.append(Item(stored.name, Entry(stored, stored.shape), "copy"))
-            continue
-        whole = checkpoint.whole(stored)
-        own_name = stem_of(stored.name) + ".weight" if stored.name.endswith(PACKED) else stored.name
-        bare = PREFIX.sub("", stored.name)
-        prefix = stored.name.removesuffix(bare)
-        parts = [
-            (prefix + name, checkpoint.entries[name]) for name in checkpoint.parts[stored.name]
-        ]
-        named = parts if whole.is_fused_experts else [(own_name, whole)]
-        is_decoded = whole.format == "fp8" or (options.to == "bf16" and whole.format == "mxfp4")
-        module = PREFIX.sub("", named[0][0]).removesuffix(".weight")
-        if any(fnmatchcase(module, pattern) for pattern in chosen):
-            to = "copy" if whole.format == "mxfp4" else "mxfp4"
-            items += [Item(name, entry, to) for name, entry in named]
-        else:
-            # Experts that are quantised in one tensor have scales of their own: they go one by one.
-            kept = named if is_decoded else [(own_name, whole)]
-            items += [Item(name, entry, "bf16" if is_decoded else "copy") for name, entry in kept]
-    target = f"{options.to} ({options.what})" if chosen else options.to
-    is_change = any(item.to != "copy" for item in items) or options.tp > 1
-    if not is_change or (chosen and not any(item.is_mxfp4 for item in items)):
-        raise InputError(f"{checkpoint.folder}: nothing to convert to {target}")
-    for item in items:
-        if item.to == "mxfp4" and item.entry.shape[-1] % mxfp4.GROUP:
-            raise InputError(
-                f"{item.name} has shape {list(item.entry.shape)}; MXFP4 needs a multiple of "
-                f"{mxfp4.GROUP} on its last axis"
-            )
-    return items
-
-
-# --- where it goes ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """Items of one source file that go into one file (one for each rank), with a rank's slots: the same
-    names, sizes and places for all ranks."""
-
-    items: tuple[tuple[Item, tuple[Slot, ...]], ...]
-
-    @property
-    def slots(self) -> list[Slot]:
-        return [slot for _, slots in self.items for slot in slots]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(slot.nbytes for slot in self.slots)
-
-    @property
-    def sources(self) -> list[str]:
-        return list(dict.fromkeys(file for item, _ in self.items for file in item.files))
-
-
-def arrange(items: list[Item], ranks: Plan, limit: int) -> list[OutputFile]:
-    """Fill files of at most `limit` bytes (or one item) in order; no file takes from two source files
-    but for scales. InputError where a rank's part would split a group of 32."""
-    files: list[OutputFile] = []
-    current: list[tuple[Item, tuple[Slot, ...]]] = []
-    size = 0
-    for item in items:
-        slots = item.slots()
-        if ranks.size > 1:
-            shard = ranks.shard(item.name, item.entry.shape, 0)
-            slots = tuple(_cut_slot(slot, shard) for slot in slots)
-        nbytes = sum(slot.nbytes for slot in slots)
-        changes_source = current and current[0][0].files[0] != item.files[0]
-        if current and (changes_source or size + nbytes > limit):
-            files.append(OutputFile(tuple(current)))
-            current, size = [], 0
-        current.append((item, slots))
-        size += nbytes
-    return [*files, OutputFile(tuple(current))]
-
-
-def _cut_slot(slot: Slot, shard: Shard) -> Slot:
-    try:
-        cut = _cut(torch.empty(slot.shape, device="meta"), shard, slot.per)
-    except InputError as error:
-        raise InputError(f"{slot.name}: {error}") from None
-    return replace(slot, shape=tuple(cut.shape))
-
-
-def _cut(tensor: Tensor, shard: Shard, per: int) -> Tensor:
-    """A rank's part; values are packed along the last axis, `per` elements in one."""
-    return shard.cut(tensor, per if shard.axis == tensor.dim() - 1 else 1)
-
 
 # --- the conversion ---------------------------------------------------------------------------------
 
@@ -360,7 +172,7 @@ class _Conversion:
                 for rank, handle in enumerate(handles):
                     shard = self._shard(item, rank)
                     for tensor, slot in zip(tensors, slots, strict=True):
-                        handle.write(row_major(_cut(tensor, shard, slot.per)))
+                        handle.write(row_major(cut(tensor, shard, slot.per)))
                         self.done += slot.nbytes
                 self.progress(self.done, self.total)
             for handle in handles:
@@ -433,17 +245,21 @@ class _Conversion:
         if isinstance(text := document.get("text_config"), dict):
             document["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
         if self.options.to == "mxfp4":
-            document["quantization_config"] = mxfp4_claim(self._excluded())
+            claim = mxfp4_claim(self._excluded(), self.options.activations)
+            document["quantization_config"] = claim
+        elif self.options.to == "fp8":
+            document["quantization_config"] = fp8_claim(self._excluded())
         if self.options.tp > 1:
             document["tensor_parallel"] = {"rank": rank, "size": self.options.tp}
         return document
 
     def _excluded(self) -> list[str]:
-        """The modules with a matrix (or a filter) that is not MXFP4, by their names in the file; of
+        """The modules with a matrix (or a filter) that is not quantised, by their names in the file; of
         fused experts each by itself, since engines ask for each."""
         excluded = ["lm_head"]
         for item in (item for file in self.files for item, _ in file.items):
-            if item.is_mxfp4 or len(item.entry.shape) < 2 or "embed_tokens" in item.name:
+            is_quantised = item.format == self.options.to
+            if is_quantised or len(item.entry.shape) < 2 or "embed_tokens" in item.name:
                 continue
             bare = PREFIX.sub("", item.name)
             is_fused = item.name == item.entry.stored_as and item.entry.is_fused_experts
@@ -451,40 +267,6 @@ class _Conversion:
             prefix = item.name.removesuffix(bare)
             excluded += [prefix + name.removesuffix(".weight") for name in names]
         return list(dict.fromkeys(excluded))
-
-
-def convert_tensor(
-    entry: Entry, name: str, to: Literal["copy", "mxfp4", "bf16"], error: Rounding
-) -> list[Tensor]:
-    """A parameter in another format: one tensor, or MXFP4's bytes [N, K/2] and scales [N, K/32].
-
-    error: what is lost is added to it, under `name`. InputError for a number that is not finite.
-    """
-    if to == "copy":
-        if entry.scale is None:
-            return [entry.read()]
-        powers = entry.scale.read().view(torch.uint8)
-        check_scale(powers, entry.stored_as)
-        return [entry.weight.read(), powers]
-    exact = entry.read() if entry.scale is None else entry.read(torch.float32)
-    if to == "bf16":
-        rounded = exact.bfloat16()
-        if not rounded.isfinite().all():
-            raise InputError(f"{entry.stored_as}: {name} holds an infinity or a NaN")
-        error.add(name, exact.flatten(0, -2), lambda rows: rounded.flatten(0, -2)[rows].float())
-        return [rounded]
-    packed, powers = mxfp4.quantize(exact)
-    if (powers > LARGEST_SCALE).any():
-        raise InputError(
-            f"{entry.stored_as}: {name} holds an infinity, a NaN or a magnitude of 2^127 x 1.75 "
-            "and more, which MXFP4 cannot hold"
-        )
-
-    def decoded(rows: slice) -> Tensor:
-        return mxfp4.dequantize(packed[rows], powers[rows], torch.float32)
-
-    error.add(name, exact, decoded)
-    return [packed, powers]
 
 
 # --- the folder -------------------------------------------------------------------------------------

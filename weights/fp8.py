@@ -9,6 +9,7 @@ repositories of the family; per row ("per channel"): AMD's Quark.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qwen35.errors import InputError
 
@@ -79,11 +80,13 @@ def quantize_blocks(
     See `quantize_channels` for the rule; the last blocks of an axis may be smaller.
     """
     N, K = _matrix(weight)
-    across = [tile.split(block[1], dim=1) for tile in weight.split(block[0])]
-    pairs = [[_quantize(tile, scale_dtype) for tile in row] for row in across]
-    values = torch.cat([torch.cat([values for values, _ in row], dim=1) for row in pairs])
-    scales = torch.stack([torch.stack([scale for _, scale in row]) for row in pairs])
-    return values.view(N, K), scales
+    rows, columns = block
+    blocks = (-(-N // rows), -(-K // columns))
+    padded = F.pad(weight.float(), (0, -K % columns, 0, -N % rows))  # zeros do not change an amax
+    tiles = padded.view(blocks[0], rows, blocks[1], columns)
+    scale = _scale_of(tiles.abs().amax(dim=(1, 3)), scale_dtype)  # [blocks of N, blocks of K]
+    values = _rounded(tiles, scale[:, None, :, None]).view_as(padded)
+    return values[:N, :K].contiguous(), scale
 
 
 def quantize_channels(
@@ -96,8 +99,9 @@ def quantize_channels(
     them: scale and numbers NaN. InputError for what is not a matrix of floating-point numbers.
     """
     _matrix(weight)
-    pairs = [_quantize(row, scale_dtype) for row in weight]
-    return torch.stack([values for values, _ in pairs]), torch.stack([s for _, s in pairs])[:, None]
+    wide = weight.float()
+    scale = _scale_of(wide.abs().amax(dim=1, keepdim=True), scale_dtype)  # [N, 1]
+    return _rounded(wide, scale), scale
 
 
 def _matrix(weight: Tensor) -> tuple[int, int]:
@@ -109,11 +113,12 @@ def _matrix(weight: Tensor) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _quantize(x: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Numbers that share a scale -> e4m3 of the same shape, scale []."""
-    wide = x.float()
-    amax = wide.abs().amax()
+def _scale_of(amax: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Scales of the largest magnitudes, of the same shape; NaN where one is not finite."""
     least = torch.finfo(torch.float32).tiny
     scale = torch.where(amax == 0, 1.0, (amax / LARGEST).clamp(min=least)).to(scale_dtype)
-    scale = torch.where(amax.isfinite(), scale, torch.nan)
-    return (wide / scale.float()).clamp(-LARGEST, LARGEST).to(E4M3), scale
+    return torch.where(amax.isfinite(), scale, torch.nan)
+
+
+def _rounded(wide: Tensor, scale: Tensor) -> Tensor:
+    return (wide / scale.float()).clamp(-LARGEST, LARGEST).to(E4M3)

@@ -91,10 +91,22 @@ class Quantization:
         return frozenset(others).difference(globs), globs, compiled
 
 
-def mxfp4_claim(excluded: list[str]) -> dict[str, Any]:
+def fp8_claim(excluded: list[str]) -> dict[str, Any]:
+    """The quantization_config of Qwen's FP8 repositories, with these modules left out."""
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(fp8.BLOCK),
+        "modules_to_not_convert": excluded,
+    }
+
+
+def mxfp4_claim(excluded: list[str], activations: str = "mxfp4") -> dict[str, Any]:
     """The quantization_config of AMD's MXFP4 repositories, with these modules left out.
 
-    It says that activations are quantised too, as AMD's does: an engine may or may not follow.
+    activations: "mxfp4" says that they are quantised too, as AMD's does, and an engine may follow or
+    not; "bf16" says that only weights are.
     """
     weight = {
         "dtype": "fp4",
@@ -116,7 +128,7 @@ def mxfp4_claim(excluded: list[str]) -> dict[str, Any]:
         "quant_mode": "eager_mode",
         "global_quant_config": {
             "weight": weight,
-            "input_tensors": weight | {"is_dynamic": True},
+            "input_tensors": weight | {"is_dynamic": True} if activations == "mxfp4" else None,
             "output_tensors": None,
             "bias": None,
             "target_device": None,
