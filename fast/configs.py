@@ -17,7 +17,7 @@ Config = dict[str, int]
 
 @cache
 def table() -> dict[str, dict[str, dict[str, Config]]]:
-    return json.loads(TABLE.read_text())
+    return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
 def key(**shape: int) -> str:

@@ -170,7 +170,7 @@ class Experts(nn.Module):
             (2 * self.I // first["BLOCK_N"], N * k, 1),
             {
                 "x": x, "experts": experts, "weight": self.gate_up, "scale": self.gate_up_scale,
-                "first": first_pair, "hidden": hidden, "rows": N,
+                "first": first_pair, "hidden": hidden, "rows": N, "E": self.E,
                 "TILE_N": self.tile_n, "TILE_K": self.tile_k, **sizes, **constants(first),
             },
             options(first),
@@ -185,6 +185,7 @@ class Experts(nn.Module):
                 "weight": self.down, "scale": self.down_scale,
                 "partial": partial, "arrived": self.arrived,
                 "added": partial if added is None else added, "out": out, "rows": N, "pairs": N * k,
+                "E": self.E,
                 "TOP_K": k, "HAS_ADDED": added is not None, **sizes, **constants(second),
             },
             options(second) | ({"launch_pdl": True} if overlap else {}),

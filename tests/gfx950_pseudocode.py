@@ -40,13 +40,55 @@ class Value:
 
 
 FORMATS = {16: "<e", 32: "<f", 64: "<d"}
+MANTISSA = {16: 10, 32: 23, 64: 52}
+SILENT: list[int] = []  # widths of results that are a NaN of which the text does not say the bits
+
+
+class NaN(float):
+    """A NaN whose bits the text knows: those of an operand that it passes on, or a constant.
+
+    Arithmetic makes a plain NaN of it. bits: of a float64, which keeps a narrower one's sign and payload.
+    """
+
+    bits: int
+
+    def __new__(cls, bits: int) -> "NaN":
+        made = super().__new__(cls, math.nan)
+        made.bits = bits
+        return made
+
+    @classmethod
+    def of(cls, bits: int, width: int) -> "NaN":
+        sign, payload = bits >> (width - 1), bits & ((1 << MANTISSA[width]) - 1)
+        return cls(sign << 63 | 0x7FF << 52 | payload << (52 - MANTISSA[width]))
+
+    def to(self, width: int) -> int:
+        kept = (self.bits & ((1 << 52) - 1)) >> (52 - MANTISSA[width])
+        exponent = ((1 << (width - 1 - MANTISSA[width])) - 1) << MANTISSA[width]
+        return (self.bits >> 63) << (width - 1) | exponent | kept
+
+    @property
+    def is_quiet(self) -> bool:
+        return bool(self.bits >> 51 & 1)
+
+    def quieted(self) -> "NaN":
+        return NaN(self.bits | 1 << 51)
+
+    def __neg__(self) -> "NaN":
+        return NaN(self.bits ^ 1 << 63)
+
+    def __abs__(self) -> "NaN":
+        return NaN(self.bits & ~(1 << 63))
 
 
 def to_bits(v: Value) -> int:
     if v.kind == "bf":
         return round_to_bf16(v.value)
     if v.kind == "f":
+        if isinstance(v.value, NaN):
+            return v.value.to(v.width)
         if math.isnan(v.value):
+            SILENT.append(v.width)
             return {16: 0x7E00, 32: 0x7FC00000, 64: 0x7FF8 << 48}[v.width]
         try:
             return int.from_bytes(struct.pack(FORMATS[v.width], v.value), "little")
@@ -58,8 +100,13 @@ def to_bits(v: Value) -> int:
 def from_bits(bits: int, kind: str, width: int) -> Value:
     bits &= (1 << width) - 1
     if kind == "bf":
-        return Value("bf", 16, struct.unpack("<f", struct.pack("<I", bits << 16))[0])
+        wide = from_bits(bits << 16, "f", 32)
+        return Value("bf", 16, wide.value)
     if kind == "f":
+        exponent = bits >> MANTISSA[width] & ((1 << (width - 1 - MANTISSA[width])) - 1)
+        payload = bits & ((1 << MANTISSA[width]) - 1)
+        if payload and exponent == (1 << (width - 1 - MANTISSA[width])) - 1:
+            return Value("f", width, NaN.of(bits, width))
         return Value(
             "f", width, struct.unpack(FORMATS[width], bits.to_bytes(width // 8, "little"))[0]
         )
@@ -70,7 +117,10 @@ def from_bits(bits: int, kind: str, width: int) -> Value:
 
 def round_to_bf16(x: float) -> int:
     """Of all finite bf16 the nearest, of two equally near ones the even."""
+    if isinstance(x, NaN):
+        return x.quieted().to(32) >> 16
     if math.isnan(x):
+        SILENT.append(16)
         return 0x7FC0
     sign = 0x8000 if math.copysign(1, x) < 0 else 0
     x = abs(x)
@@ -88,6 +138,8 @@ def round_to_bf16(x: float) -> int:
 
 def rounded(x: float | Fraction, width: int) -> float:
     """To a float of a width. An exact argument is rounded once, but for ties in the 53rd bit."""
+    if isinstance(x, float) and math.isnan(x):
+        return x
     try:
         value = float(x)
     except OverflowError:
@@ -102,10 +154,13 @@ def small_float(code: int, name: str) -> float:
     mantissa = code & ((1 << mantissa_bits) - 1)
     exponent = (code >> mantissa_bits) & ((1 << exponent_bits) - 1)
     sign = -1.0 if code >> (exponent_bits + mantissa_bits) & 1 else 1.0
-    if name == "fp8" and code & 0x7F == 0x7F:
-        return math.nan
+    is_nan = (name == "fp8" and code & 0x7F == 0x7F) or (
+        name == "bf8" and exponent == 31 and mantissa
+    )
+    if is_nan:
+        return NaN((sign < 0) << 63 | 0x7FF8 << 48)
     if name == "bf8" and exponent == 31:
-        return math.nan if mantissa else sign * math.inf
+        return sign * math.inf
     if exponent == 0:
         return sign * mantissa * 2.0 ** (1 - bias - mantissa_bits)
     return sign * (1 + mantissa / (1 << mantissa_bits)) * 2.0 ** (exponent - bias)
@@ -122,7 +177,8 @@ def to_small(x: float, name: str) -> int:
     """Nearest, ties to even, saturating: by looking at every code."""
     bits = 4 if name == "fp4" else 8
     if math.isnan(x):
-        return (1 << (bits - 1)) - 1
+        sign = x.bits >> 63 if isinstance(x, NaN) else 0
+        return sign << (bits - 1) | (1 << (bits - 1)) - 1
     values = magnitudes(name)
     size = min(Fraction(abs(x)), values[-1]) if math.isfinite(x) else values[-1]
     best = min(range(len(values)), key=lambda code: (abs(values[code] - size), code % 2))
@@ -328,6 +384,7 @@ class Machine:
             **registers,
         }
         self.variables: dict[str, Value] = {}
+        self.is_silent = False  # whether some NaN came of arithmetic, which leaves its bits open
 
     def run(self, statements: list) -> "Machine":
         for statement in statements:
@@ -424,7 +481,7 @@ class Machine:
             case ("view", ("name", "WAVE_MODE"), "IEEE"):
                 return Value("u", 1, 1)
             case ("view", ("name", "NAN"), _):
-                return Value("f", 32, math.nan)
+                return Value("f", 32, NaN(0x7FF8 << 48))
             case ("view", ("name", "INF"), _):
                 return Value("f", 32, math.inf)
             case ("view", ("name", "DENORM"), _):
@@ -441,6 +498,8 @@ class Machine:
                 if width < 1:
                     raise UnsupportedError("a reversed range of bits")
                 return Value("u", width, bits >> first & ((1 << width) - 1))
+            case ("cast", ("value", literal), "f", 32) if literal.value == 0xFFC00000:
+                return from_bits(0xFFC00000, "f", 32)  # of this constant the bits are meant
             case ("cast", inner, kind, width):
                 return self.cast(self.value(inner), kind, width)
             case ("join", parts):
@@ -502,14 +561,18 @@ class Machine:
             return from_bits(inner.registers["D0"], first.kind, first.width)
         if name == "fma":
             return Value("f", first.width, exact_fma(*[v.value for v in arguments], first.width))
-        if name in ("isNAN", "isQuietNAN"):
+        if name == "isNAN":
             return Value("u", 1, int(math.isnan(x)))
+        if name == "isQuietNAN":
+            return Value("u", 1, int(isinstance(x, NaN) and x.is_quiet))
         if name == "isSignalNAN":
-            return Value("u", 1, 0)  # none among the inputs
+            return Value("u", 1, int(isinstance(x, NaN) and not x.is_quiet))
         if name == "cvtToQuietNAN":
-            return first
+            return Value(first.kind, first.width, x.quieted() if isinstance(x, NaN) else x)
         if name == "abs":
             return Value(first.kind, first.width, abs(x))
+        if name == "sign" and isinstance(x, NaN):
+            return Value("u", 1, x.bits >> 63)
         if name == "sign":
             return Value("u", 1, int(math.copysign(1, x) < 0))
         if name == "exponent":
@@ -530,7 +593,9 @@ class Machine:
         if name == "isEven":
             return Value("u", 1, int(x % 2 == 0))
         if match := re.fullmatch(r"(fp4|fp8|bf8)_to_(bf16|f16|f32)_scale", name):
-            exact = small_float(int(x), match[1]) * 2.0 ** (int(arguments[1].value) - 127)
+            small = small_float(int(x), match[1])
+            scale = 2.0 ** (int(arguments[1].value) - 127)
+            exact = small if math.isnan(small) else small * scale
             if match[2] == "bf16":
                 return Value("b", 16, round_to_bf16(exact))
             width = 16 if match[2] == "f16" else 32
@@ -539,7 +604,8 @@ class Machine:
             return Value("f", 32, small_float(to_bits(first), match[1]))
         if match := re.fullmatch(r"(?:f32|f16|bf16)_to_(fp4|fp8|bf8)(_scale)?", name):
             scale = 2.0 ** (int(arguments[1].value) - 127) if match[2] else 1.0
-            return Value("b", 4 if match[1] == "fp4" else 8, to_small(x / scale, match[1]))
+            scaled = x if math.isnan(x) else x / scale
+            return Value("b", 4 if match[1] == "fp4" else 8, to_small(scaled, match[1]))
         if name == "bf16_to_f32":
             return Value("f", 32, from_bits(to_bits(first), "bf", 16).value)
         if name == "f32_to_bf16":
@@ -552,6 +618,8 @@ class Machine:
 def convert(v: Value, kind: str, width: int) -> Value:
     """x_to_y: rounds to nearest (floats) or toward zero with saturation (integers)."""
     if kind == "f":
+        if isinstance(v.value, NaN):  # the text is silent; IEEE 754's conversions make it quiet
+            return Value("f", width, v.value.quieted())
         value = v.value if isinstance(v.value, float) and not math.isfinite(v.value) else None
         return Value("f", width, rounded(v.value, width) if value is None else value)
     if v.is_float:
@@ -566,7 +634,7 @@ def convert(v: Value, kind: str, width: int) -> Value:
 
 def exact_float(operator: str, x: float, y: float, width: int) -> float:
     if operator == "**":
-        return y if math.isnan(y) else 2.0 ** max(min(y, 1023), -2000)
+        return math.nan if math.isnan(y) else 2.0 ** max(min(y, 1023), -2000)
     if not (math.isfinite(x) and math.isfinite(y)):
         if operator == "/" and math.isfinite(x):
             return math.copysign(0.0, x) * math.copysign(1, y) if math.isinf(y) else math.nan
@@ -597,7 +665,7 @@ def exact_fma(a: float, b: float, c: float, width: int) -> float:
 
 def special_float(name: str, x: float, width: int) -> float:
     if math.isnan(x):
-        return x
+        return math.nan
     if name == "sqrt":
         return rounded(math.sqrt(x), width) if x >= 0 else math.nan
     if name == "log2":
@@ -620,4 +688,7 @@ def evaluate(mnemonic: str, lane: int = 0, **registers: int) -> Machine:
     here."""
     if mnemonic not in pseudocode():
         raise UnsupportedError("no pseudocode")
-    return Machine(lane, **registers).run(parsed(mnemonic))
+    SILENT.clear()
+    machine = Machine(lane, **registers).run(parsed(mnemonic))
+    machine.is_silent = bool(SILENT)
+    return machine

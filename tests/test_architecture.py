@@ -160,6 +160,33 @@ def test_the_reference_can_be_read_in_an_hour() -> None:
     assert 0 < sum(lines.values()) < 750, lines
 
 
+def reads_or_writes_text(call: ast.Call) -> bool:
+    """`path.read_text()`, `path.write_text(x)`, `open(path)`, `path.open("w")`: not bytes, nor our own
+    functions of such a name."""
+    if isinstance(call.func, ast.Name):
+        return call.func.id == "open"
+    if not isinstance(call.func, ast.Attribute):
+        return False
+    modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
+    opens = call.func.attr == "open" and bool(modes) and "b" not in str(modes[0])
+    return opens or call.func.attr in ("read_text", "write_text")
+
+
+@pytest.mark.parametrize(
+    "file", sources("qwen35", "weights", "reference", "fast", "tools"),
+    ids=lambda f: str(f.relative_to(ROOT)),
+)  # fmt: skip
+def test_text_is_read_and_written_in_a_named_encoding(file: Path) -> None:
+    """A locale decides otherwise, and a file from elsewhere is refused or misread."""
+    calls = [node for node in ast.walk(parse(file)) if isinstance(node, ast.Call)]
+    found = [
+        call.lineno
+        for call in calls
+        if reads_or_writes_text(call) and "encoding" not in {k.arg for k in call.keywords}
+    ]
+    assert not found, f"{file.name}: lines {found}"
+
+
 def repository_texts() -> Iterator[tuple[str, str]]:
     """Every text file that is part of the repository: no caches, no hidden work folders."""
     skipped = re.compile(r"(^|/)(\.(?!github|gitignore)[^/]*|__pycache__|[^/]*\.egg-info)(/|$)")

@@ -150,7 +150,7 @@ fault(
 )  # fmt: skip
 fault(
     "down of the first pair's expert", "moe", experts, "numbers",
-    ("tl.load(experts + pair).to(tl.int64) * D", "tl.load(experts).to(tl.int64) * D"),
+    ("(tl.load(experts + pair), E).to(tl.int64) * D", "(tl.load(experts), E).to(tl.int64) * D"),
 )  # fmt: skip
 fault(
     "pairs of other experts taken to be the same", "moe", experts, "numbers",

@@ -318,7 +318,7 @@ def check(
 
 def read_table(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text())
+        table = json.loads(path.read_text(encoding="utf-8"))
         keys = [(row["name"], row["target"]) for row in table["kernels"]]
         assert isinstance(table["triton"], str) and len(set(keys)) == len(keys)
     except FileNotFoundError:
@@ -335,7 +335,7 @@ def write_table(path: Path, rows: list[Row], version: str) -> None:
     text = f'{{"triton": {json.dumps(version)}, "kernels": [\n{lines}\n]}}\n'
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -372,7 +372,9 @@ def write_assembly(folder: Path, found: list[Compiled]) -> None:
         if one.row is None:
             continue
         name = re.sub(r"[^\w.=-]+", "_", one.name)
-        (folder / f"{name}.{one.target}.{TARGETS[one.target]}").write_text(one.assembly)
+        (folder / f"{name}.{one.target}.{TARGETS[one.target]}").write_text(
+            one.assembly, encoding="utf-8"
+        )
 
 
 def all_launches(target: str) -> Iterable[Launch]:

@@ -196,7 +196,7 @@ def main(args: argparse.Namespace) -> int:
     found = document(report, title, mode)
     if args.report:
         try:
-            args.report.write_text(page(found))
+            args.report.write_text(page(found), encoding="utf-8")
         except OSError as error:
             raise InputError(f"{args.report}: {error.strerror}") from None
     if args.json:

@@ -147,7 +147,7 @@ def in_another_process(
              "top_k": s.top_k, "seed": s.seed}
             for prompt in prompts for name, s in SAMPLINGS.items()
         ]  # fmt: skip
-        requests.write_text("\n".join(map(json.dumps, lines)))
+        requests.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
         command = [
             sys.executable, "-m", "qwen35.generate", "--model", folder, "--requests", requests,
             "--prefix-cache", f"{scratch}/kept", "--draft-tokens", depth, "--digest", "--ignore-eos",

@@ -137,7 +137,7 @@ def train_tokenizer(text: Path, vocab: int) -> Tokenizer:
 
 
 def _documents(path: Path) -> Iterator[str]:
-    for document in path.read_text().split(f"\n{END_OF_TEXT}\n"):
+    for document in path.read_text(encoding="utf-8").split(f"\n{END_OF_TEXT}\n"):
         if document.strip():
             yield document.strip()
 
@@ -481,8 +481,8 @@ def save(model: Model, backend: Tokenizer, folder: Path) -> None:
         },
     }
     for name, document in documents.items():
-        (folder / name).write_text(json.dumps(document, indent=2) + "\n")
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+        (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
 
 
 def build_parser() -> Parser:
@@ -510,7 +510,7 @@ def main(args: argparse.Namespace) -> int:
     vocab = CONFIG["text_config"]["vocab_size"] - padding
     backend = train_tokenizer(args.corpus / "train.txt", vocab)
     data = encode_corpus(args.corpus / "train.txt", backend, chat_share=0.08, seed=args.seed)
-    heldout = (args.corpus / "heldout.txt").read_text()
+    heldout = (args.corpus / "heldout.txt").read_text(encoding="utf-8")
     print(f"{len(data)} tokens, prepared in {time.perf_counter() - started:.0f} s", flush=True)
 
     torch.backends.cuda.matmul.allow_tf32 = True  # the delta rule's float32 products
@@ -525,7 +525,8 @@ def main(args: argparse.Namespace) -> int:
     print(json.dumps({"heldout_bits_per_byte": round(bpb, 4)}), flush=True)
     save(model, backend, args.dst)
     (args.dst / "training_log.json").write_text(
-        "\n".join(json.dumps(entry) for entry in [*log, {"heldout_bits_per_byte": bpb}]) + "\n"
+        "\n".join(json.dumps(entry) for entry in [*log, {"heldout_bits_per_byte": bpb}]) + "\n",
+        encoding="utf-8",
     )
     return 0
 

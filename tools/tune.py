@@ -127,7 +127,7 @@ def fits(config: Config, N: int | None, K: int, weight_bits: int, target: str) -
 def read(path: Path) -> dict[str, Any]:
     """The table. InputError when it is none, or cannot be written in the end."""
     try:
-        table = json.loads(path.read_text()) if path.exists() else {}
+        table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         levels = [table, *table.values(), *(ops for t in table.values() for ops in t.values())]
         assert all(isinstance(level, dict) for level in levels)
     except (ValueError, AttributeError, AssertionError):
@@ -143,7 +143,7 @@ def write(path: Path, target: str, op: str, shape: str, config: Config) -> None:
     table.setdefault(target, {}).setdefault(op, {})[shape] = config
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(json.dumps(table, indent=1) + "\n")
+        part.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -319,7 +319,7 @@ def _finished(target: Path, source: Path | str, options: Options) -> dict[str, A
 @contextmanager
 def _locked(file: Path, target: Path) -> Iterator[None]:
     """One process at a time; the lock goes with the process, however it ends."""
-    with file.open("w") as handle:
+    with file.open("w", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -237,7 +237,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 def read_json(file: Path) -> Any:
     """A JSON file of our own; None where it is not there."""
-    return json.loads(file.read_text()) if file.exists() else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def some(names: list[str]) -> str:

@@ -25,6 +25,12 @@ def _first(experts, pair):
 
 
 @triton.jit
+def _bounded(index, count):
+    """An index that was read from memory, made one of `count`, so that no address leaves an array."""
+    return tl.minimum(tl.maximum(index, 0), count - 1)
+
+
+@triton.jit
 def _stored():
     """A barrier behind which all that this program stored is where other programs can be told of it.
 
@@ -40,7 +46,7 @@ def _stored():
 
 @triton.jit
 def gate_up(
-    x, experts, weight, scale, first, hidden, rows,
+    x, experts, weight, scale, first, hidden, rows, E,
     D: tl.constexpr, I: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -48,13 +54,14 @@ def gate_up(
 
     x [rows, D] bf16, experts [rows * k] int32, weight [E, 2 I, D/2] uint8 (gate row 0, up row 0, gate row
     1, ...) and scale [E, 2 I, D/32] uint8, both in tiles of TILE_N rows by TILE_K elements -> hidden
-    [rows * k, 8, I] bf16, first [rows * k] int32: the first pair of each pair's expert.
+    [rows * k, 8, I] bf16, first [rows * k] int32: the first pair of each pair's expert. An id that is
+    none of E experts is taken for the nearest one.
     Grid (2 I / BLOCK_N, rows * k).
     """
     if OVERLAP:
         gdc_launch_dependents()  # `down` may fetch its weights as soon as there is room
     pair = tl.program_id(1)
-    expert = tl.load(experts + pair).to(tl.int64)
+    expert = _bounded(tl.load(experts + pair), E).to(tl.int64)
     earliest = _first(experts, pair)
     if tl.program_id(0) == 0:
         tl.store(first + pair, earliest)
@@ -76,7 +83,7 @@ def gate_up(
 
 @triton.jit
 def down(
-    hidden, experts, first, weights, weight, scale, partial, arrived, added, out, rows, pairs,
+    hidden, experts, first, weights, weight, scale, partial, arrived, added, out, rows, pairs, E,
     TOP_K: tl.constexpr, D: tl.constexpr, I: tl.constexpr, HAS_ADDED: tl.constexpr,
     OVERLAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +97,7 @@ def down(
     pair = tl.program_id(1)
     row = tl.arange(0, ROWS)[None, :]
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    n = tl.load(experts + pair).to(tl.int64) * D + column
+    n = _bounded(tl.load(experts + pair), E).to(tl.int64) * D + column
     codes = weight + n * (I // 2) + tl.arange(0, BLOCK_K // 2)[None, :]
     scales = scale + n * (I // 32) + tl.arange(0, BLOCK_K // 32)[None, :]
     earliest = _first(experts, pair)
@@ -113,6 +120,7 @@ def down(
         total = tl.zeros((BLOCK_N, ROWS), tl.float32)
         for slot in tl.static_range(TOP_K):
             source = tl.load(first + row * TOP_K + slot, mask=row < rows, other=0)  # [1, ROWS]
+            source = _bounded(source, pairs)
             share = tl.load(weights + row * TOP_K + slot, mask=row < rows, other=0.0)
             pointers = partial + (source * 8 + row) * D + column
             total += share * tl.load(pointers, mask=row < rows, other=0.0, cache_modifier=".cg")

@@ -69,8 +69,12 @@ def choose(
         logits = tl.where(index < E, rounded, float("-inf"))
         exponentials = tl.exp(logits - tl.max(logits, 0))
         probabilities = exponentials / tl.sum(exponentials, 0)
-        # Of numbers that are not negative the bits have their order; -1 is below all of them.
-        keys = tl.where(index < E, probabilities.to(tl.int32, bitcast=True), -1)
+        # Of numbers that are not negative the bits have their order; -1 is below all of them. A NaN makes
+        # every probability of its row one, of either sign: as one key they tie, so the ids stay distinct
+        # and in range, and are the reference's; the weights are NaN.
+        bits = probabilities.to(tl.int32, bitcast=True)
+        keys = tl.where(probabilities == probabilities, bits, 0x7FC00000)
+        keys = tl.where(index < E, keys, -1)
         slot = tl.arange(0, 16)
         chosen = tl.zeros((16,), tl.int32)
         values = tl.zeros((16,), tl.float32)

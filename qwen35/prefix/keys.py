@@ -53,7 +53,11 @@ def identity(model: Model, checkpoint: str) -> dict[str, str]:
 
 @cache
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return (
         f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"

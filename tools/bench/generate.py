@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     folder = locate(args.model)
     model, tokenizer = load(folder, dtype=DTYPES.get(args.dtype)), Tokenizer(folder)
     theirs = _transformers(str(folder), model)
-    text = HELDOUT.read_text()
+    text = HELDOUT.read_text(encoding="utf-8")
     long_prompt = torch.tensor([tokenizer.encode(text)[: args.prefill_tokens]])
     documents = sorted(text.split(f"\n{SEPARATOR}\n"), key=len, reverse=True)[: args.prompts]
     start = tokenizer.encode(SEPARATOR)

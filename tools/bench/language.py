@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
     folder = locate(args.model)
     model, tokenizer = load(folder, dtype=DTYPES.get(args.dtype)), Tokenizer(folder)
     try:
-        text = args.text.read_text()
+        text = args.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{args.text}: not readable as text: {error}") from None
     documents = [part.strip("\n") for part in text.split(f"\n{SEPARATOR}\n")][: args.documents]

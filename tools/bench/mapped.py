@@ -72,7 +72,7 @@ def write_sparse(folder: Path, config: dict[str, Any], holes: str = ".experts.")
                 file.seek(start + entry["data_offsets"][0])
                 file.write(values.bfloat16().view(torch.uint8).numpy().tobytes())
         file.truncate(start + end)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return start + end
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fast.moe import MAX_PAIRS
 from fast.target import MAX_ROWS
-from qwen35 import judge
+from qwen35.compare import judge
 from qwen35.errors import InputError
 from reference.activation import silu
 from weights import mxfp4, words

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 def device_name() -> str:
     """The processor and the number of threads that torch uses."""
-    with open("/proc/cpuinfo") as lines:
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
         models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
 
@@ -75,7 +75,7 @@ def watch(module: Sequence[str]) -> tuple[float, int]:
     peak = 0
     while process.poll() is None:
         try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
         except OSError:
             break
         sizes = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]

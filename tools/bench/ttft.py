@@ -210,7 +210,7 @@ def main(args: argparse.Namespace) -> int:
                 f"length {length}; expected a multiple of {GRID}, at most {longest}: {TAIL} tokens "
                 f"and the first new one follow, the context is {model.config.max_position_embeddings}"
             )
-    text = Tokenizer(folder).encode(HELDOUT.read_text())
+    text = Tokenizer(folder).encode(HELDOUT.read_text(encoding="utf-8"))
     subject = Subject(model, fingerprint(folder))
     rows: list[report.Row] = []
     for length in tqdm(args.lengths, desc="lengths", disable=None, leave=False):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tools.gfx950.nans import quiet
+
 U32 = np.uint32
 
 
@@ -31,8 +33,8 @@ def f16_to_f32(codes: NDArray) -> NDArray[np.float32]:
 
 
 def f32_to_f16(values: NDArray) -> NDArray[np.uint32]:
-    """Rounded to nearest, ties to even, from float32 or float64."""
-    return values.astype(np.float16).view(np.uint16).astype(U32)
+    """Rounded to nearest, ties to even, from float32 or float64; a NaN becomes quiet."""
+    return quiet(values.astype(np.float16)).view(np.uint16).astype(U32)
 
 
 def f32_exponent(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tools.gfx950.assembly import EmulatorError, Instruction
 from tools.gfx950.formats import MINIFLOATS, bf16_to_f32, e8m0, f16_to_f32
+from tools.gfx950.nans import no_value
 from tools.gfx950.operands import (
     Operand,
     Reader,
@@ -74,6 +75,8 @@ def mfma(ins: Instruction) -> Action:
         result = (
             (product + start).astype(np.int64).astype(np.int32) if integers else product + start
         )
+        if not integers:  # of two NaNs nothing is known, but that the result is one
+            result = np.where(np.isnan(result), no_value(result.dtype), result)
         bits = result.view(U32) if integers else result.astype(np.float32).view(U32)
         _bank(waves, destination)[destination.index : destination.index + count] = bits
 

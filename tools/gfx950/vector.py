@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.gfx950.assembly import EmulatorError, Instruction
+from tools.gfx950.nans import passing_on
 from tools.gfx950.operands import (
     TYPES,
     Operand,
@@ -39,28 +40,38 @@ Writer = Callable[[Waves, NDArray, NDArray | None], None]
 
 
 def define(
-    mnemonics: str, signature: str, function: Function, *, clamped: Function | None = None
+    mnemonics: str,
+    signature: str,
+    function: Function,
+    *,
+    clamped: Function | None = None,
+    own_nans: bool = False,
 ) -> None:
     """Make instructions of a function over lanes.
 
     signature: types of the results and of the sources, "u32 = f32 i32", in the order of the operands.
     clamped: the function with the modifier clamp, for integers; for floats that is a range of 0 to 1.
+    own_nans: the function itself says which NaN it gives; else `nans.passing_on` does.
     A source +f32 is the old value of the destination and has no operand of its own. Sources are arrays
     that broadcast to [W, 64]; the function must not write into them.
     """
+    whole = function if own_nans else passing_on(function)
     for mnemonic in mnemonics.split():
         BUILDERS[mnemonic] = _builder(
-            signature, function, clamped, compares=mnemonic.startswith("v_cmp")
+            signature, whole, clamped, compares=mnemonic.startswith("v_cmp")
         )
 
 
-def define_packed(mnemonics: str, signature: str, function: Function) -> None:
+def define_packed(
+    mnemonics: str, signature: str, function: Function, *, own_nans: bool = False
+) -> None:
     """Make instructions that apply a function to both halves: of 32 bits in types of 16, of 64 in f32.
 
     op_sel and op_sel_hi choose the half of each source for the low and the high half of the result.
     """
+    whole = function if own_nans else passing_on(function)
     for mnemonic in mnemonics.split():
-        instruction(mnemonic)(_packed_builder(signature, function))
+        instruction(mnemonic)(_packed_builder(signature, whole))
 
 
 def _builder(

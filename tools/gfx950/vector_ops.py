@@ -19,6 +19,7 @@ from tools.gfx950.formats import (
     f32_to_bf16,
     f32_to_f16,
 )
+from tools.gfx950.nans import is_signaling, no_value, quiet
 from tools.gfx950.vector import define, define_packed
 
 U16, U32, U64 = np.uint16, np.uint32, np.uint64
@@ -215,19 +216,24 @@ define("v_mad_u32_u16", "u32 = u16 u16 u32", lambda a, b, c: a.astype(U32) * b.a
 # ---- floats
 
 
-def quiet(x: NDArray) -> NDArray:
-    """The value itself; a signaling NaN becomes quiet."""
-    return np.where(np.isnan(x), x + x, x)
+def picking(
+    prefers: Callable[[NDArray, NDArray], NDArray], of_zeros: Callable[[NDArray], NDArray]
+) -> Callable[[NDArray, NDArray], NDArray]:
+    """Minimum or maximum, with the bits of one of the two: the other one if one is a NaN, but a NaN that
+    signals wins and becomes quiet. prefers: whether the first is taken. of_zeros: the same, between -0
+    and +0, from the first one's sign."""
+
+    def pick(a: NDArray, b: NDArray) -> NDArray:
+        equal = np.where(a == 0, of_zeros(np.signbit(a)), prefers(a, b))
+        rest = np.where(np.where(a == b, equal, prefers(a, b)), a, b)
+        chosen = np.where(np.isnan(a), b, np.where(np.isnan(b), a, rest))
+        return np.where(is_signaling(a), quiet(a), np.where(is_signaling(b), quiet(b), chosen))
+
+    return pick
 
 
-def minimum(a: NDArray, b: NDArray) -> NDArray:
-    """The smaller one, the other one if one is a NaN; -0 is smaller than +0."""
-    return np.where(a == b, np.where(np.signbit(a), a, b), np.fmin(a, b))
-
-
-def maximum(a: NDArray, b: NDArray) -> NDArray:
-    """The larger one, the other one if one is a NaN; +0 is larger than -0."""
-    return np.where(a == b, np.where(np.signbit(a), b, a), np.fmax(a, b))
+minimum = picking(operator.lt, lambda negative: negative)
+maximum = picking(operator.ge, lambda negative: ~negative)
 
 
 def median(a: NDArray, b: NDArray, c: NDArray) -> NDArray:
@@ -267,11 +273,11 @@ for kind in FLOATS:
     define(f"v_sub_{kind}", two, operator.sub)
     define(f"v_subrev_{kind}", two, lambda a, b: b - a)
     define(f"v_mul_{kind}", two, operator.mul)
-    define(f"v_min_{kind}", two, minimum)
-    define(f"v_max_{kind}", two, maximum)
-    define(f"v_min3_{kind}", three, lambda a, b, c: minimum(minimum(a, b), c))
-    define(f"v_max3_{kind}", three, lambda a, b, c: maximum(maximum(a, b), c))
-    define(f"v_med3_{kind}", three, median)
+    define(f"v_min_{kind}", two, minimum, own_nans=True)
+    define(f"v_max_{kind}", two, maximum, own_nans=True)
+    define(f"v_min3_{kind}", three, lambda a, b, c: minimum(minimum(a, b), c), own_nans=True)
+    define(f"v_max3_{kind}", three, lambda a, b, c: maximum(maximum(a, b), c), own_nans=True)
+    define(f"v_med3_{kind}", three, median, own_nans=True)
     define(f"v_minimum3_{kind}", three, lambda a, b, c: np.minimum(np.minimum(a, b), c))
     define(f"v_maximum3_{kind}", three, lambda a, b, c: np.maximum(np.maximum(a, b), c))
     define(f"v_rndne_{kind}", one, np.rint)
@@ -307,7 +313,7 @@ def frexp_mantissa(x: NDArray) -> NDArray:
 
 
 define("v_frexp_exp_i32_f32", "i32 = f32", frexp_exponent)
-define("v_frexp_mant_f32", "f32 = f32", frexp_mantissa)
+define("v_frexp_mant_f32", "f32 = f32", frexp_mantissa, own_nans=True)
 
 # ---- division: div_scale, rcp, Newton steps with fma, div_fmas, div_fixup
 
@@ -362,12 +368,13 @@ def div_fixup(quotient: NDArray, denominator: NDArray, numerator: NDArray) -> ND
     tiny = f32_exponents(numerator) - f32_exponents(denominator) < -150
     size = np.select([infinite, zero | tiny], [F32(np.inf), F32(0)], np.abs(quotient))
     result = np.where(negative, -size, size)
-    undefined = np.isnan(numerator) | np.isnan(denominator) | (infinite & zero)
-    return np.where(undefined, F32(np.nan), result)
+    result = np.where(infinite & zero, no_value(result.dtype), result)  # 0/0 and inf/inf
+    result = np.where(np.isnan(denominator), quiet(denominator), result)
+    return np.where(np.isnan(numerator), quiet(numerator), result)
 
 
-define("v_div_scale_f32", "f32 mask = f32 f32 f32", div_scale)
-define("v_div_fixup_f32", "f32 = f32 f32 f32", div_fixup)
+define("v_div_scale_f32", "f32 mask = f32 f32 f32", div_scale, own_nans=True)
+define("v_div_fixup_f32", "f32 = f32 f32 f32", div_fixup, own_nans=True)
 # v_div_fmas_f32 reads VCC without naming it: see lanes.py.
 
 # ---- comparisons
@@ -496,7 +503,7 @@ define("v_cvt_rpi_i32_f32", "i32 = f32", lambda x: to_integer(np.int32)(np.floor
 define("v_cvt_flr_i32_f32", "i32 = f32", lambda x: to_integer(np.int32)(np.floor(x)))
 for place in range(4):
     define(f"v_cvt_f32_ubyte{place}", "f32 = u32", byte_to_f32(place))
-define("v_cvt_f32_bf16", "f32 = u16", bf16_to_f32)
+define("v_cvt_f32_bf16", "f32 = u16", lambda x: quiet(bf16_to_f32(x)), own_nans=True)
 define("v_cvt_pk_bf16_f32", "u32 = f32 f32", packed(f32_to_bf16))
 define("v_cvt_pk_f16_f32", "u32 = f32 f32", packed(f32_to_f16))
 define("v_cvt_pkrtz_f16_f32", "u32 = f32 f32", packed(f32_to_f16_toward_zero))
@@ -543,8 +550,8 @@ for kind in ("f16", "f32"):
     define_packed(f"v_pk_add_{kind}", f"{kind} = {kind} {kind}", operator.add)
     define_packed(f"v_pk_mul_{kind}", f"{kind} = {kind} {kind}", operator.mul)
     define_packed(f"v_pk_fma_{kind}", f"{kind} = {kind} {kind} {kind}", fma)
-define_packed("v_pk_min_f16", "f16 = f16 f16", minimum)
-define_packed("v_pk_max_f16", "f16 = f16 f16", maximum)
+define_packed("v_pk_min_f16", "f16 = f16 f16", minimum, own_nans=True)
+define_packed("v_pk_max_f16", "f16 = f16 f16", maximum, own_nans=True)
 three = "f16 = f16 f16 f16"
 define_packed("v_pk_minimum3_f16", three, lambda a, b, c: np.minimum(np.minimum(a, b), c))
 define_packed("v_pk_maximum3_f16", three, lambda a, b, c: np.maximum(np.maximum(a, b), c))
