@@ -44,7 +44,7 @@ def test_a_table_is_written_whole_or_not_at_all(
     path = tmp_path / "configs.json"
     path.write_text(json.dumps(TABLE))
 
-    def full(self: Path, text: str) -> int:
+    def full(self: Path, text: str, **options: str) -> int:
         with self.open("w") as file:
             file.write(text[:10])
         raise OSError(28, "No space left on device")

@@ -41,9 +41,10 @@ from pathlib import Path
 from typing import Any
 
 from fast.launch import Launch
-from qwen35.cli import Parser, run
+from qwen35.cli import Parser, print_json, run
 from qwen35.errors import InputError
 from tools.gfx950.assembly import Instruction, hot_loop, parse
+from weights.storage import whole
 
 TARGETS = {"gfx950": "s", "sm_90": "sass"}  # and the suffix of their assembly
 TABLE = Path(__file__).with_suffix(".json")
@@ -333,12 +334,8 @@ def write_table(path: Path, rows: list[Row], version: str) -> None:
     ordered = sorted(rows, key=lambda row: (row["name"], row["target"]))
     lines = ",\n".join(json.dumps(row) for row in ordered)
     text = f'{{"triton": {json.dumps(version)}, "kernels": [\n{lines}\n]}}\n'
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole(path) as part:
         part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def print_table(rows: list[Row]) -> None:
@@ -436,7 +433,7 @@ def main(
         worse += bad
     if args.json:
         document = {"kernels": rows, "triton": version, "worse": worse, "better": better}
-        print(json.dumps(document))
+        print_json(document)
     else:
         print_table(rows)
         for line in better:

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import random
 import re
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qwen35.cli import Parser, parse_ids, run
+from qwen35.cli import Parser, parse_ids, print_json, run
 from qwen35.compare.diff import diff
 from qwen35.compare.judge import MOST, Report
 from qwen35.compare.trace_file import read_trace
@@ -25,6 +24,7 @@ from qwen35.swap import Replacement
 from qwen35.tokenizer import Tokenizer
 from tools.report import page
 from weights.quantization import PREFIX
+from weights.storage import whole
 
 SHOWN = 20  # rows printed for people; --json has all
 
@@ -196,11 +196,12 @@ def main(args: argparse.Namespace) -> int:
     found = document(report, title, mode)
     if args.report:
         try:
-            args.report.write_text(page(found), encoding="utf-8")
+            with whole(args.report) as unfinished:
+                unfinished.write_text(page(found), encoding="utf-8")
         except OSError as error:
             raise InputError(f"{args.report}: {error.strerror}") from None
     if args.json:
-        print(json.dumps(found))
+        print_json(found)
     else:
         print_rows(found)
     return 0 if report.passed else 1

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from qwen35.cli import Parser, run
+from qwen35.cli import Parser, print_json, run
 from qwen35.errors import InputError
 from qwen35.generation import Generation
 from qwen35.load import DTYPES, load, locate
@@ -201,7 +201,7 @@ def main(args: argparse.Namespace) -> int:
     wrong = differing(found)
     if args.json:
         rows = [vars(cell) for cell in wrong]
-        print(json.dumps({"pass": not wrong, "cells": len(found), "differ": rows}))
+        print_json({"pass": not wrong, "cells": len(found), "differ": rows})
     else:
         for cell in wrong[:20]:
             print(

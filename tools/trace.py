@@ -1,10 +1,9 @@
 """`python -m tools.trace MODEL (--prompt TEXT | --ids 1,2,3) -o FILE`: node outputs as safetensors."""
 
 import argparse
-import json
 from pathlib import Path
 
-from qwen35.cli import Parser, parse_ids, run
+from qwen35.cli import Parser, parse_ids, print_json, run
 from qwen35.compare.trace import trace
 from qwen35.compare.trace_file import save_trace
 from qwen35.errors import InputError
@@ -42,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     save_trace(args.output, outputs, model, ids)
     if args.json:
         shapes = {name: list(output.shape) for name, output in outputs.items()}
-        print(json.dumps({"file": str(args.output), "ids": ids, "nodes": shapes}))
+        print_json({"file": str(args.output), "ids": ids, "nodes": shapes})
     else:
         print(f"{len(outputs)} tensors for {len(ids)} tokens in {args.output}")
     return 0

@@ -36,6 +36,7 @@ from qwen35.cli import Parser
 from qwen35.errors import InputError
 from tools.bench import gpu, mixture, report, router
 from tools.bench.mixture import HIDDEN
+from weights.storage import whole
 
 OPS = ("gate_up", "down", "linear", "choose")
 ROWS = 4  # one token and three drafts
@@ -141,12 +142,8 @@ def write(path: Path, target: str, op: str, shape: str, config: Config) -> None:
     """One entry; the others stay. Whole or not at all."""
     table = read(path)
     table.setdefault(target, {}).setdefault(op, {})[shape] = config
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole(path) as part:
         part.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def put_in_force(target: str, op: str, shape: str, config: Config) -> None:

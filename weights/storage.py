@@ -8,7 +8,8 @@ thousand of them.
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,14 +226,30 @@ def row_major(tensor: Tensor) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
+@contextmanager
+def whole(file: Path, partial: Path | None = None) -> Iterator[Path]:
+    """Give a path to write to, which becomes `file` at once when the block ends, and goes when it fails.
+
+    partial: that path; by default a hidden name of this process beside the file.
+    """
+    path = partial or file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield path
+        path.replace(file)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a small file so that it is there whole or not at all, also after a crash."""
-    partial = file.with_name(f"{file.name}{PARTIAL}")
-    with partial.open("wb") as handle:
+    """Write a file so that it is there whole or not at all, also after a crash of the machine."""
+    with (
+        whole(file, file.with_name(f"{file.name}{PARTIAL}")) as partial,
+        partial.open("wb") as handle,
+    ):
         handle.write(content.encode() if isinstance(content, str) else content)
         handle.flush()
         os.fsync(handle.fileno())
-    partial.replace(file)
 
 
 def read_json(file: Path) -> Any:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from qwen35.errors import InputError
 from qwen35.load import text_model
 from reference.model import Model
 from weights.checkpoint import Checkpoint
+from weights.storage import whole
 
 FORMAT = "qwen35-trace-1"
 
@@ -33,14 +33,12 @@ def save_trace(path: Path, outputs: dict[str, Tensor], model: Model, ids: list[i
         "config": config_hash(model.config),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    # Copies, since a node may return what its last part returned.
+    tensors = {name: output.cpu().contiguous().clone() for name, output in outputs.items()}
     try:
-        # Copies, since a node may return what its last part returned.
-        tensors = {name: output.cpu().contiguous().clone() for name, output in outputs.items()}
-        save_file(tensors, unfinished, metadata)
-        unfinished.replace(path)
-    except Exception as error:  # the library's own SafetensorError, or an OSError
-        unfinished.unlink(missing_ok=True)
+        with whole(path) as unfinished:
+            save_file(tensors, unfinished, metadata)
+    except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cannot be written: {error}") from None
 
 

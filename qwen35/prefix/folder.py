@@ -26,7 +26,7 @@ from qwen35.errors import InputError
 from qwen35.prefix.keys import chained, root_of
 from qwen35.prefix.store import Segment
 from reference.linear import GRID
-from weights.storage import open_file, row_major
+from weights.storage import open_file, row_major, whole
 
 FORMAT = "qwen35-prefix-1"
 NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
@@ -138,10 +138,9 @@ class Folder:
         metadata["sha256"] = checksum(metadata, on_cpu)
         unfinished = self.folder / f".{segment.key}{UNFINISHED}"
         try:
-            save_file(on_cpu, unfinished, metadata)
-            unfinished.replace(self._path(segment.key))
+            with whole(self._path(segment.key), unfinished):
+                save_file(on_cpu, unfinished, metadata)
         except (OSError, SafetensorError) as error:
-            unfinished.unlink(missing_ok=True)
             return f"{self.folder}: {' '.join(str(error).split())}"
         return None
 
