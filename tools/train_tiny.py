@@ -3,7 +3,7 @@
 CORPUS is a folder with train.txt and heldout.txt, as tools/corpus.py writes it. The trunk runs through
 the reference's own mixers and norms; what a checkpoint of ten tokens a pass can afford and a training
 batch cannot (products of few rows, a loop over experts) is replaced by the batched form below, which
-tests/test_train_tiny.py holds to the reference. The MTP head is trained chained three deep, on the
+tests/tools/test_train_tiny.py holds to the reference. The MTP head is trained chained three deep, on the
 trunk's states and then on its own, each depth seeing the keys that it will see when it drafts.
 """
 

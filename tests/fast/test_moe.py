@@ -1,0 +1,604 @@
+"""The fast mixture of experts as gfx950 code in the emulator, beside the reference; what it refuses."""
+
+import sys
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+
+import reference.moe
+from fast import configs
+from fast.moe import Experts, SparseMoeBlock
+from fast.router import Router
+from qwen35.errors import InputError
+from qwen35.swap import swap, swapped
+from reference.model import Model
+from reference.quantized import FP8Linear
+from tests.support.family import randomise
+from tests.support.fast_cases import (
+    CPU,
+    TARGET,
+    bits,
+    block_findings,
+    block_output,
+    case,
+    choice_findings,
+    config,
+    emulated,
+    exact_router,
+    exact_rows,
+    fast_experts,
+    findings,
+    integers,
+    launches_of,
+    output,
+    picks,
+    quantised,
+    quiet_router,
+    random,
+    repeated_work,
+    routing,
+    slow_block,
+    slow_experts,
+)
+from tools.gfx950.target import compile_launch
+from weights import layout, mxfp4, words
+
+Refused = Callable[[Callable[[], object]], str]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def refused() -> Refused:
+    """The one line of the InputError that a call raises."""
+
+    def message(call: Callable[[], object]) -> str:
+        with pytest.raises(InputError) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return message
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+def test_no_row_is_off_by_more_than_twice_the_bf16_references_error(rows: int):
+    assert not findings(case(routing("random", rows, 3, 24), seed=rows))
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "added"])
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+@pytest.mark.parametrize("kind", ["same", "different", "overlapping", "twice", "ends"])
+def test_whatever_the_rows_choose(kind: str, scale: float, added: bool):
+    assert not findings(case(routing(kind, 5, 3, 24), scale=scale, added=added))
+
+
+@pytest.mark.parametrize("I", [256, 512, 1024])
+def test_every_slice_of_an_expert_that_a_rank_may_hold(I: int):
+    assert not findings(case(routing("overlapping", 2, 2, 3), E=3, I=I))
+
+
+@pytest.mark.parametrize(("D", "I"), [(384, 128), (256, 384), (640, 128)])
+def test_sizes_that_the_tables_blocks_do_not_divide(D: int, I: int):
+    assert not findings(case(routing("overlapping", 2, 2, 3), E=3, D=D, I=I))
+
+
+def test_the_real_hidden_size():
+    """In the configuration that it has on a card, on 8 ranks."""
+    assert not findings(case(routing("overlapping", 4, 2, 3), E=3, D=4096, added=True))
+
+
+def test_eight_rows_of_ten_experts_each():
+    assert not findings(case(routing("overlapping", 8, 10, 24), added=True))
+
+
+def test_as_many_pairs_as_there_may_be():
+    assert not findings(case(routing("same", 8, 16, 24)))
+
+
+def test_an_experts_weights_are_read_once_however_many_rows_chose_it():
+    assert not repeated_work(4, 3)
+
+
+# ---- bits
+
+
+@pytest.mark.parametrize("kind", ["random", "returning"])
+def test_a_rows_bits_do_not_depend_on_the_rows_beside_it_or_on_who_arrives_last(kind: str):
+    chosen = case(routing(kind, 4, 3, 24), added=True, cancelling=kind == "returning")
+    assert not bits(chosen, batches=(1, 5))
+
+
+def test_waves_in_random_order_give_equal_bits():
+    chosen = case(routing("returning", 2, 3, 24), cancelling=True)
+    assert not bits(chosen, seeds=(1, 2), rows=False)
+
+
+def test_a_second_run_needs_no_preparation():
+    """The counters are left as they were found."""
+    chosen = case(routing("random", 4, 3, 24))
+    first = output(chosen)
+    launches, again = launches_of(chosen)
+    emulated(launches)
+    assert torch.equal(again, first)
+
+
+def test_every_wave_waits_for_its_stores_before_the_counter_is_raised():
+    """The wave that raises it waits for its own stores alone. The emulator, in which a store completes at
+    once, cannot show it."""
+    launches, _ = launches_of(case(routing("random", 4, 3, 24)))
+    lines = compile_launch(launches[1], TARGET).text.splitlines()
+    names = [line.split()[0] if line.split() else "" for line in lines]
+    raised = names.index("global_atomic_add")
+    stored = max(i for i in range(raised) if names[i].startswith("buffer_store"))
+    barrier = max(i for i in range(raised) if names[i] == "s_barrier")
+    assert any("vmcnt(0)" in line for line in lines[stored:barrier])
+
+
+# ---- the router
+
+
+def test_512_experts_top_10():
+    assert not choice_findings(exact_router((random(1, 3, 512) * 4).bfloat16(), 10), picks(3))
+
+
+def test_256_experts_top_8():
+    assert not choice_findings(exact_router((random(2, 3, 256) * 4).bfloat16(), 8), picks(3))
+
+
+def test_weights_that_are_not_renormalised():
+    gate = exact_router((random(3, 4, 24) * 2 - 5).bfloat16(), 5, norm=False)
+    assert not choice_findings(gate, picks(4))
+
+
+def test_a_number_of_experts_that_is_no_power_of_two_and_all_of_them_chosen():
+    assert not choice_findings(exact_router((random(4, 2, 11) - 3).bfloat16(), 11), picks(2))
+
+
+def test_ties_go_to_the_lower_index():
+    """Logits 0 to 3, each of many experts; and all equal."""
+    logits = torch.cat([integers(5, 0, 3, 3, 24), torch.full((1, 24), -7)]).bfloat16()
+    assert not choice_findings(exact_router(logits, 10), picks(4))
+
+
+def test_equal_rows_of_the_weight_are_a_tie_in_any_sum():
+    gate = slow_block(24, 1024, 128, 5, 0).gate
+    tied = exact_router(torch.zeros(1, 24).bfloat16(), 5)
+    tied.weight.data.copy_(gate.weight[torch.arange(24) % 3])
+    ids, _ = tied(exact_rows(1, 4, 1024))
+    assert (ids.sort(-1).values // 3 < 8).all() and (ids % 3 == ids[:, :1] % 3).all()
+    assert not choice_findings(tied, exact_rows(1, 4, 1024))
+
+
+def test_logits_are_rounded_to_bf16_before_they_are_compared():
+    """Expert 9 has 257, which is 256 in bf16: a tie with expert 4, which comes first."""
+    gate = exact_router(torch.zeros(1, 24).bfloat16(), 3)
+    gate.weight.data[4, 7], gate.weight.data[9, 7], gate.weight.data[9, 900] = 256, 256, 1
+    x = torch.zeros(2, 1024).bfloat16()
+    x[:, 7] = x[:, 900] = 1
+    assert gate(x)[0][:, :2].tolist() == [[4, 9]] * 2
+    assert not choice_findings(gate, x)
+
+
+def test_logits_so_large_that_exp_would_overflow():
+    assert not choice_findings(exact_router((random(6, 2, 24) * 9 + 200).bfloat16(), 5), picks(2))
+
+
+def test_probabilities_that_underflow_tie_at_zero():
+    """All but three of them, and in falling and in rising order."""
+    steps = torch.tensor([0.0, -3.0, -30.0] + [-200.0 - i for i in range(21)])
+    logits = torch.stack([steps, steps.flip(0)]).bfloat16()
+    assert not choice_findings(exact_router(logits, 8), picks(2))
+
+
+def test_subnormal_probabilities_keep_their_order():
+    logits = torch.cat([torch.zeros(1), -torch.arange(80.0, 103.0)])[None].bfloat16()
+    assert not choice_findings(exact_router(logits, 16), picks(1))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-7])
+def test_sums_along_the_hidden_size(rows: int, scale: float):
+    gate = slow_block(24, 1024, 128, 5, 0).gate
+    assert not choice_findings(gate, exact_rows(rows, rows, 1024, scale))
+
+
+@pytest.mark.parametrize("D", [96, 1152])
+def test_a_hidden_size_that_the_tables_splits_do_not_divide(D: int):
+    gate = slow_block(24, D, 128, 5, 0).gate
+    assert not choice_findings(gate, exact_rows(1, 3, D))
+
+
+def test_where_the_choice_is_another_the_logits_are_a_rounding_apart():
+    """Sums that round: a chosen expert's float64 logit reaches the k-th largest, but for a bf16 step."""
+    gate = exact_router(torch.zeros(1, 256).bfloat16(), 8)
+    gate.weight.data.copy_(random(7, 256, 1024) / 32)
+    x = random(8, 4, 1024).bfloat16()
+    launches, choice = quiet_router(gate).launches(x)
+    emulated(launches)
+    logits = x.double() @ gate.weight.double().T
+    least = logits.sort(-1, descending=True).values[:, 7:8]
+    chosen = logits.gather(1, choice.experts.long())
+    assert (chosen >= least - 2.0**-7 * least.abs()).all()
+    assert all(len(set(row)) == 8 for row in choice.experts.tolist())
+
+
+def test_waves_in_random_order_choose_the_same():
+    assert not choice_findings(exact_router(random(9, 2, 24).bfloat16(), 5), picks(2), seed=3)
+
+
+# ---- the block
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-7])
+@pytest.mark.parametrize("shared", [0, 256])
+def test_a_block_with_and_without_a_shared_expert(shared: int, scale: float):
+    assert not block_findings(slow_block(16, 1024, 128, 4, shared), exact_rows(1, 5, 1024, scale))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_block_whose_weights_are_not_renormalised(rows: int):
+    block = slow_block(16, 1024, 128, 4, 128, norm=False)
+    assert not block_findings(block, exact_rows(rows, rows, 1024))
+
+
+def test_a_blocks_row_alone_has_the_bits_that_it_has_among_others():
+    block, x = slow_block(16, 1024, 128, 4, 256), exact_rows(2, 3, 1024)
+    together = block_output(block, x)
+    for row in (0, 2):
+        assert torch.equal(block_output(block, x[[row]]), together[[row]])
+    assert torch.equal(block_output(block, x.flip(0)), together.flip(0))
+
+
+# ---- swapped into a model
+
+
+class OnGfx950:
+    """Packs for the card from wherever the model is."""
+
+    @classmethod
+    def from_reference(cls, module: nn.Module) -> SparseMoeBlock:
+        return SparseMoeBlock.from_reference(module, target=TARGET)
+
+
+@pytest.fixture
+def tiny() -> Model:
+    """Four layers whose experts the kernels can take."""
+    model = Model(config(4, 1024, 128, top_k=2, shared=256))
+    randomise(model, 0)
+    return model.to(torch.bfloat16).eval().requires_grad_(False)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
+def test_swapping_every_block_of_a_model(tiny: Model, refused: Refused):
+    before = tiny.layers[3].mlp
+    with swapped(tiny, "layers.*.mlp", OnGfx950) as names:
+        assert names == [f"layers.{i}.mlp" for i in range(4)]
+        shown = str(tiny.layers)  # three alike are shown as one
+        assert shown.count("1024 -> top 2 of 4, and a shared expert of 256, gfx950") == 2
+        assert shown.count("4 of 1024 -> 128 -> 1024, MXFP4, gfx950") == 2
+        assert "shared_expert_gate" not in shown
+        assert isinstance(tiny.layers[3].mlp, SparseMoeBlock)
+        ids = torch.tensor([[1, 2, 3]])
+        message = refused(lambda: tiny(ids, tiny.new_cache()))
+        assert message == "the fast path runs on gfx950 and sm_90; this is cpu"
+    assert tiny.layers[3].mlp is before
+
+
+@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
+def test_experts_and_router_may_be_swapped_by_themselves(tiny: Model, refused: Refused):
+    class Only:
+        def __init__(self, kind: type) -> None:
+            self.kind = kind
+
+        def from_reference(self, module: nn.Module) -> nn.Module:
+            return self.kind.from_reference(module, TARGET)
+
+    assert swap(tiny, "layers.0.mlp.experts", Only(Experts)) == ["layers.0.mlp.experts"]
+    assert swap(tiny, "layers.1.mlp.gate", Only(Router)) == ["layers.1.mlp.gate"]
+    x = exact_rows(0, 3, 1024)
+    for node in (tiny.layers[0].mlp, tiny.layers[1].mlp):
+        assert refused(lambda node=node: node(x[None])).endswith("this is cpu")
+    message = refused(lambda: swap(tiny, "layers.2.mlp.experts", OnGfx950Router))
+    assert message == (
+        "layers.2.mlp.experts: Router.forward takes (x), Experts.forward (x, experts, weights)"
+    )
+
+
+class OnGfx950Router:
+    @classmethod
+    def from_reference(cls, module: nn.Module) -> Router:
+        return Router(torch.zeros(4, 1024).bfloat16(), 4, 2, True, TARGET)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
+def test_without_a_target_the_device_decides(tiny: Model, refused: Refused):
+    message = refused(lambda: swap(tiny, "layers.*.mlp", SparseMoeBlock))
+    assert message == "the fast path runs on gfx950 and sm_90; this is cpu"
+    assert isinstance(tiny.layers[0].mlp, reference.moe.SparseMoeBlock)
+
+
+# ---- packing
+
+quiet = pytest.mark.filterwarnings("ignore:.*is not in configs.json")
+
+
+def stacked(E: int, D: int, I: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of `slow_experts` as a fused checkpoint has them."""
+    parts: list[list[Tensor]] = [[], [], [], []]
+    for expert in slow_experts(E, D, I):
+        gate, up, down = expert.gate_proj, expert.up_proj, expert.down_proj
+        parts[0].append(torch.cat([gate.weight, up.weight]))
+        parts[1].append(torch.cat([gate.weight_scale, up.weight_scale]))
+        parts[2].append(down.weight)
+        parts[3].append(down.weight_scale)
+    gate_up, gate_up_scale, down_codes, down_scale = map(torch.stack, parts)
+    return gate_up, gate_up_scale, down_codes, down_scale
+
+
+def same(a: Experts, b: Experts) -> bool:
+    names = ("gate_up", "gate_up_scale", "down", "down_scale")
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+@quiet
+def test_mxfp4_experts_keep_their_codes_in_the_checkpoints_order():
+    slow = slow_experts(3, 256, 128)
+    fast = Experts.from_reference(slow, TARGET)
+    for e, expert in enumerate(slow):
+        assert torch.equal(fast.gate_up[e, 0::2], expert.gate_proj.weight)
+        assert torch.equal(fast.gate_up[e, 1::2], expert.up_proj.weight)
+        assert torch.equal(fast.gate_up_scale[e, 0::2], expert.gate_proj.weight_scale)
+        assert torch.equal(fast.gate_up_scale[e, 1::2], expert.up_proj.weight_scale)
+        assert torch.equal(fast.down[e], expert.down_proj.weight)
+        assert torch.equal(fast.down_scale[e], expert.down_proj.weight_scale)
+    assert set(fast.state_dict()) == {"gate_up", "gate_up_scale", "down", "down_scale"}
+
+
+@quiet
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_experts_in_floating_point_are_quantised_on_the_way(dtype: torch.dtype):
+    slow = reference.moe.Experts(config(2, 256, 128))
+    randomise(slow, 1)
+    slow = slow.to(dtype)
+    fast = Experts.from_reference(slow, TARGET)
+    for e, expert in enumerate(slow):
+        for codes, scale, linear in (
+            (fast.gate_up[e, 0::2], fast.gate_up_scale[e, 0::2], expert.gate_proj),
+            (fast.gate_up[e, 1::2], fast.gate_up_scale[e, 1::2], expert.up_proj),
+            (fast.down[e], fast.down_scale[e], expert.down_proj),
+        ):
+            expected_codes, expected_scale = mxfp4.quantize(linear.weight)
+            assert torch.equal(codes, expected_codes) and torch.equal(scale, expected_scale)
+            assert linear.weight.dtype == dtype
+
+
+@quiet
+@pytest.mark.parametrize("target", ["gfx950", "sm_90"])
+@pytest.mark.parametrize("rows", ["", "interleaved16+"])
+def test_aiters_shuffled_tensors_come_back_as_the_same_experts(target: str, rows: str):
+    """Through `weights.layout`, gate and up rows interleaved or one after the other."""
+    codes, scales, *down = stacked(3, 256, 128)
+    gate_up = layout.pack(codes, f"{rows}aiter_weight")
+    gate_up_scale = layout.pack(scales, f"{rows}aiter_scale")
+    shuffled = layout.pack(down[0], "aiter_weight"), layout.pack(down[1], "aiter_scale")
+    assert not torch.equal(gate_up.data, codes)
+    unpacked = [layout.unpack(packed) for packed in (gate_up, gate_up_scale, *shuffled)]
+    fast = Experts.from_tensors(*unpacked, target=target)
+    assert same(fast, Experts.from_reference(slow_experts(3, 256, 128), target))
+
+
+@quiet
+def test_for_sm_90_codes_lie_in_the_order_that_hopper_decodes():
+    slow = slow_experts(3, 512, 128)
+    fast, plain = Experts.from_reference(slow, "sm_90"), Experts.from_reference(slow, TARGET)
+    for name in ("gate_up", "down", "gate_up_scale"):
+        assert not torch.equal(getattr(fast, name), getattr(plain, name))
+    assert torch.equal(words.decode(fast.down), plain.down)
+    assert torch.equal(fast.down_scale, plain.down_scale)
+    for e in range(3):
+        codes = words.rows(fast.gate_up[e], fast.tile_k // 2)
+        assert torch.equal(words.decode(codes), plain.gate_up[e])
+        scale = words.rows(fast.gate_up_scale[e], fast.tile_k // 32)
+        assert torch.equal(scale, plain.gate_up_scale[e])
+
+
+@quiet
+def test_the_largest_scales_that_a_target_decodes_are_taken():
+    for target, largest in (("gfx950", 254), ("sm_90", 128)):
+        tensors = stacked(1, 256, 128)
+        tensors[1][0, 5, 3] = tensors[3][0, 7, 1] = largest
+        assert int(Experts.from_tensors(*tensors, target=target).gate_up_scale.max()) == largest
+
+
+# ---- bad input: one line that names the thing and both values
+
+
+@pytest.mark.parametrize(("D", "I"), [(192, 128), (256, 64)])
+def test_sizes_that_are_no_multiples_of_128_are_refused(D: int, I: int, refused: Refused):
+    assert refused(lambda: Experts(2, D, I, TARGET, CPU)) == (
+        f"experts of hidden size {D} and intermediate size {I}; both must be multiples of 128"
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "what"),
+    [
+        (torch.zeros(9, 256).bfloat16(), "[9, 256] and torch.bfloat16"),
+        (torch.zeros(0, 256).bfloat16(), "[0, 256] and torch.bfloat16"),
+        (torch.zeros(2, 128).bfloat16(), "[2, 128] and torch.bfloat16"),
+        (torch.zeros(1, 2, 256).bfloat16(), "[1, 2, 256] and torch.bfloat16"),
+        (torch.zeros(2, 256), "[2, 256] and torch.float32"),
+    ],
+)
+def test_rows_that_the_kernels_cannot_take_are_refused(x: Tensor, what: str, refused: Refused):
+    ids, shares = torch.zeros(len(x), 2, dtype=torch.int64), torch.ones(len(x), 2)
+    assert refused(lambda: fast_experts(24, 256, 128)(x, ids, shares)) == (
+        f"experts: x of shape {what}; expected [1 to 8, 256], torch.bfloat16"
+    )
+
+
+@quiet
+def test_a_block_and_a_router_refuse_rows_by_their_own_names(refused: Refused):
+    block = SparseMoeBlock.from_reference(slow_block(16, 1024, 128, 4, 256), TARGET)
+    many = torch.zeros(3, 3, 1024).bfloat16()
+    message = "{}: x of shape [9, 1024] and torch.bfloat16; expected [1 to 8, 1024], torch.bfloat16"
+    assert refused(lambda: block(many)) == message.format("the MoE block")
+    assert refused(lambda: block.gate(many.view(9, -1))) == message.format("the router")
+
+
+@pytest.mark.parametrize("wrong", [24, -1])
+def test_an_expert_that_is_not_there_is_refused(wrong: int, refused: Refused):
+    chosen = case(routing("random", 2, 3, 24))
+    ids = chosen.experts.clone()
+    ids[1, 2] = wrong
+    call = lambda: fast_experts(24, 256, 128)(chosen.x, ids, chosen.weights)  # noqa: E731
+    assert refused(call) == f"expert {wrong}; there are 24, from 0 to 23"
+
+
+def test_choices_that_do_not_belong_to_the_rows_are_refused(refused: Refused):
+    experts, x = fast_experts(24, 256, 128), torch.zeros(8, 256).bfloat16()
+
+    def shapes(ids: tuple[int, int], shares: tuple[int, int]) -> str:
+        return refused(lambda: experts(x, torch.zeros(ids).long(), torch.ones(shares)))
+
+    tail = "for x [8, 256]; expected [8, k] twice, at most 128 in all"
+    assert shapes((8, 17), (8, 17)) == f"experts [8, 17] and weights [8, 17] {tail}"
+    assert shapes((7, 2), (7, 2)) == f"experts [7, 2] and weights [7, 2] {tail}"
+    assert shapes((8, 2), (8, 3)) == f"experts [8, 2] and weights [8, 3] {tail}"
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("target", "scale", "message"),
+    [
+        ("gfx950", 255, "a scale of 255 (NaN); gfx950 decodes scales up to 254"),
+        ("sm_90", 255, "a scale of 255 (NaN); sm_90 decodes scales up to 128"),
+        ("sm_90", 200, "a scale of 200; sm_90 decodes scales up to 128"),
+        ("sm_90", 129, "a scale of 129; sm_90 decodes scales up to 128"),
+    ],
+)
+def test_a_scale_that_the_target_cannot_decode_is_refused(
+    target: str, scale: int, message: str, refused: Refused
+):
+    tensors = stacked(2, 256, 128)
+    tensors[1][1, 128 + 3, 2] = scale  # the up rows are the second half
+    call = lambda: Experts.from_tensors(*tensors, target=target)  # noqa: E731
+    assert refused(call) == f"expert 1, up_proj: {message}"
+
+
+@quiet
+def test_tensors_that_do_not_belong_together_are_refused(refused: Refused):
+    gate_up, gate_up_scale, down, down_scale = stacked(2, 256, 128)
+    beside = "beside a gate_up of [2, 256, 128]"
+    cases = {
+        f"gate_up_scale: [2, 256, 7] torch.uint8, expected [2, 256, 8] torch.uint8 {beside}": (
+            gate_up, gate_up_scale[..., :7], down, down_scale,
+        ),
+        f"down: [1, 256, 64] torch.uint8, expected [2, 256, 64] torch.uint8 {beside}": (
+            gate_up, gate_up_scale, down[:1], down_scale,
+        ),
+        f"down_scale: [2, 256, 4] torch.int8, expected [2, 256, 4] torch.uint8 {beside}": (
+            gate_up, gate_up_scale, down, down_scale.view(torch.int8),
+        ),
+    }  # fmt: skip
+    for message, tensors in cases.items():
+        assert refused(lambda tensors=tensors: Experts.from_tensors(*tensors, TARGET)) == message
+
+
+@quiet
+def test_experts_in_fp8_are_refused(refused: Refused):
+    slow = quantised(reference.moe.Experts(config(2, 256, 128)), 1)
+    weight = torch.zeros(128, 256).to(torch.float8_e4m3fn)
+    slow[1].up_proj = FP8Linear(weight, torch.ones(1, 2), "a test's")
+    assert refused(lambda: Experts.from_reference(slow, TARGET)) == (
+        "a weight in torch.float8_e4m3fn; experts are packed from MXFP4 or from bf16"
+    )
+
+
+@quiet
+def test_a_router_and_a_shared_expert_in_fp8_are_refused(refused: Refused):
+    gate = exact_router(torch.zeros(1, 24).bfloat16(), 3)
+    gate.weight = nn.Parameter(gate.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    message = "a weight in torch.float8_e4m3fn; the router and the shared expert need bf16"
+    assert refused(lambda: Router.from_reference(gate, TARGET)) == message
+
+
+def test_an_unknown_target_is_refused(refused: Refused):
+    message = "target 'gfx942'; expected gfx950 or sm_90"
+    assert refused(lambda: Experts(2, 256, 128, "gfx942", CPU)) == message
+
+
+def test_a_device_that_is_no_target_is_refused(refused: Refused):
+    message = "the fast path runs on gfx950 and sm_90; this is cpu"
+    assert refused(lambda: Experts.from_reference(slow_experts(3, 256, 128))) == message
+    assert refused(lambda: Experts.from_tensors(*stacked(3, 256, 128))) == message
+    chosen = case(routing("random", 2, 3, 24))
+    experts = fast_experts(24, 256, 128)
+    assert refused(lambda: experts(chosen.x, chosen.experts, chosen.weights)) == message
+
+
+def test_without_triton_packing_works_and_launching_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, refused: Refused
+):
+    for name in [name for name in sys.modules if name.startswith("fast.kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    chosen = case(routing("random", 2, 3, 24))
+    fast_experts.cache_clear()
+    message = "the fast path needs Triton 3.6 or later, which is not installed (pip install triton)"
+    assert refused(lambda: launches_of(chosen)) == message
+    gate = quiet_router(exact_router(torch.zeros(1, 24).bfloat16(), 3))
+    assert refused(lambda: gate.launches(picks(1))) == message
+
+
+@quiet
+def test_a_hidden_size_that_the_matrix_unit_does_not_take_is_refused(refused: Refused):
+    gate = Router(torch.zeros(24, 1000).bfloat16(), 24, 3, True, TARGET)
+    assert refused(lambda: gate.launches(torch.zeros(1, 1000).bfloat16())) == (
+        "a product along 1000 elements; the matrix unit takes multiples of 16"
+    )
+
+
+# ---- configurations
+
+
+def test_a_shape_that_is_not_in_the_table_runs_as_the_nearest_with_a_warning():
+    configs.lookup.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        experts = Experts(2, 256, 512, TARGET, CPU)
+    assert [str(warning.message) for warning in caught] == [
+        f"{kernel} D=256 I=512 is not in configs.json for gfx950; it runs as D=4096 I=512 "
+        "(python -m tools.tune measures it)"
+        for kernel in ("gate_up", "down")
+    ]
+    assert experts.down_config == configs.table()[TARGET]["down"]["D=4096 I=512"]
+
+
+def test_a_shape_of_the_table_is_taken_without_a_warning():
+    configs.lookup.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for target in ("gfx950", "sm_90"):
+            for I in (1024, 512, 256, 128):
+                experts = Experts(2, 4096, I, target, torch.device("meta"))
+                expected = configs.table()[target]["gate_up"][f"D=4096 I={I}"]
+                assert experts.gate_up_config == expected
+
+
+def test_a_target_that_is_not_in_the_table_is_refused(refused: Refused):
+    message = "configs.json has no configuration of gate_up for gfx942"
+    assert refused(lambda: configs.lookup("gfx942", "gate_up", "D=4096 I=128")) == message

@@ -1,0 +1,242 @@
+"""What a sequence carries on: cached passes against one forward, pieces against whole, roll-back.
+
+Two kinds of claim. Cached against uncached is another order of summation: float64 must agree to
+rounding, float32 by the two-times rule. A row beside other rows, a prompt in other pieces, a
+roll-back: these promise the same bits, and the check is torch.equal.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen35.cache import Cache, DeltaState, KVCache
+from qwen35.generation import prefill
+from reference.linear import DECODE_ROWS
+from reference.model import Model
+from tests.support.family import small_model
+from tests.support.oracle import relative, token_ids, within_twice
+
+MEMBERS = ("0.8B", "27B", "397B-A17B", "Qwen3-Next")
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+LENGTHS = (1, 63, 64, 65, 127, 128, 129)
+
+_models: dict[tuple[str, torch.dtype], Model] = {}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float32) -> Model:
+    """Kept from test to test; nobody alters it."""
+    if (name, dtype) not in _models:
+        _models[name, dtype] = small_model(name, seed=3, dtype=dtype)
+    return _models[name, dtype]
+
+
+def parts(cache: Cache) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a later pass reads, by name."""
+    states = [(f"layer {i}", state) for i, state in enumerate(cache.layers)]
+    for name, state in [*states, ("mtp", cache.mtp)]:
+        if isinstance(state, KVCache):
+            yield f"{name} keys", state.k[:, :, : state.length]
+            yield f"{name} values", state.v[:, :, : state.length]
+        elif isinstance(state, DeltaState):
+            yield f"{name} conv", state.conv
+            yield f"{name} recurrent", state.recurrent
+
+
+def assert_same_bits(one: Cache, other: Cache) -> None:
+    assert one.length == other.length
+    for (name, a), (_, b) in zip(parts(one), parts(other), strict=True):
+        assert torch.equal(a, b), name
+
+
+def prefilled(
+    model: Model, count: int, chunk: int = 4096, draft: bool = True
+) -> tuple[Tensor, Cache]:
+    """The last token's logits and the cache after a prompt."""
+    cache = model.new_cache()
+    ids = token_ids(count, model)[0].tolist()
+    return model.lm_head(prefill(model, ids, cache, chunk=chunk, draft=draft)), cache
+
+
+def decode(model: Model, ids: Tensor, cache: Cache) -> Tensor:
+    """Logits of ids [1, T], one pass."""
+    return model.lm_head(model(ids, cache))
+
+
+# --- cached against uncached
+
+
+@pytest.mark.parametrize("prompt", [1, 63, 64, 65, 130])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_cached_decode_is_the_full_forward(name: str, prompt: int) -> None:
+    wide, model = model_of(name, torch.float64), model_of(name)
+
+    def full(m: Model, ids: Tensor) -> Tensor:
+        return decode(m, ids, m.new_cache())[:, prompt - 1 :]
+
+    def cached(m: Model, ids: Tensor) -> Tensor:
+        cache = m.new_cache()
+        passes = [decode(m, part, cache) for part in ids.split([prompt, *[1] * 16], dim=1)]
+        return torch.cat([passes[0][:, -1:], *passes[1:]], dim=1)
+
+    sequences = [token_ids(prompt + 16, model, seed) for seed in range(2 if prompt == 1 else 1)]
+    truth = torch.cat([full(wide, ids) for ids in sequences])
+    assert relative(torch.cat([cached(wide, ids) for ids in sequences]), truth) < 1e-12
+    error, most = within_twice(
+        torch.cat([cached(model, ids) for ids in sequences]),
+        torch.cat([full(model, ids) for ids in sequences]),
+        truth,
+    )
+    assert error <= most
+
+
+# --- pieces against whole
+
+
+@pytest.mark.parametrize("count", LENGTHS)
+@pytest.mark.parametrize("name", MEMBERS)
+def test_prefill_in_pieces(name: str, count: int) -> None:
+    model = model_of(name)
+    logits, cache = prefilled(model, count)
+    for chunk in (64, 128):
+        other_logits, other = prefilled(model, count, chunk)
+        assert torch.equal(logits, other_logits), f"chunk {chunk}"
+        assert_same_bits(cache, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_prefill_in_pieces_long(dtype: torch.dtype) -> None:
+    """700 tokens: several growths of the KV buffer and a tail off the grid."""
+    model = model_of("397B-A17B", dtype)
+    logits, cache = prefilled(model, 700)
+    for chunk in (64, 128):
+        other_logits, other = prefilled(model, 700, chunk)
+        assert torch.equal(logits, other_logits), f"chunk {chunk}"
+        assert_same_bits(cache, other)
+
+
+def test_a_prefilled_prompt_is_the_plain_forward() -> None:
+    """`prefill` adds nothing: its last state is that of one pass over the prompt, to rounding."""
+    model = model_of("27B", torch.float64)
+    logits, cache = prefilled(model, 129, chunk=64)
+    assert relative(logits, decode(model, token_ids(129, model), model.new_cache())[:, -1:]) < 1e-12
+    assert cache.length == 129
+    assert cache.mtp is not None
+    assert cache.mtp.length == 128  # the last row waits for its next token
+
+
+# --- a row beside others
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MEMBERS)
+def test_rows_of_a_decode_pass_are_independent(name: str, dtype: torch.dtype) -> None:
+    """1, 2, 3 or 4 rows at once give the bits of one at a time, in states and MTP too."""
+    model = model_of(name, dtype)
+    for prompt in (1, 65):
+        ids = token_ids(DECODE_ROWS, model, seed=1)
+        _, alone = prefilled(model, prompt)
+        single = [model(ids[:, t : t + 1], alone) for t in range(DECODE_ROWS)]
+        drafts = [model.draft(ids[:, t : t + 1], single[t], alone) for t in range(DECODE_ROWS)]
+        hidden, drafted = torch.cat(single, 1), torch.cat(drafts, 1)
+        for rows in range(1, DECODE_ROWS + 1):
+            _, together = prefilled(model, prompt)
+            for part in ids.split(rows, dim=1):
+                first = together.length - prompt
+                got = model(part, together)
+                expected = hidden[:, first : first + part.shape[1]]
+                assert torch.equal(got, expected), f"{rows} rows"
+                assert torch.equal(model.lm_head(got), torch.cat(
+                    [model.lm_head(expected[:, t : t + 1]) for t in range(part.shape[1])], 1
+                ))  # fmt: skip
+                mtp = model.draft(part, got, together)
+                assert torch.equal(mtp, drafted[:, first : first + part.shape[1]]), f"{rows} rows"
+            assert_same_bits(together, alone)
+
+
+# --- roll-back
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("back", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_rollback(name: str, back: int, dtype: torch.dtype) -> None:
+    """Four rows less the last `back` are the rows that were kept, and what comes after them too."""
+    model = model_of(name, dtype)
+    ids, after = token_ids(4, model, seed=1), token_ids(2, model, seed=2)
+    for prompt in (1, 66):
+        _, cache = prefilled(model, prompt)
+        model(ids, cache)
+        cache.rollback(back)
+        _, kept = prefilled(model, prompt)
+        model(ids[:, : 4 - back], kept)
+        assert cache.length == prompt + 4 - back
+        assert_same_bits(cache, kept)
+        assert torch.equal(model(after, cache), model(after, kept))
+        assert_same_bits(cache, kept)
+
+
+def test_rollback_in_steps() -> None:
+    """Two roll-backs of one pass add up."""
+    model = model_of("27B")
+    ids = token_ids(4, model, seed=1)
+    _, cache = prefilled(model, 10)
+    _, kept = prefilled(model, 10)
+    model(ids, cache)
+    cache.rollback(1)
+    cache.rollback(2)
+    model(ids[:, :1], kept)
+    assert_same_bits(cache, kept)
+
+
+# --- the KV buffer
+
+
+def test_kv_buffer_grows() -> None:
+    """Doubling: what was held stays, what is returned is everything, few copies are made."""
+    cache = KVCache(*(torch.empty(1, 2, 0, 4) for _ in range(2)))
+    k, v = torch.randn(1, 2, 300, 4), torch.randn(1, 2, 300, 4)
+    buffers = set()
+    for first in range(0, 300, 3):
+        keys, values = cache.append(k[:, :, first : first + 3], v[:, :, first : first + 3])
+        assert torch.equal(keys, k[:, :, : first + 3])
+        assert torch.equal(values, v[:, :, : first + 3])
+        buffers.add(cache.k.shape[2])
+    assert cache.length == 300
+    assert len(buffers) < 12
+    assert cache.k.shape[2] < 2 * 300 + 3
+
+
+@pytest.mark.parametrize("noise", ["std 100", "nan"])
+@pytest.mark.parametrize("name", ["27B", "397B-A17B"])
+def test_the_tail_of_the_kv_buffer_is_not_read(name: str, noise: str) -> None:
+    """Garbage beyond the length, before decode passes and before a prefill pass, changes no bit."""
+    model = model_of(name)
+
+    def run(dirty: bool) -> tuple[list[Tensor], Cache]:
+        cache = model.new_cache()
+        outputs, soiled = [], 0
+        for count in (64, 64, 64, 2, 4, 1):
+            for state in [*cache.layers, cache.mtp]:
+                if dirty and isinstance(state, KVCache):
+                    for held in (state.k, state.v):
+                        tail = held[:, :, state.length :]
+                        soiled += tail.numel()
+                        tail.normal_(0, 100) if noise == "std 100" else tail.fill_(torch.nan)
+            ids = token_ids(count, model, seed=count)
+            outputs.append(model(ids, cache))
+            outputs.append(model.draft(ids, outputs[-1], cache))
+        assert soiled or not dirty, "there was no tail"
+        return outputs, cache
+
+    clean, clean_cache = run(dirty=False)
+    noisy, noisy_cache = run(dirty=True)
+    assert all(torch.equal(a, b) for a, b in zip(clean, noisy, strict=True))
+    assert_same_bits(clean_cache, noisy_cache)

@@ -1,0 +1,164 @@
+"""`config.json`: three generations of keys give one shape, and every bad value gives one line."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen35.config import Config
+from qwen35.errors import InputError
+from reference.model import Model
+from tests.support.checkpoints import assert_names
+from tests.support.family import FAMILY
+
+
+def test_published_sizes_give_the_published_counts() -> None:
+    """The shape of the 397B model, counted parameter by parameter on the meta device."""
+    with torch.device("meta"):
+        model = Model(Config.published("397B-A17B"))
+    counts = {"trunk": 0, "experts": 0, "mtp": 0}
+    for name, parameter in model.named_parameters():
+        part = "mtp" if name.startswith("mtp.") else "trunk"
+        counts[part] += parameter.numel()
+        if part == "trunk" and ".experts." in name:
+            counts["experts"] += parameter.numel()
+    assert round(counts["trunk"] / 1e9, 2) == 396.35
+    assert round(counts["experts"] / 1e9, 2) == 386.55
+    assert round(counts["mtp"] / 1e9, 2) == 6.60
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("0.8B", 0.75), ("4B", 4.21), ("9B", 8.95), ("27B", 26.90)]
+)
+def test_published_dense_sizes(name: str, billions: float) -> None:
+    """The dense members' trunks (a tied head counts once)."""
+    with torch.device("meta"):
+        model = Model(replace(Config.published(name), mtp_num_hidden_layers=0))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert round(count / 1e9, 2) == billions
+
+
+def test_an_unknown_published_size_is_named() -> None:
+    """One line with the name asked for and those known."""
+    with pytest.raises(InputError, match=r"13B.*397B-A17B"):
+        Config.published("13B")
+
+
+def test_flat_nested_and_old_rope_keys_agree() -> None:
+    """Three generations of config.json say the same."""
+    flat = dict(FAMILY["397B-A17B"])
+    nested = {"model_type": "qwen3_5_moe", "text_config": flat}
+    old = {k: v for k, v in flat.items() if k != "rope_parameters"}
+    old |= {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    assert Config.from_dict(flat) == Config.from_dict(nested) == Config.from_dict(old)
+
+
+def test_layer_types_are_given_or_derived() -> None:
+    """Every fourth layer is full attention, unless the config lists them."""
+    derived = Config.from_dict(FAMILY["0.8B"]).layer_types
+    assert derived == (("linear_attention",) * 3 + ("full_attention",)) * 2
+    listed = ["full_attention"] + ["linear_attention"] * 7
+    assert Config.from_dict(FAMILY["0.8B"] | {"layer_types": listed}).layer_types == tuple(listed)
+
+
+@pytest.mark.parametrize(("value", "ids"), [(7, (7,)), ([7, 9], (7, 9)), (None, ()), ([], ())])
+def test_eos_is_an_int_or_a_list(value: int | list[int] | None, ids: tuple[int, ...]) -> None:
+    """Both forms are published."""
+    assert Config.from_dict(FAMILY["0.8B"] | {"eos_token_id": value}).eos_token_id == ids
+
+
+BAD_CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown model type": ({"model_type": "llama"}, ["model_type", "llama", "qwen3_5_moe"]),
+    "attention heads do not divide": (
+        {"num_attention_heads": 7},
+        ["num_attention_heads", "7", "num_key_value_heads", "2"],
+    ),
+    "value heads do not divide": (
+        {"linear_num_value_heads": 5},
+        ["linear_num_value_heads", "5", "linear_num_key_heads", "2"],
+    ),
+    "layer_types too short": (
+        {"layer_types": ["full_attention"] * 3},
+        ["layer_types", "3", "num_hidden_layers", "8"],
+    ),
+    "layer_types unknown": (
+        {"layer_types": ["sliding_attention"] * 8},
+        ["layer_types", "sliding_attention", "full_attention"],
+    ),
+    "rope type": (
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e7}},
+        ["rope_type", "yarn", "default"],
+    ),
+    "rope type, beside new keys": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        ["rope_type", "yarn", "default"],
+    ),
+    "activation": ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
+    "no output gate": ({"attn_output_gate": False}, ["attn_output_gate", "False", "True"]),
+    "gate type": ({"output_gate_type": "tanh"}, ["output_gate_type", "tanh", "sigmoid"]),
+    "odd rotary size": ({"head_dim": 36}, ["head_dim", "36", "9"]),
+    "zero": ({"hidden_size": 0}, ["hidden_size", "0", ">= 1"]),
+    "negative": ({"num_hidden_layers": -4}, ["num_hidden_layers", "-4"]),
+    "text for a number": ({"head_dim": "32"}, ["head_dim", "'32'"]),
+    "fraction": ({"head_dim": 32.5}, ["head_dim", "32.5"]),
+    "too many experts a token": (
+        {"num_experts_per_tok": 99},
+        ["num_experts_per_tok", "99", "num_experts", "16"],
+    ),
+    "two mtp layers": ({"mtp_num_hidden_layers": 2}, ["mtp_num_hidden_layers", "2"]),
+    # values that no tool writes, but that a file may hold
+    "text for the layer count": ({"num_hidden_layers": "8"}, ["num_hidden_layers", "'8'"]),
+    "text for the expert count": ({"num_experts": "16"}, ["num_experts", "'16'"]),
+    "zero interval": ({"full_attention_interval": 0}, ["full_attention_interval", "0"]),
+    "number for layer_types": ({"layer_types": 5}, ["layer_types", "5"]),
+    "text for rope_parameters": ({"rope_parameters": "default"}, ["rope_parameters", "default"]),
+    "text for the rope base": (
+        {"rope_parameters": {"rope_theta": "big", "partial_rotary_factor": 0.25}},
+        ["rope_theta", "big"],
+    ),
+    "text for the rotary part": (
+        {"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": "half"}},
+        ["partial_rotary_factor", "half"],
+    ),
+    "text for eps": ({"rms_norm_eps": "tiny"}, ["rms_norm_eps", "tiny"]),
+    "negative shared expert": (
+        {"shared_expert_intermediate_size": -1},
+        ["shared_expert_intermediate_size", "-1"],
+    ),
+    "text for eos": ({"eos_token_id": "<|end|>"}, ["eos_token_id", "<|end|>"]),
+    "list for text_config": ({"text_config": [1]}, ["text_config"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD_CONFIGS.values(), ids=BAD_CONFIGS.keys())
+def test_a_bad_config_is_one_line(changes: dict[str, Any], words: list[str]) -> None:
+    """The key, its value, and what was expected."""
+    with pytest.raises(InputError) as caught:
+        Config.from_dict(FAMILY["35B-A3B"] | changes)
+    assert_names(caught, words)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "head_dim", "num_attention_heads"])
+def test_a_missing_config_key_is_named(key: str) -> None:
+    """No size is guessed."""
+    with pytest.raises(InputError, match=f"{key}.*missing"):
+        Config.from_dict({k: v for k, v in FAMILY["0.8B"].items() if k != key})
+
+
+def test_missing_rope_base_is_named() -> None:
+    """The base decides every angle: there is no default for it."""
+    with pytest.raises(InputError, match=r"rope_theta.*missing"):
+        Config.from_dict({k: v for k, v in FAMILY["0.8B"].items() if k != "rope_parameters"})
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"", b"[1, 2]", b"\xff\xfe\x00", b"null"], ids=lambda b: repr(b)
+)
+def test_a_config_that_is_no_json_object(tmp_path: Path, content: bytes) -> None:
+    """The file is named."""
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        Config.from_file(tmp_path / "config.json")
+    assert_names(caught, [str(tmp_path / "config.json")])

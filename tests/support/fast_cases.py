@@ -1,0 +1,385 @@
+"""The fast path's launches in the gfx950 emulator, beside the reference: inputs, runs, and what is found.
+
+Everything that a launch writes is filled with NaN, or with ids that lead out of every array, before the
+first launch runs. A finding is a line whose first word says what kind it is:
+
+    memory      an access outside of an array, or a race in the LDS
+    unwritten   an output that is NaN
+    arrived     the counters of the second launch are not zero again
+    numbers     an error above twice the bf16 reference's plus the rounding of the output
+    bits        another order of the waves, or other rows beside it, gave a row other bits
+    choice      the router chose other experts than the reference, or weighted them otherwise
+    work        a product was computed more than once
+"""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+import reference.moe
+from fast.launch import Launch
+from fast.moe import Experts, SparseMoeBlock
+from fast.router import Router
+from qwen35.config import Config
+from reference.activation import sigmoid
+from reference.quantized import MXFP4Linear
+from tests.support.family import FAMILY
+from tools.gfx950.emulator import EmulatorError, Statistics
+from tools.gfx950.target import emulate
+
+TARGET = "gfx950"
+CPU = torch.device("cpu")
+HALF_STEP = 2.0**-8  # the rounding of a bf16, relative
+WRITTEN = {
+    "gate_up": ("first", "hidden"),
+    "down": ("partial", "out"),
+    "linear": ("out",),
+    "choose": ("experts", "weights", "hidden", "openness"),
+}
+NOWHERE = -1000  # as an id or a pair: outside of every array
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def integers(seed: int, low: int, high: int, *shape: int) -> Tensor:
+    """From low to high, both included."""
+    return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- running launches
+
+
+def poison(launches: Iterable[Launch]) -> None:
+    """Fill what they write."""
+    for launch in launches:
+        for name in WRITTEN[launch.name.split()[0]]:
+            tensor = launch.arguments[name]
+            tensor.fill_(torch.nan if tensor.is_floating_point() else NOWHERE)
+
+
+def emulated(
+    launches: list[Launch], *, seed: int | None = None, batch: int = 32
+) -> list[Statistics]:
+    """Run launches on poisoned memory. EmulatorError goes through."""
+    poison(launches)
+    return [emulate(launch, seed=seed, batch=batch) for launch in launches]
+
+
+# ---- experts
+
+
+def config(E: int, D: int, I: int, top_k: int = 4, shared: int = 0, norm: bool = True) -> Config:
+    sizes = {
+        "num_experts": E,
+        "hidden_size": D,
+        "moe_intermediate_size": I,
+        "num_experts_per_tok": min(top_k, E),
+        "shared_expert_intermediate_size": shared,
+        "norm_topk_prob": norm,
+        "num_hidden_layers": 4,
+    }
+    return Config.from_dict(FAMILY["397B-A17B"] | sizes)
+
+
+def mxfp4_linear(seed: int, N: int, K: int) -> MXFP4Linear:
+    """Every code, and scales that differ from group to group; numbers of about K^-1/2."""
+    exponent = 125 - (K.bit_length() - 1) // 2
+    codes = integers(seed, 0, 255, N, K // 2).byte()
+    scale = integers(seed + 1, exponent - 2, exponent + 2, N, K // 32).byte()
+    return MXFP4Linear(codes, scale, "a test's")
+
+
+def quantised(experts: reference.moe.Experts, seed: int) -> reference.moe.Experts:
+    """Its weights replaced by random MXFP4 ones."""
+    for e, expert in enumerate(experts):
+        for p, name in enumerate(("gate_proj", "up_proj", "down_proj")):
+            N, K = getattr(expert, name).weight.shape
+            setattr(expert, name, mxfp4_linear(seed + 100 * e + 2 * p, N, K))
+    return experts.eval().requires_grad_(False)
+
+
+@cache
+def slow_experts(E: int, D: int, I: int) -> reference.moe.Experts:
+    return quantised(reference.moe.Experts(config(E, D, I)), seed=10_000)
+
+
+@cache
+def fast_experts(E: int, D: int, I: int) -> Experts:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Experts.from_reference(slow_experts(E, D, I), TARGET)
+
+
+def routing(kind: str, rows: int, top_k: int, E: int) -> Tensor:
+    """[rows, top_k] expert ids; the first expert and the last one are among them where they can be."""
+    generator = torch.Generator().manual_seed(rows * 31 + top_k)
+    some = torch.randperm(E, generator=generator)
+    if kind == "random":
+        return torch.stack([torch.randperm(E, generator=generator)[:top_k] for _ in range(rows)])
+    if kind == "same":  # in every row, in another order
+        return torch.stack([some[:top_k].roll(row) for row in range(rows)])
+    if kind == "different":
+        return some[: rows * top_k].view(rows, top_k)
+    if kind == "overlapping":  # each row shares all but one with the row before it
+        return (torch.arange(rows)[:, None] + torch.arange(top_k)) % E
+    if kind == "returning":  # a row's own expert first and last, between them those of all rows
+        ids = some[:top_k].repeat(rows, 1)
+        ids[:, 0] = ids[:, -1] = some[top_k : top_k + rows]
+        return ids
+    if kind == "twice":  # one expert in two slots of each row
+        ids = routing("random", rows, top_k, E)
+        return torch.cat([ids[:, :-1], ids[:, :1]], 1)
+    assert kind == "ends", kind
+    return torch.tensor([[0, E - 1] * top_k]).expand(rows, -1)[:, :top_k].contiguous()
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows for experts. x [N, D] bf16, experts [N, k] int64, weights [N, k] fp32, added [N, D] fp32."""
+
+    E: int
+    D: int
+    I: int
+    x: Tensor
+    experts: Tensor
+    weights: Tensor
+    added: Tensor | None = None
+
+    def rows(self, chosen: list[int]) -> "Case":
+        added = None if self.added is None else self.added[chosen]
+        x, experts, weights = self.x[chosen], self.experts[chosen], self.weights[chosen]
+        return Case(self.E, self.D, self.I, x, experts, weights, added)
+
+
+def case(
+    experts: Tensor,
+    *,
+    E: int = 24,
+    D: int = 256,
+    I: int = 128,
+    scale: float = 1.0,
+    added: bool = False,
+    cancelling: bool = False,
+    seed: int = 0,
+) -> Case:
+    """cancelling: the first slot and the last one have large opposite weights.
+
+    Where both are of one expert, what is left of the sum shows in which order it was taken; otherwise the
+    rounding to bf16 hides that nearly always.
+    """
+    N, k = experts.shape
+    x = (random(seed, N, D) * scale).bfloat16()
+    weights = (random(seed + 1, N, k) * 2).softmax(-1)
+    if cancelling:
+        weights[:, 0], weights[:, -1] = 50_000, -50_000
+    # About as large as what it is added to: at small x an expert is a product of two of them.
+    beside = random(seed + 2, N, D) * 4 * scale**2 if added else None
+    return Case(E, D, I, x, experts, weights, beside)
+
+
+def launches_of(chosen: Case) -> tuple[list[Launch], Tensor]:
+    packed = fast_experts(chosen.E, chosen.D, chosen.I)
+    return packed.launches(chosen.x, chosen.experts.int(), chosen.weights, chosen.added)
+
+
+def output(chosen: Case, *, seed: int | None = None, batch: int = 32) -> Tensor:
+    """What the fast path makes of the rows, from counters that are zero."""
+    fast_experts(chosen.E, chosen.D, chosen.I).arrived.zero_()
+    launches, out = launches_of(chosen)
+    emulated(launches, seed=seed, batch=batch)
+    return out
+
+
+def too_far(got: Tensor, yardstick: Tensor, truth: Tensor) -> list[str]:
+    """The two-times rule, row by row: the largest error against the reference's largest one."""
+    assert got.dtype == yardstick.dtype == torch.bfloat16
+    if got.isnan().any():
+        return [f"unwritten: {int(got.isnan().sum())} of {got.numel()}"]
+    ours, theirs = ((x.double() - truth).abs().amax(-1) for x in (got, yardstick))
+    most = 2 * theirs + HALF_STEP * truth.abs().amax(-1)
+    return [
+        f"numbers: row {row} is off by {error:.2e}, allowed {limit:.2e}"
+        for row, (error, limit) in enumerate(zip(ours.tolist(), most.tolist(), strict=True))
+        if not error <= limit
+    ]
+
+
+def expected(chosen: Case) -> tuple[Tensor, Tensor]:
+    """The bf16 reference's output, and the same in float64."""
+    slow = slow_experts(chosen.E, chosen.D, chosen.I)
+    yardstick = slow(chosen.x, chosen.experts, chosen.weights)
+    truth = slow(chosen.x.double(), chosen.experts, chosen.weights.double())
+    if chosen.added is not None:
+        yardstick = yardstick + chosen.added.bfloat16()
+        truth = truth + chosen.added.double()
+    return yardstick, truth
+
+
+def findings(chosen: Case) -> list[str]:
+    """What is wrong with a run."""
+    packed = fast_experts(chosen.E, chosen.D, chosen.I)
+    try:
+        out = output(chosen)
+    except EmulatorError as error:
+        return [f"memory: {error}"]
+    left = [f"arrived: {packed.arrived.tolist()}"] if packed.arrived.any() else []
+    return left + too_far(out, *expected(chosen))
+
+
+def bits(
+    chosen: Case, *, seeds: tuple[int, ...] = (), batches: tuple[int, ...] = (), rows: bool = True
+) -> list[str]:
+    """What changes the bits: waves in random order, fewer workgroups at a time, the rows beside a row."""
+
+    def unlike(name: str, got: Tensor, wanted: Tensor) -> list[str]:
+        if fast_experts(chosen.E, chosen.D, chosen.I).arrived.any():
+            return [f"arrived: {name}"]
+        return [] if torch.equal(got, wanted) else [f"bits: {name}"]
+
+    try:
+        plain, found = output(chosen), []
+        for seed in seeds:
+            found += unlike(f"waves in order {seed}", output(chosen, seed=seed), plain)
+        for batch in batches:
+            found += unlike(f"workgroups by {batch}", output(chosen, batch=batch), plain)
+        if rows:
+            N = len(chosen.x)
+            back = list(reversed(range(N)))
+            found += unlike("rows in another order", output(chosen.rows(back)), plain[back])
+            for row in (0, N - 1):
+                alone = output(chosen.rows([row]))
+                found += unlike(f"row {row} alone", alone, plain[[row]])
+    except EmulatorError as error:
+        return [f"memory: {error}"]
+    return found
+
+
+def repeated_work(rows: int, top_k: int) -> list[str]:
+    """Rows that choose the same experts must take as many matrix instructions as one of them alone."""
+    counts = []
+    for N in (1, rows):
+        launches, _ = launches_of(case(routing("same", N, top_k, 24)))
+        fast_experts(24, 256, 128).arrived.zero_()
+        counts.append(
+            [
+                sum(count for name, count in done.by_mnemonic.items() if "mfma" in name)
+                for done in emulated(launches)
+            ]
+        )
+    assert all(counts[0]), "no matrix instructions"
+    return [] if counts[0] == counts[1] else [f"work: {counts[1]} products, expected {counts[0]}"]
+
+
+# ---- the router and the whole block
+
+
+def exact_router(
+    logits: Tensor, top_k: int, norm: bool = True, D: int = 1024
+) -> reference.moe.Router:
+    """A router of which row r of `picks(rows)` has the logits [r], bf16 [rows, E].
+
+    One column of weights for each row: a sum along K has one term that is not zero.
+    """
+    rows, E = logits.shape
+    gate = reference.moe.Router(config(E, D, 128, top_k, norm=norm)).bfloat16()
+    gate.weight.data.zero_()
+    gate.weight.data[:, 7 : 7 + 100 * rows : 100] = logits.T
+    return gate.requires_grad_(False)
+
+
+def picks(rows: int, D: int = 1024) -> Tensor:
+    """Row r is 1 at column 100 r + 7."""
+    x = torch.zeros(rows, D, dtype=torch.bfloat16)
+    x[range(rows), [100 * row + 7 for row in range(rows)]] = 1
+    return x
+
+
+def quiet_router(gate: reference.moe.Router) -> Router:
+    return Router.from_reference(gate, TARGET)
+
+
+def choice_findings(gate: reference.moe.Router, x: Tensor, *, seed: int | None = None) -> list[str]:
+    """The fast router against the reference: equal ids in equal order, weights to float32's rounding.
+
+    That of exp grows with its argument; so far down it counts in relation to 1.
+    """
+    ids, weights = gate(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        launches, choice = quiet_router(gate).launches(x)
+    try:
+        emulated(launches, seed=seed)
+    except EmulatorError as error:
+        return [f"memory: {error}"]
+    if choice.weights.isnan().any():
+        return ["unwritten: weights"]
+    found = []
+    for row in range(len(x)):
+        if not torch.equal(choice.experts[row].long(), ids[row]):
+            found.append(f"choice: {choice.experts[row].tolist()}, expected {ids[row].tolist()}")
+        elif not torch.allclose(choice.weights[row], weights[row], rtol=3e-6, atol=1e-12):
+            found.append(f"choice: weights {choice.weights[row]}, expected {weights[row]}")
+    return found
+
+
+@cache
+def slow_block(
+    E: int,
+    D: int,
+    I: int,
+    top_k: int,
+    shared: int,
+    norm: bool = True,
+) -> reference.moe.SparseMoeBlock:
+    """The router has small multiples of a power of two, so that the logits of `exact_rows` are exact."""
+    block = reference.moe.SparseMoeBlock(config(E, D, I, top_k, shared, norm)).bfloat16()
+    quantised(block.experts, seed=20_000)
+    block.gate.weight.data.copy_(integers(3, -8, 8, E, D) * 2.0 ** (4 - D.bit_length()))
+    if block.shared_expert is not None and block.shared_expert_gate is not None:
+        parts = block.shared_expert, block.shared_expert_gate
+        for p, parameter in enumerate(p for part in parts for p in part.parameters()):
+            parameter.data.copy_(random(30 + p, *parameter.shape) * parameter.shape[1] ** -0.5)
+    return block.eval().requires_grad_(False)
+
+
+def wide_block(block: reference.moe.SparseMoeBlock, x: Tensor) -> Tensor:
+    """x [N, D] float64 -> [N, D], with the choice that the bf16 block makes."""
+    narrow = x.bfloat16()
+    experts, weights = block.gate(narrow)
+    total = block.experts(x, experts, weights.double())
+    if block.shared_expert is not None and block.shared_expert_gate is not None:
+        total = total + sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x)
+    return total
+
+
+@cache
+def fast_block(block: nn.Module) -> SparseMoeBlock:
+    return SparseMoeBlock.from_reference(block, TARGET)
+
+
+def block_output(block: nn.Module, x: Tensor, *, seed: int | None = None) -> Tensor:
+    """x [N, D] bf16 through the fast block that is made of a reference's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        launches, out = fast_block(block).launches(x)
+    emulated(launches, seed=seed)
+    return out
+
+
+def block_findings(block: reference.moe.SparseMoeBlock, x: Tensor) -> list[str]:
+    try:
+        out = block_output(block, x)
+    except EmulatorError as error:
+        return [f"memory: {error}"]
+    return too_far(out, block(x[:, None])[:, 0], wide_block(block, x.double()))
+
+
+def exact_rows(seed: int, N: int, D: int, scale: float = 1.0) -> Tensor:
+    """[N, D] bf16, multiples of scale / 8."""
+    return (integers(seed, -16, 16, N, D) / 8 * scale).bfloat16()

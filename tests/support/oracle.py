@@ -1,0 +1,532 @@
+"""transformers as the outside oracle: its models with our weights, our modules beside its own.
+
+A comparison takes our model and transformers' and returns what both compute, by name. Both get the
+same inputs at each module (the residual stream and the logits would hide a broken mixer).
+Comparisons look everything up at call time, so that a fault patched into the reference is seen by
+them.
+
+What float64 shows. transformers accumulates in float32 by name (`.float()` in the norms,
+`dtype=float` in the softmaxes, `.to(float32)` in the delta rule), so a float64 model of its own is
+no more exact than 1e-7. `as_wide_as_the_input` turns those casts off for tensors that are float64
+already, in its code as it stands; what remains in float32 is the RoPE table, on both sides and with
+the same bits. Under it our float64 model must agree to rounding, which float32 cannot show: every
+term that is wrong by 1e-7 is seen. What it cannot show is what the casts themselves do, which is
+float32's to check.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache
+
+import reference.deltanet
+import reference.rope
+from qwen35.cache import DeltaState, KVCache
+from reference.model import Model
+from tests.support.family import FAMILY, small_model
+
+Pairs = dict[str, tuple[Tensor, Tensor]]  # by name, (ours, transformers')
+
+LENGTHS = (1, 63, 64, 65, 130)  # one token; about one chunk of the delta rule; over two of them
+SCALES = (1.0, 0.01)
+# Sequences beside each other in a comparison of mixers. Where a query is nearly orthogonal to its
+# key, the read-out of the delta rule cancels, and the norm after it enlarges the projections'
+# rounding (measured: cosine 0.005, 6e-6 relative for that head from 2.9e-7 in q; 1e-15 in float64).
+# Over enough rows that is an average and not the luck of one.
+BATCH = 8
+
+# The most that a module may differ from transformers' in float64, relative, with the same inputs in both.
+# It proves the formula; rounding is a thousand times smaller.
+EXACT = 1e-12
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """||ours - theirs|| / ||theirs||, in float64. A NaN or another shape fails."""
+    assert ours.shape == theirs.shape, f"{tuple(ours.shape)} against {tuple(theirs.shape)}"
+    a, b = ours.double(), theirs.double()
+    assert a.isfinite().all() and b.isfinite().all(), "not finite"
+    if not b.any():
+        return float(a.norm())
+    return float((a - b).norm() / b.norm())
+
+
+def row_error(got: Tensor, truth: Tensor) -> float:
+    """The relative error of the median row, a row being the last axis."""
+    assert got.shape == truth.shape, f"{tuple(got.shape)} against {tuple(truth.shape)}"
+    assert got.isfinite().all() and truth.isfinite().all(), "not finite"
+    errors = (got.double() - truth.double()).norm(dim=-1)
+    sizes = truth.double().norm(dim=-1)
+    errors = torch.where(sizes > 0, errors / sizes, errors)  # a row of zeros: absolute
+    return float(errors.flatten().median())
+
+
+def within_twice(ours: Tensor, yardstick: Tensor, truth: Tensor) -> tuple[float, float]:
+    """The two-times rule: (our error, the most it may be), both against `truth`.
+
+    The most is twice the error of `yardstick`, which computes the same in the same precision, plus
+    the rounding floor of the output's dtype: no constant that a processor decides, since another
+    processor rounds both sides otherwise. The error is the median row's: a few rows enlarge rounding,
+    end to end a hundredfold, and which of two sound computations has the larger error there is luck
+    (ratios from 0.2 to 10 were measured for single rows). That a formula holds in every row is for
+    float64 to show; this shows that float32 loses no more than it must.
+    """
+    return row_error(ours, truth), 2 * row_error(yardstick, truth) + torch.finfo(ours.dtype).eps
+
+
+# --- transformers' model with our weights
+
+
+class _WideMode(TorchFunctionMode):
+    """Within it a cast of a float64 tensor to float32 by name leaves the tensor alone."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            if func is Tensor.to:
+                args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def as_wide_as_the_input(dtype: torch.dtype) -> Iterator[None]:
+    """For float64, transformers without its casts to float32; for any other dtype, as it is."""
+    if dtype != torch.float64:
+        yield
+        return
+    with _WideMode():
+        yield
+
+
+def _their_config(name: str) -> tuple[Any, type]:
+    """transformers' config and class for a family member."""
+    values = dict(FAMILY[name])
+    kind = values.pop("model_type")
+    if kind == "qwen3_next":
+        rope = values["rope_parameters"]
+        values["rope_parameters"] = {k: v for k, v in rope.items() if not k.startswith("mrope")}
+        config, cls = transformers.Qwen3NextConfig, transformers.Qwen3NextForCausalLM
+    elif kind == "qwen3_5_moe_text":
+        config, cls = transformers.Qwen3_5MoeTextConfig, transformers.Qwen3_5MoeForCausalLM
+    else:
+        config, cls = transformers.Qwen3_5TextConfig, transformers.Qwen3_5ForCausalLM
+    made = config(**values)
+    made._attn_implementation = "eager"
+    made._experts_implementation = "eager"
+    return made, cls
+
+
+def _grouped(parts: list[Tensor], key_heads: int) -> Tensor:
+    """Qwen3-Next's packing: rows by key head, of each the rows of every part."""
+    hidden = parts[0].shape[-1]
+    return torch.cat([p.view(key_heads, -1, hidden) for p in parts], dim=1).reshape(-1, hidden)
+
+
+def translate(
+    model: nn.Module, wanted: list[str], key_heads: int, prefix: str
+) -> dict[str, Tensor]:
+    """The tensors that transformers calls `wanted`, made of our parameters.
+
+    prefix: what transformers has before our name (`model.` in a language model).
+    """
+    ours = dict(model.named_parameters(remove_duplicate=False))
+    experts = range(len({n.split(".experts.")[1].split(".")[0] for n in ours if ".experts." in n}))
+    state = {}
+    for full in wanted:
+        name = full.removeprefix(prefix)
+        stem, _, leaf = name.rpartition(".")
+        if leaf == "gate_up_proj":
+            halves = ("gate_proj", "up_proj")
+            pairs = [[ours[f"{stem}.{e}.{h}.weight"] for h in halves] for e in experts]
+            state[full] = torch.stack([torch.cat(pair) for pair in pairs])
+        elif leaf == "down_proj":
+            state[full] = torch.stack([ours[f"{stem}.{e}.down_proj.weight"] for e in experts])
+        elif name.endswith("in_proj_qkvz.weight"):
+            qkv = ours[name.replace("qkvz", "qkv")]
+            z = ours[name.replace("qkvz", "z")]
+            keys = (len(qkv) - len(z)) // 2  # as many rows of values as of z
+            state[full] = _grouped([*qkv.split([keys, keys, len(z)]), z], key_heads)
+        elif name.endswith("in_proj_ba.weight"):
+            b_and_a = [ours[name.replace("in_proj_ba", f"in_proj_{x}")] for x in "ba"]
+            state[full] = _grouped(b_and_a, key_heads)
+        else:
+            state[full] = ours[name]
+    return state
+
+
+def _load(theirs: nn.Module, ours: nn.Module, key_heads: int, prefix: str) -> None:
+    """Copy our weights into a module of transformers', all of them and nothing else."""
+    names = list(theirs.state_dict())
+    state = translate(ours, names, key_heads, prefix)
+    theirs.load_state_dict(state, strict=True)
+
+
+def their_model(name: str, model: Model) -> Any:
+    """transformers' causal language model of a family member, with our weights, in our dtype."""
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config, cls = _their_config(name)
+    theirs = cls(config).eval().requires_grad_(False)
+    dtype = model.embed_tokens.weight.dtype
+    theirs.to(dtype)
+    # `.to` has also cast the RoPE frequencies; their bits are float32's, and stay so.
+    rotary = theirs.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq.float()
+    _load(theirs, model, config.linear_num_key_heads, "model.")
+    return theirs
+
+
+@cache
+def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[Model, Any]:
+    """(our model, transformers') of a family member with the same random weights."""
+    model = small_model(name, seed=7, dtype=dtype)
+    return model, their_model(name, model)
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Normal numbers, the same in every dtype up to its rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator)).to(dtype)
+
+
+def token_ids(count: int, model: Model, seed: int = 0) -> Tensor:
+    """[1, count] token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (1, count), generator=generator)
+
+
+# --- running transformers' modules
+
+
+def their_rope(theirs: Any, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions first .. first + T - 1, for x [B, T, D]."""
+    positions = torch.arange(first, first + x.shape[1])[None]
+    return theirs.model.rotary_emb(x, positions)
+
+
+def causal_mask(x: Tensor, past: int) -> Tensor:
+    """What eager attention adds to its scores, [1, 1, T, past + T]."""
+    T = x.shape[1]
+    return torch.full((1, 1, T, past + T), -torch.inf, dtype=x.dtype).triu(past + 1)
+
+
+def their_attention_arguments(theirs: Any, x: Tensor, cache: Any, past: int) -> dict[str, Any]:
+    return {
+        "position_embeddings": their_rope(theirs, x, past),
+        "attention_mask": causal_mask(x, past),
+        "past_key_values": cache,
+    }
+
+
+def state_pairs(ours: KVCache | DeltaState, theirs: Any) -> Pairs:
+    """One layer's state beside the same layer of transformers' cache.
+
+    Theirs keeps four convolution columns, the oldest of which no later token can reach.
+    """
+    if isinstance(ours, KVCache):
+        return {
+            "keys": (ours.k[:, :, : ours.length], theirs.keys),
+            "values": (ours.v[:, :, : ours.length], theirs.values),
+        }
+    kept = ours.conv.shape[1]
+    return {
+        "conv state": (ours.conv.transpose(1, 2), theirs.conv_states[0][..., -kept:]),
+        "recurrent state": (ours.recurrent, theirs.recurrent_states[0]),
+    }
+
+
+def state_errors(ours: KVCache | DeltaState, theirs: Any) -> dict[str, float]:
+    """The relative differences of one layer's states."""
+    return {what: relative(*both) for what, both in state_pairs(ours, theirs).items()}
+
+
+def layer_index(model: Model, kind: str) -> int:
+    """The second layer of its kind where there is one: the first would hide a wrong index."""
+    found = [i for i, layer_type in enumerate(model.config.layer_types) if layer_type == kind]
+    return found[min(1, len(found) - 1)]
+
+
+def _dtype(model: Model) -> torch.dtype:
+    return model.embed_tokens.weight.dtype
+
+
+def _then_decode(
+    model: Model,
+    theirs: Any,
+    layer: int,
+    x: Tensor,
+    run: Callable[[Tensor, Any], Tensor],
+    run_theirs: Callable[[Tensor, Any, int], Tensor],
+    prompt: int,
+) -> Pairs:
+    """A prompt, then token by token, both with their caches; outputs, and all states."""
+    state = model.new_cache(batch=x.shape[0]).layers[layer]
+    their_cache = DynamicCache(config=theirs.config)
+    outputs, their_outputs = [], []
+    pairs: Pairs = {}
+    edges = [0, *range(prompt, x.shape[1] + 1)]
+    for first, last in pairwise(edges):
+        part = x[:, first:last]
+        outputs.append(run(part, state))
+        with as_wide_as_the_input(x.dtype):
+            their_outputs.append(run_theirs(part, their_cache, first))
+        when = "prompt" if first == 0 else f"decode {last - prompt}"
+        for what, (mine, other) in state_pairs(state, their_cache.layers[layer]).items():
+            pairs[f"{when} {what}"] = mine.clone(), other.clone()
+    pairs["prompt output"] = outputs[0], their_outputs[0]
+    pairs["decode output"] = torch.cat(outputs[1:], 1), torch.cat(their_outputs[1:], 1)
+    return pairs
+
+
+def _passes(model: Model, prompt: int, scale: float, seed: int) -> list[Tensor]:
+    """Inputs [prompt, D] of passes without state: one, and of a single row many, since the rounding of
+    one row is luck."""
+    count = 2 * BATCH if prompt == 1 else 1
+    shape = (count * prompt, model.config.hidden_size)
+    return list(random(*shape, seed=seed, dtype=_dtype(model), scale=scale).split(prompt))
+
+
+# --- the comparisons: (model, theirs, prompt length, input scale) -> both sides, by name
+
+
+def compare_norm(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
+    """Every zero-centred norm of the trunk: each has weights of its own."""
+    pairs: Pairs = {}
+    others = dict(theirs.named_modules())
+    for name, module in model.named_modules():
+        if name.startswith("mtp") or type(module).__name__ != "RMSNorm":
+            continue
+        dim = module.weight.shape[0]
+        x = random(1, prompt, dim, seed=1, dtype=_dtype(model), scale=scale)
+        with as_wide_as_the_input(x.dtype):
+            other = others[f"model.{name}"](x)
+        pairs[name] = (module(x), other)
+    return pairs
+
+
+def compare_gated_norm(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
+    i = layer_index(model, "linear_attention")
+    module, other = model.layers[i].linear_attn.norm, theirs.model.layers[i].linear_attn.norm
+    dim = module.weight.shape[0]
+    x = random(2, prompt, 3, dim, seed=2, dtype=_dtype(model), scale=scale)
+    gate = random(2, prompt, 3, dim, seed=3, dtype=_dtype(model), scale=3 * scale)
+    with as_wide_as_the_input(x.dtype):
+        expected = other(x, gate)
+    return {"output": (module(x, gate), expected)}
+
+
+def compare_rope(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
+    """The table and the turning, from position 0 and from far on."""
+    config, dtype = model.config, _dtype(model)
+    i = layer_index(model, "full_attention")
+    turn = sys.modules[type(theirs.model).__module__].apply_rotary_pos_emb
+    assert theirs.model.layers[i].self_attn.head_dim == config.head_dim
+    pairs: Pairs = {}
+    for first in (0, 3000):
+        q = random(1, 3, prompt, config.head_dim, seed=4, dtype=dtype, scale=scale)
+        k = random(1, 2, prompt, config.head_dim, seed=5, dtype=dtype, scale=scale)
+        positions = torch.arange(first, first + prompt)
+        table = reference.rope.rope_table(positions, config.rotary_dim, config.rope_theta, dtype)
+        with as_wide_as_the_input(dtype):
+            their_table = their_rope(theirs, k[:, 0], first)
+            other_q, other_k = turn(q, k, *their_table)
+        half = config.rotary_dim // 2
+        for what, mine, other in zip(("cos", "sin"), table, their_table, strict=True):
+            pairs[f"{what} from {first}"] = (mine, other[0, :, :half])
+        pairs[f"queries from {first}"] = (reference.rope.apply_rope(q, *table), other_q)
+        pairs[f"keys from {first}"] = (reference.rope.apply_rope(k, *table), other_k)
+    return pairs
+
+
+def compare_mlp(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
+    i = layer_index(model, "linear_attention")
+    ours, other = model.layers[i].mlp, theirs.model.layers[i].mlp
+    if model.config.num_experts:
+        ours, other = ours.shared_expert, other.shared_expert
+    passes = _passes(model, prompt, scale, seed=6)
+    return {"output": (torch.cat([*map(ours, passes)]), torch.cat([*map(other, passes)]))}
+
+
+def compare_router(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
+    """As a matrix over all experts: then the order among the chosen does not matter."""
+    if not model.config.num_experts:
+        return {}
+    i = layer_index(model, "linear_attention")
+    ours, other = model.layers[i].mlp.gate, theirs.model.layers[i].mlp.gate
+
+    def spread(experts: Tensor, weights: Tensor, like: Tensor) -> Tensor:
+        empty = like.new_zeros(len(experts), model.config.num_experts)
+        return empty.scatter(1, experts, weights.to(empty.dtype))
+
+    mine, others = [], []
+    for x in _passes(model, prompt, scale, seed=7):
+        experts, weights = ours(x)
+        with as_wide_as_the_input(x.dtype):
+            _, other_weights, other_experts = other(x)
+        assert experts.shape == other_experts.shape, "another number of experts"
+        mine.append(spread(experts, weights, weights))
+        others.append(spread(other_experts, other_weights, weights))
+    return {"weights": (torch.cat(mine), torch.cat(others))}
+
+
+def compare_experts(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
+    """With a choice of experts that uses few and leaves many out, given to both."""
+    if not model.config.num_experts:
+        return {}
+    i = layer_index(model, "linear_attention")
+    k, E = model.config.num_experts_per_tok, model.config.num_experts
+    generator = torch.Generator().manual_seed(9)
+    likely = torch.linspace(1.0, 0.0, E)  # the last one is never chosen
+    mine, others = [], []
+    for x in _passes(model, prompt, scale, seed=8):
+        experts = torch.multinomial(likely.expand(prompt, E), k, generator=generator)
+        weights = torch.rand(prompt, k, generator=generator).to(x.dtype)
+        mine.append(model.layers[i].mlp.experts(x, experts, weights))
+        others.append(theirs.model.layers[i].mlp.experts(x, experts, weights))
+    return {"output": (torch.cat(mine), torch.cat(others))}
+
+
+def compare_attention(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
+    i = layer_index(model, "full_attention")
+    ours, other = model.layers[i].self_attn, theirs.model.layers[i].self_attn
+    x = random(
+        BATCH, prompt + 3, model.config.hidden_size, seed=10, dtype=_dtype(model), scale=scale
+    )
+
+    def run_theirs(part: Tensor, cache: Any, past: int) -> Tensor:
+        return other(part, **their_attention_arguments(theirs, part, cache, past))[0]
+
+    return _then_decode(model, theirs, i, x, ours, run_theirs, prompt)
+
+
+def compare_delta_net(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
+    i = layer_index(model, "linear_attention")
+    ours, other = model.layers[i].linear_attn, theirs.model.layers[i].linear_attn
+    x = random(
+        BATCH, prompt + 3, model.config.hidden_size, seed=11, dtype=_dtype(model), scale=scale
+    )
+
+    def run_theirs(part: Tensor, cache: Any, past: int) -> Tensor:
+        return other(part, cache_params=cache)
+
+    return _then_decode(model, theirs, i, x, ours, run_theirs, prompt)
+
+
+def compare_moe(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
+    if not model.config.num_experts:
+        return {}
+    i = layer_index(model, "full_attention")
+    mine, others = [], []
+    for x in _passes(model, prompt, scale, seed=12):
+        mine.append(model.layers[i].mlp(x[None]))
+        with as_wide_as_the_input(x.dtype):
+            others.append(theirs.model.layers[i].mlp(x[None]))
+    return {"output": (torch.cat(mine, 1), torch.cat(others, 1))}
+
+
+def compare_layer(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
+    """A whole decoder layer of each kind."""
+    pairs: Pairs = {}
+    for kind in ("linear_attention", "full_attention"):
+        i = layer_index(model, kind)
+        x = random(
+            4, prompt + 2, model.config.hidden_size, seed=13, dtype=_dtype(model), scale=scale
+        )
+
+        def run_theirs(part: Tensor, cache: Any, past: int, i: int = i, kind: str = kind) -> Tensor:
+            arguments = their_attention_arguments(theirs, part, cache, past)
+            if kind == "linear_attention":
+                arguments["attention_mask"] = None
+            return theirs.model.layers[i](part, **arguments)
+
+        found = _then_decode(model, theirs, i, x, model.layers[i], run_theirs, prompt)
+        pairs |= {f"{kind} {what}": both for what, both in found.items()}
+    return pairs
+
+
+# Leaves first: the first that fails is the module that is broken.
+COMPARISONS: dict[str, Callable[[Model, Any, int, float], Pairs]] = {
+    "RMSNorm": compare_norm,
+    "RMSNormGated": compare_gated_norm,
+    "rope": compare_rope,
+    "MLP": compare_mlp,
+    "Router": compare_router,
+    "Experts": compare_experts,
+    "GatedAttention": compare_attention,
+    "GatedDeltaNet": compare_delta_net,
+    "SparseMoeBlock": compare_moe,
+    "DecoderLayer": compare_layer,
+}
+
+
+# --- the MTP oracle
+
+
+class OracleMTP(nn.Module):
+    """The MTP head out of transformers' parts, which has no class for it.
+
+    Parameter names are the checkpoint's after `mtp.`. offset: the position of row 0, which should
+    not matter, RoPE being relative.
+    """
+
+    def __init__(self, theirs: Any, model: Model, offset: int = 0) -> None:
+        super().__init__()
+        assert model.mtp is not None
+        config = type(theirs.config).from_dict(
+            theirs.config.to_dict() | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+        )
+        config._attn_implementation = "eager"
+        config._experts_implementation = "eager"
+        norm, layer = type(theirs.model.norm), type(theirs.model.layers[0])
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.pre_fc_norm_embedding = norm(D, eps)
+        self.pre_fc_norm_hidden = norm(D, eps)
+        self.fc = nn.Linear(2 * D, D, bias=False)
+        self.layers = nn.ModuleList([layer(config, 0)])
+        self.norm = norm(D, eps)
+        self.to(_dtype(model)).eval().requires_grad_(False)
+        _load(self, model.mtp, config.linear_num_key_heads, "")
+        self.offset, self.config = offset, config
+        self.__dict__["trunk"] = theirs  # not a submodule: its weights are not the head's
+
+    def new_cache(self) -> Any:
+        return DynamicCache(config=self.config)
+
+    def forward(self, ids: Tensor, hidden: Tensor, cache: Any) -> Tensor:
+        """ids [1, T] follow the tokens of hidden [1, T, D]; goes on from the cache."""
+        past = cache.get_seq_length()
+        with as_wide_as_the_input(hidden.dtype):
+            embeds = self.trunk.model.embed_tokens(ids)
+            halves = (self.pre_fc_norm_embedding(embeds), self.pre_fc_norm_hidden(hidden))
+            fused = self.fc(torch.cat(halves, dim=-1))
+            arguments = their_attention_arguments(self.trunk, fused, cache, past)
+            arguments["position_embeddings"] = their_rope(self.trunk, fused, past + self.offset)
+            return self.norm(self.layers[0](fused, **arguments))
+
+
+def their_hidden(theirs: Any, ids: Tensor, cache: Any = None) -> Tensor:
+    """The trunk's state after its final norm, [1, T, D]."""
+    with as_wide_as_the_input(theirs.dtype):
+        return theirs.model(
+            ids, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+
+
+def their_logits(theirs: Any, ids: Tensor, cache: Any = None) -> Tensor:
+    """[1, T, vocab]."""
+    with as_wide_as_the_input(theirs.dtype):
+        return theirs(ids, past_key_values=cache, use_cache=cache is not None).logits
