@@ -237,7 +237,7 @@ class SparseMoeBlock(nn.Module):
         added = None
         if self.shared_down is not None:
             step, parts = product(
-                choice.hidden, self.shared_down, self.experts.target, gain=choice.openness
+                choice.hidden, self.shared_down, self.experts.target, gain=choice.shared_gate
             )
             steps, added = [*steps, step], parts[0]
         routed, out = self.experts.launches(x, choice.experts, choice.weights, added)

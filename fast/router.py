@@ -20,13 +20,13 @@ class Choice:
     """What the router's launches write.
 
     experts [N, k] int32 and weights [N, k] fp32; of the shared expert, where there is one, hidden [N, I]
-    bf16 (silu(gate) * up) and openness [N] fp32 (the sigmoid).
+    bf16 (silu(gate) * up) and shared_gate [N] fp32 (the sigmoid).
     """
 
     experts: Tensor
     weights: Tensor
     hidden: Tensor
-    openness: Tensor
+    shared_gate: Tensor
 
 
 class Router(nn.Module):
@@ -86,7 +86,7 @@ class Router(nn.Module):
             (N, 2 if self.I else 1, 1),
             {
                 "parts": parts, "experts": choice.experts, "weights": choice.weights,
-                "hidden": choice.hidden, "openness": choice.openness, "rows": N, "N": M,
+                "hidden": choice.hidden, "shared_gate": choice.shared_gate, "rows": N, "N": M,
                 "E": self.E, "TOP_K": self.top_k, "NORM": self.norm, "I": self.I,
                 "SPLITS": len(parts), "BLOCK_E": _power_of_two(self.E),
                 "BLOCK_I": _power_of_two(max(self.I, 1)),

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from qwen35.cli import Parser, one_line, parse_ids, print_json, read_text, run, size
 from qwen35.completion import NEW_TOKENS, Completer, Completion, Settings
+from qwen35.debugger import break_in
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
 from qwen35.load import DTYPES, load, locate
@@ -61,6 +62,10 @@ def build_parser() -> Parser:
     add("--prefix-cache", type=Path, metavar="DIR", help="keep the beginnings of prompts in DIR")
     add("--prefix-cache-bytes", type=size, metavar="N", default="4G",
         help="budget of what is kept, in DIR or (--chat, --requests) in memory; 0 is off")  # fmt: skip
+    add("--break", dest="break_in", metavar="NODE",
+        help="stop in pdb inside of this node's forward, as in layers.3.linear_attn")  # fmt: skip
+    add("--break-at", type=int, default=0, metavar="TOKEN",
+        help="with --break: in the pass that computes this position (default 0)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON document instead of a stream")
     add("--digest", action="store_true", help="also give the SHA-256 of all logits")
     return parser
@@ -78,6 +83,8 @@ def main(args: argparse.Namespace) -> int:
     tokenizer = Tokenizer(folder) if has_text else None
     model = load(folder, dtype=DTYPES.get(args.dtype), device=_device(args.device))
     load_s = time.perf_counter() - started
+    if args.break_in is not None:
+        break_in(model, args.break_in, args.break_at)
     if model.mtp is None and args.draft_tokens is None:
         _say(f"{folder}: no MTP head in this checkpoint, drafting is off")
     defaults = Defaults.of_folder(folder, model.config, tokenizer)

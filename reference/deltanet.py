@@ -6,6 +6,7 @@ by token; `chunk` computes the same from 64 tokens at once (Yang et al. 2024, ar
 """
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 
 from qwen35.cache import DeltaState
@@ -131,8 +132,9 @@ class GatedDeltaNet(nn.Module):
         qk = l2norm(qk_flat.unflatten(-1, (2, -1, self.head_k_dim)))  # [B, T, 2, H, K]
         # A key head serves HV / H consecutive value heads.
         shared = self.num_v_heads // self.num_k_heads
-        repeated = qk.unsqueeze(4).expand(-1, -1, -1, -1, shared, -1).flatten(3, 4)
-        q, k = repeated.unbind(2)  # [B, T, HV, K] each
+        q, k = repeat(
+            qk, "B T two H K -> two B T (H shared) K", shared=shared
+        )  # [B, T, HV, K] each
 
         rule = recurrent if T <= DECODE_ROWS else chunk
         scaled_q = q * self.head_k_dim**-0.5

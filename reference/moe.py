@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qwen35.config import Config
 from reference.activation import sigmoid, silu, wide
@@ -49,8 +50,7 @@ class Router(nn.Module):
 class Experts(nn.ModuleList):
     """x [N, D], experts [N, k], weights [N, k] -> the weighted sum of each row's experts, [N, D].
 
-    Rows are grouped by expert and only the experts that are hit run. A row's sum runs over its own
-    experts in the order of `experts`, whatever the other rows chose.
+    A row's sum runs over its own experts in the order of `experts`, whatever the other rows chose.
     """
 
     def __init__(self, config: Config) -> None:
@@ -58,8 +58,27 @@ class Experts(nn.ModuleList):
         super().__init__(MLP(*sizes) for _ in range(config.num_experts))
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        tile = row_tile(
+            len(x)
+        )  # every product has the pass's row count, however few rows an expert has
+        outputs = x.new_empty(*experts.shape, x.shape[1])  # [N, k, D]
+        for hit in experts.unique():
+            rows, slots = torch.where(experts == hit)  # [n] each
+            padded = F.pad(x[rows], (0, 0, 0, -len(rows) % tile))  # [n rounded up, D]
+            outputs[rows, slots] = self[hit](padded)[: len(rows)]
+        first, *others = (outputs * weights.to(x.dtype)[..., None]).unbind(
+            1
+        )  # [N, D] each, by slot
+        return sum(others, start=first)
+
+
+class GroupedExperts(Experts):
+    """The same, bit for bit, in fewer and larger steps: rows are sorted by expert, and one activation
+    serves all of them. This is the form that runs."""
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         N, k = experts.shape
-        tile = row_tile(N)  # an expert's rows are padded to it, so that products have one size
+        tile = row_tile(N)  # an expert's rows are padded to it
         chosen, pairs = experts.flatten().sort(stable=True)  # [N * k], grouped by expert
         counts = chosen.bincount(minlength=len(self))  # [E]
         padding = -counts % tile
@@ -69,7 +88,6 @@ class Experts(nn.ModuleList):
         grouped = x.new_zeros(sum(sizes), x.shape[1])
         grouped.index_copy_(0, places, x.index_select(0, pairs // k))
 
-        # Each expert's products see its own rows alone; one activation serves all of them.
         hit = [expert for expert, size in zip(self, sizes, strict=True) if size]
         sizes_hit = [size for size in sizes if size]
         per_expert = list(zip(hit, grouped.split(sizes_hit), strict=True))
@@ -80,11 +98,8 @@ class Experts(nn.ModuleList):
 
         place_of_pair = torch.empty_like(pairs).index_copy_(0, pairs, places)
         by_pair = outputs.index_select(0, place_of_pair)  # [N * k, D], in the order of `experts`
-        scaled = by_pair.view(N, k, -1) * weights.to(x.dtype)[..., None]  # [N, k, D]
-        total, *others = scaled.unbind(1)
-        for other in others:
-            total = total + other
-        return total
+        first, *others = (by_pair.view(N, k, -1) * weights.to(x.dtype)[..., None]).unbind(1)
+        return sum(others, start=first)
 
 
 class SparseMoeBlock(nn.Module):
@@ -93,7 +108,7 @@ class SparseMoeBlock(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.gate = Router(config)
-        self.experts = Experts(config)
+        self.experts = GroupedExperts(config)
         shared = config.shared_expert_intermediate_size
         self.shared_expert = MLP(config.hidden_size, shared) if shared else None
         self.shared_expert_gate = Linear(config.hidden_size, 1) if shared else None
@@ -104,5 +119,5 @@ class SparseMoeBlock(nn.Module):
         routed = self.experts(rows, experts, weights)
         if self.shared_expert is None or self.shared_expert_gate is None:
             return routed.view_as(x)
-        openness = sigmoid(self.shared_expert_gate(rows))  # [N, 1]
-        return (routed + openness * self.shared_expert(rows)).view_as(x)
+        shared_gate = sigmoid(self.shared_expert_gate(rows))  # [N, 1]
+        return (routed + shared_gate * self.shared_expert(rows)).view_as(x)

@@ -1,8 +1,8 @@
 """The orders in memory in which kernels walk a matrix, and the way there and back, bit for bit.
 
-Each order stands here twice. `Layout.axes` and `Layout.order` are the form that moves a whole tensor:
-split the row-major matrix into axes, permute them, write them out. `Layout.offset` is the closed formula
-that a kernel evaluates for one element. The tests hold the two against each other.
+Each order stands here twice. The names of axes in `Layout` are the form that moves a whole tensor: split
+rows and columns into axes, write them out in another order. `Layout.offset` is the closed formula that a
+kernel evaluates for one element. The tests hold the two against each other.
 
 | name            | what it holds             | what lies side by side                                  |
 |-----------------|---------------------------|---------------------------------------------------------|
@@ -17,11 +17,13 @@ The AITER orders are those of `shuffle_weight(layout=(16, 16))` and `shuffle_sca
 aiter/ops/shuffle.py; its `is_guinterleave` is `interleaved16`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from qwen35.errors import InputError
@@ -32,14 +34,38 @@ Index = TypeVar("Index", int, Tensor)
 
 @dataclass(frozen=True)
 class Layout:
-    """One order of a matrix [R, C]. Sizes count elements, which are bytes where `only_bytes`."""
+    """One order of a matrix [R, C]. Sizes count elements, which are bytes where `only_bytes`.
 
-    axes: Callable[[int, int], tuple[int, ...]]  # R, C -> the axes that row-major order splits into
-    order: tuple[int, ...]  # these axes as they lie in memory, the slowest first
-    offset: Callable[..., Any]  # row, column, R, C -> position in the matrix's memory
-    multiple: Size = (1, 1)  # of R and of C
-    pads: bool = False  # whether other sizes are filled up with zeros (else they are refused)
+    rows, columns: names of the axes that R and C split into, the slowest first; `n` and `c` take what
+        the others leave.
+    order: all of these names, as the axes lie in memory.
+    offset: the closed formula, (row, column, R, C) -> position.
+    row_axes, column_axes: lengths of the axes by name.
+    pads: whether sizes that these lengths do not divide are filled up with zeros (else they are
+        refused), to multiples of `filled_to` where that is given.
+    """
+
+    rows: str
+    columns: str
+    order: str
+    offset: Callable[..., Any]
+    row_axes: Mapping[str, int] = field(default_factory=dict)
+    column_axes: Mapping[str, int] = field(default_factory=dict)
+    pads: bool = False
+    filled_to: Size | None = None
     only_bytes: bool = False  # whether the dtype has to be uint8
+
+    @property
+    def multiple(self) -> Size:
+        """What R and C have to be multiples of."""
+        own = math.prod(self.row_axes.values()), math.prod(self.column_axes.values())
+        return self.filled_to or own
+
+    def lengths(self, R: int, C: int) -> dict[str, int]:
+        """The length of every axis of a matrix [R, C]."""
+        n = R // math.prod(self.row_axes.values())
+        c = C // math.prod(self.column_axes.values())
+        return {"n": n, "c": c, **self.row_axes, **self.column_axes}
 
 
 # The formulas take int or int64 tensors for row and column; R and C are sizes after the filling.
@@ -74,35 +100,21 @@ def _aiter_scale(r: Index, c: Index, R: int, C: int) -> Index:
 
 
 LAYOUTS = {
-    "flat": Layout(axes=lambda R, C: (R, C), order=(0, 1), offset=_flat),
-    "interleaved": Layout(
-        axes=lambda R, C: (2, R // 2, C),
-        order=(1, 0, 2),
-        offset=_interleaved,
-        multiple=(2, 1),
-    ),
+    "flat": Layout("n", "c", "n c", _flat),
+    "interleaved": Layout("half n", "c", "n half c", _interleaved, {"half": 2}),
     "interleaved16": Layout(
-        axes=lambda R, C: (2, R // 32, 16, C),
-        order=(1, 0, 2, 3),
-        offset=_interleaved16,
-        multiple=(32, 1),
+        "half n row", "c", "n half row c", _interleaved16, {"half": 2, "row": 16}
     ),
     "aiter_weight": Layout(
-        axes=lambda N, Kb: (N // 16, 16, Kb // 32, 2, 16),
-        order=(0, 2, 3, 1, 4),
-        offset=_aiter_weight,
-        multiple=(16, 32),
-        only_bytes=True,
+        "n row", "c half byte", "n c half row byte", _aiter_weight,
+        {"row": 16}, {"half": 2, "byte": 16}, only_bytes=True,
     ),
     "aiter_scale": Layout(
-        axes=lambda R, C: (R // 32, 2, 16, C // 8, 2, 4),
-        order=(0, 3, 5, 2, 4, 1),
-        offset=_aiter_scale,
-        multiple=(256, 8),
-        pads=True,
+        "n high row", "c right column", "n c column row right high", _aiter_scale,
+        {"high": 2, "row": 16}, {"right": 2, "column": 4}, pads=True, filled_to=(256, 8),
         only_bytes=True,
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +146,9 @@ def pack(x: Tensor, layout: str) -> Packed:
     for step, (rows, columns), (R, C) in _steps(layout, tuple(x.shape), x.dtype):
         if step.pads:
             data = torch.nn.functional.pad(data, (0, C - columns, 0, R - rows))
-        data = _permuted(data, step.axes(R, C), step.order).view(*x.shape[:-2], R, C)
+        walked = rearrange(data, f"... ({step.rows}) ({step.columns}) -> ... ({step.order})",
+                           **step.lengths(R, C))  # fmt: skip
+        data = walked.clone(memory_format=torch.contiguous_format).view(*x.shape[:-2], R, C)
     return Packed(data, layout, tuple(x.shape))
 
 
@@ -152,11 +166,10 @@ def unpack(packed: Packed) -> Tensor:
             f"{list(shape)} in this layout has {list(implied)}"
         )
     for step, (rows, columns), (R, C) in reversed(steps):
-        axes = step.axes(R, C)
-        walked = tuple(axes[i] for i in step.order)
-        back = tuple(step.order.index(i) for i in range(len(axes)))
-        data = _permuted(data, walked, back).view(*shape[:-2], R, C)[..., :rows, :columns]
-    return data.contiguous()
+        matrix = rearrange(data.flatten(-2), f"... ({step.order}) -> ... ({step.rows}) ({step.columns})",
+                           **step.lengths(R, C))  # fmt: skip
+        data = matrix[..., :rows, :columns]
+    return data.clone(memory_format=torch.contiguous_format)
 
 
 def offset(layout: str, row: Index, column: Index, shape: tuple[int, ...]) -> Index:
@@ -197,14 +210,6 @@ def _steps(
         steps.append((step, before, after))
         before = after
     return steps
-
-
-def _permuted(x: Tensor, axes: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
-    """The last two axes of x split into `axes` and written out in `order`, always as a copy."""
-    leading = x.dim() - 2
-    split = x.view(*x.shape[:-2], *axes)  # an axis splits under any strides
-    walked = split.permute(*range(leading), *(leading + i for i in order))
-    return walked.clone(memory_format=torch.contiguous_format)
 
 
 def _inside(what: str, index: int | Tensor, size: int) -> Any:

@@ -21,6 +21,7 @@ place instead of 128 bytes from each of 64.
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from qwen35.errors import InputError
@@ -41,8 +42,8 @@ def encode(codes: Tensor) -> Tensor:
 
     A copy, on the same device. InputError for another dtype, or when 128 does not divide K.
     """
-    fours = _fours(codes).unflatten(-1, (2, 4, 2, 2))  # [..., spans, t, c, half, u]
-    words = _in_order(fours.movedim((-3, -4, -1, -2), (-4, -3, -2, -1)))
+    order = "... (t c half u) -> ... (c t u half)"
+    words = rearrange(_fours(codes), order, t=2, c=4, half=2, u=2).contiguous()
     return _moved(words, list(enumerate(PLACES))).view(codes.shape)
 
 
@@ -50,8 +51,8 @@ def decode(encoded: Tensor) -> Tensor:
     """What `encode` was given."""
     _fours(encoded)
     words = _moved(encoded.contiguous(), [(place, bit) for bit, place in enumerate(PLACES)])
-    fours = _fours(words).unflatten(-1, (4, 2, 2, 2))  # [..., spans, c, t, u, half]
-    ordered = _in_order(fours.movedim((-4, -3, -2, -1), (-3, -4, -1, -2)))
+    order = "... (c t u half) -> ... (t c half u)"
+    ordered = rearrange(_fours(words), order, t=2, c=4, half=2, u=2).contiguous()
     return ordered.view(torch.uint8).view(encoded.shape)
 
 
@@ -62,13 +63,15 @@ def tiles(x: Tensor, width: int) -> Tensor:
     width L.
     """
     N, L = _tiled(x, width)
-    return x.reshape(N // TILE_N, TILE_N, L // width, width).transpose(1, 2).reshape(N, L)
+    tiled = rearrange(x, "(n row) (l column) -> n l row column", row=TILE_N, column=width)
+    return tiled.reshape(N, L)
 
 
 def rows(tiled: Tensor, width: int) -> Tensor:
     """What `tiles` was given."""
     N, L = _tiled(tiled, width)
-    return tiled.reshape(N // TILE_N, L // width, TILE_N, width).transpose(1, 2).reshape(N, L)
+    whole = tiled.reshape(N // TILE_N, L // width, TILE_N, width)
+    return rearrange(whole, "n l row column -> (n row) (l column)")
 
 
 def _tiled(x: Tensor, width: int) -> tuple[int, int]:
@@ -89,11 +92,6 @@ def _fours(codes: Tensor) -> Tensor:
             f"expected [..., K/2] torch.uint8 with K a multiple of {SPAN}"
         )
     return codes.contiguous().view(torch.int16).view(*rows, half * 2 // SPAN, SPAN // 4)
-
-
-def _in_order(x: Tensor) -> Tensor:
-    """A copy that is row-major, of nothing too."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _moved(data: Tensor, moves: list[tuple[int, int]]) -> Tensor:

@@ -49,7 +49,7 @@ def _summed(parts, column, mask, rows, N, SPLITS: tl.constexpr):
 
 @triton.jit
 def choose(
-    parts, experts, weights, hidden, openness, rows, N,
+    parts, experts, weights, hidden, shared_gate, rows, N,
     E: tl.constexpr, TOP_K: tl.constexpr, NORM: tl.constexpr, I: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +57,7 @@ def choose(
     Program (row, 1): the shared expert's silu(gate) * up, and the sigmoid that it is let through by.
 
     parts [SPLITS, rows, N] fp32 with columns E logits, 1 opening, I gates, I ups (N = E when I is 0)
-    -> experts [rows, TOP_K] int32, weights [rows, TOP_K] fp32, hidden [rows, I] bf16, openness [rows].
+    -> experts [rows, TOP_K] int32, weights [rows, TOP_K] fp32, hidden [rows, I] bf16, shared_gate [rows].
     """
     row = tl.program_id(0)
     parts += row * N
@@ -95,4 +95,4 @@ def choose(
         activated = gate / (1 + tl.exp(-gate)) * up
         tl.store(hidden + row * I + i, activated.to(tl.bfloat16), mask=i < I)
         opening = _summed(parts, E, True, rows, N, SPLITS)
-        tl.store(openness + row, 1 / (1 + tl.exp(-opening)))
+        tl.store(shared_gate + row, 1 / (1 + tl.exp(-opening)))

@@ -25,7 +25,7 @@ from reference.attention import GatedAttention
 from reference.layer import DecoderLayer
 from reference.linear import GRID
 from reference.model import Model
-from reference.moe import MLP, Experts, Router
+from reference.moe import MLP, GroupedExperts, Router
 from reference.mtp import MTP
 from reference.norm import RMSNorm, RMSNormGated
 from tests.support.family import small_model
@@ -278,12 +278,12 @@ def softmax_of_the_chosen_probabilities(patch: Patch, model: Model) -> None:
 @fault("Experts")
 def weights_in_the_order_of_the_experts(patch: Patch, model: Model) -> None:
     """The experts sorted by index, their weights not."""
-    healthy = Experts.forward
+    healthy = GroupedExperts.forward
 
-    def forward(self: Experts, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    def forward(self: GroupedExperts, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         return healthy(self, x, experts.sort(dim=-1).values, weights)
 
-    patch.setattr(Experts, "forward", forward)
+    patch.setattr(GroupedExperts, "forward", forward)
 
 
 @fault("GatedAttention")

@@ -38,7 +38,7 @@ WRITTEN = {
     "gate_up": ("first", "hidden"),
     "down": ("partial", "out"),
     "linear": ("out",),
-    "choose": ("experts", "weights", "hidden", "openness"),
+    "choose": ("experts", "weights", "hidden", "shared_gate"),
 }
 NOWHERE = -1000  # as an id or a pair: outside of every array
 

@@ -26,12 +26,12 @@ OURS = "ours"
 
 
 class Chosen(NamedTuple):
-    """experts [N, k], weights [N, k], hidden [N, I], openness [N]."""
+    """experts [N, k], weights [N, k], hidden [N, I], shared_gate [N]."""
 
     experts: Tensor
     weights: Tensor
     hidden: Tensor
-    openness: Tensor
+    shared_gate: Tensor
 
 
 class Sizes(NamedTuple):
@@ -95,7 +95,7 @@ def ours(weight: Tensor, sizes: Sizes, target: str) -> Choose:
     def choose(x: Tensor) -> Chosen:
         launches, choice = router.launches(x)
         run(launches, x.device)
-        return Chosen(choice.experts, choice.weights, choice.hidden, choice.openness)
+        return Chosen(choice.experts, choice.weights, choice.hidden, choice.shared_gate)
 
     return choose
 
@@ -144,7 +144,7 @@ def check(
             if sizes.I:
                 sides = [chosen(*side, sizes) for side in (exact, rough)]
                 compared["hidden"] = [side.hidden[:n] for side in sides]
-                compared["openness"] = [side.openness[:n] for side in sides]
+                compared["shared_gate"] = [side.shared_gate[:n] for side in sides]
             for what, (oracle, by_bf16) in compared.items():
                 multiple, more = mixture.judged(
                     f"{name}, {what}", getattr(out, what), oracle, by_bf16

@@ -1,8 +1,8 @@
 """Planted faults, through the command line: exit status 1, and the first row is the node that was broken.
 
-Two kinds: nodes that compute something else (every second one of `test_diff.py`), and a loader that reads a
-checkpoint wrongly. For the latter the reference is the same model in another dialect, which the
-fault does not touch.
+There are two kinds: nodes that compute something else (every second one of `test_diff.py`), and a loader
+that reads a checkpoint wrongly. For the latter the reference is the same model in another dialect, which
+the fault does not touch.
 """
 
 import json

@@ -227,7 +227,7 @@ def test_the_router_alone(generator: torch.Generator) -> None:
         (lambda out: out._replace(experts=out.experts * 0), "experts [0, 0, 0, 0]"),
         (lambda out: out._replace(weights=out.weights * 1.1), "weights: error"),
         (lambda out: out._replace(hidden=out.hidden.flip(-1)), "hidden: error"),
-        (lambda out: out._replace(openness=1 - out.openness), "openness: error"),
+        (lambda out: out._replace(shared_gate=1 - out.shared_gate), "shared_gate: error"),
     ],
 )
 def test_the_router_check_sees_faults(

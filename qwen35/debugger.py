@@ -1,0 +1,49 @@
+"""Stop in the debugger inside of a node's forward, without editing a file."""
+
+import pdb
+from typing import Any
+
+from torch import Tensor, nn
+
+from qwen35.cache import Cache
+from qwen35.errors import InputError
+from qwen35.swap import nodes
+from reference.model import Model
+
+
+def break_in(model: Model, pattern: str, position: int = 0) -> list[str]:
+    """Let pdb stop at the first line of the forward of each node that fits a pattern.
+
+    It stops once a node, in the pass that computes the token at `position` of the sequence (0 is the
+    first token of the prompt). A node of the MTP head stops when it first drafts beyond that token. The
+    nodes compute what they would without it. Returns their names. InputError when no node fits.
+    """
+    if position < 0:
+        raise InputError(f"break at token {position}; expected a position >= 0")
+    found = nodes(model, pattern)
+    passes: list[range] = [range(0)]  # positions of the trunk's pass, the latest one only
+
+    def note_pass(_: nn.Module, arguments: tuple[Tensor, Cache]) -> None:
+        ids, cache = arguments
+        passes[0] = range(cache.length, cache.length + ids.shape[1])
+
+    model.register_forward_pre_hook(note_pass)
+    for name, node in found.items():
+        _stop_once(name, node, passes, position)
+    return list(found)
+
+
+def _stop_once(name: str, node: nn.Module, passes: list[range], position: int) -> None:
+    """Replace a node's forward until it has stopped: then the class's own is back."""
+    forward = node.forward
+
+    def stopping(*arguments: Any) -> Any:
+        reached = passes[0].stop > position
+        if not (reached if name.startswith("mtp") else position in passes[0]):
+            return forward(*arguments)
+        del node.forward
+        print(f"in {name}, {type(node).__name__}.forward, positions {passes[0].start} to "
+              f"{passes[0].stop - 1}")  # fmt: skip
+        return pdb.Pdb().runcall(forward, *arguments)
+
+    node.forward = stopping
