@@ -93,6 +93,7 @@ class Loader:
         swaps: Swaps = (),
     ) -> None:
         self.checkpoint = Checkpoint(folder)
+        self.checkpoint.check_idle()
         self.config = text_model(self.checkpoint)
         for problem in self.checkpoint.problems:
             warnings.warn(f"{self.checkpoint.folder}: {problem}", stacklevel=3)

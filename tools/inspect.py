@@ -189,16 +189,18 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, is_hollow: bool) -> Inspected:
     is_hollow: only headers are there, so no numbers can be compared.
     """
     config = text_model(checkpoint, compare=not is_hollow)
-    problems = list(checkpoint.problems)
+    problems = checkpoint.problems
     tokenizer, defaults = None, Defaults()
     try:
+        if not is_hollow:
+            checkpoint.check_idle()
         checkpoint.check(shapes(lay_out(config)))
         if (checkpoint.folder / "tokenizer.json").exists():
             tokenizer = Tokenizer(checkpoint.folder)
         defaults = Defaults.of_folder(checkpoint.folder, config, tokenizer)
     except InputError as error:
         problems.append(str(error))
-    problems += [defaults.warning] if defaults.warning else []
+    problems = [*problems, *([defaults.warning] if defaults.warning else [])]
     ignored = set(checkpoint.ignored)
     stored = [name for name in checkpoint.stored if name not in ignored]
     vision = [checkpoint.stored[name] for name in checkpoint.ignored if ".visual." in name]

@@ -6,6 +6,7 @@ knows the format of its numbers, where they lie, and how to get them.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +20,17 @@ from weights import fp8
 from weights.entry import (
     FUSED,
     PLAIN,
+    RUN_TIME,
     Entry,
+    check_readable,
     entry_of,
     is_run_time_scale,
     owner_of,
-    scales_of_rows,
     stem_of,
 )
-from weights.quantization import PREFIX, Quantization, compare
-from weights.storage import Stored, open_folder, some
+from weights.expert_scales import expert_scales, is_unscaled
+from weights.quantization import PREFIX, Quantization, compare, name_pattern
+from weights.storage import DTYPE_NAMES, Stored, open_folder, some
 
 UNFINISHED = ".conversion"  # in a folder that weights/convert.py is still writing
 COMPUTED = re.compile(
@@ -69,13 +72,21 @@ class Checkpoint:
         self.entries: dict[str, Entry] = {}
         self.parts: dict[str, list[str]] = {}
         self.ignored: dict[str, str] = {}
+        self.idle: dict[str, Stored] = {}  # by name of a scale the plain weight beside it
         opened = open_folder(self.folder)
         self.stored = {stored.name: stored for stored in opened.listed + opened.unlisted}
         self.notes, self.problems = list(opened.notes), list(opened.problems)
         self.unlisted = {stored.name for stored in opened.unlisted}
         formats: dict[str, str] = {}
+        # A foreign format's own tensors say more than the dtypes of its weights, so they come first.
+        for stored in opened.listed:
+            if not PREFIX.sub("", stored.name).startswith("visual."):
+                check_readable(stored)
         for stored in self.stored.values():
             self._add(stored, formats)
+        for name in {entry.scale.name for entry in self.entries.values() if entry.scale}:
+            if self.idle.pop(name, None):  # it serves one expert, if not the first one
+                del self.ignored[name]
         problems, notes = compare(self.quantization, formats)
         self.problems += [*disagreements(self.document), *problems]
         self.notes += notes
@@ -88,7 +99,7 @@ class Checkpoint:
         if COMPUTED.search(name):
             self.ignored[stored.name] = "computed from the config"
             return
-        if is_run_time_scale(stored, self.config.num_key_value_heads):
+        if is_run_time_scale(stored, self.config):
             self.ignored[stored.name] = "a scale for run time; the weights are exact without it"
             return
         try:
@@ -121,14 +132,17 @@ class Checkpoint:
             self.entries[part_name] = part
 
     def _check_scale(self, scale: Stored, weight: Stored) -> None:
-        """Note a scale that is of no use: transformers writes one for matrices that it left alone."""
+        """Note a scale that is of no use. transformers writes one beside matrices that it left alone,
+        with whatever was in memory.
+        """
         if weight.dtype in PLAIN:
             self.ignored[scale.name] = f"{weight.name} is not quantised, so it has no scales"
+            self.idle[scale.name] = weight
 
     def whole(self, stored: Stored) -> Entry:
         """A stored tensor as an entry, with all that it holds."""
         block = self.quantization.block if self.quantization else fp8.BLOCK
-        return entry_of(stored, self.stored, block)
+        return entry_of(stored, self.stored, block, self.config.num_experts)
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Compare the entries with the parameters that a model has: names, then shapes, both ways."""
@@ -150,6 +164,36 @@ class Checkpoint:
                     f"{self.folder}: {name} has shape {list(self.entries[name].shape)} in the file, "
                     f"the config needs {list(shape)}"
                 )
+
+    @property
+    def run_time(self) -> dict[str, Stored]:
+        """Scales for run time, such as those of an FP8 cache, by their names less the prefix."""
+        found = (name for name in self.ignored if RUN_TIME.match(name))
+        return {PREFIX.sub("", name): self.stored[name] for name in found}
+
+    def check_idle(self) -> None:
+        """Add a problem for unused scales that are not 1. This reads numbers.
+
+        InputError where the plain weight beside one holds nothing but FP8 numbers: then somebody forgot
+        to apply it.
+        """
+        kinds: Counter[str] = Counter()
+        for name, weight in self.idle.items():
+            scale = self.stored[name].read()
+            values = scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale
+            if not bool((values.float() != 1).any()):
+                continue
+            if is_unscaled(weight.read()):
+                raise InputError(
+                    f"{self.folder}: {weight.name} has dtype {DTYPE_NAMES[weight.dtype]} and holds FP8 "
+                    f"numbers (e4m3) to which {name} was not applied"
+                )
+            kinds[name_pattern(PREFIX.sub("", name))] += 1
+        self.problems += [
+            f"{pattern} ({count} x): not applied, though it is not 1: the weight beside it is not "
+            "quantised"
+            for pattern, count in kinds.items()
+        ]
 
     def ignore(self, prefix: str, reason: str) -> None:
         """Put the entries under `prefix` aside, as no part of the model to be built."""
@@ -203,10 +247,12 @@ def _expert(whole: Entry, expert: int, first: int, rows: int) -> Entry:
 
     if whole.scale is None:
         return _part(whole, numbers)
-    total = whole.shape[1]
-    scales, block = scales_of_rows(whole.scale, expert, first, rows, total, whole.block)
-    shape = (rows, whole.shape[2])
-    return replace(whole, shape=shape, block=block, slices=(numbers, scales))
+    E, N, K = whole.shape
+    part = range(first, first + rows)
+    scales, block = expert_scales(whole.scale, expert, E, (N, K), part, whole.block)
+    shape = (rows, K)
+    share = rows / (E * N) if E * N else 0.0
+    return replace(whole, shape=shape, block=block, slices=(numbers, scales), scale_share=share)
 
 
 def _part(whole: Entry, view: Callable[[Tensor], Tensor]) -> Entry:

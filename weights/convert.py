@@ -262,6 +262,8 @@ class _Conversion:
             if is_quantised or len(item.entry.shape) < 2 or "embed_tokens" in item.name:
                 continue
             bare = PREFIX.sub("", item.name)
+            if bare in self.checkpoint.run_time:
+                continue
             is_fused = item.name == item.entry.stored_as and item.entry.is_fused_experts
             names = self.checkpoint.parts[item.name] if is_fused else [bare]
             prefix = item.name.removesuffix(bare)

@@ -12,42 +12,39 @@ A tensor's format follows from its dtype and from the scales beside it, whatever
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from qwen35.config import Config
 from qwen35.errors import InputError
 from weights import fp8, mxfp4
+from weights.expert_scales import E8M0, View, block_of, expert_scales
 from weights.storage import DTYPE_NAMES, Stored
 
 Format = Literal["plain", "mxfp4", "fp8"]
-View = Callable[[Tensor], Tensor]
 PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-E8M0 = (torch.uint8, torch.float8_e8m0fnu)
 PACKED = ".weight_packed"  # what compressed-tensors calls a weight whose codes share bytes
 SCALES = (".weight_scale", ".weight_scale_inv")
 FUSED = ("gate_up_proj", "down_proj")  # all experts of a layer in one tensor
-FUSED_SCALES = tuple(f"{name}_scale_inv" for name in FUSED)
+FUSED_SCALES = tuple(f"{name}{suffix}" for name in FUSED for suffix in ("_scale", "_scale_inv"))
 ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
-# Scales of activations and of the KV cache: one number each, or one a KV head. The weights are exact
-# without them.
+# Scales of activations, of attention and of the KV cache. The weights are exact without them.
 RUN_TIME = re.compile(
-    r"\.(input_scale|input_scale_inv|output_scale|activation_scale|input_global_scale|"
-    r"(gate_up_proj|down_proj)_activation_scale|[kvq]_scale|kv_scale|prob_scale)$"
+    r".*(\.(k|v|kv|q|prob)_scale|[._](input|output|activation|act)(_global)?_scale(_inv)?)$"
 )
-# Tensors that only other formats have, by the ends of their names.
+KEYS_AND_VALUES = re.compile(r".*\.((k|v|kv)_scale|[kv]_proj\.output_scale)$")
+# Endings of names that only these formats have.
 FOREIGN = {
-    ".qweight": "packed integers (GPTQ, AWQ)",
-    ".qzeros": "packed integers (GPTQ, AWQ)",
-    ".weight_global_scale": "NVFP4",
-    ".weight_scale_2": "NVFP4",
-    ".weight_zero_point": "integers with zero points",
-    ".absmax": "bitsandbytes",
-    ".SCB": "bitsandbytes",
+    "NVFP4": (".weight_global_scale", ".weight_scale_2"),
+    "packed integers (GPTQ, AWQ)": (".qweight", ".qzeros", ".g_idx"),
+    "bitsandbytes": (".absmax", ".quant_map", ".nested_absmax", ".SCB", "__nf4", "__fp4"),
+    "packed integers of compressed-tensors": (".weight_shape", ".weight_zero_point"),
+    "MXFP4 of gpt-oss": ("_proj_blocks", "_proj_scales"),
 }
 
 
@@ -67,6 +64,7 @@ class Entry:
     block: tuple[int, int] = fp8.BLOCK
     view: View | None = None
     slices: tuple[View, View] | None = None
+    scale_share: float = 1.0  # of the stored scales, that part which serves this parameter
 
     @property
     def stored_as(self) -> str:
@@ -99,14 +97,9 @@ class Entry:
         packed = 2 if self.format == "mxfp4" else 1
         whole = math.prod(self.weight.shape) * packed
         share = math.prod(self.shape) / whole if whole else 0
-        scales = 0
-        if self.scale is not None:
-            part = (
-                self.scale.shape if self.slices is None else _shape_of(self.slices[1], self.scale)
-            )
-            scales = math.prod(part) * self.scale.dtype.itemsize
-            scales = round(scales * share) if self.slices is None else scales
-        return round(self.weight.nbytes * share) + scales
+        of_scales = self.scale_share if self.slices else share
+        scales = self.scale.nbytes * of_scales if self.scale else 0
+        return int(self.weight.nbytes * share + scales)
 
     def numbers(self) -> tuple[Tensor, Tensor]:
         """The stored numbers and scales of a quantised parameter, a part's own where it is one."""
@@ -178,7 +171,7 @@ def owner_of(scale: str, stored: Mapping[str, Stored]) -> str | None:
     elif scale.endswith(tuple(f".experts.{name}" for name in FUSED_SCALES)):
         experts, _, leaf = scale.rpartition(".")
         first = "gate_proj" if leaf.startswith("gate_up") else "down_proj"
-        owners = [scale.removesuffix("_scale_inv"), f"{experts}.0.{first}.weight"]
+        owners = [f"{experts}.{leaf.partition('_scale')[0]}", f"{experts}.0.{first}.weight"]
     else:
         return None
     owner = next((name for name in owners if name in stored), None)
@@ -187,37 +180,47 @@ def owner_of(scale: str, stored: Mapping[str, Stored]) -> str | None:
     return owner
 
 
-def is_run_time_scale(tensor: Stored, heads: int) -> bool:
-    """Whether a tensor is a scale of activations or of the KV cache. heads: KV heads, each of which may
-    have one."""
-    size = math.prod(tensor.shape)
-    is_expert_list = tensor.name.endswith("proj_activation_scale")
-    return RUN_TIME.search(tensor.name) is not None and (is_expert_list or size in (1, heads))
+def is_run_time_scale(tensor: Stored, config: Config) -> bool:
+    """Whether a tensor only scales something at run time: one floating-point number under such a name, or
+    one a head or an expert."""
+    if RUN_TIME.match(tensor.name) is None or tensor.dtype not in PLAIN:
+        return False
+    count = math.prod(tensor.shape)
+    several = (config.num_attention_heads, config.num_key_value_heads)
+    if ".experts." in tensor.name:
+        several = (config.num_experts,)
+    return count == 1 or (count == max(tensor.shape, default=1) and count in several)
 
 
-def entry_of(tensor: Stored, stored: Mapping[str, Stored], block: tuple[int, int]) -> Entry:
+def check_readable(tensor: Stored) -> None:
+    """Raise InputError for a tensor of a format that is not read."""
+    for name, endings in FOREIGN.items():
+        if tensor.name.endswith(endings):
+            raise InputError(
+                f"{tensor.file}: {tensor.name} is in a format that is not read here: {name}"
+            )
+
+
+def entry_of(
+    tensor: Stored, stored: Mapping[str, Stored], block: tuple[int, int], experts: int
+) -> Entry:
     """A stored tensor as an entry: its format follows from its dtype and the scales beside it.
 
-    stored: all tensors by name. block: rows and columns of an FP8 block. InputError, naming the tensor,
-    for what is in no format that is known.
+    stored: all tensors by name. block: rows and columns of an FP8 block. experts: of the model.
+    InputError, naming the tensor, for what is in no format that is known.
     """
     kind = DTYPE_NAMES[tensor.dtype]
     if tensor.dtype in PLAIN:
         return Entry(tensor, tensor.shape)
-    stem, module = stem_of(tensor.name), tensor.name.rpartition(".")[0]
-    for end, foreign in FOREIGN.items():
-        if f"{module}{end}" in stored or f"{tensor.name}{end}" in stored:
-            raise InputError(f"{tensor.name} is in a format that is not read here: {foreign}")
+    stem = stem_of(tensor.name)
     plain = ", ".join(DTYPE_NAMES[dtype] for dtype in PLAIN)
     if tensor.dtype not in (torch.uint8, fp8.E4M3):
         raise InputError(f"{tensor.name} has dtype {kind}; readable are {plain}, U8 and F8_E4M3")
-    beside = [f"{stem}{suffix}" for suffix in SCALES if f"{stem}{suffix}" in stored]
-    if (
-        not beside
-        and tensor.dtype == fp8.E4M3
-        and (fused := _of_fused_scales(tensor, stored, block))
-    ):
-        return fused
+    own = [name for suffix in SCALES if (name := f"{stem}{suffix}") in stored]
+    beside = own + _fused_scale_names(tensor.name, stored)
+    is_fused = len(beside) == 1 and not own and tensor.dtype == fp8.E4M3
+    if is_fused and (entry := _of_fused_scales(tensor, stored[beside[0]], block, experts)):
+        return entry
     if tensor.name == stem or len(beside) != 1:
         raise InputError(
             f"{tensor.name} has dtype {kind} and {len(beside)} tensors of scales; one is expected, "
@@ -240,71 +243,60 @@ def entry_of(tensor: Stored, stored: Mapping[str, Stored], block: tuple[int, int
     return Entry(tensor, (rows, columns * 2), "mxfp4", scale)
 
 
-def _fp8_block(tensor: Stored, scale: Stored, block: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns that share a scale of a matrix: as the config says, or 32 of a row (MXFP8)."""
+def _fused_scale_names(weight: str, stored: Mapping[str, Stored]) -> list[str]:
+    """Which tensors hold the scales of all experts of the layer that a weight is an expert of."""
+    one = ONE_EXPERT.fullmatch(weight)
+    fused = weight if one is None else f"{one[1]}.{'down' if one[3] == 'down' else 'gate_up'}_proj"
+    if not fused.endswith(tuple(f".experts.{name}" for name in FUSED)):
+        return []
+    return [name for suffix in ("_scale_inv", "_scale") if (name := f"{fused}{suffix}") in stored]
+
+
+def _check_scale_dtype(scale: Stored) -> None:
     if scale.dtype not in (*PLAIN, *E8M0):
         plain = ", ".join(DTYPE_NAMES[dtype] for dtype in PLAIN)
         raise InputError(
-            f"{scale.name} has dtype {DTYPE_NAMES[scale.dtype]}; scales of FP8 are {plain} or e8m0"
+            f"{scale.name} has dtype {DTYPE_NAMES[scale.dtype]}; scales of FP8 are {plain} or F8_E8M0, U8"
         )
-    rows, columns = tensor.shape
-    per_32 = (1, mxfp4.GROUP)
-    if scale.dtype in E8M0 and scale.shape == (rows, -(-columns // per_32[1])):
-        return per_32
+
+
+def _fp8_block(tensor: Stored, scale: Stored, block: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns that share a scale of a matrix."""
+    _check_scale_dtype(scale)
+    own = block_of(scale, scale.shape, tensor.shape, block)
     try:
-        fp8.granularity((rows, columns), scale.shape, block)
+        fp8.granularity(tensor.shape, scale.shape, own)
     except InputError as error:
         raise InputError(f"{scale.name}: {error}") from None
-    return block
+    return own
 
 
 def _of_fused_scales(
-    tensor: Stored, stored: Mapping[str, Stored], block: tuple[int, int]
+    tensor: Stored, scale: Stored, block: tuple[int, int], experts: int
 ) -> Entry | None:
-    """FP8 experts whose scales are in one tensor a layer, [E, blocks, blocks], themselves fused or one
-    by one; None where there is none."""
-    one = ONE_EXPERT.fullmatch(tensor.name)
-    if one is None:
-        scale = stored.get(f"{tensor.name}_scale_inv")
-        if scale is None:
-            return None
-        if len(tensor.shape) != 3 or len(scale.shape) != 3 or tensor.shape[0] != scale.shape[0]:
-            raise InputError(
-                f"{tensor.name} has shape {list(tensor.shape)} and {scale.name} "
-                f"{list(scale.shape)}; [experts, rows, columns] were expected of both"
-            )
-        return Entry(tensor, tensor.shape, "fp8", scale, block)
-    experts, expert, projection = one[1], int(one[2]), one[3]
-    name = "down_proj" if projection == "down" else "gate_up_proj"
-    scale = stored.get(f"{experts}.{name}_scale_inv")
-    if scale is None or len(scale.shape) != 3 or expert >= scale.shape[0]:
-        return None
-    half = {"gate": 0, "up": 1}.get(projection)
-    rows, _ = tensor.shape
-    total = rows if half is None else 2 * rows
-    of_scale = scales_of_rows(scale, expert, 0 if not half else rows, rows, total, block)
-    part = Entry(tensor, tensor.shape, "fp8", scale, of_scale[1], slices=(lambda t: t, of_scale[0]))
-    fp8.granularity(tensor.shape, _shape_of(of_scale[0], scale), of_scale[1])
-    return part
+    """FP8 experts whose scales are in one tensor a layer, themselves fused or one by one.
 
-
-def scales_of_rows(
-    scale: Stored, expert: int, first: int, rows: int, total: int, block: tuple[int, int]
-) -> tuple[View, tuple[int, int]]:
-    """The scales of some rows of one expert of a fused matrix, and the block that each of them serves.
-
-    scale: [E, blocks of rows, blocks of columns]. first, rows: of the part. total: rows of the matrix.
+    None for a fused tensor that has not three axes.
     """
-    halves = total // rows
-    blocks = -(-rows // block[0])
-    if scale.shape[1] in (halves * blocks, halves):  # each half has blocks of its own
-        count = scale.shape[1] // halves
-        start = first // rows * count
-        return lambda t: t[expert, start : start + count], block
-    # A block reaches from one half into the other: a scale for each row says the same.
-    return (
-        lambda t: t[expert].repeat_interleave(block[0], 0)[first : first + rows],
-        (1, block[1]),
+    one = ONE_EXPERT.fullmatch(tensor.name)
+    if one is None and len(tensor.shape) != 3:
+        return None
+    _check_scale_dtype(scale)
+    if one is None:
+        return Entry(tensor, tensor.shape, "fp8", scale, block)  # its parts are checked one by one
+    expert, projection = int(one[2]), one[3]
+    N, K = tensor.shape[0], tensor.shape[1]
+    first = N if projection == "up" else 0
+    matrix = (N if projection == "down" else 2 * N, K)
+    of_scale, own = expert_scales(scale, expert, experts, matrix, range(first, first + N), block)
+    return Entry(
+        tensor,
+        tensor.shape,
+        "fp8",
+        scale,
+        own,
+        slices=(lambda t: t, of_scale),
+        scale_share=N / (experts * matrix[0]),
     )
 
 

@@ -11,7 +11,16 @@ from torch import Tensor
 from qwen35.errors import InputError
 from weights import fp8, mxfp4
 from weights.checkpoint import Checkpoint
-from weights.entry import PACKED, PLAIN, Entry, check_scale, owner_of, stem_of
+from weights.entry import (
+    KEYS_AND_VALUES,
+    PACKED,
+    PLAIN,
+    RUN_TIME,
+    Entry,
+    check_scale,
+    owner_of,
+    stem_of,
+)
 from weights.quantization import PREFIX
 from weights.rounding import Rounding
 from weights.shard import Plan, Shard
@@ -129,7 +138,9 @@ def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
         if owner_of(stored.name, checkpoint.stored) is not None:  # written with its weight
             continue
         if stored.name in ignored:
-            if stored.name not in checkpoint.unlisted:
+            # Scales of activations belong to the old format; those of keys and values to any.
+            is_stale = RUN_TIME.match(stored.name) and not KEYS_AND_VALUES.match(stored.name)
+            if stored.name not in checkpoint.unlisted and not is_stale:
                 items.append(Item(stored.name, Entry(stored, stored.shape), "copy"))
             continue
         whole = checkpoint.whole(stored)

@@ -6,7 +6,7 @@ claim is only compared with that: repositories exist whose lists are wrong.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -18,21 +18,59 @@ from qwen35.errors import InputError
 from weights import fp8
 
 # The keys under which clients list the modules that they left alone. All of them are read.
-EXCLUDED = ("exclude", "modules_to_not_convert", "ignored_layers", "ignore", "exclude_modules")
+EXCLUDED = (
+    "exclude",
+    "modules_to_not_convert",
+    "ignored_layers",
+    "ignore",
+    "exclude_modules",
+    "ignored_modules",
+)
 # The methods whose lists are understood. What others claim is not compared with the tensors.
-METHODS = ("fp8", "quark", "compressed-tensors", "modelopt", "mxfp4")
+METHODS = ("fp8", "quark", "compressed-tensors", "modelopt", "fbgemm_fp8", "mxfp4")
 LARGEST_BLOCK = 1 << 16  # rows or columns: a block is laid out once while it is decoded
 PREFIX = re.compile(r"^model\.(language_model\.)?")
 
 
+class Modules:
+    """A list that names modules of the file: by name or a parent's, with or without the prefix, by globs
+    (`*mlp.gate`) and by expressions (`re:.*mlp.gate`). InputError for an expression that is none."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        expressions = [e[3:] for e in entries if e.startswith("re:")]
+        others = [PREFIX.sub("", e) for e in entries if not e.startswith("re:")]
+        self.globs = [entry for entry in others if set("*?[") & set(entry)]
+        self.names = frozenset(others).difference(self.globs)  # looked up: there may be thousands
+        try:
+            self.expressions = [re.compile(expression) for expression in expressions]
+        except re.error as error:
+            raise InputError(
+                f"quantization_config: {error.pattern!r} cannot be read: {error}"
+            ) from None
+
+    def __contains__(self, module: str) -> bool:
+        bare = PREFIX.sub("", module)
+        parents = accumulate(bare.split("."), "{}.{}".format)
+        return (
+            any(parent in self.names for parent in parents)
+            or any(fnmatchcase(bare, glob) for glob in self.globs)
+            or any(e.match(form) for e in self.expressions for form in (module, f"model.{bare}"))
+        )
+
+
 @dataclass(frozen=True)
 class Quantization:
-    """A claim. method: what wrote it, as in "fp8" (Qwen's repositories) or "quark" (AMD's). excluded:
-    names or globs of modules that it leaves alone. block: rows and columns of an FP8 block."""
+    """A claim.
+
+    method: what wrote it, as in "fp8" (Qwen) or "quark" (AMD). excluded: names, globs and
+    expressions of modules that it leaves alone. block: rows and columns of an FP8 block. targets: what is
+    quantised, "Linear" or entries as in `excluded` (compressed-tensors).
+    """
 
     method: str
     excluded: tuple[str, ...] = ()
     block: tuple[int, int] = fp8.BLOCK
+    targets: tuple[str, ...] = ("Linear",)
 
     @classmethod
     def from_config(cls, document: Mapping[str, Any]) -> "Quantization | None":
@@ -49,46 +87,40 @@ class Quantization:
         if not isinstance(claim, dict):
             raise InputError(f"quantization_config = {claim!r}; expected an object")
         claim = without_nulls(claim)
-        excluded: list[str] = []
-        for key in EXCLUDED:
-            names = claim.get(key, [])
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise InputError(
-                    f"quantization_config: {key} = {names!r}; expected a list of names"
-                )
-            excluded += names
-        block = claim.get("weight_block_size") or _block_structure(claim) or list(fp8.BLOCK)
+        excluded = [entry for key in EXCLUDED for entry in _names(claim, key)]
+        groups = claim.get("config_groups")
+        groups = list(groups.values()) if isinstance(groups, dict) else []
+        groups = [group for group in groups if isinstance(group, dict)]
+        targets = [target for group in groups for target in _names(group, "targets")]
+        block = claim.get("weight_block_size") or _block_structure(groups) or list(fp8.BLOCK)
         if not isinstance(block, list) or len(block) != 2 or not all(_is_size(b) for b in block):
             raise InputError(
                 f"quantization_config: weight_block_size = {block!r}; expected [128, 128]"
             )
-        return cls(str(claim.get("quant_method")), tuple(excluded), (block[0], block[1]))
-
-    def excludes(self, module: str) -> bool:
-        """Whether the list names this module of the file or a parent of it, with or without the prefix,
-        or holds a glob (`*mlp.gate`) or an expression (`re:.*mlp.gate`) that fits."""
-        names, globs, expressions = self._entries
-        bare = PREFIX.sub("", module)
-        parents = accumulate(bare.split("."), "{}.{}".format)
-        return (
-            any(parent in names for parent in parents)
-            or any(fnmatchcase(bare, glob) for glob in globs)
-            or any(expression.match(module) for expression in expressions)
+        return cls(
+            str(claim.get("quant_method")),
+            tuple(dict.fromkeys(excluded)),
+            (block[0], block[1]),
+            tuple(dict.fromkeys(targets)) or ("Linear",),
         )
 
+    @property
+    def is_compared(self) -> bool:
+        """Whether its method's lists are understood."""
+        return self.method in METHODS
+
+    def claims(self, module: str) -> bool:
+        """Whether it says that this linear layer of the file is quantised."""
+        is_target = "Linear" in self.targets or module in self._targets
+        return is_target and module not in self._excluded
+
     @cached_property
-    def _entries(self) -> tuple[frozenset[str], list[str], list[re.Pattern[str]]]:
-        """The list as names, globs and expressions; names are looked up, since there may be thousands."""
-        expressions = [e for e in self.excluded if e.startswith("re:")]
-        others = [PREFIX.sub("", e) for e in self.excluded if not e.startswith("re:")]
-        globs = [entry for entry in others if set("*?[") & set(entry)]
-        try:
-            compiled = [re.compile(expression[3:]) for expression in expressions]
-        except re.error as error:
-            raise InputError(
-                f"quantization_config: {error.pattern!r} cannot be read: {error}"
-            ) from None
-        return frozenset(others).difference(globs), globs, compiled
+    def _excluded(self) -> Modules:
+        return Modules(self.excluded)
+
+    @cached_property
+    def _targets(self) -> Modules:
+        return Modules(self.targets)
 
 
 def fp8_claim(excluded: list[str]) -> dict[str, Any]:
@@ -156,7 +188,7 @@ def compare(claim: Quantization | None, formats: Mapping[str, str]) -> tuple[lis
     claim would read it wrong. A tensor that is not, although the claim does not exclude it, is a note:
     clients forget to list what they left alone, and its dtype says what it is.
     """
-    if claim is not None and claim.method not in METHODS:
+    if claim is not None and not claim.is_compared:
         return [
             f"quantization_config: quant_method = {claim.method!r} is not compared with the tensors; "
             "they are read as what they are"
@@ -166,7 +198,7 @@ def compare(claim: Quantization | None, formats: Mapping[str, str]) -> tuple[lis
     wrong: Counter[tuple[str, str]] = Counter()
     unlisted: Counter[tuple[str, str]] = Counter()
     for module, found in formats.items():
-        claimed = claim is not None and not claim.excludes(module)
+        claimed = claim is not None and claim.claims(module)
         if claimed == (found != "plain"):
             continue
         pattern = name_pattern(PREFIX.sub("", module))
@@ -189,14 +221,18 @@ def name_pattern(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def _block_structure(claim: Mapping[str, Any]) -> Any:
-    """The FP8 block of compressed-tensors' claim, where it states one."""
-    groups = claim.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if isinstance(weights, dict) and weights.get("block_structure"):
-            return weights["block_structure"]
-    return None
+def _names(claim: Mapping[str, Any], key: str) -> list[str]:
+    names = claim.get(key, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"quantization_config: {key} = {names!r}; expected a list of names")
+    return names
+
+
+def _block_structure(groups: Iterable[Mapping[str, Any]]) -> Any:
+    """The FP8 block of compressed-tensors' claim; None where it states none."""
+    weights = [group.get("weights") for group in groups]
+    blocks = [w.get("block_structure") for w in weights if isinstance(w, dict)]
+    return next((block for block in blocks if block), None)
 
 
 def _is_size(value: Any) -> bool:

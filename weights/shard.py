@@ -79,6 +79,8 @@ TABLE: tuple[tuple[str, int | None, tuple[Section, ...]], ...] = (
     ("layers.N.self_attn.(k|v)_proj.weight", 0, (KV,)),
     ("layers.N.self_attn.o_proj.weight", 1, (ATTENDED,)),
     ("layers.N.self_attn.(q|k)_norm.weight", None, ()),
+    ("layers.N.self_attn.(k|v|kv)_scale", None, ()),  # of keys and values in FP8
+    ("layers.N.self_attn.*.(k|v|kv|output)_scale", None, ()),  # the same
     ("layers.N.(input|post_attention)_layernorm.weight", None, ()),
     ("(embed_tokens|lm_head).weight", 0, (VOCABULARY,)),
     ("norm.weight", None, ()),
