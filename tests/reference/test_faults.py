@@ -29,6 +29,7 @@ from reference.moe import MLP, GroupedExperts, Router
 from reference.mtp import MTP
 from reference.norm import RMSNorm, RMSNormGated
 from tests.support.family import small_model
+from tests.support.faults import delta_rule_with_late_decay
 from tests.support.oracle import (
     COMPARISONS,
     OracleMTP,
@@ -328,19 +329,7 @@ def query_heads_tiled_over_kv_heads(patch: Patch, model: Model) -> None:
 
 @fault("GatedDeltaNet")
 def decay_after_the_read(patch: Patch, model: Model) -> None:
-    def wrong(
-        q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, state: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        outputs, states = [], []
-        for t in range(q.shape[1]):
-            recalled = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
-            delta = beta[:, t, :, None] * (v[:, t] - recalled)
-            decayed = g[:, t, :, None, None].exp() * state
-            state = decayed + k[:, t, :, :, None] * delta[:, :, None]
-            outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
-            states.append(state)
-        return torch.stack(outputs, 1), states
-
+    wrong = delta_rule_with_late_decay
     patch.setattr(reference.deltanet, "recurrent", wrong)
     patch.setattr(reference.deltanet, "chunk", wrong)
 

@@ -5,7 +5,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from tests.support.checkpoints import (
     write_tensors,
 )
 from tests.support.family import FAMILY, randomise
+from tests.support.memory import peak_anonymous_memory
 from tests.support.oracle import within_twice
 from weights.checkpoint import Checkpoint
 
@@ -250,21 +250,6 @@ def write_sparse(folder: Path, sizes: dict[str, Any]) -> int:
     return write_hole(folder / SINGLE, described)
 
 
-def peak_anonymous_memory(process: subprocess.Popen) -> int:
-    """The largest RssAnon, in bytes, seen while a process ran."""
-    peak = 0
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        for line in status.splitlines():
-            if line.startswith("RssAnon:"):
-                peak = max(peak, int(line.split()[1]) * 1024)
-        time.sleep(0.02)
-    return peak
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_untouched_experts_are_never_read(tmp_path: Path, dtype: str) -> None:
@@ -282,7 +267,7 @@ def test_untouched_experts_are_never_read(tmp_path: Path, dtype: str) -> None:
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        peak = peak_anonymous_memory(process)
+        peak = peak_anonymous_memory(process.pid, lambda: process.poll() is None)
         out, err = process.communicate()
     assert process.returncode == 0, err
     assert out.split() == ["0"]  # all logits are equal: the lowest id

@@ -55,6 +55,7 @@ from tests.support.checkpoints import (
     write_plain,
 )
 from tests.support.family import FAMILY
+from tests.support.memory import peak_anonymous_memory
 from tests.support.oracle import within_twice
 from tools.convert import build_parser, main
 from weights import mxfp4
@@ -1288,21 +1289,6 @@ def test_a_lock_that_outlived_its_process_is_none(little: Path) -> None:
 
 
 # --- memory ---------------------------------------------------------------------------------------
-
-
-def peak_anonymous_memory(pid: int, is_running: Callable[[], bool]) -> int:
-    """The largest RssAnon, in bytes, seen while a process ran."""
-    peak = 0
-    while is_running():
-        try:
-            status = Path(f"/proc/{pid}/status").read_text()
-        except OSError:
-            break
-        for line in status.splitlines():
-            if line.startswith("RssAnon:"):
-                peak = max(peak, int(line.split()[1]) * 1024)
-        time.sleep(0.02)
-    return peak
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -54,7 +54,8 @@ from tests.support.checkpoints import (
     write_plain,
 )
 from tests.support.family import FAMILY
-from tests.weights.test_checkpoint import ROOT, peak_anonymous_memory
+from tests.support.memory import peak_anonymous_memory
+from tests.weights.test_checkpoint import ROOT
 from weights import entry as entry_module
 from weights.checkpoint import Checkpoint
 from weights.convert import convert
@@ -337,7 +338,7 @@ def test_untouched_experts_are_never_read(tmp_path: Path, format: str) -> None:
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        peak = peak_anonymous_memory(process)
+        peak = peak_anonymous_memory(process.pid, lambda: process.poll() is None)
         out, err = process.communicate()
     assert process.returncode == 0, err
     assert out.split() == ["0"]  # all logits are equal: the lowest id

@@ -43,6 +43,7 @@ from tests.support.checkpoints import (
     edit_tensors,
     write,
 )
+from tests.support.faults import delta_rule_with_late_decay
 from weights.convert import convert
 from weights.output import Options
 
@@ -277,19 +278,7 @@ def a_query_sees_the_next_key(self: GatedAttention, x: Tensor, cache: KVCache) -
 
 @fault(DELTA)
 def decay_after_the_read(self: GatedDeltaNet, x: Tensor, state: DeltaState) -> Tensor:
-    def wrong(
-        q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, state: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        outputs, states = [], []
-        for t in range(q.shape[1]):
-            recalled = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
-            delta = beta[:, t, :, None] * (v[:, t] - recalled)
-            decayed = g[:, t, :, None, None].exp() * state
-            state = decayed + k[:, t, :, :, None] * delta[:, :, None]
-            outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], state))
-            states.append(state)
-        return torch.stack(outputs, 1), states
-
+    wrong = delta_rule_with_late_decay
     with mock.patch.multiple(reference.deltanet, recurrent=wrong, chunk=wrong):
         return GatedDeltaNet.forward(self, x, state)
 
