@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qwen35.cache import Cache
 from qwen35.errors import InputError
+from qwen35.finite import NotFiniteError, check_finite, not_finite
 from qwen35.prefix.cache import PrefixCache
 from qwen35.sampling import Sampling, Seen, pick
 from qwen35.speculative import Decoder, DraftStats
@@ -106,8 +107,16 @@ class Generation:
                 f"draft_tokens = {self.draft_tokens}, but the checkpoint has no MTP head"
             )
 
-    @torch.inference_mode()
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """InputError, naming the position and the node, where logits are NaN or infinite."""
+        try:
+            yield from self._tokens()
+        except NotFiniteError as error:
+            ids = self.prompt + self.token_ids[:-1] + error.ids
+            raise InputError(f"{error}; {self._origin(ids)}") from None
+
+    @torch.inference_mode()
+    def _tokens(self) -> Iterator[tuple[int, Tensor]]:
         started = time.perf_counter()
         self.token_ids = []
         room = self.model.config.max_position_embeddings - len(self.prompt)
@@ -115,6 +124,7 @@ class Generation:
         bits = hashlib.sha256()
         with self._reused() as (cache, hidden):
             logits = self.model.lm_head(hidden)[0, 0]  # [V]
+            check_finite(logits, len(self.prompt), ())
             seen = None
             if self.sampling.has_penalties:
                 seen = Seen(self.prompt, logits.shape[-1], logits.device)
@@ -174,6 +184,16 @@ class Generation:
             kept.finish(reuse, self.prompt)
         finally:
             kept.release(reuse)
+
+    @torch.inference_mode()
+    def _origin(self, ids: list[int]) -> str:
+        """In which node NaN or infinity begin: all tokens are computed again, as a prefill."""
+        cache = self.model.new_cache()
+        with not_finite(self.model) as found:
+            prefill(self.model, ids, cache, chunk=self.prefill_chunk, draft=False)
+        if found:
+            return f"the first node that returns such a number is {found[0]}"
+        return "a prefill of the same tokens has only finite numbers"
 
     @property
     def tokens_per_s(self) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen35.cache import Cache
+from qwen35.finite import check_finite
 from qwen35.sampling import Sampling, Seen, pick
 from reference.linear import DECODE_ROWS
 from reference.model import Model
@@ -58,7 +59,10 @@ class Decoder:
         self.fresh_ids, self.fresh_hidden = [token], hidden
 
     def round(self, limit: int) -> list[tuple[int, Tensor]]:
-        """Up to `limit` next tokens, each with the logits [V] it was picked from."""
+        """Up to `limit` next tokens, each with the logits [V] it was picked from.
+
+        NotFiniteError when such logits are NaN or infinite.
+        """
         # The trunk adds a token of its own to the accepted drafts, so one draft fewer is enough.
         drafts = self._draft(min(self.depth, limit - 1))
         rows = [self.fresh_ids[-1], *drafts]
@@ -71,6 +75,7 @@ class Decoder:
             logits = self.model.lm_head(hidden)[0]  # [len(part), V]
             self.stats.forwards += 1
             for i, row in enumerate(logits):
+                check_finite(row, start + i + 1, rows[: first + i + 1])
                 token = pick(row, start + i + 1, self.sampling, self.seen)
                 picked.append((token, row))
                 hiddens.append(hidden[:, i : i + 1])

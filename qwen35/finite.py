@@ -1,0 +1,48 @@
+"""NaN and infinity in a pass: at which token they come out, and in which node they began."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from qwen35.errors import InputError
+
+
+class NotFiniteError(InputError):
+    """The logits for the token at `position` are NaN or infinite.
+
+    ids: the tokens of the pass up to there; empty after a prefill.
+    """
+
+    def __init__(self, position: int, ids: Sequence[int]) -> None:
+        super().__init__(f"position {position}: the logits are NaN or infinite")
+        self.ids = list(ids)
+
+
+def check_finite(logits: Tensor, position: int, ids: Sequence[int]) -> None:
+    """Raise NotFiniteError where the logits [V] for the token at `position` have no finite largest."""
+    if not logits.max().isfinite():  # the largest of numbers among which is a NaN is NaN
+        raise NotFiniteError(position, ids)
+
+
+@contextmanager
+def not_finite(model: nn.Module) -> Iterator[list[str]]:
+    """A list that gets the names of nodes that return NaN or infinity, in order, while the block runs.
+
+    A node comes after the nodes in it, so the first one is where such numbers begin.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    found: list[str] = []
+
+    def look(module: nn.Module, _: object, output: object) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        floats = (o for o in outputs if isinstance(o, Tensor) and o.is_floating_point())
+        if id(module) in names and not all(bool(o.isfinite().all()) for o in floats):
+            found.append(names[id(module)])
+
+    handle = register_module_forward_hook(look)
+    try:
+        yield found
+    finally:
+        handle.remove()
