@@ -313,7 +313,8 @@ def test_experts_and_router_may_be_swapped_by_themselves(tiny: Model, refused: R
         assert refused(lambda node=node: node(x[None])).endswith("this is cpu")
     message = refused(lambda: swap(tiny, "layers.2.mlp.experts", OnGfx950Router))
     assert message == (
-        "layers.2.mlp.experts: Router.forward takes (x), Experts.forward (x, experts, weights)"
+        "layers.2.mlp.experts: Router.forward takes (x), "
+        "GroupedExperts.forward (x, experts, weights)"
     )
 
 

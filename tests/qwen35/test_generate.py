@@ -472,13 +472,22 @@ def test_an_interrupt_keeps_what_was_printed(
 
 @pytest.fixture
 def process() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts `python -m qwen35.generate` and sees to its end."""
+    """Starts `python -m qwen35.generate` and sees to its end.
+
+    A shell that runs something in the background lets it, and all that it starts, ignore SIGINT.
+    """
     started: list[subprocess.Popen] = []
 
     def start(*args: object) -> subprocess.Popen:
         command = [sys.executable, "-m", "qwen35.generate", *map(str, args)]
         started.append(
-            subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )  # fmt: skip
         )
         return started[-1]
 
