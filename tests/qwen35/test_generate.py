@@ -487,7 +487,7 @@ def process() -> Iterator[Callable[..., subprocess.Popen]]:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )  # fmt: skip
+            )
         )
         return started[-1]
 
