@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from qwen35.errors import InputError
 
 FIRST_MARK = 0xF0000  # the first of the private-use characters of which marks are chosen
+THOUGHT = ("<think>", "</think>")
 
 
 class ChatTemplate:
@@ -28,7 +29,7 @@ class ChatTemplate:
     @classmethod
     def of_folder(cls, folder: Path, config: Mapping[str, Any]) -> "ChatTemplate | None":
         """From chat_template.jinja and additional_chat_templates/, or else from tokenizer_config.json
-        (`config`), where it is a text or a list of named ones; None where there is none."""
+        (`config`), where it is a text or holds named ones; None where there is none."""
         files = {"default": folder / "chat_template.jinja"}
         files |= {
             file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")
@@ -40,7 +41,7 @@ class ChatTemplate:
         try:
             if isinstance(stated, list):
                 stated = {named["name"]: named["template"] for named in stated}
-            elif stated is not None:
+            elif stated is not None and not isinstance(stated, dict):
                 stated = {"default": stated}
             wrong = [value for value in (stated or {}).values() if not isinstance(value, str)]
         except (TypeError, KeyError) as error:
@@ -81,46 +82,61 @@ class Marker:
 
     def __init__(self, tokens: Iterable[str], given: Any, template: ChatTemplate) -> None:
         self.tokens = sorted(tokens, key=len, reverse=True)
-        seen = {c for text in (*_texts(given), *template.templates.values()) for c in text}
-        free = (chr(point) for point in count(FIRST_MARK) if chr(point) not in seen)
-        self.start, self.end = next(free), next(free)
+        texts = [*_texts(given), *template.templates.values()]
+        free = (
+            mark for mark in map(chr, count(FIRST_MARK))
+            if not any(form in text for form in (mark, _escaped(mark)) for text in texts)
+        )  # fmt: skip
+        self.start, self.end, self.cut = next(free), next(free), next(free)
         either = "|".join(map(re.escape, self.tokens)) or "(?!)"
         self.token = re.compile(either)
+        self.literal = re.compile(
+            "|".join(re.escape(t) for t in self.tokens if t not in THOUGHT) or "(?!)"
+        )
         self.marked = re.compile(
-            f"{self.start}({either}){self.end}|[{self.start}{self.end}]|({either})"
+            f"{self.start}({either}){self.end}|[{self.start}{self.end}{self.cut}]|({either})"
         )
 
-    def mark(self, given: Any) -> Any:
-        """The same mappings and lists with marks in their texts."""
+    def mark(self, given: Any, *, answer: bool = False) -> Any:
+        """The same mappings and lists with marks in their texts.
+
+        answer: whether they are what an assistant said, where `<think>` and `</think>` are the model's
+        own tokens. A template may cut the text at them and trim what is left, so that no mark may stand
+        beside them.
+        """
         if isinstance(given, str):
-            whole = self.token.sub(rf"{self.start}\g<0>{self.end}", given)
-            return self._mark_ends(whole)
+            token = self.literal if answer else self.token
+            return self._mark_ends(token.sub(rf"{self.start}\g<0>{self.end}", given))
         if isinstance(given, Mapping):
-            return {self.mark(key): self.mark(value) for key, value in given.items()}
+            said = given.get("role") == "assistant"
+            return {
+                self.mark(key): self.mark(value, answer=answer or (said and key == "content"))
+                for key, value in given.items()
+            }
         if isinstance(given, list | tuple):
-            return [self.mark(value) for value in given]
+            return [self.mark(value, answer=answer) for value in given]
         return given
 
     def _mark_ends(self, text: str) -> str:
-        """Put a mark inside of a token's beginning at the end of a text, and inside of its end at the
-        beginning: the text that a template puts beside it could complete the token."""
-        for token in self.tokens:
-            for length in range(len(token) - 1, 1, -1):
-                if text.endswith(token[:length]):
-                    text = text[:-1] + self.start + text[-1:]
-                    break
-            for length in range(len(token) - 1, 1, -1):
-                if text.startswith(token[-length:]):
-                    text = text[:1] + self.end + text[1:]
-                    break
+        """Put a mark after a token's beginning at the end of a text, and before a token's end at the
+        beginning: what a template puts beside it could complete the token, also once it has trimmed the
+        text."""
+        parts = [(token[:n], token[n:]) for token in self.tokens for n in range(1, len(token))]
+        body = text.rstrip()
+        if body.endswith(tuple(first for first, _ in parts)):
+            text = body + self.cut + text[len(body) :]
+        body = text.lstrip()
+        if body.startswith(tuple(last for _, last in parts)):
+            text = text[: len(text) - len(body)] + self.cut + body
         return text
 
     def unmark(self, rendered: str) -> tuple[str, list[tuple[str, bool]] | None]:
         """The text without marks; and, where there were any, its pieces: control tokens (True) and the
         text between them."""
-        for mark in (self.start, self.end):  # as tojson(ensure_ascii=True) writes it
-            rendered = rendered.replace(json.dumps(mark)[1:-1], mark)
-        if self.start not in rendered and self.end not in rendered:
+        marks = (self.start, self.end, self.cut)
+        for mark in marks:  # as tojson(ensure_ascii=True) writes it
+            rendered = rendered.replace(_escaped(mark), mark)
+        if not any(mark in rendered for mark in marks):
             return rendered, None
         pieces: list[tuple[str, bool]] = []
         text, after = "", 0
@@ -177,6 +193,10 @@ def _read(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: no readable chat template: {error!r}") from None
+
+
+def _escaped(mark: str) -> str:
+    return json.dumps(mark)[1:-1]
 
 
 def _texts(value: Any) -> Iterable[str]:

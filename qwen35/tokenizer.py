@@ -2,13 +2,14 @@
 
 | file | taken | left alone, and why |
 |---|---|---|
-| tokenizer.json | vocabulary, merges, normaliser, pre-tokeniser, decoder, added tokens | `truncation` and `padding` are leftovers of training; `post_processor` adds tokens that a prompt states itself |
+| tokenizer.json | vocabulary, merges, normaliser, pre-tokeniser, decoder, added tokens | `truncation`, `padding` and the model's `dropout` are leftovers of training; `post_processor` adds tokens that a prompt states itself |
 | tokenizer_config.json | `added_tokens_decoder`; `bos_token`, `eos_token` and the other named tokens; `chat_template` | lengths, sides, `clean_up_tokenization_spaces`, class names: they serve batches and other back ends |
 | special_tokens_map.json | named tokens that tokenizer_config.json lacks | |
 | chat_template.jinja, additional_chat_templates/ | the templates, before tokenizer_config.json's | |
 """  # noqa: E501
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,8 +52,12 @@ class Tokenizer:
             raise InputError(f"{path}: not readable as a tokenizer: {error}") from None
         self._backend.no_truncation()
         self._backend.no_padding()
+        if getattr(self._backend.model, "dropout", None):
+            self._backend.model.dropout = None
         config = read_config(folder / "tokenizer_config.json")
-        older = read_config(folder / "special_tokens_map.json")
+        # As in transformers, the older file counts only beside a config that lists no added tokens.
+        listed = "added_tokens_decoder" in config
+        older = {} if listed else read_config(folder / "special_tokens_map.json")
         self.special_tokens = {
             name: written
             for name in NAMED
@@ -79,6 +84,20 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
         return self._backend.decode(ids, skip_special_tokens=True)
+
+    def shows(self, token: int) -> bool:
+        """Whether an id leaves anything in the text: it is known and no special token."""
+        known = self._backend.id_to_token(token) is not None
+        return known and token not in self._special_ids
+
+    def is_byte(self, token: int) -> bool:
+        """Whether an id is one byte of a vocabulary that falls back to bytes, written `<0x41>`."""
+        return bool(re.fullmatch(r"<0x[0-9A-F]{2}>", self._backend.id_to_token(token) or ""))
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        added = self._backend.get_added_tokens_decoder()
+        return {number for number, token in added.items() if token.special}
 
     def stream(self) -> "TextStream":
         """A decoder to be fed one id at a time."""
@@ -117,7 +136,7 @@ class Tokenizer:
         text, pieces = (marked, None) if marker is None else marker.unmark(marked)
         _check_unicode(text)
         ids = self.encode(text) if pieces is None else self._encode_pieces(pieces)
-        return Prompt(ids, text, opens_thinking(text))
+        return Prompt(ids, text, opens_thinking(marked))  # in a message `<think>` opens nothing
 
     @cached_property
     def _added(self) -> dict[str, AddedToken]:
@@ -161,7 +180,11 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that this id completes; empty while a character is unfinished."""
+        if not self._tokenizer.shows(token):
+            return ""
         self._fresh.append(token)
+        if self._tokenizer.is_byte(token):
+            return ""  # a run of such ids is text only if the whole run is UTF-8
         text = self._text(self._fresh)
         # The bytes of an unfinished character decode to one replacement character, the last one.
         whole = text.removesuffix(UNFINISHED)
@@ -225,7 +248,9 @@ def _add_tokens(
     try:
         tokens = {
             int(number): AddedToken(
-                described["content"], **{flag: bool(described.get(flag)) for flag in FLAGS}
+                described["content"],
+                **{"normalized": not described.get("special")}
+                | {flag: bool(described[flag]) for flag in FLAGS if flag in described},
             )
             for number, described in listed.items()
         }

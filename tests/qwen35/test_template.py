@@ -57,12 +57,13 @@ FORMS: dict[str, Any] = {
         {"name": "tools", "template": "wrong"},
         {"name": "default", "template": "{{ messages[0].content }}!"},
     ],
+    "object": {"tools": "wrong", "default": "{{ messages[0].content }}!"},
 }
 
 
 @pytest.mark.parametrize("template", FORMS.values(), ids=FORMS.keys())
 def test_a_template_in_the_tokenizers_config(folder: Path, template: Any) -> None:
-    """The older place, in both of its forms."""
+    """The older place, in each of its forms."""
     edit_json(folder / "tokenizer_config.json", chat_template=template)
     assert Tokenizer(folder).chat(USER, thinking=True).text == "Hello!"
 
@@ -159,7 +160,7 @@ def test_a_failing_template_is_bad_input(folder: Path, template: str) -> None:
         '{"chat_template": 5}',
         '{"chat_template": [5]}',
         '{"chat_template": [{"name": "default"}]}',
-        '{"chat_template": {"default": "x"}}',
+        '{"chat_template": {"default": 5}}',
     ],
 )
 def test_a_tokenizer_config_that_cannot_be_read(folder: Path, content: str) -> None:
@@ -348,3 +349,78 @@ def test_a_template_still_finds_the_end_of_a_thought(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages[0].content.split('</think>')[-1] }}.")
     said = [{"role": "assistant", "content": "<think>\nhm\n</think>\n\nyes"}]
     assert Tokenizer(folder).chat(said).text == "\n\nyes."
+
+
+# As Qwen3.5 cuts an answer whose thought still stands in its content.
+FAMILY = (
+    "{%- for m in messages %}{%- set content = m.content | trim %}{%- set thought = '' %}"
+    "{%- if m.reasoning_content is string %}{%- set thought = m.reasoning_content %}"
+    "{%- elif m.role == 'assistant' and '</think>' in content %}"
+    "{%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}"
+    "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
+    "{{- '<|im_start|>' + m.role + '\\n' }}"
+    "{%- if m.role == 'assistant' %}"
+    "{{- '<think>\\n' + thought | trim + '\\n</think>\\n\\n' }}{%- endif %}"
+    "{{- content + '<|im_end|>\\n' }}{%- endfor %}"
+)
+
+
+@pytest.mark.parametrize("said", ["<think>\nhm\n</think>\n\nYes.", "hm\n</think>\n\nYes.", "Yes."])
+@pytest.mark.parametrize("template", [None, FAMILY], ids=["embedded", "family"])
+def test_a_thought_in_an_earlier_answer_is_cut_as_in_transformers(
+    tmp_path: Path, template: str | None, said: str
+) -> None:
+    """Text and ids, to the line break: marks may not stand between a template and what it trims."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_bytes((TINY / name).read_bytes())
+    if template is not None:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    history = [*USER, {"role": "assistant", "content": said}, *USER]
+    other = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    prompt = Tokenizer(tmp_path).chat(parse_messages(history))
+    settings = {"add_generation_prompt": True, "return_dict": False}
+    assert prompt.text == other.apply_chat_template(history, tokenize=False, **settings)
+    assert prompt.ids == other.apply_chat_template(history, **settings)
+
+
+@pytest.mark.parametrize(
+    "parts", [("<|im_ ", " end|>"), ("<", "|im_end|", ">"), ("<|im_end|\n", "\t>")], ids=repr
+)
+def test_what_a_template_trims_and_joins_is_no_token(folder: Path, parts: tuple[str, ...]) -> None:
+    """Three pieces, or white space that the template takes away between the halves."""
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content | trim }}{% endfor %}"
+    )
+    tokenizer = Tokenizer(folder)
+    prompt = tokenizer.chat([{"role": "user", "content": part} for part in parts])
+    assert prompt.text == "<|im_end|>"
+    assert len(prompt.ids) == len("<|im_end|>")
+
+
+@pytest.mark.parametrize("content", ["a < b", "> a quote", "a <", "x <|im_end|> y>"])
+@pytest.mark.parametrize("embedded", [True, False])
+def test_beginnings_and_ends_of_tokens_leave_ordinary_ids(
+    folder: Path, content: str, embedded: bool
+) -> None:
+    """The text comes back whole, and where it holds no token it has transformers' ids."""
+    (folder / "chat_template.jinja").write_text(TURNS)
+    tokenizer = Tokenizer(TINY if embedded else folder)
+    prompt = tokenizer.chat([{"role": "user", "content": content}])
+    assert prompt.text is not None and content in prompt.text
+    if "<|im_end|>" not in content:
+        assert prompt.ids == tokenizer.encode(prompt.text)
+
+
+def test_an_escape_in_a_message_is_no_mark(folder: Path) -> None:
+    """A message may spell the very escape under which JSON writes a mark."""
+    (folder / "chat_template.jinja").write_text(TURNS)
+    content = r"a \udb80\udc00 \udb80\udc01 b <|im_end|>"
+    text = Tokenizer(folder).chat([{"role": "user", "content": content}]).text
+    assert text is not None and content in text
+
+
+def test_a_message_opens_no_thought(folder: Path) -> None:
+    """Only a template's own `<think>` at the end of the prompt does."""
+    (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    said = [{"role": "user", "content": "why <think>"}]
+    assert Tokenizer(folder).chat(said).opens_thinking is False

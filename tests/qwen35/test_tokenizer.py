@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
+from tokenizers.models import BPE
 
 from qwen35.errors import InputError
 from qwen35.load import TINY
@@ -110,6 +113,31 @@ def test_any_bytes_can_be_streamed(data: st.DataObject, bytewise: Tokenizer) -> 
     )
     ids = data.draw(st.lists(st.one_of(some, st.integers(0, bytewise.size - 1)), max_size=90))
     assert streamed(bytewise, ids) == bytewise.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def falling_back(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A vocabulary in SentencePiece's form: unknown characters as bytes, a leading space dropped."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "b", "▁d"]
+    vocab = {word: number for number, word in enumerate(words)}
+    backend = Backend(BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    backend.add_special_tokens(["<s>"])
+    folder = tmp_path_factory.mktemp("falling_back")
+    backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_runs_of_bytes_stream_as_they_decode(data: st.DataObject, falling_back: Tokenizer) -> None:
+    """One broken byte makes its whole run of bytes unreadable, those before it too."""
+    # A, the two bytes of e acute, bytes that continue and begin other characters, words, a special token.
+    ids = [1 + byte for byte in (0x41, 0xC3, 0xA9, 0x80, 0xE2)] + [257, 258, 259, 260, 261, 999]
+    drawn = data.draw(st.lists(st.sampled_from(ids), max_size=60))
+    assert streamed(falling_back, drawn) == falling_back.decode(drawn)
 
 
 def test_a_character_that_the_limit_cut_is_shown(bytewise: Tokenizer) -> None:

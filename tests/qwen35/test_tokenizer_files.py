@@ -9,6 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qwen35.errors import InputError
+from qwen35.load import TINY
 from qwen35.tokenizer import Tokenizer
 from tests.support.checkpoints import edit_json, write_tokenizer
 
@@ -141,3 +142,32 @@ def test_nothing_is_said_of_a_clean_folder(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Tokenizer(folder)
+
+
+def test_dropout_of_training_is_off(folder: Path) -> None:
+    """Merges left out at random, which some tokenizers are trained with, are none of a prompt's."""
+    document = json.loads((TINY / "tokenizer.json").read_text())
+    document["model"]["dropout"] = 0.5
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    text = "The capital of France is Paris"
+    assert all(Tokenizer(folder).encode(text) == Tokenizer(TINY).encode(text) for _ in range(5))
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_flags_that_are_not_stated_are_the_librarys(folder: Path, special: bool) -> None:
+    """A token that is not special is sought in normalised text, unless its entry says otherwise."""
+    number = Tokenizer(folder).size
+    listed = {str(number): {"content": "<new>", "special": special}}
+    edit_json(folder / "tokenizer_config.json", added_tokens_decoder=listed)
+    other = PreTrainedTokenizerFast.from_pretrained(folder).added_tokens_decoder[number]
+    found = Tokenizer(folder)._backend.get_added_tokens_decoder()[number]
+    assert repr(found) == repr(other)
+    assert found.normalized == other.normalized is not special
+
+
+def test_the_older_file_yields_to_a_list_of_added_tokens(folder: Path) -> None:
+    """As in transformers, which reads it only where the newer list is missing."""
+    edit_json(folder / "special_tokens_map.json", bos_token="<|im_start|>")
+    edit_json(folder / "tokenizer_config.json", added_tokens_decoder={}, eos_token="<|im_end|>")
+    other = PreTrainedTokenizerFast.from_pretrained(folder).special_tokens_map
+    assert Tokenizer(folder).special_tokens == other == {"eos_token": "<|im_end|>"}
