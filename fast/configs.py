@@ -15,6 +15,28 @@ TABLE = Path(__file__).with_name("configs.json")
 Config = dict[str, int]
 
 
+# What is taken without a warning for a shape that the table does not have: kernels that do about as well
+# with one configuration for all shapes.
+USUAL: dict[str, dict[str, Config]] = {
+    "gfx950": {
+        "linear": {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 1, "num_stages": 2},
+        "route": {"BLOCK_N": 16, "BLOCK_K": 128, "SPLITS": 2, "num_warps": 4, "num_stages": 2},
+        "head": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
+        "attend": {"TILE": 32, "num_warps": 4, "num_stages": 1},
+        "combine": {"MANY": 8, "num_warps": 4},
+        "delta": {"BLOCK_V": 16, "num_warps": 1},
+    },
+    "sm_90": {
+        "linear": {"BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 1, "num_stages": 4},
+        "route": {"BLOCK_N": 16, "BLOCK_K": 512, "SPLITS": 4, "num_warps": 4, "num_stages": 3},
+        "head": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+        "attend": {"TILE": 64, "num_warps": 8, "num_stages": 2},
+        "combine": {"MANY": 64, "num_warps": 8},
+        "delta": {"BLOCK_V": 8, "num_warps": 1},
+    },
+}
+
+
 @cache
 def table() -> dict[str, dict[str, dict[str, Config]]]:
     return json.loads(TABLE.read_text(encoding="utf-8"))
@@ -27,10 +49,13 @@ def key(**shape: int) -> str:
 
 @cache
 def lookup(target: str, kernel: str, shape: str) -> Config:
-    """The configuration of a shape, or, with a warning, of the nearest one in the table."""
+    """The configuration of a shape, else the usual one; where there is none, with a warning, that of the
+    nearest shape in the table."""
     known = table().get(target, {}).get(kernel, {})
     if shape in known:
         return known[shape]
+    if kernel in USUAL.get(target, {}):
+        return USUAL[target][kernel]
     if not known:
         raise InputError(f"{TABLE.name} has no configuration of {kernel} for {target}")
     nearest = min(known, key=lambda other: _distance(shape, other))
@@ -42,9 +67,14 @@ def lookup(target: str, kernel: str, shape: str) -> Config:
     return known[nearest]
 
 
-def fitted(config: Config, N: int, K: int) -> Config:
-    """The same with blocks that divide N and K; both are multiples of 128, so that no block vanishes."""
+def fitted(config: Config, N: int, K: int, *, fp4: bool = True) -> Config:
+    """The same with blocks that divide N and K; both are multiples of 16, so that no block vanishes.
+
+    Weights that are not FP4 take four times the memory, and half of the block's length along K.
+    """
     n, k = math.gcd(config["BLOCK_N"], N), math.gcd(config["BLOCK_K"], K)
+    if not fp4:
+        return config | {"BLOCK_N": n, "BLOCK_K": math.gcd(k, 128)}
     warps = config["num_warps"]
     if k < config["BLOCK_K"]:
         # More rows for each warp: of 16 rows by 128 elements Triton makes a layout that tears words of

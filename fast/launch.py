@@ -1,7 +1,7 @@
 """One launch of a Triton kernel as a value: to be run, compiled for an absent card, or emulated."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,26 @@ def _are_neighbours(n: int, layout: str) -> bool:
     return False
 
 
+class Scratch:
+    """Buffers that launches write and later ones read, by name.
+
+    The same name gives the same memory again, so that the layers of a model, which run one after the
+    other, share it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._held: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
+
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """An uninitialised buffer; of integers, zeros."""
+        key = (name, shape, dtype)
+        if key not in self._held:
+            make = torch.empty if dtype.is_floating_point else torch.zeros
+            self._held[key] = make(shape, dtype=dtype, device=self.device)
+        return self._held[key]
+
+
 def constants(config: dict[str, int]) -> dict[str, int]:
     """The kernel's own part of a configuration."""
     return {name: value for name, value in config.items() if name not in OPTIONS}
@@ -90,7 +110,7 @@ def options(config: dict[str, int]) -> dict[str, int]:
     return {name: value for name, value in config.items() if name in OPTIONS}
 
 
-def run(launches: Iterable[Launch], device: torch.device) -> None:
+def run(launches: Iterable[Callable[[], None]], device: torch.device) -> None:
     """One after the other. InputError when the device is none that the kernels run on."""
     target_of(device)
     for launch in launches:

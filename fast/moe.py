@@ -1,83 +1,89 @@
-"""The mixture of experts over MXFP4 weights for 1 to 8 rows: `Experts`, `SparseMoeBlock` around it."""
+"""Feed-forward for 1 to 8 rows: the mixture of experts over MXFP4 or bf16 weights, and the dense MLP."""
 
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fast import configs
-from fast.launch import Launch, constants, options, run
-from fast.router import Router, in_bf16, product
-from fast.target import MAX_ROWS, ROWS, check_rows, target_of
+from fast.launch import Launch, Scratch, constants, options, run
+from fast.linear import Norm, Stream, in_bf16, interleaved, product, read_normed, twin, written
+from fast.router import Router
+from fast.target import GRID, MAX_ROWS, ROWS, check_rows, check_width, target_of
 from qwen35.errors import InputError
-from weights import mxfp4, words
+from weights import fp8, mxfp4, words
+from weights.entry import decode
 
 MAX_PAIRS = 128  # rows times top-k that a program looks through
 MAX_SCALE = {"gfx950": 254, "sm_90": 128}  # largest e8m0 code that the decoding holds
 
 
-def _mxfp4(linear: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A linear layer's codes [N, K/2] and scales [N, K/32], quantised unless it is MXFP4 already."""
-    weight = linear.weight.to(device)
-    if weight.dtype == torch.uint8:
-        return weight, linear.weight_scale.to(device)
-    if not weight.dtype.is_floating_point or weight.dtype.itemsize == 1:
-        raise InputError(f"a weight in {weight.dtype}; experts are packed from MXFP4 or from bf16")
-    return mxfp4.quantize(weight)
-
-
 class Experts(nn.Module):
-    """x [N, D] bf16, experts [N, k] integers, weights [N, k] -> [N, D] bf16, N from 1 to 8.
+    """x [N, D] bf16, experts [N, k] integers, weights [N, k] -> [N, D] bf16.
 
-    gate_up [E, 2 I, D/2] uint8: gate row 0, up row 0, gate row 1, ... and its scales [E, 2 I, D/32];
-    down [E, D, I/2] and [E, D, I/32]. gfx950 takes the checkpoint's own order. For sm_90 codes are
-    encoded as `weights/words.py` tells, and gate_up and its scales lie in its tiles. Sums are fp32; a
-    row's bits do not depend on other rows.
+    As MXFP4: gate_up [E, 2 I, D/2] uint8 (gate row 0, up row 0, gate row 1, ...) and its scales
+    [E, 2 I, D/32]; down [E, D, I/2] and [E, D, I/32]. I is rounded up to a multiple of 128, with zeros.
+    gfx950 takes the checkpoint's own order. For sm_90 codes are encoded as `weights/words.py` tells, and
+    gate_up and its scales lie in its tiles. As bf16: gate_up [E, 2 I, D] and down [E, D, I], no scales.
+
+    Sums are fp32; a row's bits do not depend on other rows. Up to 8 rows take two launches; more are
+    computed by torch, an expert at a time, from the same weights.
     """
 
-    def __init__(self, E: int, D: int, I: int, target: str, device: torch.device) -> None:
+    def __init__(
+        self, E: int, D: int, I: int, target: str, device: torch.device, *, fp4: bool = True
+    ) -> None:
         super().__init__()
         if target not in ROWS:
             raise InputError(f"target {target!r}; expected {' or '.join(ROWS)}")
-        if D % words.SPAN or I % words.SPAN:
+        self.stored_I = I  # of the checkpoint; I is padded
+        I = -(-I // words.SPAN) * words.SPAN if fp4 else I
+        multiple = words.SPAN if fp4 else 16
+        if D % multiple or I % multiple:
             raise InputError(
                 f"experts of hidden size {D} and intermediate size {I}; "
-                f"both must be multiples of {words.SPAN}"
+                f"both must be multiples of {multiple}"
             )
-        self.E, self.D, self.I, self.target = E, D, I, target
+        self.E, self.D, self.I, self.target, self.fp4 = E, D, I, target, fp4
         self.tile_n = words.TILE_N if target == "sm_90" else 1
         self.tile_k = math.gcd(words.TILE_K, D)
         shape = configs.key(D=D, I=I)
-        self.gate_up_config = configs.fitted(configs.lookup(target, "gate_up", shape), 2 * I, D)
-        self.down_config = configs.fitted(configs.lookup(target, "down", shape), D, I)
-        blocks = D // self.down_config["BLOCK_N"]
+        first, second = (configs.lookup(target, name, shape) for name in ("gate_up", "down"))
+        self.gate_up_config = configs.fitted(first, 2 * I, D, fp4=fp4)
+        self.down_config = configs.fitted(second, D, I, fp4=fp4)
 
-        def empty(*shape: int) -> nn.Parameter:
-            data = torch.empty(*shape, dtype=torch.uint8, device=device)
+        def empty(*shape: int, dtype: torch.dtype = torch.uint8) -> nn.Parameter:
+            data = torch.empty(*shape, dtype=dtype, device=device)
             return nn.Parameter(data, requires_grad=False)
 
-        self.gate_up = empty(E, 2 * I, D // 2)
-        self.gate_up_scale = empty(E, 2 * I, D // 32)
-        self.down = empty(E, D, I // 2)
-        self.down_scale = empty(E, D, I // 32)
-        arrived = torch.zeros(blocks, dtype=torch.int32, device=device)
-        self.register_buffer("arrived", arrived, persistent=False)
+        if fp4:
+            self.gate_up, self.gate_up_scale = empty(E, 2 * I, D // 2), empty(E, 2 * I, D // 32)
+            self.down, self.down_scale = empty(E, D, I // 2), empty(E, D, I // 32)
+        else:
+            self.gate_up = empty(E, 2 * I, D, dtype=torch.bfloat16)
+            self.down = empty(E, D, I, dtype=torch.bfloat16)
+            self.gate_up_scale, self.down_scale = self.gate_up, self.down  # not read
 
     @classmethod
     def from_reference(cls, module: Any, target: str | None = None) -> "Experts":
-        """From `reference.moe.Experts`, whose weights are MXFP4, or floating point and quantised here.
+        """From `reference.moe.Experts`. MXFP4 weights stay so; bf16 ones stay, FP8 ones become, bf16.
 
         target: the device's own when not given. Expert by expert; the module keeps its weights.
         """
+        if isinstance(module, Experts):
+            return module
         gate = module[0].gate_proj.weight
-        where = gate.device
-        I = gate.shape[0]
-        D = module[0].down_proj.weight.shape[0]
-        packed = cls(len(module), D, I, target or target_of(where), where)
+        where, fp4 = gate.device, gate.dtype == torch.uint8
+        D, I = module[0].down_proj.weight.shape[0], gate.shape[0]
+        packed = cls(len(module), D, I, target or target_of(where), where, fp4=fp4)
         for e, expert in enumerate(module):
             parts = (expert.gate_proj, expert.up_proj, expert.down_proj)
-            packed.put(e, *(_mxfp4(part, where) for part in parts))
+            if fp4:
+                packed.put(e, *((part.weight, part.weight_scale) for part in parts))
+            else:
+                packed.put_bf16(e, *map(_bf16, parts))
         return packed
 
     @classmethod
@@ -119,7 +125,7 @@ class Experts(nn.Module):
         up: tuple[Tensor, Tensor],
         down: tuple[Tensor, Tensor],
     ) -> None:
-        """One expert's codes and scales, in the checkpoint's order."""
+        """One expert's MXFP4 codes and scales, in the checkpoint's order."""
         for name, (_, scale) in {"gate": gate, "up": up, "down": down}.items():
             largest = int(scale.max())
             if largest > MAX_SCALE[self.target]:
@@ -129,10 +135,15 @@ class Experts(nn.Module):
                     + f"; {self.target} decodes scales up to {MAX_SCALE[self.target]}"
                 )
         # Gate row 0, up row 0, gate row 1, ...: of codes, and of scales.
+        more = 2 * (self.I - self.stored_I)
         gate_up, gate_up_scale = (
-            torch.stack(two, 1).flatten(0, 1) for two in zip(gate, up, strict=True)
+            F.pad(torch.stack(two, 1).flatten(0, 1), (0, 0, 0, more))
+            for two in zip(gate, up, strict=True)
         )
-        down_codes, down_scale = down
+        down_codes, down_scale = (
+            F.pad(part, (0, width - part.shape[1]))
+            for part, width in zip(down, (self.I // 2, self.I // 32), strict=True)
+        )
         if self.target == "sm_90":
             gate_up, down_codes = words.encode(gate_up), words.encode(down_codes)
             gate_up = words.tiles(gate_up, self.tile_k // 2)
@@ -140,75 +151,146 @@ class Experts(nn.Module):
         self.gate_up[e], self.gate_up_scale[e] = gate_up, gate_up_scale
         self.down[e], self.down_scale[e] = down_codes, down_scale
 
+    def put_bf16(self, e: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
+        """One expert's weights: gate and up [I, D], down [D, I]."""
+        self.gate_up[e] = torch.stack((gate, up), 1).flatten(0, 1)
+        self.down[e] = down
+
+    def expert(self, e: int) -> tuple[Tensor, Tensor]:
+        """One expert's weights in bf16: gate and up rows in turn [2 I, D], and down [D, I]."""
+        if not self.fp4:
+            return self.gate_up[e], self.down[e]
+        gate_up, gate_up_scale = self.gate_up[e], self.gate_up_scale[e]
+        down = self.down[e]
+        if self.target == "sm_90":
+            gate_up = words.decode(words.rows(gate_up, self.tile_k // 2))
+            gate_up_scale = words.rows(gate_up_scale, self.tile_k // 32)
+            down = words.decode(down)
+        pairs = (gate_up, gate_up_scale), (down, self.down_scale[e])
+        first, second = (mxfp4.dequantize(codes, scale) for codes, scale in pairs)
+        return first, second
+
     def launches(
-        self, x: Tensor, experts: Tensor, weights: Tensor, added: Tensor | None = None
-    ) -> tuple[list[Launch], Tensor]:
-        """What `forward` launches, and its output [N, D] bf16, not written yet.
+        self,
+        x: Tensor | Stream,
+        experts: Tensor,
+        weights: Tensor,
+        scratch: Scratch,
+        *,
+        shared: tuple[Tensor, Tensor] | None = None,
+        residual: Tensor | None = None,
+        then: Norm | None = None,
+        out: str = "moe",
+    ) -> tuple[list[Launch], Any]:
+        """What `forward` launches for up to 8 rows, and its output [N, D] bf16, not written yet.
 
-        experts [N, k] int32, weights [N, k] fp32; added [N, D] fp32 joins the sum before it is rounded.
+        experts [N, k] int32, weights [N, k] fp32. shared: of the shared expert the router's parts
+        (`Choice.parts`) and its down weight [D, I] bf16; it and residual [N, D] bf16 join the sum before
+        it is rounded. then, out: as of `fast.linear.product`.
         """
-        from fast.kernels import moe  # Triton is needed from here on
+        from fast.kernels import moe as kernels  # Triton is needed from here on
 
-        check_rows("experts", x, self.D)
+        reads = read_normed(x)
+        check_rows("experts", reads["x"], self.D)
+        self._check_choice(reads["x"], experts, weights)
         N, k = experts.shape
-        if x.shape[0] != N or weights.shape != experts.shape or N * k > MAX_PAIRS:
-            raise InputError(
-                f"experts {list(experts.shape)} and weights {list(weights.shape)} for x {list(x.shape)}; "
-                f"expected [{x.shape[0]}, k] twice, at most {MAX_PAIRS} in all"
-            )
-        hidden = x.new_empty(N * k, MAX_ROWS, self.I)
-        first_pair = torch.empty(N * k, dtype=torch.int32, device=x.device)
-        partial = x.new_empty(N * k, MAX_ROWS, self.D, dtype=torch.float32)
-        out = torch.empty_like(x)
-        shape = configs.key(D=self.D, I=self.I)
+        if N * k > MAX_PAIRS:
+            raise InputError(f"{N} rows of {k} experts; expected at most {MAX_PAIRS} in all")
+        hidden = scratch("expert hidden", N * k, MAX_ROWS, self.I)
+        first_pair = scratch("first pair", N * k, dtype=torch.int32)
+        partial = scratch("expert partial", N * k + 1, MAX_ROWS, self.D, dtype=torch.float32)
+        shape = configs.key(D=self.D, I=self.I) + ("" if self.fp4 else " bf16")
         overlap = self.target == "sm_90"  # AMD has no programmatic dependent launch
-        sizes = {"D": self.D, "I": self.I, "ROWS": ROWS[self.target], "OVERLAP": overlap}
+        sizes = {
+            "E": self.E, "D": self.D, "I": self.I, "FP4": self.fp4, "ROWS": ROWS[self.target],
+            "OVERLAP": overlap,
+        }  # fmt: skip
         first, second = self.gate_up_config, self.down_config
+        blocks = self.D // second["BLOCK_N"]
+        writes, result = written(out, N, self.D, blocks, self.target, then, scratch)
+        parts, shared_weight = shared or (partial, hidden)
+        shared_I = 0 if shared is None else shared_weight.shape[1]
+        sizes |= {
+            "parts": parts, "shared": scratch("shared hidden", N, shared_I), "rows": N, "pairs": N * k,
+            "shared_width": parts.shape[2], "SHARED_I": shared_I,
+            "SPLITS": len(parts) if shared_I else 1,
+        }  # fmt: skip
+        programs = N * k + (shared is not None)
         gate_up = Launch(
             f"gate_up {shape}",
-            moe.gate_up,
-            (2 * self.I // first["BLOCK_N"], N * k, 1),
+            kernels.gate_up,
+            (2 * self.I // first["BLOCK_N"], programs, 1),
             {
-                "x": x, "experts": experts, "weight": self.gate_up, "scale": self.gate_up_scale,
-                "first": first_pair, "hidden": hidden, "rows": N, "E": self.E,
-                "TILE_N": self.tile_n, "TILE_K": self.tile_k, **sizes, **constants(first),
+                **reads, "experts": experts, "weight": self.gate_up, "scale": self.gate_up_scale,
+                "first": first_pair, "hidden": hidden, "TILE_N": self.tile_n, "TILE_K": self.tile_k,
+                **sizes, **constants(first),
             },
             options(first),
             first["BLOCK_N"] * first["BLOCK_K"] // 2,
         )  # fmt: skip
         down = Launch(
             f"down {shape}",
-            moe.down,
-            (self.D // second["BLOCK_N"], N * k, 1),
+            kernels.down,
+            (blocks, programs, 1),
             {
                 "hidden": hidden, "experts": experts, "first": first_pair, "weights": weights,
-                "weight": self.down, "scale": self.down_scale,
-                "partial": partial, "arrived": self.arrived,
-                "added": partial if added is None else added, "out": out, "rows": N, "pairs": N * k,
-                "E": self.E,
-                "TOP_K": k, "HAS_ADDED": added is not None, **sizes, **constants(second),
+                "weight": self.down, "scale": self.down_scale, "shared_weight": shared_weight,
+                "partial": partial, "arrived": scratch("experts arrived", blocks, dtype=torch.int32),
+                "residual": hidden if residual is None else residual, **writes, "TOP_K": k,
+                "HAS_RESIDUAL": residual is not None, "BLOCK_I": math.gcd(shared_I, 128) or 16,
+                **sizes, **constants(second),
             },
             options(second) | ({"launch_pdl": True} if overlap else {}),
             second["BLOCK_N"] * second["BLOCK_K"] // 2,
         )  # fmt: skip
-        return [gate_up, down], out
+        return [gate_up, down], result
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        if len(x) > MAX_ROWS:
+            self._check_choice(x, experts, weights)
+            check_experts(experts, self.E)
+            return self._one_by_one(x, experts, weights)
         if x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             check_experts(experts, self.E)
-        launches, out = self.launches(x, experts.int(), weights.float())
+        launches, out = self.launches(x, experts.int(), weights.float(), Scratch(x.device))
         run(launches, x.device)
         return out
 
+    def _check_choice(self, x: Tensor, experts: Tensor, weights: Tensor) -> None:
+        """InputError unless there is a choice for each row x [N, D]."""
+        check_width("experts", x, self.D)
+        if experts.shape[:-1] != x.shape[:1] or weights.shape != experts.shape:
+            raise InputError(
+                f"experts {list(experts.shape)} and weights {list(weights.shape)} for {len(x)} rows; "
+                f"expected [{len(x)}, k] twice"
+            )
+
+    def _one_by_one(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Any number of rows, by torch's products of GRID rows at a time: a row's bits are its own."""
+        outputs = x.new_empty(*experts.shape, self.D)  # [N, k, D]
+        for e in experts.unique().tolist():
+            rows, slots = torch.where(experts == e)  # [n] each
+            gate_up, down = self.expert(e)
+            done = []
+            for part in F.pad(x[rows], (0, 0, 0, -len(rows) % GRID)).split(GRID):
+                gate, up = F.linear(part, gate_up).float().unflatten(1, (-1, 2)).unbind(2)
+                hidden = gate / (1 + torch.exp(-gate)) * up
+                done.append(F.linear(hidden.to(x.dtype), down))
+            outputs[rows, slots] = torch.cat(done)[: len(rows)]
+        first, *others = (outputs.float() * weights.float()[..., None]).unbind(1)  # [N, D] each
+        return sum(others, start=first).to(x.dtype)
+
     def extra_repr(self) -> str:
-        return f"{self.E} of {self.D} -> {self.I} -> {self.D}, MXFP4, {self.target}"
+        kind = "MXFP4" if self.fp4 else "bf16"
+        return f"{self.E} of {self.D} -> {self.stored_I} -> {self.D}, {kind}, {self.target}"
 
 
 class SparseMoeBlock(nn.Module):
-    """Routed experts plus the shared one behind its sigmoid gate, [B, T, D] -> [B, T, D], B * T to 8.
+    """Routed experts plus the shared one behind its sigmoid gate, [B, T, D] -> [B, T, D].
 
-    Five launches: router and shared gate-up as one product, the choice, shared down, and the experts'
-    two, the last of which adds the shared expert.
+    Three launches for up to 8 rows: the router with the shared expert's gate-up, and the experts' two, of
+    which the second also computes the shared expert's down product and adds all up. More rows go through
+    the reference's block over the same weights, with these experts in it (`many`).
     """
 
     def __init__(self, gate: Router, experts: Experts, shared_down: Tensor | None) -> None:
@@ -219,34 +301,107 @@ class SparseMoeBlock(nn.Module):
         self.shared_down = (
             None if shared_down is None else nn.Parameter(shared_down, requires_grad=False)
         )
+        self.many: Any = None
 
     @classmethod
     def from_reference(cls, module: Any, target: str | None = None) -> "SparseMoeBlock":
         """From `reference.moe.SparseMoeBlock`; arguments as of `Experts.from_reference`."""
         shared = module.shared_expert
-        return cls(
+        block = cls(
             Router.from_reference(module.gate, target, shared, module.shared_expert_gate),
             Experts.from_reference(module.experts, target),
             None if shared is None else in_bf16(shared.down_proj),
         )
+        block.many = twin(module)
+        block.many.experts = block.experts
+        return block
 
-    def launches(self, x: Tensor) -> tuple[list[Launch], Tensor]:
-        """x [N, D] bf16. What `forward` launches, and its output [N, D] bf16, not written yet."""
-        check_rows("the MoE block", x, self.experts.D)
-        steps, choice = self.gate.launches(x)
-        added = None
+    def launches(
+        self,
+        x: Tensor | Stream,
+        scratch: Scratch,
+        *,
+        residual: Tensor | None = None,
+        then: Norm | None = None,
+        out: str = "moe",
+    ) -> tuple[list[Launch], Any]:
+        """x [N, D] bf16, normalised if it is a stream. What `forward` launches, and its output [N, D]
+        bf16, not written yet. residual, then, out: as of `fast.linear.product`."""
+        route, choice = self.gate.launch(x, scratch)
+        shared = None
         if self.shared_down is not None:
-            step, parts = product(
-                choice.hidden, self.shared_down, self.experts.target, gain=choice.shared_gate
-            )
-            steps, added = [*steps, step], parts[0]
-        routed, out = self.experts.launches(x, choice.experts, choice.weights, added)
-        return [*steps, *routed], out
+            shared = choice.parts, self.shared_down
+        routed, result = self.experts.launches(
+            x, choice.experts, choice.weights, scratch,
+            shared=shared, residual=residual, then=then, out=out,
+        )  # fmt: skip
+        return [route, *routed], result
 
     def forward(self, x: Tensor) -> Tensor:
-        launches, out = self.launches(x.flatten(0, 1))
+        rows = x.flatten(0, 1)
+        if len(rows) > MAX_ROWS and self.many is not None:
+            return self.many(x)
+        launches, out = self.launches(rows, Scratch(x.device))
         run(launches, x.device)
         return out.view_as(x)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), [B, T, D] -> [B, T, D], of a dense layer: two launches for up to 8
+    rows.
+
+    gate_up [2 I, D] bf16, gate and up rows in turn; down [D, I] bf16. More rows go through the
+    reference's MLP over the same weights (`many`).
+    """
+
+    def __init__(self, gate_up: Tensor, down: Tensor, target: str, many: nn.Module) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(gate_up, requires_grad=False)
+        self.down = nn.Parameter(down, requires_grad=False)
+        self.target, self.many = target, many
+
+    @classmethod
+    def from_reference(cls, module: Any, target: str | None = None) -> "MLP":
+        """From `reference.moe.MLP`. target: the device's own when not given."""
+        target = target or target_of(module.gate_proj.weight.device)
+        gate_up = interleaved(module.gate_proj, module.up_proj)
+        return cls(gate_up, in_bf16(module.down_proj), target, module)
+
+    def launches(
+        self,
+        x: Tensor | Stream,
+        scratch: Scratch,
+        *,
+        residual: Tensor | None = None,
+        then: Norm | None = None,
+        out: str = "mlp",
+    ) -> tuple[list[Launch], Any]:
+        """As of `SparseMoeBlock`."""
+        check_rows("the MLP", read_normed(x)["x"], self.gate_up.shape[1])
+        first, hidden = product(
+            x, self.gate_up, self.target, scratch, name="mlp_gate_up", activated=True
+        )
+        second, result = product(
+            hidden, self.down, self.target, scratch,
+            name="mlp_down", residual=residual, then=then, out=out,
+        )  # fmt: skip
+        return [first, second], result
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        if len(rows) > MAX_ROWS:
+            return self.many(x)
+        launches, out = self.launches(rows, Scratch(x.device))
+        run(launches, x.device)
+        return out.view_as(x)
+
+
+def _bf16(linear: Any) -> Tensor:
+    """A layer's weight [N, K] in bf16: as it is, or decoded from FP8."""
+    if linear.weight.dtype == fp8.E4M3:
+        weight, scale = linear.weight, linear.weight_scale
+        return decode("fp8", weight, scale, torch.bfloat16, linear.stored_as, linear.block)
+    return in_bf16(linear)
 
 
 def check_experts(experts: Tensor, E: int) -> None:

@@ -5,6 +5,7 @@ import torch
 from qwen35.errors import InputError
 
 TARGETS = ("gfx950", "sm_90")
+GRID = 64  # tokens: prompts are computed on an absolute grid of it
 MAX_ROWS = 8  # of a pass: one token and its drafts
 # Columns of the matrix unit's product that hold rows: the smallest that it has.
 ROWS = {"gfx950": 16, "sm_90": 8}
@@ -23,6 +24,15 @@ def target_of(device: torch.device) -> str:
     else:
         name = device.type
     raise InputError(f"the fast path runs on {' and '.join(TARGETS)}; this is {name}")
+
+
+def check_width(what: str, x: torch.Tensor, width: int) -> None:
+    """InputError unless x is [rows, width] in bf16."""
+    if x.dim() != 2 or x.shape[-1] != width or x.dtype != torch.bfloat16:
+        raise InputError(
+            f"{what}: x of shape {list(x.shape)} and {x.dtype}; "
+            f"expected [rows, {width}], torch.bfloat16"
+        )
 
 
 def check_rows(what: str, x: torch.Tensor, width: int) -> None:

@@ -5,6 +5,7 @@ them), and with the forward signature of the node that it replaces. It knows tor
 """
 
 import difflib
+import importlib
 import inspect
 import re
 from collections.abc import Iterator
@@ -80,6 +81,17 @@ def swap(model: nn.Module, pattern: str, replacement: Replacement) -> list[str]:
     return names
 
 
+def replaced(model: nn.Module) -> list[str]:
+    """What stands in a model for the reference's nodes, as `name=module:class`; not what is inside it."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if name and not type(module).__module__.startswith(("reference.", "torch."))
+    }
+    kinds = {name: type(module) for name, module in outermost(found).items()}
+    return [f"{name}={kind.__module__}:{kind.__qualname__}" for name, kind in kinds.items()]
+
+
 @contextmanager
 def swapped(model: nn.Module, pattern: str, replacement: Replacement) -> Iterator[list[str]]:
     """`swap` until the end of the block, for an A/B in a notebook; the old nodes are kept meanwhile."""
@@ -100,3 +112,18 @@ def _instead(name: str, module: nn.Module, replacement: Replacement) -> nn.Modul
             f"{type(module).__name__}.forward ({', '.join(old)})"
         )
     return fresh
+
+
+def parse_swap(text: str) -> tuple[str, Replacement]:
+    """`PATTERN=package.module:Class`, as `--swap` takes it -> the pattern and the class. InputError."""
+    pattern, _, path = text.partition("=")
+    module, _, name = path.partition(":")
+    if not (pattern and module and name):
+        raise InputError(f"--swap {text!r}; expected PATTERN=MODULE:CLASS")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"--swap {text!r}: {error}") from None
+    if not hasattr(found, "from_reference"):
+        raise InputError(f"--swap {text!r}: {name} has no from_reference")
+    return pattern, found

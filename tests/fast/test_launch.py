@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fast.launch import Launch, check_packing
+from fast.launch import Launch, Scratch, check_packing
 from qwen35.errors import InputError
 
 pytest.importorskip("triton")
@@ -55,7 +55,7 @@ def down(I: int, **config: int) -> Launch:
     experts.down_config |= config
     x = torch.empty(4, 4096, dtype=torch.bfloat16, device=META)
     chosen = torch.empty(4, 8, dtype=torch.int32, device=META)
-    return experts.launches(x, chosen, torch.empty(4, 8, device=META))[0][1]
+    return experts.launches(x, chosen, torch.empty(4, 8, device=META), Scratch(META))[0][1]
 
 
 def test_blocks_of_16_rows_by_128_a_warp_which_computed_garbage_on_an_h200_are_refused():

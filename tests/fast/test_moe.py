@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 import reference.moe
 from fast import configs
+from fast.launch import Scratch
 from fast.moe import Experts, SparseMoeBlock
 from fast.router import Router
 from qwen35.errors import InputError
@@ -23,17 +24,14 @@ from tests.support.fast_cases import (
     CPU,
     TARGET,
     bits,
-    block_findings,
-    block_output,
     case,
-    choice_findings,
     config,
     emulated,
     exact_router,
     exact_rows,
+    fast_block,
     fast_experts,
     findings,
-    integers,
     launches_of,
     output,
     picks,
@@ -44,9 +42,11 @@ from tests.support.fast_cases import (
     routing,
     slow_block,
     slow_experts,
+    too_far,
+    waits_for_stores,
 )
 from tools.gfx950.target import compile_launch
-from weights import layout, mxfp4, words
+from weights import fp8, layout, words
 
 Refused = Callable[[Callable[[], object]], str]
 
@@ -78,11 +78,11 @@ def test_no_row_is_off_by_more_than_twice_the_bf16_references_error(rows: int):
     assert not findings(case(routing("random", rows, 3, 24), seed=rows))
 
 
-@pytest.mark.parametrize("added", [False, True], ids=["alone", "added"])
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("scale", [1.0, 0.01])
 @pytest.mark.parametrize("kind", ["same", "different", "overlapping", "twice", "ends"])
-def test_whatever_the_rows_choose(kind: str, scale: float, added: bool):
-    assert not findings(case(routing(kind, 5, 3, 24), scale=scale, added=added))
+def test_whatever_the_rows_choose(kind: str, scale: float, residual: bool):
+    assert not findings(case(routing(kind, 5, 3, 24), scale=scale, residual=residual))
 
 
 @pytest.mark.parametrize("I", [256, 512, 1024])
@@ -90,18 +90,19 @@ def test_every_slice_of_an_expert_that_a_rank_may_hold(I: int):
     assert not findings(case(routing("overlapping", 2, 2, 3), E=3, I=I))
 
 
-@pytest.mark.parametrize(("D", "I"), [(384, 128), (256, 384), (640, 128)])
+@pytest.mark.parametrize(("D", "I"), [(384, 128), (256, 384), (640, 128), (256, 96), (256, 160)])
 def test_sizes_that_the_tables_blocks_do_not_divide(D: int, I: int):
+    """96 and 160 are padded to multiples of 128."""
     assert not findings(case(routing("overlapping", 2, 2, 3), E=3, D=D, I=I))
 
 
 def test_the_real_hidden_size():
     """In the configuration that it has on a card, on 8 ranks."""
-    assert not findings(case(routing("overlapping", 4, 2, 3), E=3, D=4096, added=True))
+    assert not findings(case(routing("overlapping", 4, 2, 3), E=3, D=4096, residual=True))
 
 
 def test_eight_rows_of_ten_experts_each():
-    assert not findings(case(routing("overlapping", 8, 10, 24), added=True))
+    assert not findings(case(routing("overlapping", 8, 10, 24), residual=True))
 
 
 def test_as_many_pairs_as_there_may_be():
@@ -117,7 +118,7 @@ def test_an_experts_weights_are_read_once_however_many_rows_chose_it():
 
 @pytest.mark.parametrize("kind", ["random", "returning"])
 def test_a_rows_bits_do_not_depend_on_the_rows_beside_it_or_on_who_arrives_last(kind: str):
-    chosen = case(routing(kind, 4, 3, 24), added=True, cancelling=kind == "returning")
+    chosen = case(routing(kind, 4, 3, 24), residual=True, cancelling=kind == "returning")
     assert not bits(chosen, batches=(1, 5))
 
 
@@ -139,127 +140,7 @@ def test_every_wave_waits_for_its_stores_before_the_counter_is_raised():
     """The wave that raises it waits for its own stores alone. The emulator, in which a store completes at
     once, cannot show it."""
     launches, _ = launches_of(case(routing("random", 4, 3, 24)))
-    lines = compile_launch(launches[1], TARGET).text.splitlines()
-    names = [line.split()[0] if line.split() else "" for line in lines]
-    raised = names.index("global_atomic_add")
-    stored = max(i for i in range(raised) if names[i].startswith("buffer_store"))
-    barrier = max(i for i in range(raised) if names[i] == "s_barrier")
-    assert any("vmcnt(0)" in line for line in lines[stored:barrier])
-
-
-# ---- the router
-
-
-def test_512_experts_top_10():
-    assert not choice_findings(exact_router((random(1, 3, 512) * 4).bfloat16(), 10), picks(3))
-
-
-def test_256_experts_top_8():
-    assert not choice_findings(exact_router((random(2, 3, 256) * 4).bfloat16(), 8), picks(3))
-
-
-def test_weights_that_are_not_renormalised():
-    gate = exact_router((random(3, 4, 24) * 2 - 5).bfloat16(), 5, norm=False)
-    assert not choice_findings(gate, picks(4))
-
-
-def test_a_number_of_experts_that_is_no_power_of_two_and_all_of_them_chosen():
-    assert not choice_findings(exact_router((random(4, 2, 11) - 3).bfloat16(), 11), picks(2))
-
-
-def test_ties_go_to_the_lower_index():
-    """Logits 0 to 3, each of many experts; and all equal."""
-    logits = torch.cat([integers(5, 0, 3, 3, 24), torch.full((1, 24), -7)]).bfloat16()
-    assert not choice_findings(exact_router(logits, 10), picks(4))
-
-
-def test_equal_rows_of_the_weight_are_a_tie_in_any_sum():
-    gate = slow_block(24, 1024, 128, 5, 0).gate
-    tied = exact_router(torch.zeros(1, 24).bfloat16(), 5)
-    tied.weight.data.copy_(gate.weight[torch.arange(24) % 3])
-    ids, _ = tied(exact_rows(1, 4, 1024))
-    assert (ids.sort(-1).values // 3 < 8).all() and (ids % 3 == ids[:, :1] % 3).all()
-    assert not choice_findings(tied, exact_rows(1, 4, 1024))
-
-
-def test_logits_are_rounded_to_bf16_before_they_are_compared():
-    """Expert 9 has 257, which is 256 in bf16: a tie with expert 4, which comes first."""
-    gate = exact_router(torch.zeros(1, 24).bfloat16(), 3)
-    gate.weight.data[4, 7], gate.weight.data[9, 7], gate.weight.data[9, 900] = 256, 256, 1
-    x = torch.zeros(2, 1024).bfloat16()
-    x[:, 7] = x[:, 900] = 1
-    assert gate(x)[0][:, :2].tolist() == [[4, 9]] * 2
-    assert not choice_findings(gate, x)
-
-
-def test_logits_so_large_that_exp_would_overflow():
-    assert not choice_findings(exact_router((random(6, 2, 24) * 9 + 200).bfloat16(), 5), picks(2))
-
-
-def test_probabilities_that_underflow_tie_at_zero():
-    """All but three of them, and in falling and in rising order."""
-    steps = torch.tensor([0.0, -3.0, -30.0] + [-200.0 - i for i in range(21)])
-    logits = torch.stack([steps, steps.flip(0)]).bfloat16()
-    assert not choice_findings(exact_router(logits, 8), picks(2))
-
-
-def test_subnormal_probabilities_keep_their_order():
-    logits = torch.cat([torch.zeros(1), -torch.arange(80.0, 103.0)])[None].bfloat16()
-    assert not choice_findings(exact_router(logits, 16), picks(1))
-
-
-@pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("scale", [1.0, 2.0**-7])
-def test_sums_along_the_hidden_size(rows: int, scale: float):
-    gate = slow_block(24, 1024, 128, 5, 0).gate
-    assert not choice_findings(gate, exact_rows(rows, rows, 1024, scale))
-
-
-@pytest.mark.parametrize("D", [96, 1152])
-def test_a_hidden_size_that_the_tables_splits_do_not_divide(D: int):
-    gate = slow_block(24, D, 128, 5, 0).gate
-    assert not choice_findings(gate, exact_rows(1, 3, D))
-
-
-def test_where_the_choice_is_another_the_logits_are_a_rounding_apart():
-    """Sums that round: a chosen expert's float64 logit reaches the k-th largest, but for a bf16 step."""
-    gate = exact_router(torch.zeros(1, 256).bfloat16(), 8)
-    gate.weight.data.copy_(random(7, 256, 1024) / 32)
-    x = random(8, 4, 1024).bfloat16()
-    launches, choice = quiet_router(gate).launches(x)
-    emulated(launches)
-    logits = x.double() @ gate.weight.double().T
-    least = logits.sort(-1, descending=True).values[:, 7:8]
-    chosen = logits.gather(1, choice.experts.long())
-    assert (chosen >= least - 2.0**-7 * least.abs()).all()
-    assert all(len(set(row)) == 8 for row in choice.experts.tolist())
-
-
-def test_waves_in_random_order_choose_the_same():
-    assert not choice_findings(exact_router(random(9, 2, 24).bfloat16(), 5), picks(2), seed=3)
-
-
-# ---- the block
-
-
-@pytest.mark.parametrize("scale", [1.0, 2.0**-7])
-@pytest.mark.parametrize("shared", [0, 256])
-def test_a_block_with_and_without_a_shared_expert(shared: int, scale: float):
-    assert not block_findings(slow_block(16, 1024, 128, 4, shared), exact_rows(1, 5, 1024, scale))
-
-
-@pytest.mark.parametrize("rows", [1, 8])
-def test_a_block_whose_weights_are_not_renormalised(rows: int):
-    block = slow_block(16, 1024, 128, 4, 128, norm=False)
-    assert not block_findings(block, exact_rows(rows, rows, 1024))
-
-
-def test_a_blocks_row_alone_has_the_bits_that_it_has_among_others():
-    block, x = slow_block(16, 1024, 128, 4, 256), exact_rows(2, 3, 1024)
-    together = block_output(block, x)
-    for row in (0, 2):
-        assert torch.equal(block_output(block, x[[row]]), together[[row]])
-    assert torch.equal(block_output(block, x.flip(0)), together.flip(0))
+    assert waits_for_stores(compile_launch(launches[1], TARGET))
 
 
 # ---- swapped into a model
@@ -288,13 +169,13 @@ def test_swapping_every_block_of_a_model(tiny: Model, refused: Refused):
         assert names == [f"layers.{i}.mlp" for i in range(4)]
         shown = str(tiny.layers)  # three alike are shown as one
         assert shown.count("1024 -> top 2 of 4, and a shared expert of 256, gfx950") == 2
-        assert shown.count("4 of 1024 -> 128 -> 1024, MXFP4, gfx950") == 2
-        assert "shared_expert_gate" not in shown
+        assert shown.count("(experts): Experts(4 of 1024 -> 128 -> 1024, bf16, gfx950)") == 4
         assert isinstance(tiny.layers[3].mlp, SparseMoeBlock)
         ids = torch.tensor([[1, 2, 3]])
         message = refused(lambda: tiny(ids, tiny.new_cache()))
         assert message == "the fast path runs on gfx950 and sm_90; this is cpu"
     assert tiny.layers[3].mlp is before
+    assert isinstance(before.experts, reference.moe.Experts)
 
 
 @pytest.mark.filterwarnings("ignore:.*is not in configs.json")
@@ -369,21 +250,83 @@ def test_mxfp4_experts_keep_their_codes_in_the_checkpoints_order():
 
 
 @quiet
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_experts_in_floating_point_are_quantised_on_the_way(dtype: torch.dtype):
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "fp8"])
+def test_other_experts_are_kept_in_bf16(kind: str):
+    """FP8 ones are decoded as the reference decodes them."""
     slow = reference.moe.Experts(config(2, 256, 128))
     randomise(slow, 1)
-    slow = slow.to(dtype)
+    slow = slow.to(torch.float32 if kind == "float32" else torch.bfloat16)
+    if kind == "fp8":
+        for expert in slow:
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                N, K = getattr(expert, name).weight.shape
+                weight, scale = fp8.quantize_blocks(random(N + K, N, K))
+                setattr(expert, name, FP8Linear(weight, scale, "a test's"))
     fast = Experts.from_reference(slow, TARGET)
+    eye = {K: torch.eye(K).bfloat16() for K in (256, 128)}
     for e, expert in enumerate(slow):
-        for codes, scale, linear in (
-            (fast.gate_up[e, 0::2], fast.gate_up_scale[e, 0::2], expert.gate_proj),
-            (fast.gate_up[e, 1::2], fast.gate_up_scale[e, 1::2], expert.up_proj),
-            (fast.down[e], fast.down_scale[e], expert.down_proj),
+        for packed, linear in (
+            (fast.gate_up[e, 0::2], expert.gate_proj),
+            (fast.gate_up[e, 1::2], expert.up_proj),
+            (fast.down[e], expert.down_proj),
         ):
-            expected_codes, expected_scale = mxfp4.quantize(linear.weight)
-            assert torch.equal(codes, expected_codes) and torch.equal(scale, expected_scale)
-            assert linear.weight.dtype == dtype
+            decoded = linear(eye[packed.shape[1]]).T if kind == "fp8" else linear.weight.bfloat16()
+            assert packed.dtype == torch.bfloat16 and torch.equal(packed, decoded)
+
+
+@quiet
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_experts_in_bf16_and_of_an_odd_intermediate_size(rows: int):
+    slow = reference.moe.Experts(config(5, 64, 48))
+    randomise(slow, 2)
+    slow = slow.bfloat16().requires_grad_(False)
+    x, weights = random(3, rows, 64).bfloat16(), random(4, rows, 3).softmax(-1)
+    ids = routing("random", rows, 3, 5)
+    fast = Experts.from_reference(slow, TARGET)
+    launches, out = fast.launches(x, ids.int(), weights, Scratch(CPU))
+    emulated(launches)
+    assert not too_far(out, slow(x, ids, weights), slow(x.double(), ids, weights.double()))
+
+
+@quiet
+@pytest.mark.parametrize("target", ["gfx950", "sm_90"])
+def test_an_intermediate_size_that_128_does_not_divide_is_padded(target: str):
+    slow = quantised(reference.moe.Experts(config(3, 256, 96)), seed=5)
+    fast = Experts.from_reference(slow, target)
+    assert fast.I == 128
+    for e, expert in enumerate(slow):
+        gate_up, down = fast.expert(e)
+        eye = torch.eye(256).bfloat16()
+        assert torch.equal(gate_up[0:192:2], expert.gate_proj(eye).T)
+        assert torch.equal(gate_up[1:192:2], expert.up_proj(eye).T)
+        assert torch.equal(down[:, :96], expert.down_proj(torch.eye(96).bfloat16()).T)
+        assert not gate_up[192:].any() and not down[:, 96:].any()
+
+
+@quiet
+@pytest.mark.parametrize("target", ["gfx950", "sm_90"])
+def test_more_than_8_rows_are_computed_by_torch_and_a_rows_bits_are_its_own(target: str):
+    slow = slow_experts(24, 256, 128)
+    fast = Experts.from_reference(slow, target)
+    x, weights = random(1, 70, 256).bfloat16(), random(2, 70, 3).softmax(-1)
+    ids = torch.stack([routing("random", 70, 3, 24)[i] for i in range(70)])
+    out = fast(x, ids, weights)
+    assert not too_far(out, slow(x, ids, weights), slow(x.double(), ids, weights.double()))
+    assert torch.equal(fast(x[:9], ids[:9], weights[:9]), out[:9])
+    assert torch.equal(fast(x.flip(0), ids.flip(0), weights.flip(0)), out.flip(0))
+
+
+@quiet
+@pytest.mark.parametrize("kind", ["bf16", "padded", "twice"])
+def test_more_than_8_rows_of_other_experts_and_choices(kind: str):
+    """In bf16, of an intermediate size that is padded, with one expert in two slots."""
+    slow = reference.moe.Experts(config(5, 256, 96))
+    randomise(slow, 2)
+    slow = slow.bfloat16() if kind == "bf16" else quantised(slow, seed=6)
+    x, weights = random(3, 9, 256).bfloat16(), random(4, 9, 3).softmax(-1)
+    ids = routing("twice" if kind == "twice" else "random", 9, 3, 5)
+    out = Experts.from_reference(slow, TARGET)(x, ids, weights)
+    assert not too_far(out, slow(x, ids, weights), slow(x.double(), ids, weights.double()))
 
 
 @quiet
@@ -427,17 +370,16 @@ def test_the_largest_scales_that_a_target_decodes_are_taken():
 # ---- bad input: one line that names the thing and both values
 
 
-@pytest.mark.parametrize(("D", "I"), [(192, 128), (256, 64)])
-def test_sizes_that_are_no_multiples_of_128_are_refused(D: int, I: int, refused: Refused):
-    assert refused(lambda: Experts(2, D, I, TARGET, CPU)) == (
-        f"experts of hidden size {D} and intermediate size {I}; both must be multiples of 128"
-    )
+def test_a_hidden_size_that_is_no_multiple_is_refused(refused: Refused):
+    message = "experts of hidden size {} and intermediate size 128; both must be multiples of {}"
+    assert refused(lambda: Experts(2, 192, 128, TARGET, CPU)) == message.format(192, 128)
+    call = lambda: Experts(2, 72, 128, TARGET, CPU, fp4=False)  # noqa: E731
+    assert refused(call) == message.format(72, 16)
 
 
 @pytest.mark.parametrize(
     ("x", "what"),
     [
-        (torch.zeros(9, 256).bfloat16(), "[9, 256] and torch.bfloat16"),
         (torch.zeros(0, 256).bfloat16(), "[0, 256] and torch.bfloat16"),
         (torch.zeros(2, 128).bfloat16(), "[2, 128] and torch.bfloat16"),
         (torch.zeros(1, 2, 256).bfloat16(), "[1, 2, 256] and torch.bfloat16"),
@@ -453,11 +395,12 @@ def test_rows_that_the_kernels_cannot_take_are_refused(x: Tensor, what: str, ref
 
 @quiet
 def test_a_block_and_a_router_refuse_rows_by_their_own_names(refused: Refused):
-    block = SparseMoeBlock.from_reference(slow_block(16, 1024, 128, 4, 256), TARGET)
-    many = torch.zeros(3, 3, 1024).bfloat16()
+    block = fast_block(slow_block(16, 1024, 128, 4, 256))
+    many = torch.zeros(9, 1024).bfloat16()
     message = "{}: x of shape [9, 1024] and torch.bfloat16; expected [1 to 8, 1024], torch.bfloat16"
-    assert refused(lambda: block(many)) == message.format("the MoE block")
-    assert refused(lambda: block.gate(many.view(9, -1))) == message.format("the router")
+    launch = lambda: block.launches(many, Scratch(CPU))  # noqa: E731
+    assert refused(launch) == message.format("the router")
+    assert refused(lambda: block.gate(many)) == message.format("the router")
 
 
 @pytest.mark.parametrize("wrong", [24, -1])
@@ -469,14 +412,34 @@ def test_an_expert_that_is_not_there_is_refused(wrong: int, refused: Refused):
     assert refused(call) == f"expert {wrong}; there are 24, from 0 to 23"
 
 
+@pytest.mark.parametrize("wrong", [24, -1])
+def test_an_expert_that_is_not_there_is_refused_among_more_than_8_rows_too(
+    wrong: int, refused: Refused
+):
+    x, ids = random(1, 9, 256).bfloat16(), routing("random", 9, 3, 24)
+    ids[1, 2] = wrong
+    call = lambda: fast_experts(24, 256, 128)(x, ids, torch.ones(9, 3))  # noqa: E731
+    assert refused(call) == f"expert {wrong}; there are 24, from 0 to 23"
+
+
+def test_choices_of_fewer_rows_are_refused_among_more_than_8_rows_too(refused: Refused):
+    x, ids = random(1, 9, 256).bfloat16(), routing("random", 9, 3, 24)
+    call = lambda: fast_experts(24, 256, 128)(x, ids[:7], torch.ones(7, 3))  # noqa: E731
+    assert "experts [7, 3]" in refused(call)
+    wide = lambda: fast_experts(24, 256, 128)(x.float(), ids, torch.ones(9, 3))  # noqa: E731
+    assert refused(wide) == (
+        "experts: x of shape [9, 256] and torch.float32; expected [rows, 256], torch.bfloat16"
+    )
+
+
 def test_choices_that_do_not_belong_to_the_rows_are_refused(refused: Refused):
     experts, x = fast_experts(24, 256, 128), torch.zeros(8, 256).bfloat16()
 
     def shapes(ids: tuple[int, int], shares: tuple[int, int]) -> str:
         return refused(lambda: experts(x, torch.zeros(ids).long(), torch.ones(shares)))
 
-    tail = "for x [8, 256]; expected [8, k] twice, at most 128 in all"
-    assert shapes((8, 17), (8, 17)) == f"experts [8, 17] and weights [8, 17] {tail}"
+    tail = "for 8 rows; expected [8, k] twice"
+    assert shapes((8, 17), (8, 17)) == "8 rows of 17 experts; expected at most 128 in all"
     assert shapes((7, 2), (7, 2)) == f"experts [7, 2] and weights [7, 2] {tail}"
     assert shapes((8, 2), (8, 3)) == f"experts [8, 2] and weights [8, 3] {tail}"
 
@@ -520,20 +483,10 @@ def test_tensors_that_do_not_belong_together_are_refused(refused: Refused):
 
 
 @quiet
-def test_experts_in_fp8_are_refused(refused: Refused):
-    slow = quantised(reference.moe.Experts(config(2, 256, 128)), 1)
-    weight = torch.zeros(128, 256).to(torch.float8_e4m3fn)
-    slow[1].up_proj = FP8Linear(weight, torch.ones(1, 2), "a test's")
-    assert refused(lambda: Experts.from_reference(slow, TARGET)) == (
-        "a weight in torch.float8_e4m3fn; experts are packed from MXFP4 or from bf16"
-    )
-
-
-@quiet
 def test_a_router_and_a_shared_expert_in_fp8_are_refused(refused: Refused):
     gate = exact_router(torch.zeros(1, 24).bfloat16(), 3)
     gate.weight = nn.Parameter(gate.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    message = "a weight in torch.float8_e4m3fn; the router and the shared expert need bf16"
+    message = "a weight in torch.float8_e4m3fn; the fast path needs bf16 here"
     assert refused(lambda: Router.from_reference(gate, TARGET)) == message
 
 
@@ -562,14 +515,14 @@ def test_without_triton_packing_works_and_launching_says_what_to_install(
     message = "the fast path needs Triton 3.6 or later, which is not installed (pip install triton)"
     assert refused(lambda: launches_of(chosen)) == message
     gate = quiet_router(exact_router(torch.zeros(1, 24).bfloat16(), 3))
-    assert refused(lambda: gate.launches(picks(1))) == message
+    assert refused(lambda: gate.launch(picks(1), Scratch(CPU))) == message
 
 
 @quiet
 def test_a_hidden_size_that_the_matrix_unit_does_not_take_is_refused(refused: Refused):
     gate = Router(torch.zeros(24, 1000).bfloat16(), 24, 3, True, TARGET)
-    assert refused(lambda: gate.launches(torch.zeros(1, 1000).bfloat16())) == (
-        "a product along 1000 elements; the matrix unit takes multiples of 16"
+    assert refused(lambda: gate.launch(torch.zeros(1, 1000).bfloat16(), Scratch(CPU))) == (
+        "a router of hidden size 1000; the matrix unit takes multiples of 16"
     )
 
 

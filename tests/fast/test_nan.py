@@ -4,14 +4,15 @@ A NaN comes out as a NaN of its own row, and nothing addresses memory by a numbe
 (the emulator refuses every access outside of an array).
 """
 
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from fast.launch import Scratch
 from tests.support.fast_cases import (
+    CPU,
     block_output,
     case,
     emulated,
@@ -56,43 +57,66 @@ def rows_of(E: int) -> dict[str, Tensor]:
 def test_ids_are_distinct_and_in_range_whatever_the_logits_are(E: int, norm: bool) -> None:
     """As the reference's: a row with a NaN has the first ids and weights that are NaN.
 
-    The logits are put where the product's parts lie, since a product would mix NaNs and zeros.
+    One row at a time: its x is 1 at one column, where the weight has the logits. Two rows would mix NaNs
+    and zeros.
     """
-    named = rows_of(E)
-    logits = torch.stack([*named.values()]).bfloat16()
-    for first in range(0, len(logits), 5):
-        part = logits[first : first + 5]
-        gate = exact_router(torch.zeros(5, E, dtype=torch.bfloat16), 4, norm)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            launches, choice = quiet_router(gate).launches(picks(5))
-        choose = launches[1]
-        parts = choose.arguments["parts"]
-        parts.zero_()
-        parts[0] = part.float()
-        emulated([choose])
-        probabilities = part.float().softmax(-1)
-        ranked, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-        for row, name in enumerate(list(named)[first : first + 5]):
-            found = choice.experts[row].tolist()
-            assert len(set(found)) == 4, (name, found)
-            assert all(0 <= expert < E for expert in found), (name, found)
-            assert found == ids[row, :4].tolist(), name
-            is_nan = bool(ranked[row].isnan().any())
-            assert choice.weights[row].isnan().tolist() == [is_nan] * 4, name
+    for name, logits in rows_of(E).items():
+        row = logits.bfloat16()
+        gate = exact_router(torch.zeros(1, E, dtype=torch.bfloat16), 4, norm, D=128)
+        gate.weight.data[:, 7] = row
+        launch, choice = quiet_router(gate).launch(picks(1, 128), Scratch(CPU))
+        emulated([launch])
+        ranked, ids = row.float().softmax(-1).sort(descending=True, stable=True)
+        found = choice.experts[0].tolist()
+        assert len(set(found)) == 4, (name, found)
+        assert all(0 <= expert < E for expert in found), (name, found)
+        assert found == ids[:4].tolist(), name
+        is_nan = bool(ranked.isnan().any())
+        assert choice.weights[0].isnan().tolist() == [is_nan] * 4, name
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_rows_with_a_nan_or_infinities_leave_the_choice_of_the_rows_beside_them_as_it_is(
+    norm: bool,
+) -> None:
+    """Products of finite numbers that overflow: each row has two columns, one in each half of the sum,
+    where the weight is large enough. Infinity minus infinity makes the NaN."""
+    E, large = 24, 3e38
+    gate = exact_router(torch.zeros(1, E, dtype=torch.bfloat16), 4, norm, D=256)
+    rows = torch.randn(8, E, generator=torch.Generator().manual_seed(3)).bfloat16()
+    weight = gate.weight.data
+    weight[:, 7:87:10] = rows.T
+    columns = {1: (5, large, -large), 3: (0, large, 0), 4: (23, -large, 0), 6: (9, -large, large)}
+    for row, (expert, first, second) in columns.items():
+        weight[expert, 10 * row + 7], weight[expert, 10 * row + 135] = first, second
+    x = torch.zeros(8, 256).bfloat16()
+    for row in range(8):
+        x[row, [10 * row + 7, 10 * row + 135]] = 4
+    logits = rows.float() * 4
+    for row, value in {1: NAN, 3: INF, 4: -INF, 6: NAN}.items():
+        logits[row, columns[row][0]] = value
+    launch, choice = quiet_router(gate).launch(x, Scratch(CPU))
+    assert launch.arguments["SPLITS"] == 2
+    emulated([launch])
+    ranked, ids = logits.bfloat16().float().softmax(-1).sort(descending=True, stable=True)
+    assert ranked[1].isnan().all() and ranked[3].isnan().all()
+    assert torch.equal(choice.experts.long(), ids[:, :4])
+    assert torch.equal(choice.weights.isnan(), ranked[:, :4].isnan())
+    sound = [0, 2, 4, 5, 7]
+    shares = ranked[sound, :4] / (ranked[sound, :4].sum(-1, keepdim=True) if norm else 1)
+    assert torch.allclose(choice.weights[sound], shares, rtol=3e-6)
 
 
 @pytest.mark.parametrize("bad", [-1, 16, 17, 2**31 - 1, -(2**31)])
-def test_an_id_that_is_none_leaves_no_array(bad: int) -> None:
-    """It is taken for the nearest expert; the other row is what it would be."""
+def test_an_id_that_is_none_leaves_no_array_and_makes_its_row_nan(bad: int) -> None:
+    """The other row is what it would be."""
     chosen = case(routing("different", 2, 2, 16), E=16, D=128, I=128)
     good = output(chosen)
     ids = chosen.experts.clone()
     ids[0, 1] = bad
     got = output(replace(chosen, experts=ids))
     assert torch.equal(got[1], good[1])
-    ids[0, 1] = 0 if bad < 0 else 15
-    assert torch.equal(got, output(replace(chosen, experts=ids)))
+    assert got[0].isnan().all()
 
 
 @pytest.mark.parametrize("place", [0, 63, 127])

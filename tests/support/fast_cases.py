@@ -5,13 +5,14 @@ first launch runs. A finding is a line whose first word says what kind it is:
 
     memory      an access outside of an array, or a race in the LDS
     unwritten   an output that is NaN
-    arrived     the counters of the second launch are not zero again
+    arrived     a counter of arrivals is not zero again
     numbers     an error above twice the bf16 reference's plus the rounding of the output
     bits        another order of the waves, or other rows beside it, gave a row other bits
     choice      the router chose other experts than the reference, or weighted them otherwise
     work        a product was computed more than once
 """
 
+import copy
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,25 +22,37 @@ import torch
 from torch import Tensor, nn
 
 import reference.moe
-from fast.launch import Launch
+from fast.launch import Launch, Scratch
+from fast.linear import Norm, Stream
 from fast.moe import Experts, SparseMoeBlock
 from fast.router import Router
+from fast.target import ROWS
 from qwen35.config import Config
 from reference.activation import sigmoid
+from reference.norm import RMSNorm
 from reference.quantized import MXFP4Linear
-from tests.support.family import FAMILY
+from tests.support.family import FAMILY, randomise
 from tools.gfx950.emulator import EmulatorError, Statistics
-from tools.gfx950.target import emulate
+from tools.gfx950.target import CompiledKernel, emulate
 
 TARGET = "gfx950"
 CPU = torch.device("cpu")
 HALF_STEP = 2.0**-8  # the rounding of a bf16, relative
 WRITTEN = {
-    "gate_up": ("first", "hidden"),
-    "down": ("partial", "out"),
-    "linear": ("out",),
-    "choose": ("experts", "weights", "hidden", "shared_gate"),
+    "route": ("parts", "experts", "weights"),
+    "gate_up": ("first", "hidden", "shared"),
+    "down": ("partial", "out", "scaled", "out_squares"),
+    "delta": ("gated", "squares", "out"),
+    "attend": ("partial", "peaks", "totals"),
+    "combine": ("out",),
+    "embed": ("out", "scaled", "squares"),
+    "mtp_input": ("out",),
+    "norm": ("out",),
+    "head": ("logits", "best", "place"),
+    "pick": ("tokens",),
+    "accept": ("fresh", "report"),
 }
+PRODUCT = ("out", "scaled", "out_squares")  # of every other launch
 NOWHERE = -1000  # as an id or a pair: outside of every array
 
 
@@ -56,11 +69,13 @@ def integers(seed: int, low: int, high: int, *shape: int) -> Tensor:
 
 
 def poison(launches: Iterable[Launch]) -> None:
-    """Fill what they write."""
+    """Fill what they write; not what stays from pass to pass."""
     for launch in launches:
-        for name in WRITTEN[launch.name.split()[0]]:
-            tensor = launch.arguments[name]
-            tensor.fill_(torch.nan if tensor.is_floating_point() else NOWHERE)
+        arguments = launch.arguments
+        for name in WRITTEN.get(launch.name.split()[0], PRODUCT):
+            tensor = arguments[name]
+            if not arguments.get("RING"):
+                tensor.fill_(torch.nan if tensor.is_floating_point() else NOWHERE)
 
 
 def emulated(
@@ -141,7 +156,7 @@ def routing(kind: str, rows: int, top_k: int, E: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """Rows for experts. x [N, D] bf16, experts [N, k] int64, weights [N, k] fp32, added [N, D] fp32."""
+    """Rows for experts. x [N, D] bf16, experts [N, k] int64, weights [N, k] fp32, residual [N, D]."""
 
     E: int
     D: int
@@ -149,12 +164,12 @@ class Case:
     x: Tensor
     experts: Tensor
     weights: Tensor
-    added: Tensor | None = None
+    residual: Tensor | None = None
 
     def rows(self, chosen: list[int]) -> "Case":
-        added = None if self.added is None else self.added[chosen]
+        residual = None if self.residual is None else self.residual[chosen]
         x, experts, weights = self.x[chosen], self.experts[chosen], self.weights[chosen]
-        return Case(self.E, self.D, self.I, x, experts, weights, added)
+        return Case(self.E, self.D, self.I, x, experts, weights, residual)
 
 
 def case(
@@ -164,7 +179,7 @@ def case(
     D: int = 256,
     I: int = 128,
     scale: float = 1.0,
-    added: bool = False,
+    residual: bool = False,
     cancelling: bool = False,
     seed: int = 0,
 ) -> Case:
@@ -179,21 +194,48 @@ def case(
     if cancelling:
         weights[:, 0], weights[:, -1] = 50_000, -50_000
     # About as large as what it is added to: at small x an expert is a product of two of them.
-    beside = random(seed + 2, N, D) * 4 * scale**2 if added else None
+    beside = (random(seed + 2, N, D) * 4 * scale**2).bfloat16() if residual else None
     return Case(E, D, I, x, experts, weights, beside)
 
 
-def launches_of(chosen: Case) -> tuple[list[Launch], Tensor]:
+def launches_of(chosen: Case, scratch: Scratch | None = None) -> tuple[list[Launch], Tensor]:
     packed = fast_experts(chosen.E, chosen.D, chosen.I)
-    return packed.launches(chosen.x, chosen.experts.int(), chosen.weights, chosen.added)
+    return packed.launches(
+        chosen.x,
+        chosen.experts.int(),
+        chosen.weights,
+        scratch or Scratch(CPU),
+        residual=chosen.residual,
+    )
+
+
+def counters(launches: Iterable[Launch]) -> list[str]:
+    """A line for each counter of arrivals that is not zero after its launch."""
+    return [
+        f"arrived: {launch.name} {launch.arguments['arrived'].tolist()}"
+        for launch in launches
+        if "arrived" in launch.arguments and launch.arguments["arrived"].any()
+    ]
+
+
+def waits_for_stores(compiled: CompiledKernel) -> bool:
+    """Whether, in a kernel's assembly, each wave waits for its stores to global memory before the barrier
+    behind which the counter of arrivals is raised. A wave that is alone needs no barrier."""
+    lines = compiled.text.splitlines()
+    names = [line.split()[0] if line.split() else "" for line in lines]
+    raised = names.index("global_atomic_add")
+    kinds = "buffer_store", "global_store"
+    stored = max(i for i in range(raised) if names[i].startswith(kinds))
+    barriers = [i for i in range(raised) if names[i] == "s_barrier"]
+    barrier = raised if compiled.num_warps == 1 else max(barriers)
+    return any("vmcnt(0)" in line for line in lines[stored:barrier])
 
 
 def output(chosen: Case, *, seed: int | None = None, batch: int = 32) -> Tensor:
-    """What the fast path makes of the rows, from counters that are zero."""
-    fast_experts(chosen.E, chosen.D, chosen.I).arrived.zero_()
+    """What the fast path makes of the rows; NaN if a counter is not zero again at the end."""
     launches, out = launches_of(chosen)
     emulated(launches, seed=seed, batch=batch)
-    return out
+    return out.fill_(torch.nan) if counters(launches) else out
 
 
 def too_far(got: Tensor, yardstick: Tensor, truth: Tensor) -> list[str]:
@@ -215,21 +257,20 @@ def expected(chosen: Case) -> tuple[Tensor, Tensor]:
     slow = slow_experts(chosen.E, chosen.D, chosen.I)
     yardstick = slow(chosen.x, chosen.experts, chosen.weights)
     truth = slow(chosen.x.double(), chosen.experts, chosen.weights.double())
-    if chosen.added is not None:
-        yardstick = yardstick + chosen.added.bfloat16()
-        truth = truth + chosen.added.double()
+    if chosen.residual is not None:
+        yardstick = yardstick + chosen.residual
+        truth = truth + chosen.residual.double()
     return yardstick, truth
 
 
 def findings(chosen: Case) -> list[str]:
     """What is wrong with a run."""
-    packed = fast_experts(chosen.E, chosen.D, chosen.I)
+    launches, out = launches_of(chosen)
     try:
-        out = output(chosen)
+        emulated(launches)
     except EmulatorError as error:
         return [f"memory: {error}"]
-    left = [f"arrived: {packed.arrived.tolist()}"] if packed.arrived.any() else []
-    return left + too_far(out, *expected(chosen))
+    return counters(launches) + too_far(out, *expected(chosen))
 
 
 def bits(
@@ -238,7 +279,7 @@ def bits(
     """What changes the bits: waves in random order, fewer workgroups at a time, the rows beside a row."""
 
     def unlike(name: str, got: Tensor, wanted: Tensor) -> list[str]:
-        if fast_experts(chosen.E, chosen.D, chosen.I).arrived.any():
+        if got.isnan().any():  # nobody thought that it was the last one
             return [f"arrived: {name}"]
         return [] if torch.equal(got, wanted) else [f"bits: {name}"]
 
@@ -265,7 +306,6 @@ def repeated_work(rows: int, top_k: int) -> list[str]:
     counts = []
     for N in (1, rows):
         launches, _ = launches_of(case(routing("same", N, top_k, 24)))
-        fast_experts(24, 256, 128).arrived.zero_()
         counts.append(
             [
                 sum(count for name, count in done.by_mnemonic.items() if "mfma" in name)
@@ -304,7 +344,9 @@ def quiet_router(gate: reference.moe.Router) -> Router:
     return Router.from_reference(gate, TARGET)
 
 
-def choice_findings(gate: reference.moe.Router, x: Tensor, *, seed: int | None = None) -> list[str]:
+def choice_findings(
+    gate: reference.moe.Router, x: Tensor, *, seed: int | None = None, batch: int = 32
+) -> list[str]:
     """The fast router against the reference: equal ids in equal order, weights to float32's rounding.
 
     That of exp grows with its argument; so far down it counts in relation to 1.
@@ -312,14 +354,14 @@ def choice_findings(gate: reference.moe.Router, x: Tensor, *, seed: int | None =
     ids, weights = gate(x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        launches, choice = quiet_router(gate).launches(x)
+        launch, choice = quiet_router(gate).launch(x, Scratch(CPU))
     try:
-        emulated(launches, seed=seed)
+        emulated([launch], seed=seed, batch=batch)
     except EmulatorError as error:
         return [f"memory: {error}"]
     if choice.weights.isnan().any():
         return ["unwritten: weights"]
-    found = []
+    found = counters([launch])
     for row in range(len(x)):
         if not torch.equal(choice.experts[row].long(), ids[row]):
             found.append(f"choice: {choice.experts[row].tolist()}, expected {ids[row].tolist()}")
@@ -336,10 +378,14 @@ def slow_block(
     top_k: int,
     shared: int,
     norm: bool = True,
+    fp4: bool = True,
 ) -> reference.moe.SparseMoeBlock:
     """The router has small multiples of a power of two, so that the logits of `exact_rows` are exact."""
     block = reference.moe.SparseMoeBlock(config(E, D, I, top_k, shared, norm)).bfloat16()
-    quantised(block.experts, seed=20_000)
+    if fp4:
+        quantised(block.experts, seed=20_000)
+    else:
+        randomise(block.experts, 4)
     block.gate.weight.data.copy_(integers(3, -8, 8, E, D) * 2.0 ** (4 - D.bit_length()))
     if block.shared_expert is not None and block.shared_expert_gate is not None:
         parts = block.shared_expert, block.shared_expert_gate
@@ -348,10 +394,9 @@ def slow_block(
     return block.eval().requires_grad_(False)
 
 
-def wide_block(block: reference.moe.SparseMoeBlock, x: Tensor) -> Tensor:
-    """x [N, D] float64 -> [N, D], with the choice that the bf16 block makes."""
-    narrow = x.bfloat16()
-    experts, weights = block.gate(narrow)
+def wide_block(block: reference.moe.SparseMoeBlock, x: Tensor, *, narrow: bool = True) -> Tensor:
+    """x [N, D] float64 -> [N, D]. narrow: with the choice that the bf16 block makes."""
+    experts, weights = block.gate(x.bfloat16() if narrow else x)
     total = block.experts(x, experts, weights.double())
     if block.shared_expert is not None and block.shared_expert_gate is not None:
         total = total + sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x)
@@ -360,16 +405,20 @@ def wide_block(block: reference.moe.SparseMoeBlock, x: Tensor) -> Tensor:
 
 @cache
 def fast_block(block: nn.Module) -> SparseMoeBlock:
-    return SparseMoeBlock.from_reference(block, TARGET)
+    """Of a copy, since the block is taken over."""
+    return SparseMoeBlock.from_reference(copy.deepcopy(block), TARGET)
 
 
-def block_output(block: nn.Module, x: Tensor, *, seed: int | None = None) -> Tensor:
-    """x [N, D] bf16 through the fast block that is made of a reference's."""
+def block_output(
+    block: nn.Module, x: Tensor, *, seed: int | None = None, batch: int = 32
+) -> Tensor:
+    """x [N, D] bf16 through the fast block that is made of a reference's; NaN if a counter is not zero
+    again at the end."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        launches, out = fast_block(block).launches(x)
-    emulated(launches, seed=seed)
-    return out
+        launches, out = fast_block(block).launches(x, Scratch(CPU))
+    emulated(launches, seed=seed, batch=batch)
+    return out.fill_(torch.nan) if counters(launches) else out
 
 
 def block_findings(block: reference.moe.SparseMoeBlock, x: Tensor) -> list[str]:
@@ -383,3 +432,80 @@ def block_findings(block: reference.moe.SparseMoeBlock, x: Tensor) -> list[str]:
 def exact_rows(seed: int, N: int, D: int, scale: float = 1.0) -> Tensor:
     """[N, D] bf16, multiples of scale / 8."""
     return (integers(seed, -16, 16, N, D) / 8 * scale).bfloat16()
+
+
+# ---- the block in the residual stream: a norm before it, its input added, another norm after it
+
+
+def norm(seed: int, D: int, eps: float = 1e-6) -> RMSNorm:
+    made = RMSNorm(D, eps).bfloat16().requires_grad_(False)
+    made.weight.copy_(random(seed, D) * 0.3)
+    return made
+
+
+def stream(x: Tensor, before: RMSNorm, parts: int) -> Stream:
+    """Rows as an earlier launch leaves them. Squares that are of no row are NaN."""
+    squares = torch.full((parts, ROWS[TARGET]), torch.nan)
+    squares[:, : len(x)] = x.float().square().unflatten(1, (parts, -1)).sum(-1).T
+    scaled = (x.float() * (1 + before.weight.float())).bfloat16()
+    return Stream(x, scaled, squares, before.eps)
+
+
+def clear_rows(
+    block: reference.moe.SparseMoeBlock, before: RMSNorm, rows: int, seed: int = 0
+) -> Tensor:
+    """[rows, D] bf16, of which no rounding changes the choice: the logits of the chosen, and of the next
+    one, are four steps of bf16 apart. Rows differ in size, and so do the two halves of a row."""
+    D = len(before.weight)
+    x = random(seed, 16 * rows, D) * 2.0 ** integers(seed + 1, -3, 3, 16 * rows, 1)
+    x[:, : D // 2] *= 3
+    x = x.bfloat16()
+    logits = before(x.double()) @ block.gate.weight.double().T
+    best = logits.sort(-1, descending=True).values[:, : block.gate.top_k + 1]
+    clear = (best[:, :-1] - best[:, 1:]).amin(-1) > 4 * HALF_STEP * best.abs().amax(-1)
+    assert clear.sum() >= rows, "too few rows whose choice is clear"
+    return x[clear][:rows]
+
+
+def stream_launches(
+    block: nn.Module, before: RMSNorm, after: RMSNorm, x: Tensor, parts: int = 4
+) -> tuple[list[Launch], Stream]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fast_block(block).launches(
+            stream(x, before, parts), Scratch(CPU), residual=x, then=Norm.from_reference(after)
+        )
+
+
+def stream_findings(
+    block: reference.moe.SparseMoeBlock, before: RMSNorm, after: RMSNorm, x: Tensor, parts: int = 4
+) -> list[str]:
+    """x + block(before(x)), what is chosen on the way, and what is left for the norm `after`."""
+    launches, out = stream_launches(block, before, after, x, parts)
+    try:
+        emulated(launches)
+    except EmulatorError as error:
+        return [f"memory: {error}"]
+    found = counters(launches)
+    ids, _ = block.gate(before(x))
+    chosen = launches[0].arguments["experts"]
+    if not torch.equal(chosen.long(), ids):
+        found.append(f"choice: {chosen.tolist()}, expected {ids.tolist()}")
+    wide = x.double()
+    yardstick = x + block(before(x)[:, None])[:, 0]
+    found += too_far(out.x, yardstick, wide + wide_block(block, before(wide), narrow=False))
+    return found + left_findings(out, after)
+
+
+def left_findings(out: Stream, after: RMSNorm) -> list[str]:
+    """What a stream holds for the norm behind it: scaled bit for bit, squares block by block."""
+    found: list[str] = []
+    if not torch.equal(out.scaled, (out.x.float() * (1 + after.weight.float())).bfloat16()):
+        found.append("numbers: scaled rows")
+    blocks = out.x.double().square().unflatten(1, (len(out.squares), -1)).sum(-1).T
+    squares = out.squares[:, : len(out.x)].double()
+    if squares.isnan().any():
+        found.append("unwritten: squares")
+    elif not torch.allclose(squares, blocks, rtol=1e-5):
+        found.append("numbers: squares")
+    return found

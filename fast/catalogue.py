@@ -1,0 +1,67 @@
+"""Every kernel at the sizes that the project ships, on tensors without memory: to be compiled, not
+run."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fast.launch import Launch
+from fast.layer import DecoderLayer
+from fast.moe import Experts
+from fast.mtp import MTP
+from fast.step import Step
+from qwen35.config import Config
+from qwen35.errors import InputError
+
+PUBLISHED = "397B-A17B"
+RANKS = (1, 2, 4, 8)
+DIVIDED = (
+    "num_attention_heads", "linear_num_key_heads", "linear_num_value_heads",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "vocab_size",
+)  # fmt: skip
+CAPACITY, DRAFTS = 16_384, 3
+
+
+def sliced(config: Config, ranks: int) -> Config:
+    """One rank's share of a model: heads, intermediate sizes and the vocabulary are divided.
+    InputError."""
+    for name in DIVIDED:
+        if getattr(config, name) % ranks:
+            raise InputError(f"{name} = {getattr(config, name)} does not divide by {ranks} ranks")
+    shares: dict[str, Any] = {name: getattr(config, name) // ranks for name in DIVIDED}
+    # A key head is kept by every rank that has a query head of it.
+    shares["num_key_value_heads"] = max(1, config.num_key_value_heads // ranks)
+    return replace(config, **shares)
+
+
+def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
+    """Each launch of a round of 397B on 1 to 8 ranks, once. build: a reference model without memory."""
+    seen: set[str] = set()
+    meta = torch.device("meta")
+    for ranks in RANKS:
+        config = sliced(Config.published(PUBLISHED), ranks)
+        config = replace(config, num_hidden_layers=4, layer_types=config.layer_types[:4])
+        model = build(replace(config, num_experts=1, num_experts_per_tok=1)).bfloat16()
+        fast(model, config, target, meta)
+        for work in Step(model, CAPACITY, DRAFTS).work:
+            if isinstance(work, Launch) and work.name not in seen:
+                seen.add(work.name)
+                yield work
+
+
+def fast(model: Any, config: Config, target: str, device: torch.device) -> None:
+    """Put the fast path's layers into a reference model, with experts that have no values."""
+    for layer in (*model.layers, *model.mtp.layers):
+        sizes = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        gate = layer.mlp.gate
+        gate.top_k = config.num_experts_per_tok
+        gate.weight = torch.nn.Parameter(
+            gate.weight.new_empty(config.num_experts, config.hidden_size), requires_grad=False
+        )
+        layer.mlp.experts = Experts(*sizes, target, device)
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = DecoderLayer.from_reference(layer, target)
+    model.mtp = MTP.from_reference(model.mtp, target)
+    model.config = config

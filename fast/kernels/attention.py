@@ -1,0 +1,145 @@
+"""Gated attention of a few rows over a long cache: what each piece of the context gives, then their sum.
+
+The context is cut into pieces at absolute positions, short ones first and long ones behind, so that the
+order of summation depends on a row's position alone: not on the capacity, nor on the rows beside it.
+"""
+
+import triton
+import triton.language as tl
+
+from fast.kernels.common import stored
+
+SHORT = tl.constexpr(128)  # pieces of NEAR positions each, before those of FAR
+FAR = tl.constexpr(1024)
+
+
+@triton.jit
+def _begin(piece, NEAR: tl.constexpr):
+    """The first position of a piece."""
+    return tl.minimum(piece, SHORT) * NEAR + tl.maximum(piece - SHORT, 0) * FAR
+
+
+@triton.jit
+def _pieces(length, NEAR: tl.constexpr):
+    """How many pieces cover so many positions."""
+    near = (tl.minimum(length, SHORT * NEAR) + NEAR - 1) // NEAR
+    return near + (tl.maximum(length - SHORT * NEAR, 0) + FAR - 1) // FAR
+
+
+@triton.jit
+def _turned(
+    source, gain, cosine, sine, position, valid, k, eps, K: tl.constexpr, ROTARY: tl.constexpr
+):
+    """Normalised and rotated heads [n, K] fp32, of raw ones that `source` [n, 1] points to.
+
+    RoPE turns the first ROTARY channels; channel j pairs with j + ROTARY / 2. cosine, sine [P, ROTARY/2].
+    """
+    HALF: tl.constexpr = ROTARY // 2
+    partner = tl.where(k < HALF, k + HALF, tl.where(k < ROTARY, k - HALF, k))  # [1, K]
+    raw = tl.load(source + k, mask=valid, other=0.0).to(tl.float32)
+    other = tl.load(source + partner, mask=valid, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(raw * raw, 1) / K + eps)[:, None]
+    normed = raw * scale * (1 + tl.load(gain + k).to(tl.float32))
+    crossed = other * scale * (1 + tl.load(gain + partner).to(tl.float32))
+    turns = valid & (k < ROTARY)
+    angle = position * HALF + k % HALF
+    cos = tl.load(cosine + angle, mask=turns, other=1.0)
+    sin = tl.load(sine + angle, mask=turns, other=0.0)
+    return normed * cos + tl.where(k < HALF, -crossed, crossed) * sin
+
+
+@triton.jit(do_not_specialize=["rows"])
+def attend(
+    projected, q_gain, k_gain, cosine, sine, keys, values, partial, peaks, totals, start, rows, eps,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, ROTARY: tl.constexpr, CAPACITY: tl.constexpr,
+    NEAR: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What one piece of the context gives to GROUP rows of one key head's queries: a softmax without its
+    denominator.
+
+    projected [rows, 2 H K + 2 G K] bf16: of each head the query and its gate, then the keys, then the
+    values. keys, values [G, CAPACITY, K] bf16: this pass's own are written by the programs in whose piece
+    they lie. q_gain, k_gain [K] bf16. -> partial [pieces, rows, H, K], peaks and totals [pieces, rows, H]
+    fp32: sum of exp(score - peak) * value, the largest score, sum of exp(score - peak).
+    Grid (pieces of CAPACITY, G, rows / GROUP rounded up). BLOCK: at least GROUP * H / G.
+    """
+    piece, head = tl.program_id(0), tl.program_id(1)
+    SHARED: tl.constexpr = H // G
+    M: tl.constexpr = 2 * H * K + 2 * G * K
+    first = tl.load(start)
+    begin = _begin(piece, NEAR)
+    end = tl.minimum(_begin(piece + 1, NEAR), first + rows)
+    if begin < end:
+        k = tl.arange(0, K)[None, :]
+        one = tl.arange(0, 1)[:, None]
+        for new in tl.range(tl.maximum(first, begin), end):
+            # Every block of rows writes the same numbers to the same place.
+            source = projected + (new - first) * M + 2 * H * K + head * K + one
+            key = _turned(source, k_gain, cosine, sine, new, one == 0, k, eps, K, ROTARY)
+            place = (head * CAPACITY + new) * K + k
+            tl.store(keys + place, key.to(tl.bfloat16))
+            tl.store(values + place, tl.load(source + G * K + k))
+        stored()
+        m = tl.arange(0, BLOCK)[:, None]
+        row = tl.program_id(2) * GROUP + m // SHARED  # [BLOCK, 1]
+        query_head = head * SHARED + m % SHARED
+        valid = (m < GROUP * SHARED) & (row < rows)
+        source = projected + row * M + query_head * 2 * K
+        position = first + row
+        query = _turned(source, q_gain, cosine, sine, position, valid, k, eps, K, ROTARY)
+        query = query.to(tl.bfloat16)
+        peak = tl.full((BLOCK, 1), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK, 1), tl.float32)
+        acc = tl.zeros((BLOCK, K), tl.float32)
+        for at in tl.range(begin, end, TILE):
+            p = at + tl.arange(0, TILE)
+            held = (head * CAPACITY + p)[:, None] * K + k
+            key = tl.load(keys + held, mask=p[:, None] < end, other=0.0)  # [TILE, K]
+            value = tl.load(values + held, mask=p[:, None] < end, other=0.0)
+            score = tl.dot(query, tl.trans(key)) * (K**-0.5)  # [BLOCK, TILE]
+            score = tl.where((p[None, :] <= position) & (p[None, :] < end), score, float("-inf"))
+            higher = tl.maximum(peak, tl.max(score, 1)[:, None])
+            # A row that has seen nothing yet has no peak: exp(-inf - -inf) would be NaN.
+            level = tl.where(higher == float("-inf"), 0.0, higher)
+            share = tl.exp(score - level)
+            fade = tl.exp(peak - level)
+            total = total * fade + tl.sum(share, 1)[:, None]
+            acc = tl.dot(share.to(tl.bfloat16), value, acc * fade)
+            peak = higher
+        place = (piece * rows + row) * H + query_head
+        tl.store(partial + place * K + k, acc, mask=valid)
+        tl.store(peaks + place, peak, mask=valid)
+        tl.store(totals + place, total, mask=valid)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def combine(
+    projected, partial, peaks, totals, out, start, rows,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, NEAR: tl.constexpr, MANY: tl.constexpr,
+):  # fmt: skip
+    """out[row, head] = sigmoid(gate) * attention, of what `attend` left for each piece. [rows, H * K]
+    bf16.
+
+    Grid (rows, H). Pieces are added in order, MANY at a time.
+    """
+    row, head = tl.program_id(0), tl.program_id(1)
+    k = tl.arange(0, K)[None, :]
+    some = tl.arange(0, MANY)[:, None]
+    count = _pieces(tl.load(start) + row + 1, NEAR)
+    highest = tl.full((MANY, 1), float("-inf"), tl.float32)
+    for piece in tl.range(0, count, MANY):
+        place = ((piece + some) * rows + row) * H + head
+        held = tl.load(peaks + place, mask=piece + some < count, other=float("-inf"))
+        highest = tl.maximum(highest, held)
+    level = tl.max(highest, 0)[None, :]  # [1, 1]; position 0 is seen, so it is a number
+    total = tl.zeros((1, 1), tl.float32)
+    acc = tl.zeros((1, K), tl.float32)
+    for piece in tl.range(0, count, MANY):
+        place = ((piece + some) * rows + row) * H + head
+        there = piece + some < count
+        share = tl.exp(tl.load(peaks + place, mask=there, other=float("-inf")) - level)  # [MANY, 1]
+        total += tl.sum(share * tl.load(totals + place, mask=there, other=0.0), 0)[None, :]
+        acc += tl.sum(share * tl.load(partial + place * K + k, mask=there, other=0.0), 0)[None, :]
+    gate = tl.load(projected + row * (2 * H * K + 2 * G * K) + head * 2 * K + K + k).to(tl.float32)
+    read = acc / total / (1 + tl.exp(-gate))
+    tl.store(out + (row * H + head) * K + k, read.to(tl.bfloat16))

@@ -1,0 +1,35 @@
+"""What several kernels need: safe indices, stores that other programs may read, sums of parts."""
+
+import triton
+import triton.language as tl
+from triton.language.target_info import is_hip
+
+
+@triton.jit
+def bounded(index, count):
+    """An index that was read from memory, made one of `count`, so that no address leaves an array."""
+    return tl.minimum(tl.maximum(index, 0), count - 1)
+
+
+@triton.jit
+def stored():
+    """A barrier behind which all that this program stored is where other programs can be told of it.
+
+    On gfx950 the compiler lets only the wave that tells them wait for its stores, not the others.
+    """
+    if is_hip():
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\n\tv_mov_b32 $0, $1", "=v,v,~{memory}", [tl.arange(0, 64)],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    tl.debug_barrier()
+
+
+@triton.jit
+def summed(parts, row, column, mask, rows, N, SPLITS: tl.constexpr):
+    """Columns of rows of parts [SPLITS, rows, N] fp32, added in order."""
+    total = tl.load(parts + row * N + column, mask=mask, other=0.0, cache_modifier=".cg")
+    for split in tl.range(1, SPLITS):  # pyright: ignore
+        pointers = parts + (split * rows + row) * N + column
+        total += tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
+    return total

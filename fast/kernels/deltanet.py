@@ -1,0 +1,101 @@
+"""All of the gated delta net that lies between its two projections, in one launch."""
+
+import triton
+import triton.language as tl
+
+from fast.kernels.common import stored
+
+
+@triton.jit
+def _mixed(rows, taps, column, position, M, RING: tl.constexpr, TAPS: tl.constexpr):
+    """Causal convolution over the last TAPS positions, then SiLU, of some columns [C]; fp32.
+
+    rows [RING, M] bf16, position p at p modulo RING; before position 0 there are zeros. taps [C, TAPS].
+    All taps are one load: of single rows Triton would make many narrow ones, in the layout of the state.
+    """
+    tap = tl.arange(0, triton.next_power_of_2(TAPS))[:, None]
+    at = position - (TAPS - 1) + tap
+    place = (at & (RING - 1)) * M + column[None, :]
+    raw = tl.load(rows + place, mask=(tap < TAPS) & (at >= 0), other=0.0).to(tl.float32)
+    weight = tl.load(taps + column[None, :] * TAPS + tap, mask=tap < TAPS, other=0.0).to(tl.float32)
+    total = tl.sum(raw * weight, 0)
+    return total / (1 + tl.exp(-total))
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x), to float32's precision also where e^x is small."""
+    power = tl.exp(tl.minimum(x, 20.0))
+    sum = 1 + power
+    small = tl.where(sum == 1, power, tl.log(sum) * (power / tl.where(sum == 1, 1.0, sum - 1)))
+    return tl.where(x > 20, x, small)
+
+
+@triton.jit(do_not_specialize=["rows", "slots"])
+def delta(
+    projected, taps, decay_log, decay_bias, norm, states, gated, squares, arrived, out,
+    start, rows, slots, M, eps, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, TAPS: tl.constexpr, RING: tl.constexpr, SIGMOID: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """out[row, head] = the gated norm of what the delta rule reads at a row.
+
+    A program works on BLOCK_V columns of a value head. The one that arrives last at a head divides by the
+    head's rms.
+
+    projected [RING, M] bf16, with columns q (H * K), k (H * K), v (HV * V), z (HV * V), b (HV), a (HV);
+    the row of position p lies at p modulo RING. taps [2 H K + HV V, TAPS] bf16; decay_log (A_log) and
+    decay_bias (dt_bias) [HV] fp32; norm [V] fp32. states [slots, HV, K, V] fp32: the state after position
+    p lies at p modulo slots; that before start is read, those after each row are written. gated [rows,
+    HV * V] and squares [HV, V / BLOCK_V, 8] fp32 are scratch; arrived [HV] int32 holds zeros, and zeros
+    again at the end. -> out [rows, HV * V] bf16. SIGMOID: the gate is sigmoid(z), not silu(z).
+    Grid (HV, V / BLOCK_V).
+    """
+    head, block = tl.program_id(0), tl.program_id(1)
+    key_head = head // (HV // H)
+    k, v = tl.arange(0, K), block * BLOCK_V + tl.arange(0, BLOCK_V)
+    C: tl.constexpr = 2 * H * K + HV * V
+    first = tl.load(start)
+    rate = tl.exp(tl.load(decay_log + head))
+    bias = tl.load(decay_bias + head)
+    weight = tl.load(norm + v)
+    place = (head * K + k[:, None]) * V + v[None, :]
+    SIZE: tl.constexpr = HV * K * V
+    state = tl.load(states + ((first - 1) & (slots - 1)) * SIZE + place)  # [K, BLOCK_V]
+    for row in tl.range(0, rows):  # pyright: ignore
+        position = first + row
+        line = projected + (position & (RING - 1)) * M
+        query = _mixed(projected, taps, key_head * K + k, position, M, RING, TAPS)
+        key = _mixed(projected, taps, (H + key_head) * K + k, position, M, RING, TAPS)
+        value = _mixed(projected, taps, 2 * H * K + head * V + v, position, M, RING, TAPS)
+        query *= tl.rsqrt(tl.sum(query * query, 0) + 1e-6) * (K**-0.5)
+        key *= tl.rsqrt(tl.sum(key * key, 0) + 1e-6)
+        strength = 1 / (1 + tl.exp(-tl.load(line + C + HV * V + head).to(tl.float32)))
+        step = tl.load(line + C + HV * V + HV + head).to(tl.float32) + bias
+        gate = tl.load(line + C + head * V + v).to(tl.float32)
+        decayed = state * tl.exp(-rate * _softplus(step))
+        # What the memory holds for this key, [BLOCK_V].
+        recalled = tl.sum(key[:, None] * decayed, 0)
+        correction = strength * (value - recalled)
+        # The compiler computes the state twice, in the layout of the sums and in that of the store. A
+        # product and a sum it might fuse in two ways: then what the next row reads here would have other
+        # bits than what the next pass reads from memory.
+        state = tl.fma(key[:, None], correction[None, :], decayed)
+        read = tl.sum(query[:, None] * state, 0)  # [BLOCK_V]
+        tl.store(states + (position & (slots - 1)) * SIZE + place, state)
+        opened = 1 / (1 + tl.exp(-gate))
+        if not SIGMOID:
+            opened *= gate
+        tl.store(gated + (row * HV + head) * V + v, weight * read * opened)
+        tl.store(squares + (head * (V // BLOCK_V) + block) * 8 + row, tl.sum(read * read, 0))
+    stored()
+    before = tl.atomic_add(arrived + head, 1, sem="acq_rel", scope="gpu")
+    if before == V // BLOCK_V - 1:
+        part, column = tl.arange(0, V // BLOCK_V), tl.arange(0, V)
+        for row in tl.range(0, rows):  # pyright: ignore
+            sums = squares + (head * (V // BLOCK_V) + part) * 8 + row
+            mean = tl.sum(tl.load(sums, cache_modifier=".cg"), 0) / V
+            columns = (row * HV + head) * V + column
+            whole = tl.load(gated + columns, cache_modifier=".cg") * tl.rsqrt(mean + eps)
+            tl.store(out + columns, whole.to(tl.bfloat16))
+        tl.store(arrived + head, 0)

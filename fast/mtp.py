@@ -1,0 +1,73 @@
+"""The multi-token-prediction head for a few rows: an input launch, the product of both halves, one
+layer."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fast.launch import Launch, Scratch
+from fast.layer import DecoderLayer, Rope
+from fast.linear import Norm, in_bf16, product, twin
+from fast.router import power_of_two
+from fast.state import Keys
+from fast.target import target_of
+from qwen35.cache import KVCache
+
+
+class MTP(nn.Module):
+    """embeds, hidden: [B, T, D] -> [B, T, D], as the reference's, with a fast layer in it."""
+
+    def __init__(self, module: Any, target: str) -> None:
+        super().__init__()
+        module = twin(module)
+        module.layers = twin(module.layers)
+        module.layers[0] = DecoderLayer.from_reference(module.layers[0], target)
+        self.fc = in_bf16(module.fc)
+        self.embedding_norm = Norm.from_reference(module.pre_fc_norm_embedding)
+        self.hidden_norm = Norm.from_reference(module.pre_fc_norm_hidden)
+        self.norm = Norm.from_reference(module.norm)
+        self.target, self.many = target, module
+
+    @classmethod
+    def from_reference(cls, module: Any, target: str | None = None) -> "MTP":
+        """From `reference.mtp.MTP`. target: the device's own when not given."""
+        return cls(module, target or target_of(module.fc.weight.device))
+
+    def launches(
+        self,
+        ids: Tensor,
+        hidden: Tensor,
+        table: Tensor,
+        state: Keys,
+        start: Tensor,
+        rope: Rope,
+        scratch: Scratch,
+    ) -> tuple[list[Launch], Tensor]:
+        """What a pass launches for ids [N] int32 behind hidden [N, D] bf16, and its output before the
+        last norm, [N, D] bf16, not written yet. table: the embedding [vocab, D] bf16."""
+        from fast.kernels import embedding as kernels  # Triton is needed from here on
+
+        N, D = hidden.shape
+        both = scratch("mtp input", N, 2 * D)
+        first = Launch(
+            f"mtp_input D={D}",
+            kernels.mtp_input,
+            (N, 2, 1),
+            {
+                "table": table, "ids": ids, "hidden": hidden,
+                "embedding_norm": self.embedding_norm.weight,
+                "hidden_norm": self.hidden_norm.weight, "out": both, "vocab": len(table),
+                "eps": self.hidden_norm.eps, "D": D, "BLOCK": power_of_two(D),
+            },
+            {"num_warps": 4},
+        )  # fmt: skip
+        layer: Any = self.many.layers[0]  # pyright: ignore (a fast layer)
+        second, x = product(
+            both, self.fc, self.target, scratch,
+            name="mtp_fc", then=layer.input_layernorm, out="residual",
+        )  # fmt: skip
+        rest, out = layer.launches(x, state, start, rope, scratch, None)
+        return [first, second, *rest], out
+
+    def forward(self, embeds: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
+        return self.many(embeds, hidden, cache)

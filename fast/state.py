@@ -1,0 +1,168 @@
+"""What a sequence carries from pass to pass on the fast path: buffers of fixed size, the length on the
+device.
+
+Every buffer is addressed by absolute position, so a rejected draft is taken back by nothing but a smaller
+length: what lies behind it is written again before it is read. A state is made from the reference's
+`Cache`, and gives one back, bit for bit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen35.cache import Cache, DeltaState, KVCache
+from qwen35.config import Config
+from qwen35.errors import InputError
+
+RING = (
+    16  # positions of which a delta net's projections are kept: a pass's rows, and those before it
+)
+
+
+@dataclass
+class Keys:
+    """Keys (after norm and RoPE) and values of an attention layer, [G, capacity, K] bf16 each."""
+
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def empty(cls, config: Config, capacity: int, device: torch.device) -> "Keys":
+        shape = (config.num_key_value_heads, capacity, config.head_dim)
+        keys, values = (torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+        return cls(keys, values)
+
+    def take(self, cache: KVCache, length: int) -> None:
+        """Copy what the reference's cache holds."""
+        for held, given in zip((self.keys, self.values), (cache.k, cache.v), strict=True):
+            held[:, :length] = given[0, :, :length]
+
+    def give(self, cache: KVCache, length: int) -> None:
+        """Put so many positions into the reference's cache, in place of what it holds."""
+        cache.length = 0
+        cache.append(self.keys[None, :, :length], self.values[None, :, :length])
+
+
+@dataclass
+class Delta:
+    """State of a delta-net layer.
+
+    projected: [RING, M] bf16, the in-projection's rows (q, k and v first, M columns in all); position p
+    lies at p modulo RING. states: [slots, HV, K, V] fp32, the memory after position p at p modulo slots.
+    """
+
+    projected: Tensor
+    states: Tensor
+
+    @classmethod
+    def empty(cls, config: Config, slots: int, device: torch.device) -> "Delta":
+        heads = config.linear_num_value_heads
+        columns = config.conv_dim + heads * (config.linear_value_head_dim + 2)
+        sizes = (config.linear_key_head_dim, config.linear_value_head_dim)
+        return cls(
+            torch.zeros(RING, columns, dtype=torch.bfloat16, device=device),
+            torch.zeros(slots, heads, *sizes, dtype=torch.float32, device=device),
+        )
+
+    def take(self, state: DeltaState, length: int) -> None:
+        """Copy the reference's state after `length` tokens."""
+        taps, columns = state.conv.shape[1:]
+        self.projected[self._places(length, taps), :columns] = state.conv[0]
+        self.states[(length - 1) % len(self.states)] = state.recurrent[0]
+
+    def give(self, state: DeltaState, length: int) -> None:
+        """Put the state after `length` tokens into the reference's."""
+        taps, columns = state.conv.shape[1:]
+        conv = self.projected[self._places(length, taps), :columns]
+        state.take(conv[None], self.states[None, (length - 1) % len(self.states)])
+        state.rows, state.trail = None, []
+
+    def _places(self, length: int, taps: int) -> list[int]:
+        """Where the last rows before `length` lie. Rows before position 0 are read as zeros."""
+        return [(length - taps + i) % RING for i in range(taps)]
+
+
+@dataclass
+class State:
+    """All state of one sequence.
+
+    layers: one entry a layer of the trunk; mtp: of the MTP head. cosine, sine: [capacity, rotary / 2]
+    fp32, RoPE's table. starts: [1 + passes of the MTP head] int32 on the device, the position at which
+    each pass of a round begins, first the trunk's.
+    """
+
+    layers: list[Keys | Delta]
+    mtp: Keys | None
+    cosine: Tensor
+    sine: Tensor
+    starts: Tensor
+
+    @classmethod
+    def empty(cls, config: Config, capacity: int, drafts: int, device: torch.device) -> "State":
+        """For `capacity` positions and rounds of so many drafts."""
+        slots = 1 << drafts.bit_length()  # a power of two that is at least 1 + drafts
+        if slots + config.linear_conv_kernel_dim - 1 > RING:
+            raise InputError(
+                f"{drafts} drafts and {config.linear_conv_kernel_dim} taps; the fast path keeps {RING} "
+                "positions of a delta net's projections"
+            )
+        layers = [
+            Keys.empty(config, capacity, device)
+            if kind == "full_attention"
+            else Delta.empty(config, slots, device)
+            for kind in config.layer_types
+        ]
+        mtp = Keys.empty(config, capacity, device) if drafts else None
+        cosine, sine = rope_table(config.rotary_dim, config.rope_theta, capacity, device)
+        return cls(
+            layers, mtp, cosine, sine, torch.zeros(1 + drafts, dtype=torch.int32, device=device)
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Positions that there is room for."""
+        return len(self.cosine)
+
+    def take(self, cache: Cache) -> None:
+        """Copy the reference's cache of a whole prompt."""
+        length = cache.length
+        if length > self.capacity:
+            raise InputError(f"{length} tokens; the fast path's cache holds {self.capacity}")
+        for state, given in zip(self.layers, cache.layers, strict=True):
+            state.take(given, length)  # pyright: ignore (of the same kind)
+        if self.mtp is not None and cache.mtp is not None:
+            self.mtp.take(cache.mtp, cache.mtp.length)
+        # The MTP head's first pass takes the newest token, whose row is that of the token before it.
+        starts = [length, length - 1, *range(length, length + len(self.starts))]
+        self.starts.copy_(torch.tensor(starts[: len(self.starts)], dtype=torch.int32))
+
+    def take_over(self, other: "State") -> None:
+        """Copy another state, which may have less room."""
+        for own, given in zip((*self.layers, self.mtp), (*other.layers, other.mtp), strict=True):
+            for name, tensor in vars(given).items() if given is not None else ():
+                held = getattr(own, name)
+                (held[:, : other.capacity] if isinstance(given, Keys) else held).copy_(tensor)
+        self.starts.copy_(other.starts)
+
+    def give(self, cache: Cache) -> None:
+        """Put everything into a cache of the reference, in place of what it holds."""
+        length = int(self.starts[0])
+        for state, given in zip(self.layers, cache.layers, strict=True):
+            state.give(given, length)  # pyright: ignore (of the same kind)
+        if self.mtp is not None and cache.mtp is not None:
+            self.mtp.give(cache.mtp, int(self.starts[1]))
+        cache.length = length
+
+
+def rope_table(
+    rotary_dim: int, theta: float, capacity: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position and channel, [capacity, rotary_dim / 2] fp32.
+
+    The angles are rounded to float32, as in the reference; their cosines are not rounded further.
+    """
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
+    frequencies = 1.0 / theta ** (exponents / rotary_dim)
+    angles = torch.arange(capacity, device=device).float()[:, None] * frequencies
+    return angles.cos(), angles.sin()

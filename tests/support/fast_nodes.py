@@ -1,0 +1,219 @@
+"""The fast path's mixers and layers as gfx950 code in the emulator, beside the reference.
+
+One pass of a few rows is compared, from a state that some tokens have left.
+"""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fast.attention import GatedAttention
+from fast.deltanet import GatedDeltaNet
+from fast.launch import Scratch
+from fast.layer import DecoderLayer, embedded
+from fast.state import RING, Delta, Keys, rope_table
+from qwen35.cache import DeltaState, KVCache
+from qwen35.config import Config
+from reference.model import Model
+from tests.support.family import FAMILY, randomise
+from tests.support.fast_cases import CPU, HALF_STEP, TARGET, counters, emulated, random
+from tools.gfx950.emulator import EmulatorError
+
+SIZES = {"linear_key_head_dim": 16, "linear_value_head_dim": 32, "num_hidden_layers": 4}
+
+
+@cache
+def slow_model(name: str, **sizes: Any) -> Model:
+    """A small member of the family in bf16 with random weights, whose heads the kernels take."""
+    rope = {"rope_theta": 1e7, "partial_rotary_factor": sizes.pop("rotary", 0.25)}
+    model = Model(Config.from_dict(FAMILY[name] | SIZES | {"rope_parameters": rope} | sizes))
+    randomise(model, 3)
+    return model.bfloat16().eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Rows x [N, D] bf16 for a layer of `slow_model`, and the state before them.
+
+    kind: "linear_attn", "self_attn", or "layer" for a whole layer of either kind of mixer.
+    """
+
+    model: Model
+    layer: int
+    kind: str
+    x: Tensor
+    state: DeltaState | KVCache
+    length: int
+
+    @property
+    def node(self) -> nn.Module:
+        layer = self.model.layers[self.layer]
+        return layer if self.kind == "layer" else layer.get_submodule(self.kind)
+
+    def rows(self, first: int, last: int) -> "Pass":
+        return Pass(self.model, self.layer, self.kind, self.x[first:last], self.state, self.length)
+
+
+def a_pass(
+    kind: str, rows: int, *, name: str = "397B-A17B", length: int = 8, scale: float = 1.0,
+    linear: bool = True, **sizes: Any,
+) -> Pass:  # fmt: skip
+    model = slow_model(name, **sizes)
+    config = model.config
+    layer = 0 if kind == "linear_attn" or (kind == "layer" and linear) else 3
+    x = (random(rows, rows, config.hidden_size) * scale).bfloat16()
+    state: DeltaState | KVCache
+    if layer == 0:
+        heads = config.linear_num_value_heads
+        sizes_of = (1, heads, config.linear_key_head_dim, config.linear_value_head_dim)
+        conv = (random(1, 1, config.linear_conv_kernel_dim - 1, config.conv_dim) * scale).bfloat16()
+        state = DeltaState(conv, random(2, *sizes_of) * 0.3)
+    else:
+        shape = 1, config.num_key_value_heads, length, config.head_dim
+        state = KVCache(random(3, *shape).bfloat16(), random(4, *shape).bfloat16(), length)
+    return Pass(model, layer, kind, x, state, length)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """out [N, D]; state: what each row leaves, by name, the rows first."""
+
+    out: Tensor
+    state: dict[str, Tensor]
+
+
+def slow(what: Pass, dtype: torch.dtype) -> Outcome:
+    """The reference, row by row, in some dtype."""
+    node = copy.deepcopy(what.node).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    outputs: list[Tensor] = []
+    left: dict[str, list[Tensor]] = {}
+    if isinstance(what.state, DeltaState):
+        state: Any = DeltaState(what.state.conv.to(dtype), what.state.recurrent.to(wide))
+    else:
+        state = KVCache(what.state.k.to(dtype), what.state.v.to(dtype), what.length)
+    for row in what.x.to(dtype):
+        outputs.append(node(row[None, None], state)[0, 0])
+        for key, tensor in state.tensors().items():
+            last = tensor[0, :, -1] if isinstance(state, KVCache) else tensor[0]
+            left.setdefault(key, []).append((last[-1] if key == "conv" else last).clone())
+    return Outcome(torch.stack(outputs), {key: torch.stack(held) for key, held in left.items()})
+
+
+@cache
+def fast_node(node: nn.Module) -> Any:
+    kinds = {"GatedDeltaNet": GatedDeltaNet, "GatedAttention": GatedAttention}
+    kind: Any = kinds.get(type(node).__name__, DecoderLayer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return kind.from_reference(copy.deepcopy(node), TARGET)
+
+
+def buffers(what: Pass, capacity: int, start: int, slots: int) -> Delta | Keys:
+    """The state in the fast path's buffers; what holds nothing is NaN."""
+    config = what.model.config
+    if isinstance(what.state, DeltaState):
+        own = Delta.empty(config, slots, CPU)
+        own.projected.fill_(torch.nan)
+        own.states.fill_(torch.nan)
+        own.take(what.state, start)
+        before = what.state.conv.shape[
+            1
+        ]  # rows before position 0 count as zeros, whatever lies there
+        own.projected[[p % RING for p in range(start - before, 0)]] = torch.nan
+        return own
+    keys = Keys.empty(config, capacity, CPU)
+    for tensor in (keys.keys, keys.values):
+        tensor.fill_(torch.nan)
+    keys.take(what.state, what.length)
+    return keys
+
+
+def fast(
+    what: Pass, *, capacity: int = 64, start: int | None = None, seed: int | None = None, batch: int = 32,
+    state: Delta | Keys | None = None, slots: int = 8,
+) -> Outcome:  # fmt: skip
+    """One pass in the emulator. start: the position of the first row, for a delta net."""
+    config, node, N = what.model.config, fast_node(what.node), len(what.x)
+    begin = what.length if start is None else start
+    own = buffers(what, capacity, begin, slots) if state is None else state
+    position = torch.tensor([begin], dtype=torch.int32)
+    scratch = Scratch(CPU)
+    rope = rope_table(config.rotary_dim, config.rope_theta, capacity, CPU)
+    more = [rope] if isinstance(own, Keys) else []
+    if what.kind == "layer":
+        ids = torch.arange(N, dtype=torch.int32)
+        first, stream = embedded(what.x, ids, node.input_layernorm, TARGET, scratch)
+        rest, out = node.launches(stream, own, position, rope, scratch, None)
+        launches = [first, *rest]
+    else:
+        launches, out = node.launches(what.x, own, position, *more, scratch)
+    emulated(launches, seed=seed, batch=batch)
+    assert not counters(launches)
+    if isinstance(own, Keys):
+        new = slice(begin, begin + N)
+        left = {"k": own.keys[:, new].transpose(0, 1), "v": own.values[:, new].transpose(0, 1)}
+    else:
+        C = config.conv_dim
+        places = [begin + i for i in range(N)]
+        left = {
+            "conv": own.projected[[p % RING for p in places], :C],
+            "recurrent": own.states[[p % len(own.states) for p in places]],
+        }
+    return Outcome(out.clone(), {key: tensor.clone() for key, tensor in left.items()})
+
+
+def judged(name: str, got: Tensor, yardstick: Tensor, truth: Tensor) -> list[str]:
+    """The two-times rule, row by row: a row's largest error against the bf16 reference's largest one."""
+    if got.isnan().any():
+        return [f"unwritten: {name}, {int(got.isnan().sum())} of {got.numel()}"]
+    ours, theirs = ((x.double() - truth).flatten(1).abs().amax(1) for x in (got, yardstick))
+    most = 2 * theirs + HALF_STEP * truth.flatten(1).abs().amax(1)
+    return [
+        f"numbers: {name}, row {row} is off by {error:.2e}, allowed {limit:.2e}"
+        for row, (error, limit) in enumerate(zip(ours.tolist(), most.tolist(), strict=True))
+        if not error <= limit
+    ]
+
+
+def node_findings(what: Pass, **settings: Any) -> list[str]:
+    """What is wrong with a pass: its output, and the state that each row leaves."""
+    try:
+        got = fast(what, **settings)
+    except EmulatorError as error:
+        return [f"memory: {error}"]
+    except AssertionError as error:
+        return [f"arrived: {error}"]
+    yardstick, truth = slow(what, torch.bfloat16), slow(what, torch.float64)
+    found = judged("out", got.out, yardstick.out, truth.out)
+    for key, held in got.state.items():
+        found += judged(key, held, yardstick.state[key], truth.state[key])
+    return found
+
+
+def row_findings(what: Pass, parts: Sequence[int], **settings: Any) -> list[str]:
+    """Whether passes of so many rows each leave the bits of one pass over all rows."""
+    whole = fast(what, **settings)
+    begin = what.length if settings.get("start") is None else settings["start"]
+    own = buffers(what, settings.get("capacity", 64), begin, settings.get("slots", 8))
+    found, first = [], 0
+    for count in parts:
+        part = fast(
+            what.rows(first, first + count), state=own, **(settings | {"start": begin + first})
+        )
+        rows = slice(first, first + count)
+        same = {"out": (part.out, whole.out[rows])}
+        same |= {key: (held, whole.state[key][rows]) for key, held in part.state.items()}
+        found += [
+            f"bits: {name} of rows {first} to {first + count - 1}"
+            for name, (a, b) in same.items()
+            if not torch.equal(a, b)
+        ]
+        first += count
+    return found
