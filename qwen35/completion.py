@@ -16,6 +16,7 @@ from qwen35.generation import Generation
 from qwen35.messages import Answer, parse_messages, parse_tools, split_reasoning
 from qwen35.prefix.cache import PrefixCache
 from qwen35.sampling import Sampling
+from qwen35.swap import replaced
 from qwen35.tokenizer import Prompt, Tokenizer
 from reference.model import Model
 
@@ -134,13 +135,15 @@ class Completion:
             "prompt_tokens": len(result.prompt),
             "cached_tokens": result.cached_tokens,
             "finish_reason": result.finish_reason,
-            "path": "reference",
+            "path": result.path,
+            "swaps": replaced(result.model),
             "draft": {
                 "proposed": result.draft.proposed,
                 "accepted": result.draft.accepted,
                 "tokens_per_forward": round(result.draft.tokens_per_forward, 4),
             },
             "timing": {
+                "prepare_s": round(result.prepare_s, 4),
                 "ttft_s": round(result.ttft_s, 4),
                 "decode_s": round(result.decode_s, 4),
                 "tokens_per_s": round(result.tokens_per_s, 2),

@@ -15,9 +15,11 @@ from qwen35.defaults import Defaults
 from qwen35.errors import InputError
 from qwen35.load import DTYPES, load, locate
 from qwen35.messages import Message
+from qwen35.paths import PATHS
 from qwen35.prefix.cache import PrefixCache
 from qwen35.prefix.keys import fingerprint, identity
 from qwen35.requests import parse_requests
+from qwen35.swap import parse_swap
 from qwen35.tokenizer import Tokenizer
 from reference.model import Model
 
@@ -47,6 +49,10 @@ def build_parser() -> Parser:
     add("--ignore-eos", action="store_true", help="go on after an end-of-text token")
     add("--draft-tokens", type=int, metavar="K", help="drafts of the MTP head a round (default 3)")
     add("--prefill-chunk", type=int, default=2048, metavar="N", help="prompt tokens a pass")
+    add("--path", choices=PATHS, default="auto",
+        help="fast: decoding as one graph of kernels on a GPU; auto: that where it can run")  # fmt: skip
+    add("--swap", action="append", default=[], metavar="PATTERN=MODULE:CLASS",
+        help="put another class in the place of nodes (may be given more than once)")  # fmt: skip
     add("--device", default="cpu", metavar="D")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--chat", action="store_true", help="a conversation; an empty line ends it")
@@ -81,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
     needs_text = not (args.requests or isinstance(prompt, list))
     has_text = needs_text or (folder / "tokenizer.json").exists()
     tokenizer = Tokenizer(folder) if has_text else None
-    model = load(folder, dtype=DTYPES.get(args.dtype), device=_device(args.device))
+    model = _load(args, folder)
     load_s = time.perf_counter() - started
     if args.break_in is not None:
         break_in(model, args.break_in, args.break_at)
@@ -162,6 +168,20 @@ def _serve(file: str, completer: Completer, settings: Settings, load_s: float) -
         found = _document(completion, load_s)
         print_json(found if name is None else {"id": name} | found)
     return 0
+
+
+def _load(args: argparse.Namespace, folder: Path) -> Model:
+    """The model, and a line on what runs in it where that is not the reference alone."""
+    device = _device(args.device)
+    # On a CPU there is no fast path, which nobody has to be told again and again.
+    path = "reference" if args.path == "auto" and device.type == "cpu" else args.path
+    swaps = [parse_swap(text) for text in args.swap]
+    model = load(folder, dtype=DTYPES.get(args.dtype), device=device, path=path, swaps=swaps)
+    fast = sum(type(layer).__module__.startswith("fast.") for layer in model.layers)
+    if fast or swaps:
+        own = f"; {len(swaps)} patterns swapped" if swaps else ""
+        _say(f"{fast} of {len(model.layers)} layers run on the fast path{own}")
+    return model
 
 
 def _device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ from torch import nn
 
 from qwen35.config import Config
 from qwen35.errors import InputError
+from qwen35.paths import choose_path
 from qwen35.swap import Replacement, matching, outermost, swap
 from reference.model import Model
 from reference.quantized import FP8Linear, MXFP4Linear
@@ -49,6 +50,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    path: str = "reference",
     swaps: Swaps = (),
 ) -> Model:
     """Build the reference model of a checkpoint, in eval mode, without gradients.
@@ -60,6 +62,9 @@ def load(
     has them (they are cast or decoded when hit): what a token does not touch is never read. Other weights
     in FP8 or MXFP4 are decoded here. A_log and the delta net's norm keep the file's float32.
 
+    path: "fast" puts the fast path's layers in (a GPU is needed), "auto" does so where it can, and warns
+    where it cannot.
+
     swaps: nodes that something else stands for (`qwen35/swap.py`), each replaced as soon as its part of
     the model is there, so that no more than one layer exists twice.
 
@@ -67,7 +72,9 @@ def load(
     missing, unknown or of another shape; warns when the file is not quantised as its config claims.
     """
     folder = locate(model)
-    loader = Loader(folder, dtype=dtype, device=device, swaps=swaps)
+    loader = Loader(folder, dtype=dtype, device=device, path=path, swaps=swaps)
+    if loader.path.reason:
+        warnings.warn(f"the reference path runs: {loader.path.reason}", stacklevel=2)
     built = loader.skeleton
     for stage in loader.stages:
         built.set_submodule(stage, loader.fill(stage, built.get_submodule(stage)))
@@ -90,6 +97,7 @@ class Loader:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        path: str = "reference",
         swaps: Swaps = (),
     ) -> None:
         self.checkpoint = Checkpoint(folder)
@@ -105,12 +113,23 @@ class Loader:
         # MXFP4 has no float16 form: its scales reach further.
         own = torch.bfloat16 if quantised and embedding.dtype.itemsize < 4 else embedding.dtype
         self.dtype, self.device = dtype or own, device
+        self.path = choose_path(path, self.config, torch.device(device), self.dtype)
         layers = [f"layers.{i}" for i in range(self.config.num_hidden_layers)]
         last = ["mtp"] if self.skeleton.mtp is not None else []
         self.stages = ["embed_tokens", *layers, "norm", "lm_head", *last]
-        self.swaps = {
+        self.swaps = self._nodes_of(swaps)
+        own_nodes = set(self.swaps)
+        for node, replacement in self._nodes_of(self.path.swaps).items():
+            # A layer in which the caller replaces a node stays the reference's around it.
+            if not any(other == node or other.startswith(f"{node}.") for other in own_nodes):
+                self.swaps[node] = replacement
+
+    def _nodes_of(self, swaps: Swaps) -> dict[str, Replacement]:
+        """By the name of the node that is replaced."""
+        return {
             name: replacement
             for pattern, replacement in swaps
+            if pattern != "mtp" or self.skeleton.mtp is not None
             for name in outermost(matching(self.skeleton, pattern))
         }
 

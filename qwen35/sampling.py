@@ -79,6 +79,13 @@ class Seen:
         self.anywhere[torch.tensor(prompt, dtype=torch.int64, device=device)] = True
         self.generated = torch.zeros_like(self.anywhere)  # [V]
 
+    @classmethod
+    def of(cls, anywhere: Tensor, generated: Tensor) -> "Seen":
+        """From masks [V] that are there already."""
+        seen = cls.__new__(cls)
+        seen.anywhere, seen.generated = anywhere, generated
+        return seen
+
     def add(self, token: int) -> None:
         """Count a token of the text."""
         self.anywhere[token] = self.generated[token] = True
@@ -127,16 +134,18 @@ def pick(logits: Tensor, position: int, sampling: Sampling, seen: Seen | None = 
     seen: the tokens before it, which penalties need; the choice is added to them.
     """
     scores = logits if seen is None else penalized(logits, seen, sampling)
-    token = _pick(scores, position, sampling)
+    drawn = uniform(sampling.seed, position) if sampling.temperature else 0.0
+    token = int(choose(scores, drawn, sampling))
     if seen is not None:
         seen.add(token)
     return token
 
 
-def _pick(scores: Tensor, position: int, sampling: Sampling) -> int:
+def choose(scores: Tensor, drawn: float | Tensor, sampling: Sampling) -> Tensor:
+    """The token of scores [V], a scalar on their device; `drawn` in [0, 1) decides where one is drawn."""
     if sampling.temperature == 0:
-        return int(scores[: sampling.vocab].argmax())
+        return scores[: sampling.vocab].argmax()
     cumulative = probabilities(scores, sampling).cumsum(-1)
     # Scaled by the total, so that rounding in the sum cannot leave the last token out.
-    threshold = uniform(sampling.seed, position) * cumulative[-1]
-    return int(torch.searchsorted(cumulative, threshold, right=True))
+    threshold = drawn * cumulative[-1]
+    return torch.searchsorted(cumulative, threshold, right=True)

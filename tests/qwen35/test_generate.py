@@ -32,11 +32,11 @@ FIGURES = re.compile(
     r"(\d+) tokens at [\d.]+ tokens/s"
 )
 KEYS = {
-    "text", "token_ids", "prompt_tokens", "cached_tokens", "finish_reason", "path", "draft",
-    "timing",
+    "text", "token_ids", "prompt_tokens", "cached_tokens", "finish_reason", "path", "swaps",
+    "draft", "timing",
 }  # fmt: skip
 DRAFT_KEYS = {"proposed", "accepted", "tokens_per_forward"}
-TIMING_KEYS = {"load_s", "ttft_s", "decode_s", "tokens_per_s"}
+TIMING_KEYS = {"load_s", "prepare_s", "ttft_s", "decode_s", "tokens_per_s"}
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -116,7 +116,7 @@ def test_the_json_document(cli: Cli, small: Path) -> None:
     assert found["timing"].keys() == TIMING_KEYS
     assert found["prompt_tokens"] == 8
     assert found["cached_tokens"] == 0
-    assert found["path"] == "reference"
+    assert found["path"] == "reference" and found["swaps"] == []
     assert found["finish_reason"] == "length"
     assert len(found["token_ids"]) == 7
     assert len(found["draft"]["proposed"]) == len(found["draft"]["accepted"]) == 3

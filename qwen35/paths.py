@@ -1,0 +1,49 @@
+"""Which nodes run fast: the choice behind `--path auto|fast|reference` and `load(path=...)`."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fast.layer import DecoderLayer
+from fast.mtp import MTP
+from fast.shapes import check_shapes
+from fast.target import target_of
+from qwen35.config import Config
+from qwen35.errors import InputError
+from qwen35.swap import Replacement
+
+PATHS = ("auto", "fast", "reference")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """name: "fast" or "reference". reason: why it is not fast, where `auto` decided; else empty."""
+
+    name: str
+    reason: str = ""
+
+    @property
+    def swaps(self) -> list[tuple[str, Replacement]]:
+        """What stands for the reference's nodes."""
+        if self.name == "reference":
+            return []
+        return [("layers.*", DecoderLayer), ("mtp", MTP)]  # pyright: ignore (classes with from_reference)
+
+
+def choose_path(wanted: str, config: Config, device: torch.device, dtype: torch.dtype) -> Choice:
+    """The path of a model of this shape. InputError for `fast` where it cannot run, naming the reason."""
+    if wanted not in PATHS:
+        raise InputError(f"path {wanted!r}; expected {', '.join(PATHS)}")
+    if wanted == "reference":
+        return Choice("reference")
+    try:
+        target_of(device)
+        check_shapes(config)
+        if dtype != torch.bfloat16:
+            raise InputError(f"the fast path computes in bfloat16; the dtype is {dtype}")
+        import fast.kernels  # noqa: F401  (InputError where Triton is missing)
+    except InputError as error:
+        if wanted == "fast":
+            raise
+        return Choice("reference", str(error))
+    return Choice("fast")

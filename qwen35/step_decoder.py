@@ -1,0 +1,161 @@
+"""Decoding on the fast path: the rounds of `fast.step.Step`, with the interface of
+`speculative.Decoder`."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fast.step import Step, is_fast
+from fast.target import MAX_ROWS
+from qwen35.cache import Cache
+from qwen35.finite import NotFiniteError
+from qwen35.sampling import Sampling, Seen, choose, penalized, uniform
+from qwen35.speculative import DraftStats
+from reference.model import Model
+
+CAPACITY = 1024  # a step has room for a multiple of so many positions
+KEPT = "_rounds"  # where a model keeps its last step
+
+
+class StepDecoder:
+    """Continues one sequence round by round on a device; arguments as of `speculative.Decoder`.
+
+    room: new tokens that memory is taken for; it doubles when they are there. The step of the last
+    sequence is taken again, with its graph, where it has room and chooses in the same way.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: Cache,
+        *,
+        token: int,
+        hidden: Tensor,
+        depth: int,
+        sampling: Sampling,
+        stop: frozenset[int],
+        room: int,
+        seen: Seen | None = None,
+    ) -> None:
+        self.stats = DraftStats(proposed=[0] * depth, accepted=[0] * depth)
+        self.model, self.sampling, self.stop = model, sampling, stop
+        self.length = cache.length  # positions that the trunk has computed
+        self.newest = token
+        self.rounds = prepared(model, self.length, depth, sampling, room)
+        self.rounds.step.begin(cache, token, hidden[0, 0])
+        self.rounds.begin(self.length, sampling.seed, seen)
+
+    def round(self, limit: int) -> list[tuple[int, Tensor]]:
+        """Up to `limit` next tokens, each with the logits [V] it was picked from.
+
+        NotFiniteError when such logits are NaN or infinite.
+        """
+        step = self.rounds.step
+        if self.length + 1 + step.drafts > step.state.capacity:
+            step = self._grown()
+        count, *picked = step.round()
+        logits = step.logits.clone()  # the next round writes over them
+        tokens: list[tuple[int, Tensor]] = []
+        for token, row in zip(picked[: min(count, limit)], logits, strict=False):
+            if token < 0:
+                ids = [self.newest, *(before for before, _ in tokens)]
+                raise NotFiniteError(self.length + len(ids), ids)
+            tokens.append((token, row))
+            if token in self.stop:
+                break
+        self.length += count
+        self.newest = tokens[-1][0]
+        self.stats.forwards += 1
+        self.stats.tokens += len(tokens)
+        for i in range(min(step.drafts, limit - 1)):  # as many as the reference's decoder proposes
+            self.stats.proposed[i] += 1
+            self.stats.accepted[i] += i < len(tokens) - 1
+        return tokens
+
+    def _grown(self) -> Step:
+        """A step with twice the room, in the place of the one that is full."""
+        old = self.rounds
+        self.model.__dict__[KEPT] = None
+        capacity = 2 * old.step.state.capacity
+        self.rounds = _rounds(self.model, old.step.drafts, capacity, self.sampling)
+        self.rounds.step.take_over(old.step)
+        self.rounds.begin(self.length, self.sampling.seed, None)
+        self.rounds.anywhere, self.rounds.generated = old.anywhere, old.generated
+        return self.rounds.step
+
+
+def runs_as_step(model: Model, depth: int) -> bool:
+    """Whether a model's rounds run as one graph: it is on a GPU, and all that they need of it is fast."""
+    on_gpu = model.embed_tokens.weight.device.type == "cuda"
+    return on_gpu and depth < MAX_ROWS and is_fast(model, depth)
+
+
+def prepared(model: Model, length: int, depth: int, sampling: Sampling, room: int) -> "_Rounds":
+    """Rounds after a prompt of so many tokens, compiled and captured; arguments as of `StepDecoder`."""
+    return _rounds(model, depth, length + room + 1 + depth, sampling)
+
+
+class _Rounds:
+    """A step with its way to choose: the likeliest token, or a draw keyed by seed and position."""
+
+    def __init__(self, model: Model, depth: int, capacity: int, sampling: Sampling) -> None:
+        self.sampling = replace(sampling, seed=0)
+        self.step = step = Step(model, capacity, depth, vocab=sampling.vocab)
+        device, V = step.logits.device, step.logits.shape[1]
+        # How often a token was seen. Counts, since adding integers has the same result in any order.
+        self.anywhere, self.generated = (
+            torch.zeros(V, dtype=torch.int32, device=device) for _ in range(2)
+        )
+        self.serves = depth, self.sampling
+        self.uniforms = torch.zeros(capacity + 1, dtype=torch.float64, device=device)
+        self.row = torch.arange(1 + depth, device=device)
+        if sampling.temperature or sampling.has_penalties:
+            after = [self._count] if sampling.has_penalties else []
+            step.work = step.launches([self._choose], after)
+
+    def begin(self, length: int, seed: int, seen: Seen | None) -> None:
+        """Prepare for tokens from position `length` on, which is that of the newest token."""
+        if self.sampling.temperature:
+            numbers = [uniform(seed, position) for position in range(length, len(self.uniforms))]
+            self.uniforms[length:] = torch.tensor(numbers, dtype=torch.float64)
+        if seen is not None:
+            self.anywhere.copy_(seen.anywhere)
+            self.generated.copy_(seen.generated)
+
+    def _choose(self) -> None:
+        """`picked` of `logits`: row by row, since a row's penalties count the drafts before it."""
+        step, sampling = self.step, self.sampling
+        uniforms = self.uniforms[step.state.starts[0] + 1 + self.row]
+        anywhere, generated = self.anywhere.bool(), self.generated.bool()
+        for i, logits in enumerate(step.logits):
+            scores: Tensor = logits
+            if sampling.has_penalties:
+                scores = penalized(logits, Seen.of(anywhere, generated), sampling)
+            token = choose(scores, uniforms[i], sampling)
+            step.picked[i] = torch.where(logits.max().isfinite(), token, -1)
+            if i < step.drafts:
+                draft = step.rows_ids[i + 1 : i + 2].clamp(min=0).long()
+                anywhere, generated = (
+                    mask.index_fill(0, draft, True) for mask in (anywhere, generated)
+                )
+
+    def _count(self) -> None:
+        """Add the round's new tokens to those seen."""
+        step = self.step
+        is_new = (self.row < step.fresh).int()
+        for counts in (self.anywhere, self.generated):
+            counts.index_add_(0, step.picked.clamp(min=0).long(), is_new)
+
+
+def _rounds(model: Model, depth: int, capacity: int, sampling: Sampling) -> _Rounds:
+    """The last one of this model if it serves, else a new one in its place."""
+    kept: _Rounds | None = model.__dict__.get(KEPT)
+    wanted = depth, replace(sampling, seed=0)
+    if kept is not None and kept.step.state.capacity >= capacity and kept.serves == wanted:
+        return kept
+    kept = model.__dict__[KEPT] = None  # its memory is free before the next one's is taken
+    rounded = -(-capacity // CAPACITY) * CAPACITY
+    fresh = model.__dict__[KEPT] = _Rounds(model, depth, rounded, sampling)
+    fresh.step.prepare()
+    return fresh
