@@ -43,6 +43,7 @@ from typing import Any
 from fast.launch import Launch
 from qwen35.cli import Parser, print_json, run
 from qwen35.errors import InputError
+from qwen35.load import lay_out
 from tools.gfx950.assembly import Instruction, hot_loop, parse
 from weights.storage import whole
 
@@ -376,9 +377,9 @@ def write_assembly(folder: Path, found: list[Compiled]) -> None:
 
 def all_launches(target: str) -> Iterable[Launch]:
     """The project's, with what they are launched with on a target."""
-    from fast.kernels import launches
+    from fast.catalogue import launches
 
-    return launches(target)
+    return launches(target, lay_out)
 
 
 def main(

@@ -1,7 +1,6 @@
 """`python -m tools.diff MODEL`: which node differs from the reference, and by how much."""
 
 import argparse
-import importlib
 import random
 import re
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from qwen35.compare.trace_file import read_trace
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.load import DTYPES, locate
-from qwen35.swap import Replacement
+from qwen35.swap import parse_swap
 from qwen35.tokenizer import Tokenizer
 from tools.report import page
 from weights.quantization import PREFIX
@@ -57,21 +56,6 @@ def build_parser() -> Parser:
     add("--report", type=Path, metavar="FILE", help="also write a page, as HTML")
     add("--json", action="store_true", help="print one JSON document")
     return parser
-
-
-def replacement(text: str) -> tuple[str, Replacement]:
-    """`PATTERN=package.module:Class` -> the pattern and the class."""
-    pattern, _, path = text.partition("=")
-    module, _, name = path.partition(":")
-    if not (pattern and module and name):
-        raise InputError(f"--swap {text!r}; expected PATTERN=MODULE:CLASS")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"--swap {text!r}: {error}") from None
-    if not hasattr(found, "from_reference"):
-        raise InputError(f"--swap {text!r}: {name} has no from_reference")
-    return pattern, found
 
 
 @torch.inference_mode()
@@ -178,7 +162,7 @@ def main(args: argparse.Namespace) -> int:
     else:
         candidate = locate(args.against) if args.against else None
         ids = prompt_ids(args, folder)
-    swaps = [replacement(text) for text in args.swap]
+    swaps = [parse_swap(text) for text in args.swap]
     with tqdm(desc="stages", unit="", disable=None, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:

@@ -19,7 +19,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,22 @@ import torch
 from torch import Tensor
 
 from fast import configs
-from fast.configs import Config
-from fast.launch import Launch, run
+from fast.catalogue import PUBLISHED, sliced
+from fast.configs import Config as LaunchConfig
+from fast.launch import Launch, Scratch, run
+from fast.linear import product
 from fast.moe import Experts
-from fast.router import Router, product
+from fast.step import Step
 from qwen35 import cli
 from qwen35.cli import Parser
+from qwen35.config import Config
 from qwen35.errors import InputError
 from tools.bench import gpu, mixture, report, router
 from tools.bench.mixture import HIDDEN
+from tools.bench.step import begun, random_model
 from weights.storage import whole
 
-OPS = ("gate_up", "down", "linear", "choose")
+OPS = ("gate_up", "down", "linear", "route", "delta", "attend", "combine", "head")
 ROWS = 4  # one token and three drafts
 E, TOP_K = 512, 10
 OTHER_E, OTHER_TOP_K = 256, 8  # the family's other mixtures: their router alone
@@ -58,20 +62,35 @@ DOWN = [
     (64, 256, 4, 3), (64, 256, 4, 4), (64, 512, 4, 2), (128, 128, 4, 2), (128, 128, 8, 2),
     (128, 256, 4, 2), (128, 256, 4, 3), (128, 256, 4, 4), (128, 256, 8, 2), (128, 256, 8, 3),
 ]  # fmt: skip
-# The same with SPLITS in front. The router's product is cut along K, the shared expert's down is not.
-WIDE = [
+# The same with SPLITS in front: the router's product is cut along K.
+ROUTE = [
     (splits, *blocks)
-    for splits in (4, 8)
+    for splits in (1, 2, 4, 8)
     for blocks in (
-        (16, 128, 1, 3), (16, 128, 1, 4), (16, 256, 1, 3), (16, 256, 1, 4),
-        (32, 128, 2, 3), (32, 128, 2, 4), (32, 256, 2, 3), (64, 128, 4, 3),
+        (16, 128, 4, 4), (16, 256, 4, 4), (16, 512, 4, 3), (16, 256, 2, 4), (32, 128, 4, 4),
+        (32, 256, 4, 3),
     )
 ]  # fmt: skip
-NARROW = [
-    (1, 16, 128, 1, 2), (1, 16, 128, 1, 3), (1, 32, 128, 1, 2), (1, 32, 128, 2, 2),
-    (1, 32, 128, 2, 3), (1, 64, 128, 4, 2), (1, 32, 256, 2, 2),
+LINEAR = [
+    (16, 128, 1, 4), (16, 128, 1, 6), (16, 256, 1, 3), (16, 256, 1, 4), (16, 256, 2, 4),
+    (16, 128, 2, 6), (32, 128, 2, 4), (32, 256, 4, 3), (16, 512, 4, 3),
 ]  # fmt: skip
-CHOOSE = [{"num_warps": warps} for warps in (1, 2, 4, 8)]
+HEAD = [(32, 256, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 4, 3)]
+DELTA = [
+    {"BLOCK_V": block, "num_warps": warps}
+    for block, warps in ((8, 1), (8, 2), (16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4))
+]
+ATTEND = [
+    {"TILE": tile, "num_warps": warps, "num_stages": stages}
+    for tile, warps, stages in (
+        (32, 4, 2), (32, 4, 3), (32, 8, 3), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 1),
+    )
+]  # fmt: skip
+COMBINE = [
+    {"MANY": many, "num_warps": warps}
+    for many, warps in ((8, 1), (8, 4), (16, 4), (32, 4), (64, 4), (64, 8))
+]
+CONTEXT = 10_000  # tokens before the rows that are attended to
 
 Calls = list[Callable[[], object]]
 
@@ -83,8 +102,8 @@ class Subject:
 
     op: str
     shape: str
-    candidates: list[Config]
-    prepare: Callable[[Config], tuple[Calls, list[str]]]
+    candidates: list[LaunchConfig]
+    prepare: Callable[[LaunchConfig], tuple[Calls, list[str]]]
 
 
 def build_parser() -> Parser:
@@ -99,12 +118,12 @@ def build_parser() -> Parser:
     return parser
 
 
-def blocked(rows: list[tuple[int, ...]]) -> list[Config]:
+def blocked(rows: list[tuple[int, ...]]) -> list[LaunchConfig]:
     names = ("BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     return [dict(zip(("SPLITS", *names)[-len(row) :], row, strict=True)) for row in rows]
 
 
-def shared_bytes(config: Config, weight_bits: int) -> int:
+def shared_bytes(config: LaunchConfig, weight_bits: int) -> int:
     """Of the weights, scales and activations that are under way; 8 rows are all that an H200 needs,
     gfx950 takes 16."""
     n, k = config["BLOCK_N"], config["BLOCK_K"]
@@ -112,14 +131,14 @@ def shared_bytes(config: Config, weight_bits: int) -> int:
     return config["num_stages"] * (n * k * weight_bits // 8 + scales + 16 * k * 2)
 
 
-def fits(config: Config, N: int | None, K: int, weight_bits: int, target: str) -> bool:
+def fits(config: LaunchConfig, N: int | None, K: int, weight_bits: int, target: str) -> bool:
     """Whether a product with a weight [N, K] can be launched so. N is None when a last block may be
     short."""
     n, k, warps = config["BLOCK_N"], config["BLOCK_K"], config["num_warps"]
     return (
         K % (k * config.get("SPLITS", 1)) == 0
         and (N is None or N % n == 0)
-        and n >= 16 * warps
+        and (weight_bits == 16 or n >= 16 * warps)
         and n * k <= CODES_A_WARP * warps
         and shared_bytes(config, weight_bits) <= SHARED[target]
     )
@@ -138,7 +157,7 @@ def read(path: Path) -> dict[str, Any]:
     return table
 
 
-def write(path: Path, target: str, op: str, shape: str, config: Config) -> None:
+def write(path: Path, target: str, op: str, shape: str, config: LaunchConfig) -> None:
     """One entry; the others stay. Whole or not at all."""
     table = read(path)
     table.setdefault(target, {}).setdefault(op, {})[shape] = config
@@ -146,13 +165,13 @@ def write(path: Path, target: str, op: str, shape: str, config: Config) -> None:
         part.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
-def put_in_force(target: str, op: str, shape: str, config: Config) -> None:
+def put_in_force(target: str, op: str, shape: str, config: LaunchConfig) -> None:
     """What this process launches from now on; no file is written."""
     configs.table().setdefault(target, {}).setdefault(op, {})[shape] = config
     configs.lookup.cache_clear()
 
 
-def in_force(target: str, op: str, shape: str) -> Config:
+def in_force(target: str, op: str, shape: str) -> LaunchConfig:
     """The shape's configuration, or the nearest shape's."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -173,15 +192,13 @@ def of_experts(ops: list[str], tp: int, target: str, device: torch.device) -> It
     del weights
 
     def launches(inputs: mixture.Case) -> tuple[list[Launch], Tensor]:
-        return experts.launches(inputs.x, inputs.experts, inputs.shares)
+        return experts.launches(inputs.x, inputs.experts, inputs.shares, Scratch(device))
 
-    def prepare(op: str, config: Config) -> tuple[Calls, list[str]]:
+    def prepare(op: str, config: LaunchConfig) -> tuple[Calls, list[str]]:
         if op == "gate_up":
             experts.gate_up_config = config
         else:
             experts.down_config = config
-            blocks = D // config["BLOCK_N"]
-            experts.arrived = torch.zeros(blocks, dtype=torch.int32, device=device)
         steps, out = launches(case)
         run(steps, device)
         _, wrong = mixture.judged(op, out, oracle, rough)
@@ -197,8 +214,8 @@ def of_experts(ops: list[str], tp: int, target: str, device: torch.device) -> It
             yield Subject(op, shape, candidates, lambda c, op=op: prepare(op, c))
 
 
-def of_product(N: int, K: int, gained: bool, target: str, device: torch.device) -> Subject:
-    """linear. gained: each row has a factor, and K is not cut."""
+def of_product(N: int, K: int, target: str, device: torch.device) -> Subject:
+    """linear: a product with a residual after it."""
     generator = torch.Generator(device).manual_seed(N)
     shape = configs.key(N=N, K=K)
 
@@ -207,42 +224,81 @@ def of_product(N: int, K: int, gained: bool, target: str, device: torch.device) 
 
     number = router.copies(N * K * 2, gpu.cache_bytes(device))
     weights = [random(N, K) * 0.03 for _ in range(number)]
-    x, gain = random(ROWS, K), random(ROWS).float() if gained else None
+    x, residual, scratch = random(ROWS, K), random(ROWS, N), Scratch(device)
 
     def exact(dtype: torch.dtype) -> Tensor:
-        y = x.to(dtype) @ weights[0].to(dtype).T
-        return y if gain is None else y * gain.to(dtype)[:, None]
+        return residual.to(dtype) + x.to(dtype) @ weights[0].to(dtype).T
 
     oracle, rough = exact(torch.float64), exact(torch.bfloat16)
 
-    def prepare(config: Config) -> tuple[Calls, list[str]]:
+    def prepare(config: LaunchConfig) -> tuple[Calls, list[str]]:
         put_in_force(target, "linear", shape, config)
-        made = [product(x, weight, target, gain=gain) for weight in weights]
+        made = [product(x, weight, target, scratch, residual=residual) for weight in weights]
         launch, out = made[0]
         run([launch], device)
-        _, wrong = mixture.judged("linear", out.sum(0), oracle, rough)
+        _, wrong = mixture.judged("linear", out, oracle, rough)
         return [launch for launch, _ in made], wrong
 
-    rows = NARROW if gained else WIDE
-    candidates = [c for c in blocked(rows) if fits(c, None, K, 16, target)]
+    candidates = [c for c in blocked(LINEAR) if fits(c, None, K, 16, target)]
     return Subject("linear", shape, candidates, prepare)
 
 
-def of_choice(sizes: router.Sizes, target: str, device: torch.device) -> Subject:
-    """choose, on what the product left."""
+def of_route(sizes: router.Sizes, target: str, device: torch.device) -> Subject:
+    """route: the router's product and the choice."""
     generator = torch.Generator(device).manual_seed(sizes.E)
-    weight = router.random_weight(sizes, HIDDEN, generator)
+    first = router.random_weight(sizes, HIDDEN, generator)
+    number = router.copies(first.nbytes, gpu.cache_bytes(device))
+    weights = [first, *(router.random_weight(sizes, HIDDEN, generator) for _ in range(number - 1))]
     x = torch.randn(ROWS, HIDDEN, device=device, generator=generator).bfloat16()
-    shape = configs.key(E=sizes.E)
+    shape = configs.key(N=len(first), K=HIDDEN)
 
-    def prepare(config: Config) -> tuple[Calls, list[str]]:
-        put_in_force(target, "choose", shape, config)
-        _, wrong = router.check(router.ours(weight, sizes, target), weight, x, sizes)
-        steps, _ = Router(weight, sizes.E, sizes.k, True, target).launches(x)
-        run(steps, device)
-        return [steps[1]] * mixture.CALLS, wrong
+    def prepare(config: LaunchConfig) -> tuple[Calls, list[str]]:
+        put_in_force(target, "route", shape, config)
+        _, wrong = router.check(router.ours(first, sizes, target), first, x, sizes)
+        return [router.launch(weight, x, sizes, target) for weight in weights], wrong
 
-    return Subject("choose", shape, CHOOSE, prepare)
+    candidates = [c for c in blocked(ROUTE) if fits(c, None, HIDDEN, 16, target)]
+    return Subject("route", shape, candidates, prepare)
+
+
+def of_step(ops: list[str], tp: int, target: str, device: torch.device) -> Iterator[Subject]:
+    """Kernels that need a state: delta, attend, combine, head, in a round of a few layers."""
+    config = sliced(Config.published(PUBLISHED), tp)
+    config = replace(config, num_hidden_layers=8, layer_types=config.layer_types[:8])
+    model = random_model(config, device)
+    rows: dict[str, tuple[str, list[LaunchConfig]]] = {
+        "delta": (configs.key(HV=config.linear_num_value_heads, K=128, V=128), DELTA),
+        "attend": (_heads(config), ATTEND),
+        "combine": (_heads(config), COMBINE),
+        "head": (configs.key(N=config.vocab_size, K=HIDDEN), blocked(HEAD)),
+    }
+    expected: list[Tensor] = []
+
+    def prepare(op: str, shape: str, candidate: LaunchConfig) -> tuple[Calls, list[str]]:
+        put_in_force(target, op, shape, candidate)
+        step = begun(Step(model, CONTEXT + 64, ROWS - 1), CONTEXT)
+        run(step.work, device)
+        logits = step.logits.float()
+        expected.append(logits)
+        error = float((logits - expected[0]).norm() / expected[0].norm())
+        # Other blocks sum in another order: as far apart as the rounding of a few layers to bf16.
+        wrong = [] if error < 0.02 else [f"the logits are {error:.2e} apart"]
+        begun(step, CONTEXT)
+        return [
+            work for work in step.work if isinstance(work, Launch) and work.name.split()[0] == op
+        ], wrong
+
+    for op, (shape, candidates) in rows.items():
+        if op in ops:
+            yield Subject(
+                op, shape, candidates, lambda c, op=op, shape=shape: prepare(op, shape, c)
+            )
+
+
+def _heads(config: Config) -> str:
+    return configs.key(
+        H=config.num_attention_heads, G=config.num_key_value_heads, K=config.head_dim
+    )
 
 
 def subjects(
@@ -254,21 +310,37 @@ def subjects(
         yield from of_experts(ops, tp, target, device)
         torch.cuda.empty_cache()
     if "linear" in ops:
-        for N in (E, OTHER_E, *(E + 1 + 2 * I for I in sizes)):
-            yield of_product(N, HIDDEN, False, target, device)
+        for N, K in dict.fromkeys(shape for tp in tps for shape in products(tp)):
+            yield of_product(N, K, target, device)
+    if "route" in ops:
         for I in sizes:
-            yield of_product(HIDDEN, I, True, target, device)
-    if "choose" in ops:
-        yield of_choice(router.Sizes(E, TOP_K, min(sizes)), target, device)
-        yield of_choice(router.Sizes(OTHER_E, OTHER_TOP_K, 0), target, device)
+            yield of_route(router.Sizes(E, TOP_K, I), target, device)
+        yield of_route(router.Sizes(OTHER_E, OTHER_TOP_K, 0), target, device)
+    for tp in tps if {"delta", "attend", "combine", "head"} & set(ops) else ():
+        yield from of_step(ops, tp, target, device)
+        torch.cuda.empty_cache()
 
 
-def tune(subject: Subject, target: str, repeats: int, debug: bool) -> tuple[report.Row, Config]:
+def products(tp: int) -> Iterator[tuple[int, int]]:
+    """Rows and columns of the dense matrices of one rank."""
+    config = sliced(Config.published(PUBLISHED), tp)
+    D, H, G, K = HIDDEN, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    yield config.conv_dim + values + 2 * config.linear_num_value_heads, D
+    yield D, values
+    yield (2 * H + 2 * G) * K, D
+    yield D, H * K
+    yield D, 2 * D  # of the MTP head
+
+
+def tune(
+    subject: Subject, target: str, repeats: int, debug: bool
+) -> tuple[report.Row, LaunchConfig]:
     """The row of one shape, and the configuration that it is to have."""
     from fast.kernels import triton  # InputError when it is not installed
 
     old = in_force(target, subject.op, subject.shape)
-    times: list[tuple[float, Config]] = []
+    times: list[tuple[float, LaunchConfig]] = []
     failed = 0
     candidates = [old, *(config for config in subject.candidates if config != old)]
     for config in candidates:

@@ -1,18 +1,21 @@
 """`tools.tune` without a GPU: which candidates there are, who wins, and how the table is written."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fast import configs
+from fast import catalogue, configs, moe
 from fast.configs import Config
 from qwen35.cli import run
 from qwen35.errors import InputError
+from qwen35.load import lay_out
 from tools import tune
-from tools.bench import gpu, mixture
+from tools.bench import gpu, mixture, router
+from tools.gfx950.target import emulate
 
 triton = pytest.importorskip("triton")
 
@@ -24,18 +27,18 @@ def test_a_table_keeps_its_other_entries(tmp_path: Path) -> None:
     path = tmp_path / "configs.json"
     path.write_text(json.dumps(TABLE))
     tune.write(path, "sm_90", "down", "D=4096 I=256", WIDE)
-    tune.write(path, "sm_90", "choose", "E=512", {"num_warps": 1})
-    tune.write(path, "sm_90", "choose", "E=512", {"num_warps": 2})
+    tune.write(path, "sm_90", "route", "E=512", {"num_warps": 1})
+    tune.write(path, "sm_90", "route", "E=512", {"num_warps": 2})
     found = json.loads(path.read_text())
     assert found["gfx950"] == TABLE["gfx950"]
     assert found["sm_90"]["down"] == TABLE["sm_90"]["down"] | {"D=4096 I=256": WIDE}
-    assert found["sm_90"]["choose"] == {"E=512": {"num_warps": 2}}
+    assert found["sm_90"]["route"] == {"E=512": {"num_warps": 2}}
     assert [file.name for file in tmp_path.iterdir()] == ["configs.json"]
 
 
 def test_a_table_may_be_new(tmp_path: Path) -> None:
-    tune.write(tmp_path / "new.json", "sm_90", "choose", "E=8", {"num_warps": 1})
-    assert json.loads((tmp_path / "new.json").read_text())["sm_90"]["choose"]["E=8"]
+    tune.write(tmp_path / "new.json", "sm_90", "route", "E=8", {"num_warps": 1})
+    assert json.loads((tmp_path / "new.json").read_text())["sm_90"]["route"]["E=8"]
 
 
 def test_a_table_is_written_whole_or_not_at_all(
@@ -51,7 +54,7 @@ def test_a_table_is_written_whole_or_not_at_all(
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space"):
-        tune.write(path, "sm_90", "choose", "E=8", {"num_warps": 1})
+        tune.write(path, "sm_90", "route", "E=8", {"num_warps": 1})
     assert json.loads(path.read_text()) == TABLE
     assert [file.name for file in tmp_path.iterdir()] == ["configs.json"]
 
@@ -68,8 +71,8 @@ def test_the_committed_table_is_written_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "configs.json"
     before = configs.TABLE.read_text()
     path.write_text(before)
-    entry = json.loads(before)["sm_90"]["choose"]["E=512"]
-    tune.write(path, "sm_90", "choose", "E=512", entry)
+    entry = json.loads(before)["sm_90"]["down"]["D=4096 I=512"]
+    tune.write(path, "sm_90", "down", "D=4096 I=512", entry)
     assert path.read_text().rstrip("\n") == before.rstrip("\n")
 
 
@@ -101,13 +104,137 @@ def test_every_shape_has_candidates(target: str, tp: int) -> None:
     I = mixture.intermediate(tp)
     sizes: list[tuple[list[tuple[int, ...]], int | None, int, int]] = [
         (tune.GATE_UP, 2 * I, 4096, 4), (tune.DOWN, 4096, I, 4),
-        (tune.WIDE, None, 4096, 16), (tune.NARROW, None, I, 16),
+        (tune.ROUTE, None, 4096, 16),
+        *((tune.LINEAR, None, K, 16) for _, K in tune.products(tp)),
     ]  # fmt: skip
     for rows, N, K, bits in sizes:
         assert len(rows) == len(set(rows))
         fitting = [c for c in tune.blocked(rows) if tune.fits(c, N, K, bits, target)]
         assert len(fitting) >= 5
         assert all(set(WIDE) <= set(config) for config in fitting)
+
+
+@pytest.mark.parametrize("target", ["gfx950", "sm_90"])
+def test_every_configuration_that_the_project_looks_up_can_be_measured(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each kernel and shape of the catalogue there is a subject of that name."""
+    asked: set[tuple[str, str]] = set()
+    lookup = configs.lookup
+
+    def noted(target: str, kernel: str, shape: str) -> Config:
+        asked.add((kernel, shape))
+        return lookup(target, kernel, shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(configs, "lookup", noted)
+        assert list(catalogue.launches(target, lay_out))
+    # What takes much memory before it is prepared does not here.
+    monkeypatch.setattr(tune, "of_experts", experts_alone)
+    monkeypatch.setattr(tune, "of_product", product_alone)
+    monkeypatch.setattr(tune, "random_model", lambda *_: None)
+    monkeypatch.setattr(router, "random_weight", weight_alone)
+    monkeypatch.setattr(gpu, "cache_bytes", lambda device: 1024)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    found = tune.subjects(list(tune.OPS), [1, 2, 4, 8], target, torch.device("cpu"))
+    measured = {(subject.op, subject.shape) for subject in found}
+    assert {kernel for kernel, _ in asked} == set(tune.OPS)
+    assert asked <= measured
+    assert measured - asked == {("route", "N=256 K=4096")}  # of the family's smaller mixtures
+
+
+def never(config: Config) -> Any:
+    raise AssertionError("prepared")
+
+
+def experts_alone(
+    ops: list[str], tp: int, target: str, device: torch.device
+) -> Iterator[tune.Subject]:
+    for op in ("gate_up", "down"):
+        shape = configs.key(D=tune.HIDDEN, I=mixture.intermediate(tp))
+        yield tune.Subject(op, shape, [], never)
+
+
+def product_alone(N: int, K: int, target: str, device: torch.device) -> tune.Subject:
+    return tune.Subject("linear", configs.key(N=N, K=K), [], never)
+
+
+def weight_alone(sizes: router.Sizes, D: int, generator: torch.Generator) -> torch.Tensor:
+    rows = sizes.E + (1 + 2 * sizes.I if sizes.I else 0)
+    return torch.empty(rows, D, dtype=torch.bfloat16, device="meta")
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Small sizes, and each launch in the emulator of gfx950."""
+
+    def run(launches: Any, device: torch.device) -> None:
+        for launch in launches:
+            emulate(launch)
+
+    for module in (tune, router):
+        monkeypatch.setattr(module, "run", run)
+    monkeypatch.setattr(moe, "target_of", lambda device: "gfx950")
+    monkeypatch.setattr(gpu, "cache_bytes", lambda device: 1024)
+    monkeypatch.setattr(tune, "HIDDEN", 256)
+    monkeypatch.setattr(mixture, "INTERMEDIATE", 128)
+    monkeypatch.setattr(tune, "E", 16)
+    monkeypatch.setattr(tune, "TOP_K", 3)
+    table = json.loads(json.dumps(configs.table()))
+    monkeypatch.setattr(configs, "table", lambda: table)
+    with torch.inference_mode():
+        yield torch.device("cpu")
+    configs.lookup.cache_clear()
+
+
+SMALL = {"BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 1, "num_stages": 2}
+
+
+@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
+def test_subjects_of_the_experts_launch_and_are_judged(
+    emulated: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate_up, down = tune.of_experts(["gate_up", "down"], 1, "gfx950", emulated)
+    assert (gate_up.shape, down.shape) == ("D=256 I=128", "D=256 I=128")
+    for subject in (gate_up, down):
+        calls, wrong = subject.prepare(SMALL)
+        assert not wrong and len(calls) >= mixture.CALLS
+    launch = gate_up.prepare(SMALL)[0][0]
+    assert isinstance(launch, tune.Launch)
+    assert launch.name == "gate_up D=256 I=128" and launch.arguments["BLOCK_N"] == 32
+    monkeypatch.setattr(tune, "run", lambda launches, device: launches[0].arguments["x"].zero_())
+    assert "error" in down.prepare(SMALL)[1][0]
+
+
+def test_subjects_of_a_product_launch_and_are_judged(
+    emulated: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = tune.of_product(50, 256, "gfx950", emulated)
+    calls, wrong = subject.prepare(SMALL)
+    assert not wrong and len(calls) == 16 and subject.shape == "N=50 K=256"
+    assert isinstance(calls[0], tune.Launch) and calls[0].grid == (2, 1, 1)
+    monkeypatch.setattr(tune, "run", lambda launches, device: launches[0].arguments["out"].zero_())
+    assert "linear: error" in subject.prepare(SMALL)[1][0]
+
+
+@pytest.mark.parametrize("sizes", [router.Sizes(16, 3, 32), router.Sizes(24, 4, 0)])
+def test_subjects_of_the_router_launch_and_are_judged(
+    emulated: torch.device, sizes: router.Sizes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = tune.of_route(sizes, "gfx950", emulated)
+    config = SMALL | {"SPLITS": 2, "num_warps": 2}
+    calls, wrong = subject.prepare(config)
+    assert not wrong and len(calls) == 16
+    assert isinstance(calls[0], tune.Launch) and calls[0].name.startswith(f"route {subject.shape}")
+    assert calls[0].arguments["SPLITS"] == 2 and calls[0].options["num_warps"] == 2
+
+    def falsified(launches: Any, device: torch.device) -> None:
+        for launch in launches:
+            emulate(launch)
+            launch.arguments["weights"].mul_(1.1)
+
+    monkeypatch.setattr(router, "run", falsified)
+    assert "weights: error" in subject.prepare(config)[1][0]
 
 
 class NoGraph:
@@ -138,7 +265,7 @@ def swept(
         return [lambda: times.pop(0)], ["error"] if warps in wrong else []
 
     candidates = [{"num_warps": warps} for warps in (1, 2, 4)]
-    subject = tune.Subject("choose", "E=8", candidates, prepare)
+    subject = tune.Subject("route", "E=8", candidates, prepare)
     row, config = tune.tune(subject, "sm_90", 3, True)
     return row, config, now
 
@@ -177,7 +304,7 @@ def test_an_old_one_that_fails_is_replaced(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_none_that_works_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="choose E=8: none of 3 configurations works"):
+    with pytest.raises(InputError, match="route E=8: none of 3 configurations works"):
         swept(monkeypatch, {1: None, 2: None, 4: None})
 
 

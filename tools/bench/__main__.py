@@ -3,7 +3,18 @@
 import sys
 
 from qwen35.cli import Parser, run
-from tools.bench import diff, exactness, generate, language, mapped, moe, quantize, router, ttft
+from tools.bench import (
+    diff,
+    exactness,
+    generate,
+    language,
+    mapped,
+    moe,
+    quantize,
+    router,
+    step,
+    ttft,
+)
 
 OPS = {
     "diff": diff,
@@ -14,6 +25,7 @@ OPS = {
     "moe": moe,
     "quantize": quantize,
     "router": router,
+    "step": step,
     "ttft": ttft,
 }
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fast.launch import run
+from fast.launch import Scratch, run
 from fast.moe import Experts
 from qwen35.cli import Parser
 from tools.bench import gpu, mixture, report
@@ -50,7 +50,8 @@ def ours(weights: Weights) -> Prepare:
     experts = Experts.from_tensors(*weights.tensors)
 
     def prepare(case: Case) -> Callable[[], Tensor]:
-        launches, out = experts.launches(case.x, case.experts, case.shares)
+        scratch = Scratch(case.x.device)
+        launches, out = experts.launches(case.x, case.experts, case.shares, scratch)
 
         def call() -> Tensor:
             run(launches, case.x.device)

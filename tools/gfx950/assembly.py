@@ -118,7 +118,8 @@ def parse(text: str, name: str) -> Program:
 
 
 def hot_loop(program: Program) -> tuple[Instruction, ...]:
-    """The instructions of the longest innermost loop, its branch back included; () if there is no loop.
+    """The instructions of the innermost loop that does the work, its branch back included; () if there
+    is no loop: the one with most decodes of FP4, then with most matrix products, then the longest.
 
     A loop is the span of a branch backwards; innermost is one whose span contains no other's.
     """
@@ -136,7 +137,13 @@ def hot_loop(program: Program) -> tuple[Instruction, ...]:
     ]
     if not innermost:
         return ()
-    start, end = max(innermost, key=lambda span: (span[1] - span[0], span))
+
+    def work(span: tuple[int, int]) -> tuple[int, int, int, int]:
+        names = [instruction.mnemonic for instruction in program.instructions[slice(*span)]]
+        decodes = sum(bool(re.match(r"v_cvt_scalef32_pk_\w+_fp4", name)) for name in names)
+        return decodes, sum("mfma" in name for name in names), span[1] - span[0], span[0]
+
+    start, end = max(innermost, key=work)
     return program.instructions[start:end]
 
 

@@ -17,7 +17,7 @@ from itertools import islice, product
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.gfx950 import access, converts, lanes, matrix, scalar, vector_ops
+from tools.gfx950 import access, converts, lanes, matrix, scalar, vector_converts, vector_ops
 from tools.gfx950.assembly import EmulatorError, Instruction, parse
 from tools.gfx950.memory import Lds, Memory
 from tools.gfx950.operands import parse_operand
@@ -26,7 +26,8 @@ from tools.gfx950.waves import EXEC, LANES, VCC, Waves, mask_of
 
 __all__ = ["Argument", "EmulatorError", "Kernel", "Statistics"]
 
-DEFINING = (access, converts, lanes, matrix, scalar, vector_ops)  # importing them fills BUILDERS
+# Importing them fills BUILDERS.
+DEFINING = (access, converts, lanes, matrix, scalar, vector_converts, vector_ops)
 
 Argument = np.ndarray | tuple[str, int | float]
 SCALARS = {"i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "f32": "<f", "f64": "<d"}

@@ -15,7 +15,8 @@ from tools.gfx950.operands import (
     with_signs,
 )
 from tools.gfx950.registry import Action, instruction
-from tools.gfx950.vector_ops import div_fmas, dot2, fma
+from tools.gfx950.vector_converts import dot2
+from tools.gfx950.vector_ops import div_fmas, fma
 from tools.gfx950.waves import LANES, VCC, Waves, lanes_of
 
 U32 = np.uint32

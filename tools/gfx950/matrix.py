@@ -33,6 +33,7 @@ HALVES = ("f16", "bf16")
 PLAIN = [
     *[(rows, k, kind) for rows, k in ((16, 32), (32, 16)) for kind in (*EIGHTS, *HALVES)],
     *[(16, 16, "f16"), (32, 8, "f16"), (16, 16, "bf16_1k"), (32, 8, "bf16_1k")],
+    *[(16, 16, "bf16"), (32, 8, "bf16")],  # the newer names of the last two
     *[(16, 4, "f32"), (32, 2, "f32")],
 ]
 ANY_SMALL = [(16, 128, "f8f6f4"), (32, 64, "f8f6f4")]

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import fast.moe
 from qwen35.cli import Parser, run
 from qwen35.config import Config
 from reference.moe import Experts, Router
 from tests.support.family import SHARED
 from tools.bench import gpu, mixture, moe, router
 from tools.bench.mixture import Case, Weights
+from tools.gfx950.target import emulate
 from weights import mxfp4
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -195,7 +197,50 @@ def test_a_peer_that_fails_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "a peer: AttributeError: no such thing\n"
 
 
+def emulate_all(launches: Any, device: torch.device) -> None:
+    for launch in launches:
+        emulate(launch)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
+def test_ours_passes_the_check_in_the_emulator_of_gfx950(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two launches, whose buffers serve every call of one prepared case."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(moe, "run", emulate_all)
+    monkeypatch.setattr(fast.moe, "target_of", lambda device: "gfx950")
+    weights = mixture.random_weights(8, 128, 128, generator)
+    cases = mixture.check_cases(3, 128, 8, 2, generator)
+    prepare = moe.ours(weights)
+    with torch.inference_mode():
+        worst, failed = mixture.check(moe.as_run(prepare), weights, cases)
+        call = prepare(cases[0])
+        first = call().clone()
+        assert torch.equal(call(), first)
+    assert not failed and 0 < worst <= 2
+
+
 SIZES = router.Sizes(16, 4, 32)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, router.Sizes(24, 3, 0)])
+def test_our_router_passes_the_check_in_the_emulator_of_gfx950(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, sizes: router.Sizes
+) -> None:
+    """With a shared expert and without; what is timed is the one launch that is checked."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(router, "run", emulate_all)
+    weight = router.random_weight(sizes, 256, generator)
+    x = torch.randn(3, 256, generator=generator).bfloat16()
+    with torch.inference_mode():
+        choose = router.ours(weight, sizes, "gfx950")
+        worst, failed = router.check(choose, weight, x, sizes)
+        assert not failed and 0 < worst <= 2
+        timed = router.launch(weight, x, sizes, "gfx950")
+        emulate(timed)
+        assert torch.equal(timed.arguments["experts"], choose(x).experts)
+    assert timed.name.split()[0] == "route"
 
 
 def test_router_peers_are_right(generator: torch.Generator) -> None:
@@ -324,6 +369,7 @@ def test_rows_of_the_router(small: argparse.Namespace, monkeypatch: pytest.Monke
         return choose
 
     monkeypatch.setattr(router, "ours", ours)
+    monkeypatch.setattr(router, "launch", lambda *_: lambda: None)
     rows, failed = router.at_size(1, small, torch.device("cpu"), "sm_90", 1000.0)
     assert not failed and len(rows) == 4
     assert all(row["us"] == 16.0 and row["err_x_bf16"] <= 2 for row in rows)

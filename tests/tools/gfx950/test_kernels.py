@@ -1,0 +1,405 @@
+"""Whole kernels in the emulator, what it refuses or finds, and faults that are planted in itself."""
+
+import inspect
+import re
+import textwrap
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+pytest.importorskip("tinygrad")
+
+from fast.launch import Scratch
+from qwen35.errors import InputError
+from tests.support.fast_cases import CPU, exact_rows, fast_block, slow_block
+from tests.support.gfx950_kernels import SAMPLES, Sample
+from tests.support.gfx950_runs import check_vector
+from tools.gfx950 import (
+    access,
+    converts,
+    lanes,
+    matrix,
+    memory,
+    target,
+    vector,
+    vector_converts,
+    vector_ops,
+    waves,
+)
+from tools.gfx950.assembly import EmulatorError, hot_loop, parse
+from tools.gfx950.emulator import Kernel
+from tools.gfx950.memory import Memory
+from tools.gfx950.registry import BUILDERS
+
+# ---- kernels
+
+
+def run_sample(name: str, seed: int | None = None, data: int = 0) -> None:
+    sample = SAMPLES[name](np.random.default_rng(data))
+    target.emulate(sample.launch, seed=seed)
+    got = sample.output.double().numpy()
+    error = np.abs(got - sample.expected).max() / np.abs(sample.expected).max()
+    assert error <= sample.tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_compiled_kernel_computes_what_numpy_does(name: str):
+    run_sample(name)
+    run_sample(name, seed=1, data=1)
+
+
+@pytest.mark.parametrize("name", ["bf16_fp4_16", "softmax"])
+def test_compiling_needs_no_data_and_leaves_the_driver(name: str):
+    from triton.runtime import driver
+
+    sample = SAMPLES[name](np.random.default_rng(0))
+    on_meta = {
+        k: v.to("meta") if isinstance(v, torch.Tensor) else v
+        for k, v in sample.launch.arguments.items()
+    }
+    launch = replace(sample.launch, arguments=on_meta, options={"num_warps": 4})
+    before = driver._active
+    amd, nvidia = target.compile_launch(launch, "gfx950"), target.compile_launch(launch, "sm_90")
+    assert driver._active is before
+    assert amd.binary.startswith(b"\x7fELF") and nvidia.binary.startswith(b"\x7fELF")
+    assert ".target sm_90" in nvidia.text and "gfx950" in amd.text
+    assert parse(amd.text, amd.name).resources["vgpr_spills"] == 0
+    with pytest.raises(InputError, match="expected a tensor on the CPU"):
+        target.emulate(launch)
+    with pytest.raises(InputError, match="'gfx1' is none of gfx950, sm_90"):
+        target.compile_launch(launch, "gfx1")
+
+
+def test_the_hot_loop_is_the_longest_of_the_innermost_where_none_has_products():
+    text = """k:
+\ts_mov_b32 s0, 0
+.L1:
+.L2:
+\ts_nop 0
+\ts_cbranch_scc1 .L2
+.L3:
+\ts_nop 1
+\tv_mov_b32 v0, 1 ; a comment: .L9
+\ts_cbranch_scc1 .L3
+\ts_branch .L1
+\ts_endpgm
+"""
+    program = parse(text, "k")
+    assert [i.line for i in hot_loop(program)] == [
+        "s_nop 1",
+        "v_mov_b32 v0, 1",
+        "s_cbranch_scc1 .L3",
+    ]
+    assert hot_loop(parse("k:\n\ts_endpgm\n", "k")) == ()
+
+
+NOP = "\ts_nop 0\n"
+
+
+PRODUCT = "\tv_mfma_f32_16x16x32_bf16 v[0:3], v[4:7], v[8:11], v[0:3]\n"
+
+
+DECODE = "\tv_cvt_scalef32_pk_bf16_fp4 v4, v5, v6\n"
+
+
+@pytest.mark.parametrize(
+    ("bodies", "hot"),
+    [
+        ((NOP * 9, PRODUCT), 1),
+        ((PRODUCT * 2, NOP * 9 + PRODUCT), 0),
+        ((PRODUCT, NOP + PRODUCT), 1),
+        ((NOP * 9 + PRODUCT * 3, DECODE + PRODUCT), 1),
+        ((DECODE * 2, DECODE + PRODUCT * 3 + NOP * 9), 0),
+        ((DECODE + PRODUCT * 2, DECODE + PRODUCT + NOP * 9), 0),
+    ],
+)  # fmt: skip
+def test_the_hot_loop_has_most_decodes_then_most_products_then_most_instructions(
+    bodies: tuple[str, ...], hot: int
+):
+    """Of a kernel that also sums the shared expert, or chooses, the loop over the weights is meant."""
+    for order in (1, -1):
+        loops = [f".L{i}:\n{body}\ts_cbranch_scc1 .L{i}\n" for i, body in enumerate(bodies)][
+            ::order
+        ]
+        found = hot_loop(parse("k:\n" + "".join(loops) + "\ts_endpgm\n", "k"))
+        lines = [line.strip() for line in bodies[hot].splitlines()]
+        assert [i.line for i in found] == [*lines, f"s_cbranch_scc1 .L{hot}"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
+def test_the_hot_loop_of_a_kernel_of_the_experts_is_the_one_over_the_weights():
+    """Of `gate_up` and `down`, each with a loop of the shared expert beside it."""
+    block = fast_block(slow_block(4, 1024, 1024, 2, 256))
+    launches, _ = block.launches(exact_rows(1, 3, 1024), Scratch(CPU))
+    for launch in launches[1:]:
+        compiled = target.compile_launch(launch, "gfx950")
+        loop = [i.mnemonic for i in hot_loop(parse(compiled.text, compiled.name))]
+        assert "v_cvt_scalef32_pk_bf16_fp4" in loop and any("mfma" in name for name in loop)
+
+
+def test_parsing_keeps_operands_and_modifiers_apart():
+    text = """k:
+\tbuffer_load_dwordx4 v[0:3], v4, s[4:7], 0 offen offset:16 // x
+\ts_waitcnt vmcnt(0) & lgkmcnt(1)
+"""
+    load, wait = parse(text, "k").instructions
+    assert load.operands == ("v[0:3]", "v4", "s[4:7]", "0")
+    assert load.modifiers == {"offen": True, "offset": "16"}
+    assert wait.operands == ("vmcnt(0)", "lgkmcnt(1)")
+    with pytest.raises(EmulatorError, match="no such label"):
+        parse(text, "other")
+
+
+# ---- what must be refused or found
+
+
+def kernel(body: str) -> Kernel:
+    """A kernel of one pointer at s[0:1], whose own LDS begins at 0."""
+    lines = "\n".join(f"\t{line}" for line in body.strip().splitlines())
+    return Kernel(f"k:\n\ts_load_dwordx2 s[4:5], s[0:1], 0x0\n{lines}\n\ts_endpgm\n", "k")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("v_frobnicate_b32 v0, v1", "instruction not known"),
+        ("scratch_load_dword v0, off, s0", "instruction not known"),
+        ("v_add3_u32 v0, v1, v2, v3 clamp", "an integer result with mul, div or clamp"),
+        ("v_add_u32_e32 v0, v1", "2 operands, expected 3"),
+        ("v_add_u32_e32 v0, w1, v2", "operand 'w1' is not known"),
+        ("v_mov_b32_dpp v0, v1 row_xmask:1 row_mask:0xf bank_mask:0xf", "'row_xmask' is not known"),
+        ("s_cbranch_scc1 .L9", "the label is not known"),
+        ("v_and_b32_e64 v0, -v1, v2", "cannot have a float's modifier"),
+        ("v_mfma_f32_16x16x128_f8f6f4 v[0:3], v[4:9], v[4:9], 0 cbsz:2", "operand format 2"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_its_line(line: str, problem: str):
+    with pytest.raises(EmulatorError, match=re.escape(f"{line!r}: ") + ".*" + re.escape(problem)):
+        kernel(line)
+
+
+def test_an_access_outside_of_an_array_quotes_its_line():
+    code = kernel(
+        "v_lshlrev_b32_e32 v1, 2, v0\n"
+        "global_load_dword v2, v1, s[4:5]\n"
+        "global_store_dword v1, v0, s[4:5] offset:4"
+    )
+    data = np.zeros(65, np.int32)
+    stats = code.run([data], (1, 1, 1), 1, 0)
+    assert data.tolist() == [0, *range(64)]
+    assert (stats.instructions, stats.bytes_read, stats.bytes_written) == (5, 256 + 8, 256)
+    assert stats.by_mnemonic["global_load_dword"] == 1
+    with pytest.raises(
+        EmulatorError, match=r"by 1 lanes.*byte 256 of an array of 256, at: global_store_dword"
+    ):
+        code.run([data[:64]], (1, 1, 1), 1, 0)
+    frozen = np.zeros(65, np.int32)
+    frozen.flags.writeable = False
+    with pytest.raises(EmulatorError, match="read-only"):
+        code.run([frozen], (1, 1, 1), 1, 0)
+
+
+def test_an_access_outside_of_the_lds_quotes_its_line():
+    code = kernel("v_lshlrev_b32_e32 v1, 2, v0\nds_write_b32 v1, v0")
+    code.run([np.zeros(1)], (1, 1, 1), 1, 256)
+    with pytest.raises(
+        EmulatorError, match=r"LDS store of 4 bytes at 252, the workgroup has 252.*ds_write_b32"
+    ):
+        code.run([np.zeros(1)], (1, 1, 1), 1, 252)
+
+
+def test_a_loop_without_end_is_noticed():
+    code = Kernel("k:\n.L1:\n\ts_branch .L1\n\ts_endpgm\n", "k")
+    with pytest.raises(EmulatorError, match="does this loop end"):
+        code.run([], (1, 1, 1), 1, 0, limit=10_000)
+
+
+def without_barriers(name: str) -> tuple[target.CompiledKernel, Sample]:
+    sample = SAMPLES[name](np.random.default_rng(0))
+    compiled = target.compile_launch(sample.launch, "gfx950")
+    assert "s_barrier" in compiled.text
+    return replace(compiled, text=compiled.text.replace("\ts_barrier", "\ts_nop 0")), sample
+
+
+def run_compiled(compiled: target.CompiledKernel, sample: Sample, **options) -> None:
+    arguments = [
+        target._argument(n, kind, sample.launch.arguments[n]) for n, kind in compiled.parameters
+    ]
+    code = Kernel(compiled.text, compiled.name)
+    code.run(arguments, sample.launch.grid, compiled.num_warps, compiled.shared, **options)
+
+
+@pytest.mark.parametrize("name", ["softmax", "matmul", "sort"])
+def test_a_missing_barrier_is_found(name: str):
+    compiled, sample = without_barriers(name)
+    with pytest.raises(EmulatorError, match=r"LDS race.*at: ds_"):
+        run_compiled(compiled, sample)
+
+
+def test_a_missing_barrier_gives_wrong_results_in_random_order():
+    compiled, sample = without_barriers("softmax")
+    run_compiled(compiled, sample, races=False)
+    assert np.allclose(
+        sample.output.double().numpy(), sample.expected, rtol=1e-5
+    )  # lockstep hides it
+    run_compiled(compiled, sample, races=False, seed=0)
+    assert not np.allclose(sample.output.double().numpy(), sample.expected, rtol=1e-5)
+
+
+def test_overlapping_arrays_are_one_memory():
+    data = np.arange(64, dtype=np.int32)
+    memory = Memory([data[:32], data[16:], np.zeros(4, np.int8), np.empty(0, np.int8)])
+    assert memory.address(1) - memory.address(0) == 64
+    assert memory.address(0) % 256 == data.__array_interface__["data"][0] % 256
+    memory.write(np.array([memory.address(1)], np.uint64), np.full((1, 4), 255, np.uint8))
+    assert data[16] == -1
+    with pytest.raises(EmulatorError, match="nowhere"):
+        memory.read(np.array([memory.address(3)], np.uint64), 1)
+
+
+# ---- faults in the emulator itself
+
+
+@contextmanager
+def fault(module, where: str, old: str, new: str):
+    """While the block runs, a piece of the emulator's source reads `new` instead of `old`.
+
+    where: a function, a Class.method, or "" for a `define(...)` that `old` is a line of.
+    """
+    before = dict(BUILDERS)
+    if where:
+        owner, _, name = where.rpartition(".")
+        place = getattr(module, owner) if owner else module
+        source = textwrap.dedent(inspect.getsource(getattr(place, name)))
+    else:
+        place, name, source = module, "BUILDERS", inspect.getsource(module)
+    assert old in source, f"{where} has no {old!r}: the fault needs to be rewritten"
+    kept = getattr(place, name, None)
+    namespace = module.__dict__ if not where or place is module else dict(module.__dict__)
+    try:
+        exec(source.replace(old, new) if where else new, namespace)
+        if place is not module:
+            setattr(place, name, namespace[name])
+        yield
+    finally:
+        BUILDERS.clear()
+        BUILDERS.update(before)
+        if where:
+            setattr(place, name, kept)
+
+
+FAULTS = {
+    "nibbles swapped": (
+        converts,
+        "widen_pair",
+        "in (0, bits)",
+        "in (bits, 0)",
+        "v_cvt_scalef32_pk_bf16_fp4",
+    ),
+    "op_sel ignored": (converts, "widen_pair", "(select[0] + 2 * select[1])", "0", "bf16_fp4_16"),
+    "e8m0 bias 126": (matrix, "_scale_reader", "e8m0(codes)", "e8m0(codes + U32(1))", "fp8_fp4_16"),
+    "scale byte ignored": (matrix, "_scale_reader", ">> U32(shift)", ">> U32(0)", "fp8_fp4_32"),
+    "scales swapped": (
+        matrix,
+        "_scales",
+        "for i, operand in enumerate(operands)",
+        "for i, operand in enumerate(operands[::-1])",
+        "fp8_fp4_16",
+    ),
+    "mfma rows": (matrix, "_to_lanes", "(1, 3, 0, 2, 4)", "(3, 1, 0, 2, 4)", "bf16_fp4_32"),
+    "fp8 runs of 32": (matrix, "_matrix", "run = 16 if", "run = 32 if", "fp8_fp4_16"),
+    "permlane no-op": (lanes, "swap_lanes", "b[:, lower] = moved", "pass", "sort"),
+    "DPP masks ignored": (vector, "dpp_permutation", "(rows >>", "(15 >>", "check_lanes"),
+    "DPP shift by one more": (
+        vector,
+        "dpp_permutation",
+        "else place - amount",
+        "else place - amount - 1",
+        "softmax",
+    ),
+    "transposing load": (
+        access,
+        "lds_read_transposed",
+        "rows.transpose(0, 2, 1)",
+        "rows",
+        "matmul",
+    ),
+    "buffer bounds ignored": (
+        access,
+        "buffer_addresses",
+        "scalar_offset, within",
+        "scalar_offset, within | True",
+        "softmax",
+    ),
+    "exec ignored": (waves, "Waves.write_v", "elif self.all_active", "elif True", "check_exec"),
+    "barrier releases nothing": (memory, "Lds.barrier", "if self._races", "if False", "softmax"),
+    "carry ignored": (
+        vector_ops,
+        "",
+        'define("v_addc_co_u32", "u32 mask = u32 u32 mask", add_carry)',
+        'define("v_addc_co_u32", "u32 mask = u32 u32 mask", lambda a, b, c: add_carry(a, b))',
+        "v_addc_co_u32",
+    ),
+    "denormals flushed": (
+        vector_ops,
+        "",
+        'define(f"v_mul_{kind}", two, operator.mul)',
+        "flushing = lambda a, b: np.where(is_denormal(a), F32(0), a) * b\n"
+        'define("v_mul_f32", "f32 = f32 f32", flushing)\n'
+        'define_packed("v_pk_mul_f32", "f32 = f32 f32", flushing)',
+        "fp4_gemv",
+    ),
+    "bf16 rounded to zero": (
+        vector_converts,
+        "",
+        'define("v_cvt_pk_bf16_f32", "u32 = f32 f32", packed(f32_to_bf16))',
+        'define("v_cvt_pk_bf16_f32", "u32 = f32 f32", packed(lambda x: x.view(U32) >> U32(16)))',
+        "rmsnorm",
+    ),
+    "shift amount not masked": (
+        vector_ops,
+        "",
+        'define("v_lshlrev_b32", "u32 = u32 u32", lambda amount, x: x << (amount & 31))',
+        'define("v_lshlrev_b32", "u32 = u32 u32", lambda n, x: np.where(n < 32, x << (n & 31), U32(0)))',
+        "v_lshlrev_b32",
+    ),
+    "signed compared as unsigned": (
+        vector_ops,
+        "",
+        '"lt": operator.lt',
+        'define("v_cmp_gt_i32 v_cmp_lt_i32", "mask = u32 u32", operator.lt)',
+        "integers",
+    ),
+    "division not scaled back": (
+        lanes,
+        "scaled_fma",
+        "lanes_of(waves.read_s64(VCC))",
+        "np.zeros((1, 1), bool)",
+        "check_division",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_in_the_emulator_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch):
+    module, where, old, new, check = FAULTS[name]
+    monkeypatch.setattr(
+        target, "_kernel", Kernel
+    )  # no cache: it would hold kernels without the fault
+
+    def run_check() -> None:
+        if check in SAMPLES:
+            run_sample(check)
+        elif check.startswith("check_"):
+            globals()[check]()
+        else:
+            check_vector(check)
+
+    run_check()
+    with fault(module, where, old, new), pytest.raises((AssertionError, EmulatorError)):
+        run_check()
+    run_check()

@@ -1,0 +1,48 @@
+"""`python -m tools.emulate`: text from gfx950 machine code, and one line for bad input."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+pytest.importorskip("triton")
+
+from qwen35.cli import run
+from tools.emulate import build_parser, main
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run(build_parser(), main, [*map(str, arguments)])
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
+def test_a_text_of_the_references_tokens(cli: Cli):
+    status, out, _ = cli("In the beginning", "--max-new-tokens", 5, "--check", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["same_as_reference"] and len(found["token_ids"]) == 5
+    assert found["instructions"] > 1_000_000 and found["launches_a_round"] == 91
+    assert found["rounds"] < 5  # a draft was accepted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("", "--max-new-tokens", 1), "the prompt is empty"),
+        (("In", "--max-new-tokens", 0), "max_new_tokens = 0; expected at least 1"),
+        (("In", "--draft-tokens", 9), "9 drafts a round; the fast path verifies 0 to 7"),
+        (("In", "--model", "no/such/folder/here"), "no such folder"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
+def test_bad_input_is_one_line(cli: Cli, arguments: tuple[object, ...], message: str):
+    status, out, err = cli(*arguments)
+    assert (status, out) == (2, "") and message in err and err.count("\n") == 1, err

@@ -1,0 +1,303 @@
+"""A whole decode round on a GPU: drafts, verification and acceptance in one captured graph, on random
+weights.
+
+--config 397b is one rank's slice of the model (--tp ranks; the all-reduces between ranks are left out),
+35b the whole of Qwen3.5-35B-A3B, tiny the embedded model's shape. Routed experts are MXFP4, everything
+else is bf16. The router's weights are random, so the rows choose as freely as they can; the experts
+that are hit are counted. `--layers N` builds N of the trunk's layers where the memory does not hold
+all: a round of all is then the measured one and, for each missing layer, half the difference that N / 2
+layers make.
+
+`floor_us`: the bytes of each weight that is read, the states and the context, each once, at `read_gb_s`,
+the bandwidth of a streaming sum over 8 GB in the same run. A row `round` is the graph's replay; the rows
+of the nodes are graphs of that node's launches alone, in all layers. `tokens_per_s` is a projection:
+published acceptance lengths over the time of a round.
+"""
+
+import argparse
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fast.catalogue import sliced
+from fast.launch import Launch
+from fast.layer import DecoderLayer
+from fast.moe import Experts
+from fast.mtp import MTP
+from fast.step import Step, Work
+from fast.target import target_of
+from qwen35.cli import Parser
+from qwen35.config import Config
+from qwen35.errors import InputError
+from qwen35.load import TINY, lay_out
+from reference.model import Model
+from tools.bench import gpu, report
+
+# Tokens that a round gives on average with 0 to 3 drafts: Qwen3.5-397B-A17B in NVFP4, thinking on,
+# SPEED-Bench's coding prompts (SemiAnalysisAI/InferenceX, golden_al_distribution/qwen3.5_mtp.yaml).
+TOKENS_A_ROUND = (1.0, 1.93, 2.73, 3.39)
+SIZES = {"397b": "397B-A17B", "35b": "35B-A3B", "122b": "122B-A10B"}
+FP4_BYTES = 17 / 32  # of a weight and its share of a scale
+
+
+def add_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--config", choices=[*SIZES, "tiny"], default="397b")
+    add("--tp", type=int, default=8, metavar="N", help="ranks that share the model")
+    add("--layers", type=int, metavar="N", help="of the trunk that are built, a multiple of 8")
+    add("--drafts", type=int, default=3, metavar="K")
+    add("--context", type=int, default=10_000, metavar="T", help="tokens before the round")
+    add("--repeats", type=int, default=30)
+    add("--no-nodes", action="store_true", help="time the whole round only")
+    add("--plot", type=Path, metavar="FILE", help="also draw where the time goes, as SVG")
+
+
+def random_model(config: Config, device: torch.device) -> Model:
+    """A model of fast layers with random weights, made on the device layer by layer."""
+    return _Builder(config, device).model()
+
+
+def begun(step: Step, context: int) -> Step:
+    """The step with a random state after so many tokens."""
+    generator = torch.Generator(step.table.device).manual_seed(1)
+    for state in (*step.state.layers, step.state.mtp):
+        for tensor in vars(state).values() if state is not None else ():
+            tensor.normal_(generator=generator)
+    step.hidden.normal_(generator=generator)
+    for ids in (step.rows_ids, step.picked):
+        ids.random_(0, step.vocab, generator=generator)
+    _place(step, context)
+    return step
+
+
+class _Builder:
+    """Fast modules of a shape with random weights, made on the device one by one."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def model(self) -> Model:
+        model = lay_out(self.config)
+        for name in ("embed_tokens", "norm", "lm_head"):
+            self._fill(model.get_submodule(name))
+        for i, layer in enumerate(tqdm(model.layers, desc="layers", leave=False, disable=None)):
+            model.layers[i] = DecoderLayer.from_reference(self._layer(layer))
+        if model.mtp is not None:
+            model.mtp.layers[0] = self._layer(model.mtp.layers[0])
+            self._fill(model.mtp)
+            model.mtp = MTP.from_reference(model.mtp)  # pyright: ignore (a fast one stands for it)
+        return model.eval()
+
+    def _layer(self, layer: Any) -> Any:
+        config = self.config
+        if config.num_experts:
+            I = config.moe_intermediate_size
+            target = target_of(self.device)
+            experts = Experts(config.num_experts, config.hidden_size, I, target, self.device)
+            for codes in (experts.gate_up, experts.down):
+                codes.random_(0, 256, generator=self.generator)
+            for scale, K in ((experts.gate_up_scale, config.hidden_size), (experts.down_scale, I)):
+                exponent = 125 - (K.bit_length() - 1) // 2  # numbers of about K^-1/2
+                scale.random_(exponent - 1, exponent + 2, generator=self.generator)
+            layer.mlp.experts = experts
+        self._fill(layer)
+        return layer
+
+    def _fill(self, module: nn.Module) -> None:
+        """Give random values to what has none yet."""
+        for part in list(module.modules()):
+            for name, parameter in list(part.named_parameters(recurse=False)):
+                if parameter.device.type != "meta":
+                    continue
+                wide = name in ("A_log", "dt_bias")
+                size = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
+                value = torch.empty(parameter.shape, device=self.device)
+                value.normal_(generator=self.generator).mul_(size)
+                value = value if wide else value.bfloat16()
+                setattr(part, name, nn.Parameter(value, requires_grad=False))
+
+
+def moved(launch: Launch, hit: int, context: int) -> float:
+    """Bytes that a launch cannot do without: weights, states and keys; hit: experts of this layer."""
+    a, kind = launch.arguments, launch.name.split()[0]
+    weight = FP4_BYTES if a.get("FP4") else 2.0
+    if kind == "gate_up":
+        return hit * 2 * a["I"] * a["D"] * weight
+    if kind == "down":
+        return hit * a["D"] * a["I"] * weight + 2 * a["D"] * a["SHARED_I"]
+    if kind == "delta":
+        return 2 * 4 * a["HV"] * a["K"] * a["V"]  # the state, read and written
+    if kind == "attend":
+        return 2 * a["keys"].element_size() * a["G"] * a["K"] * context
+    if "weight" in a and kind not in ("norm", "mtp_input"):
+        return 2.0 * a["weight"].numel()
+    return 0.0
+
+
+def experts_hit(work: Sequence[Work]) -> dict[int, int]:
+    """Run the work once; how many experts each launch of them reads, by its place."""
+    found: dict[int, int] = {}
+    for place, one in enumerate(work):
+        one()
+        if isinstance(one, Launch) and "experts" in one.arguments:
+            found[place] = len(one.arguments["experts"].unique())
+    return found
+
+
+def passes(step: Step, work: Sequence[Work], repeats: int, context: int) -> tuple[list[float], ...]:
+    """Two passes of the work's time in a graph, in microseconds, from the same position."""
+    graph = gpu.Graph([lambda: [one() for one in work]])
+    both = []
+    for _ in range(2):
+        _place(step, context)
+        both.append(graph.microseconds(repeats))
+    return both[0], both[1]
+
+
+def _place(step: Step, context: int) -> None:
+    """Let the next round begin at this position."""
+    starts = [context, context - 1, *range(context, context + len(step.state.starts))]
+    step.state.starts.copy_(torch.tensor(starts[: len(step.state.starts)], dtype=torch.int32))
+    step.fresh.fill_(1)
+
+
+def nodes(work: Sequence[Work]) -> Iterator[tuple[str, list[int]]]:
+    """The places of each kind of launch."""
+    kinds: dict[str, list[int]] = defaultdict(list)
+    for place, one in enumerate(work):
+        if isinstance(one, Launch):
+            kinds[one.name.split()[0]].append(place)
+    yield from kinds.items()
+
+
+def main(args: argparse.Namespace) -> int:
+    device, target = gpu.find()
+    base = (
+        Config.from_file(TINY / "config.json")
+        if args.config == "tiny"
+        else Config.published(SIZES[args.config])
+    )
+    whole = sliced(base, args.tp)
+    count = args.layers or whole.num_hidden_layers
+    if count != whole.num_hidden_layers and (count % 8 or not 0 < count < whole.num_hidden_layers):
+        raise InputError(
+            f"--layers {count}; expected a multiple of 8 below {whole.num_hidden_layers}"
+        )
+    config = replace(whole, num_hidden_layers=count, layer_types=whole.layer_types[:count])
+    read = gpu.read_gb_s(device)
+    with torch.inference_mode():
+        return _measured(args, config, whole.num_hidden_layers, device, target, read)
+
+
+def _measured(
+    args: argparse.Namespace,
+    config: Config,
+    layers: int,
+    device: torch.device,
+    target: str,
+    read: float,
+) -> int:
+    model = random_model(config, device)
+    room = args.context + 8 * (args.repeats + 20) * (1 + args.drafts)
+    step = begun(Step(model, room, args.drafts), args.context)
+    hit = experts_hit(step.work)
+
+    def bytes_of(places: Sequence[int]) -> float:
+        return sum(
+            moved(one, hit.get(p, 0), args.context)
+            for p in places
+            if isinstance(one := step.work[p], Launch)
+        )
+
+    every = list(range(len(step.work)))
+    first, second = passes(step, step.work, args.repeats, args.context)
+    total = bytes_of(every)
+    rows: list[report.Row] = [
+        {"name": "round", "layers": config.num_hidden_layers, "launches": len(step.work)}
+        | gpu.figures(first, second, total, read)
+    ]
+    if config.num_hidden_layers < layers:
+        rows.append(_whole(step, args, config.num_hidden_layers, layers, rows[0], bytes_of, read))
+    us = rows[-1]["us"]
+    rows[-1]["tokens_per_s"] = TOKENS_A_ROUND[min(args.drafts, 3)] / us * 1e6
+    rows[-1]["experts_hit"] = statistics.mean(hit.values()) if hit else 0.0
+    if not args.no_nodes:
+        for kind, places in nodes(step.work):
+            first, second = passes(step, [step.work[p] for p in places], args.repeats, args.context)
+            rows.append(
+                {"name": kind, "layers": config.num_hidden_layers, "launches": len(places)}
+                | gpu.figures(first, second, bytes_of(places), read)
+            )
+    if args.plot:
+        _draw(args.plot, rows)
+    names = ("config", "tp", "drafts", "context", "repeats")
+    report.emit(
+        "step", {"target": target} | {n: getattr(args, n) for n in names}, rows,
+        only_json=args.json, device=torch.cuda.get_device_name(device), read_gb_s=read,
+    )  # fmt: skip
+    return 0
+
+
+def _whole(
+    step: Step, args: argparse.Namespace, built: int, layers: int, row: report.Row,
+    bytes_of: Callable[[Sequence[int]], float], read: float,
+) -> report.Row:  # fmt: skip
+    """A round of all layers, by proportion: the second half of those that were built, times what is
+    missing."""
+    begins = [
+        p for p, one in enumerate(step.work)
+        if isinstance(one, Launch) and one.name.split()[0] in ("delta_in", "attention_in")
+    ]  # fmt: skip
+    own = begins[len(begins) - built :]
+    half = range(own[built // 2], _end(step.work, own[-1]))
+    without = [one for p, one in enumerate(step.work) if p not in half]
+    shorter = statistics.median(passes(step, without, args.repeats, args.context)[0])
+    each = (row["us"] - shorter) / (built // 2)
+    each_bytes = bytes_of(list(half)) / (built // 2)
+    us = row["us"] + each * (layers - built)
+    total = bytes_of(list(range(len(step.work)))) + each_bytes * (layers - built)
+    floor = total / read * 1e-3
+    return {
+        "name": "round of all layers, by proportion", "layers": layers, "us": us, "floor_us": floor,
+        "gb_s": total / us * 1e-3, "share_of_read": floor / us,
+    }  # fmt: skip
+
+
+def _end(work: Sequence[Work], begin: int) -> int:
+    """The place behind the layer that begins there: behind its last product."""
+    for place in range(begin, len(work)):
+        one = work[place]
+        if isinstance(one, Launch) and one.name.split()[0] in ("down", "mlp_down"):
+            return place + 1
+    raise AssertionError("a layer ends with its feed-forward")
+
+
+def _draw(path: Path, rows: Sequence[report.Row]) -> None:
+    """Bars of microseconds a round by node, the floor's part dark."""
+    bars = sorted((r for r in rows if not r["name"].startswith("round")), key=lambda r: -r["us"])
+    longest = max(row["us"] for row in bars)
+    lines = []
+    for i, row in enumerate(bars):
+        y, scale = 30 + 22 * i, 480 / longest
+        lines += [
+            f'<text x="150" y="{y + 13}" text-anchor="end">{row["name"]}</text>',
+            f'<rect x="160" y="{y}" width="{row["us"] * scale:.1f}" height="16" fill="#9bbcd9"/>',
+            f'<rect x="160" y="{y}" width="{row["floor_us"] * scale:.1f}" height="16" fill="#1f5f99"/>',
+            f'<text x="{168 + row["us"] * scale:.0f}" y="{y + 13}">{row["us"]:.0f} us</text>',
+        ]
+    title = (
+        '<text x="160" y="18">time a round by node; dark: its bytes at the read bandwidth</text>'
+    )
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{40 + 22 * len(bars)}" '
+        f'font-family="sans-serif" font-size="12">{title}{"".join(lines)}</svg>\n',
+        encoding="utf-8",
+    )

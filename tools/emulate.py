@@ -1,0 +1,121 @@
+"""`python -m tools.emulate PROMPT`: text from the fast path's gfx950 machine code, without the card.
+
+The reference computes the prompt. Each decode round (drafts, verification, acceptance) is the same list
+of launches that a GPU captures as a graph; here every launch is compiled for gfx950 and executed by the
+emulator (docs/emulator.md). Greedy. --check compares the tokens with the reference's, and exits with 1
+where they differ.
+"""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fast.launch import Launch
+from fast.layer import DecoderLayer
+from fast.mtp import MTP
+from fast.shapes import check_shapes
+from fast.step import Step
+from qwen35.cli import Parser, one_line, print_json, run
+from qwen35.errors import InputError
+from qwen35.generation import Generation, prefill
+from qwen35.load import load, locate
+from qwen35.sampling import Sampling
+from qwen35.swap import swap
+from qwen35.tokenizer import Tokenizer
+from tools.gfx950.target import emulate
+
+TARGET = "gfx950"
+
+
+class Packed:
+    """A class of the fast path, packed for gfx950 wherever the model is."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def from_reference(self, module: nn.Module) -> nn.Module:
+        return self.kind.from_reference(module, TARGET)
+
+
+def build_parser() -> Parser:
+    parser = Parser("python -m tools.emulate", __doc__ or "")
+    add = parser.add_argument
+    add("prompt", help="the text to continue")
+    add(
+        "--model",
+        metavar="DIR|HUB_ID",
+        help="a small checkpoint (default: the embedded one, `tiny`)",
+    )
+    add("--max-new-tokens", type=int, default=8, metavar="N")
+    add("--draft-tokens", type=int, default=3, metavar="K", help="drafts of the MTP head a round")
+    add("--check", action="store_true", help="also run the reference, and compare the tokens")
+    add("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+@torch.inference_mode()
+def main(args: argparse.Namespace) -> int:
+    folder = locate(args.model)
+    tokenizer = Tokenizer(folder)
+    ids = tokenizer.encode(args.prompt)
+    if args.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens = {args.max_new_tokens}; expected at least 1")
+    model = load(folder, dtype=torch.bfloat16)
+    model.config.check_prompt(ids, args.max_new_tokens)
+    check_shapes(model.config)
+    if args.draft_tokens and model.mtp is None:
+        raise InputError(f"draft_tokens = {args.draft_tokens}, but the checkpoint has no MTP head")
+    expected: list[int] = []
+    if args.check:
+        settings = Sampling(vocab=tokenizer.size), frozenset(), args.draft_tokens
+        expected = [t for t, _ in Generation(model, ids, args.max_new_tokens, *settings)]
+    cache = model.new_cache()
+    hidden = prefill(model, ids, cache, chunk=64, draft=args.draft_tokens > 0)
+    token = int(model.lm_head(hidden)[0, 0, : tokenizer.size].argmax())
+    swap(model, "layers.*", Packed(DecoderLayer))
+    if model.mtp is not None:
+        swap(model, "mtp", Packed(MTP))
+    room = len(ids) + args.max_new_tokens + 1 + args.draft_tokens
+    step = Step(model, room, args.draft_tokens, vocab=tokenizer.size)
+    step.begin(cache, token, hidden[0, 0])
+
+    started, instructions, rounds = time.perf_counter(), 0, 0
+    tokens = [token]
+    while len(tokens) < args.max_new_tokens and token not in model.config.eos_token_id:
+        rounds += 1
+        for work in tqdm(
+            step.work, desc=f"round {rounds}", unit="launch", leave=False, disable=None
+        ):
+            assert isinstance(work, Launch)
+            instructions += emulate(work, races=False).instructions
+        fresh, *picked = step.report.tolist()
+        tokens += picked[:fresh]
+        token = tokens[-1]
+    tokens = tokens[: args.max_new_tokens]
+    seconds = time.perf_counter() - started
+    same = not args.check or tokens == expected
+    if args.json:
+        print_json({
+            "text": tokenizer.decode(tokens), "token_ids": tokens, "rounds": rounds,
+            "launches_a_round": len(step.work), "instructions": instructions,
+            "seconds": round(seconds, 2), **({"same_as_reference": same} if args.check else {}),
+        })  # fmt: skip
+    else:
+        print(tokenizer.decode(tokens))
+        line = (
+            f"{len(tokens)} tokens in {rounds} rounds of {len(step.work)} launches, "
+            f"{instructions:,} instructions of {TARGET} in {seconds:.1f} s"
+        )
+        if args.check:
+            line += "; the reference's tokens" if same else f"; the reference gives {expected}"
+        print(one_line(line), file=sys.stderr)
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    run(build_parser(), main)
