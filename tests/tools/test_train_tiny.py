@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from qwen35.load import load
 from reference.model import Model
 from tests.support.family import FAMILY, small_model
-from tools.train_tiny import as_chat, batched, chained_mtp, published
+from tools.train_tiny import batched, chained_mtp, published
+from tools.training_text import as_chat
 
 MEMBER = "397B-A17B"
 
