@@ -30,8 +30,9 @@ from tests.support.checkpoints import (
     write,
     write_plain,
 )
+from tests.support.dialects import cli
 from tests.support.family import FAMILY
-from tests.weights.test_dialects import cli, rounded
+from tests.weights.test_dialects import rounded
 from tools import inspect
 from weights.checkpoint import Checkpoint
 from weights.convert import convert

@@ -29,9 +29,10 @@ from tests.support.checkpoints import (
     write,
     write_plain,
 )
+from tests.support.dialects import cli, quiet_load
 from tests.support.family import FAMILY
 from tests.weights.test_claims import inspected, loaded
-from tests.weights.test_dialects import DTYPES, cli, quantised_linears, quiet_load, rounded
+from tests.weights.test_dialects import DTYPES, quantised_linears, rounded
 from weights import mxfp4
 from weights.checkpoint import Checkpoint
 from weights.convert import convert

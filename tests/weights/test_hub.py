@@ -18,8 +18,9 @@ import pytest
 
 from qwen35.errors import InputError
 from tests.support.checkpoints import INDEX, QUANTIZED_SIZES, QWEN3_5, QWEN3_5_FP8, write
+from tests.support.conversions import contents
 from tests.support.hub_server import HubServer
-from tests.weights.test_convert import Children, contents, is_complete
+from tests.weights.test_convert_killed import Children, is_complete
 from tools.inspect import describe, open_model
 from weights.checkpoint import UNFINISHED
 from weights.convert import convert

@@ -22,9 +22,9 @@ from tests.support.checkpoints import (
     write,
     write_plain,
 )
+from tests.support.dialects import cli
 from tests.support.family import FAMILY
 from tests.weights.test_claims import inspected, loaded
-from tests.weights.test_dialects import cli
 from weights.checkpoint import Checkpoint
 from weights.convert import convert
 from weights.output import Options

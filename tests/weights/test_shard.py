@@ -17,16 +17,18 @@ from torch import Tensor, nn
 import weights.shard
 from qwen35.cache import Cache
 from qwen35.config import PUBLISHED, Config
-from qwen35.errors import InputError
 from reference.model import Model
 from tests.support.family import FAMILY, SHARED, randomise
 from tests.support.oracle import EXACT, relative, token_ids
+from tests.support.shards import noise
 from weights.checkpoint import _ungroup
-from weights.shard import KEYS, TABLE, VALUES, Plan, Section, Shard, join
+from weights.shard import KEYS, TABLE, VALUES, Plan, Section, Shard
 
 STEPS = (65, 1, 3)  # a prompt of more than one chunk, then cached decode passes
 
+
 KINDS = ["linear_attention", "full_attention"]
+
 
 # Shapes that eight ranks divide: K != V, I != shared I, every ratio of heads that the family has.
 WIDE: dict[str, dict[str, Any]] = {
@@ -84,6 +86,8 @@ WIDE: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+
+
 CASES = [(name, size) for name in WIDE for size in (1, 2, 4, 8)] + [
     ("397B-A17B", 2), ("Qwen3-Next", 2), ("27B", 2), ("0.8B", 4), ("4B", 4),
 ]  # fmt: skip
@@ -115,10 +119,6 @@ def rank_model(whole: Model, plan: Plan, rank: int) -> Model:
     own = {n: plan.shard(n, t.shape, rank).cut(t) for n, t in stored(whole).items()}
     model.load_state_dict(own, assign=True)
     return model.eval().requires_grad_(False)
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # --- the ranks' contributions add up
@@ -234,10 +234,18 @@ def test_a_group_is_the_model(name: str, size: int) -> None:
 
 # --- a wrong plan does not add up
 
+
 FAULTED = "sparse, ratio 4"
+
+
 AS_ONE = Section("linear_num_key_heads", lambda c: c.conv_dim // c.linear_num_key_heads)
+
+
 QKV, CONV = "layers.N.linear_attn.in_proj_qkv.weight", "layers.N.linear_attn.conv1d.weight"
+
+
 QUERY = Section("num_attention_heads", lambda c: c.head_dim)
+
 
 WRONG_LINES: dict[str, tuple[list[tuple[str, int | None, tuple[Section, ...]]], str]] = {
     "q, k and v in one piece": ([(QKV, 0, (AS_ONE,)), (CONV, 0, (AS_ONE,))], "linear_attn"),
@@ -394,6 +402,8 @@ def test_shards_fill_a_rank_of_every_published_model(name: str, size: int) -> No
 
 
 ATTENTION, DELTA, FF = "layers.3.self_attn", "layers.0.linear_attn", "layers.0.mlp"
+
+
 BY_HAND = [
     # q: 3 * 16/8 * 128; k: 2048 on; v: 4096 + 3 * 64/8 * 128
     (f"{DELTA}.in_proj_qkv.weight", (12288, 4096), 3, 0, [(768, 1024), (2816, 3072), (7168, 8192)]),
@@ -451,184 +461,3 @@ def test_qwen3_next_groups_are_the_separate_projections() -> None:
             part = plan.shard(f"{stem}_{group}.weight", packed.shape, rank).cut(packed)
             own = plan.shard(f"{stem}_{wanted}.weight", flat.shape, rank).cut(flat)
             assert torch.equal(_ungroup(part, plan.rank_config(), wanted), own)
-
-
-# --- cutting and joining
-
-LAYOUTS = [
-    ("layers.0.linear_attn.in_proj_qkv.weight", (12288, 8)),
-    ("layers.0.linear_attn.conv1d.weight", (12288, 1, 4)),
-    ("layers.3.self_attn.k_proj.weight", (512, 8)),
-    ("layers.3.self_attn.o_proj.weight", (8, 8192)),
-    ("layers.3.self_attn.k_norm.weight", (256,)),
-    ("layers.0.mlp.experts.gate_up_proj", (3, 2048, 8)),
-    ("layers.0.mlp.experts.down_proj", (3, 8, 1024)),
-    ("layers.0.mlp.experts.0.down_proj.weight", (8, 1024)),
-]
-
-
-def groups_of(x: Tensor, axis: int, per: int) -> Tensor:
-    """The largest magnitude of each group along an axis: what a scale stands for."""
-    return x.unflatten(axis, (-1, per)).abs().amax(axis + 1)
-
-
-def nibbles(x: Tensor, axis: int, per: int = 2) -> Tensor:
-    """Two codes a byte, the even one low."""
-    even, odd = x.unflatten(axis, (-1, per)).unbind(axis + 1)
-    return (even | odd << 4).to(torch.uint8)
-
-
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-@pytest.mark.parametrize(("name", "shape"), LAYOUTS)
-def test_all_cuts_joined_are_the_tensor(name: str, shape: tuple[int, ...], size: int) -> None:
-    tensor = torch.arange(torch.Size(shape).numel()).view(shape)
-    plan = Plan(Config.published("397B-A17B"), size)
-    shards = [plan.shard(name, shape, rank) for rank in range(size)]
-    assert torch.equal(join(shards, [shard.cut(tensor) for shard in shards]), tensor)
-
-
-@pytest.mark.parametrize("size", [2, 4, 8])
-@pytest.mark.parametrize(("name", "shape"), LAYOUTS[:1] + LAYOUTS[2:4] + LAYOUTS[5:])
-def test_packing_and_cutting_commute(name: str, shape: tuple[int, ...], size: int) -> None:
-    """Bytes of two codes, scales of 32, block scales of 128: cut then packed is packed then cut."""
-    codes = (noise(*shape) * 1e6).long() % 16
-    plan = Plan(Config.published("397B-A17B"), size)
-    shards = [plan.shard(name, shape, rank) for rank in range(size)]
-    axis = shards[0].axis
-    assert axis is not None
-    for per, pack in ((1, groups_of), (2, nibbles), (32, groups_of), (128, groups_of)):
-        packed = pack(codes, axis, per)
-        parts = [shard.cut(packed, per) for shard in shards]
-        for shard, part in zip(shards, parts, strict=True):
-            assert torch.equal(part, pack(shard.cut(codes), axis, per))
-        assert torch.equal(join(shards, parts, per), packed)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.float8_e4m3fn], ids=str)
-def test_any_dtype_is_cut(dtype: torch.dtype) -> None:
-    tensor = noise(12, 3).abs().to(dtype)
-    shard = Shard(0, ((0, 2), (6, 8)))
-    kept = tensor.view(torch.uint8).view(12, -1)[[0, 1, 6, 7]]
-    assert torch.equal(shard.cut(tensor).view(torch.uint8), kept)
-
-
-def test_one_range_is_cut_without_a_copy() -> None:
-    """Of a mapped checkpoint only the pages of a rank are read."""
-    tensor = noise(8, 4)
-    assert Shard(0, ((2, 4),)).cut(tensor).data_ptr() == tensor[2:].data_ptr()
-    assert Shard(None).cut(tensor) is tensor
-
-
-@pytest.mark.parametrize(
-    ("ranges", "axis", "per", "message"),
-    [
-        (((0, 16),), 1, 32, "the range 0..16 of axis 1 is not a multiple of 32, the elements that"),
-        (((16, 64),), 1, 32, "the range 16..64 of axis 1 is not a multiple of 32"),
-        (((0, 4), (5, 8)), 1, 2, "the range 5..8 of axis 1 is not a multiple of 2"),
-        (((4, 12),), 0, 1, "the range 4..12 of axis 0 is not in a tensor of shape [8, 64]"),
-        (((64, 256),), 1, 2, "the range 64..256 of axis 1 is not in a tensor of shape [8, 64] with 2"),
-        (((0, 1),), 2, 1, "the range 0..1 of axis 2 is not in a tensor of shape [8, 64]"),
-    ],
-)  # fmt: skip
-def test_a_range_that_does_not_fit_is_refused(
-    ranges: tuple[tuple[int, int], ...], axis: int, per: int, message: str
-) -> None:
-    with pytest.raises(InputError, match=re.escape(message)):
-        Shard(axis, ranges).cut(noise(8, 64), per)
-
-
-def test_groups_that_ranks_would_share_are_refused() -> None:
-    """35B-A3B over eight ranks: 64 rows of an expert each, half a block of FP8's scales."""
-    plan = Plan(Config.published("35B-A3B"), 8)
-    shard = plan.shard("layers.0.mlp.experts.0.gate_proj.weight_scale_inv", (512, 2048), 1)
-    assert shard.cut(noise(512, 4)).shape == (64, 4)
-    with pytest.raises(InputError, match=r"64\.\.128 of axis 0 is not a multiple of 128"):
-        shard.cut(noise(4, 16), per=128)
-
-
-# --- errors
-
-BIG = Config.published("397B-A17B")
-
-
-@pytest.mark.parametrize(
-    ("changed", "size", "message"),
-    [
-        ({}, 3, "tensor-parallel size 3 is not supported; known are 1, 2, 4, 8"),
-        ({}, 16, "tensor-parallel size 16 is not supported"),
-        ({}, 0, "tensor-parallel size 0 is not supported"),
-        ({"moe_intermediate_size": 1001}, 2,
-         "moe_intermediate_size = 1001 is not divisible by tensor-parallel size 2"),
-        ({"shared_expert_intermediate_size": 1020}, 8,
-         "shared_expert_intermediate_size = 1020 is not divisible by tensor-parallel size 8"),
-        ({"vocab_size": 248077}, 2, "vocab_size = 248077 is not divisible by tensor-parallel size 2"),
-        ({"linear_num_key_heads": 2}, 4,
-         "linear_num_key_heads = 2 is not divisible by tensor-parallel size 4"),
-        ({"num_attention_heads": 12}, 8,
-         "num_attention_heads = 12 is not divisible by tensor-parallel size 8"),
-        ({"num_attention_heads": 48, "num_key_value_heads": 6}, 4,
-         "num_key_value_heads = 6 is not divisible by tensor-parallel size 4, nor does it divide 4"),
-        ({"mlp_only_layers": (0,), "intermediate_size": 90}, 4,
-         "intermediate_size = 90 is not divisible by tensor-parallel size 4"),
-    ],
-)  # fmt: skip
-def test_sizes_that_do_not_divide(changed: dict[str, Any], size: int, message: str) -> None:
-    with pytest.raises(InputError, match=re.escape(message)):
-        Plan(replace(BIG, **changed), size)
-
-
-def test_a_size_that_nothing_has_need_not_divide() -> None:
-    """Qwen3-Next states an intermediate_size, and has no dense layer."""
-    plan = Plan(replace(BIG, intermediate_size=5121, shared_expert_intermediate_size=0), 8)
-    assert plan.rank_config().intermediate_size == 5121
-    assert plan.rank_config().shared_expert_intermediate_size == 0
-    with pytest.raises(InputError, match="cut along intermediate_size, which this config has no"):
-        plan.shard("layers.0.mlp.gate_proj.weight", (5121, 4096), 0)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "layers.0.mlp.experts.7.gate_proj.bias",
-        "layers.0.mlp.experts.gate_proj.weight",
-        "layers.0.mlp.gate_up_proj.weight",
-        "layers.x.mlp.gate.weight",
-        "layers.0.self_attn.qkv_proj.weight",
-        "layers.0.self_attn.k_proj.weight_zero",
-        "layers.0.self_attn.q_norm",
-        "draft.layers.0.mlp.gate.weight",
-        "mtp.embed_tokens.weight",
-        "model.model.norm.weight",
-        "",
-    ],
-)
-def test_a_name_without_a_line_is_refused(name: str) -> None:
-    with pytest.raises(
-        InputError, match=re.escape(f"{name}: the tensor-parallel plan has no line")
-    ):
-        Plan(BIG, 8).shard(name, (1024, 4096), 0)
-
-
-@pytest.mark.parametrize("size", [1, 8])
-@pytest.mark.parametrize(
-    ("name", "shape", "axis", "expected"),
-    [
-        ("layers.0.linear_attn.in_proj_qkv.weight", (8192, 4096), 0, 12288),
-        ("layers.0.mlp.experts.1.down_proj.weight", (4096, 512), 1, 1024),
-        ("layers.0.mlp.experts.gate_up_proj", (512, 1024, 4096), 1, 2048),
-        ("layers.0.mlp.experts.down_proj", (4096, 1024), 2, 1024),
-        ("lm_head.weight", (248077, 4096), 0, 248320),
-    ],
-)
-def test_a_shape_against_the_config_is_refused(
-    name: str, shape: tuple[int, ...], axis: int, expected: int, size: int
-) -> None:
-    message = f"{name} has shape {list(shape)}; the config needs {expected} on axis {axis}"
-    with pytest.raises(InputError, match=re.escape(message)):
-        Plan(BIG, size).shard(name, shape, 0)
-
-
-@pytest.mark.parametrize("rank", [-1, 4, 8])
-def test_a_rank_outside_the_group_is_refused(rank: int) -> None:
-    with pytest.raises(InputError, match=rf"rank {rank} is not in 0\.\.3"):
-        Plan(BIG, 4).shard("norm.weight", (4096,), rank)

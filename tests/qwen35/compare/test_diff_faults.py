@@ -20,7 +20,6 @@ import weights.checkpoint
 import weights.fp8
 import weights.mxfp4
 from qwen35.cli import run
-from tests.qwen35.compare.test_diff import FAULTS, MEMBERS, SIZES, standing_in
 from tests.support.checkpoints import (
     MXFP4,
     QUANTIZED_SIZES,
@@ -31,6 +30,7 @@ from tests.support.checkpoints import (
     write,
     write_plain,
 )
+from tests.support.diffs import FAULTS, MEMBERS, SIZES, standing_in
 from tests.support.family import FAMILY
 from tools.diff import build_parser, main
 

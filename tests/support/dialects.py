@@ -1,0 +1,79 @@
+"""What the tests of checkpoint dialects share."""
+
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen35.cli import run
+from qwen35.generate import build_parser, main
+from qwen35.load import load
+from reference.model import Model
+from tests.support.checkpoints import (
+    QUANTIZED_SIZES,
+    Dialect,
+    Packing,
+    write,
+)
+
+MEMBER = "397B-A17B"
+
+
+def repacked(dialect: Dialect, **packings: Packing) -> Dialect:
+    """The dialect with other packings: `group` in the place of what serves a group, and so on."""
+    changed = tuple((glob, packings.get(p.serves, p)) for glob, p in dialect.quantized)
+    return replace(dialect, quantized=changed)
+
+
+@pytest.fixture(scope="module")
+def written(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., tuple[Path, dict[str, Tensor]]]:
+    """A folder of each dialect, written once, and its parameters."""
+    known: dict[Any, tuple[Path, dict[str, Tensor]]] = {}
+
+    def folder(dialect: Dialect) -> tuple[Path, dict[str, Tensor]]:
+        if dialect not in known:
+            path = tmp_path_factory.mktemp("dialect")
+            known[dialect] = path, write(path, MEMBER, dialect, **QUANTIZED_SIZES)
+        return known[dialect]
+
+    return folder
+
+
+Written = Callable[..., tuple[Path, dict[str, Tensor]]]
+
+
+@pytest.fixture
+def copied(written: Written, tmp_path: Path) -> Callable[[Dialect], Path]:
+    """A copy of a dialect's folder, in one file, to be damaged."""
+
+    def copy(dialect: Dialect) -> Path:
+        shutil.copytree(written(replace(dialect, shards=1))[0], tmp_path / "model")
+        return tmp_path / "model"
+
+    return copy
+
+
+def quiet_load(folder: Path, dtype: torch.dtype | None = None) -> Model:
+    """Load, and take a warning for an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return load(folder, dtype=dtype)
+
+
+def cli(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """`python -m qwen35.generate` in this process: status, stdout, stderr."""
+    with pytest.raises(SystemExit) as left:
+        run(build_parser(), main, [str(argument) for argument in args])
+    out, err = capsys.readouterr()
+    return int(left.value.code or 0), out, err
+
+
+RUN = ("--prompt-ids", "5,6,7", "--max-new-tokens", 6, "--ignore-eos")

@@ -1,0 +1,8 @@
+"""What the tests of the tensor-parallel plan share."""
+
+import torch
+from torch import Tensor
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
