@@ -11,7 +11,7 @@ from fast.linear import Norm, Stream, in_bf16, product, read_normed, stacked
 from fast.router import power_of_two
 from fast.state import Keys, rope_table
 from fast.target import MAX_ROWS, check_rows, target_of
-from qwen35.cache import KVCache
+from qwen35.cache import E4M3, KVCache
 from qwen35.errors import InputError
 
 GROUP = 4  # rows that share what is read of the cache
@@ -81,18 +81,20 @@ class GatedAttention(nn.Module):
             scratch(f"attention {name}", count, N, H, dtype=torch.float32)
             for name in ("peaks", "totals")
         )
+        FP8 = state.keys.dtype == E4M3
         shape = configs.key(H=H, G=G, K=K)
         config = configs.lookup(self.target, "attend", shape)
         sizes = {"H": H, "G": G, "K": K, "NEAR": near}
         each = Launch(
-            f"attend {shape}",
+            f"attend {shape}{' FP8' if FP8 else ''}",
             kernels.attend,
             (count, G, -(-N // GROUP)),
             {
                 "projected": projected, "q_gain": self.q_norm, "k_gain": self.k_norm,
                 "cosine": rope[0], "sine": rope[1], "keys": state.keys, "values": state.values,
+                "key_scales": state.key_scales, "value_scales": state.value_scales,
                 "partial": partial, "peaks": peaks, "totals": totals, "start": start, "rows": N,
-                "eps": self.eps, "ROTARY": self.rotary, "CAPACITY": capacity, "GROUP": GROUP,
+                "eps": self.eps, "FP8": FP8, "ROTARY": self.rotary, "CAPACITY": capacity, "GROUP": GROUP,
                 "BLOCK": max(16, power_of_two(GROUP * H // G)), **sizes, **constants(config),
             },
             options(config),
@@ -129,7 +131,7 @@ class GatedAttention(nn.Module):
         """The reference's cache as this node's, the position that a pass then begins at, and RoPE's
         table."""
         cache.reserve(cache.length + x.shape[1])
-        own = Keys(cache.k[0], cache.v[0])
+        own = Keys.over(cache)
         rope = rope_table(self.rotary, self.rope_theta, own.keys.shape[1], x.device)
         return own, torch.tensor([cache.length], dtype=torch.int32, device=x.device), rope
 

@@ -12,6 +12,7 @@ from fast.layer import DecoderLayer
 from fast.moe import Experts
 from fast.mtp import MTP
 from fast.step import Step
+from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.config import Config
 from qwen35.errors import InputError
 
@@ -45,10 +46,11 @@ def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
         config = replace(config, num_hidden_layers=4, layer_types=config.layer_types[:4])
         model = build(replace(config, num_experts=1, num_experts_per_tok=1)).bfloat16()
         fast(model, config, target, meta)
-        for work in Step(model, CAPACITY, DRAFTS).work:
-            if isinstance(work, Launch) and work.name not in seen:
-                seen.add(work.name)
-                yield work
+        for model.kv_cache_dtype in KV_CACHE_DTYPES:
+            for work in Step(model, CAPACITY, DRAFTS).work:
+                if isinstance(work, Launch) and work.name not in seen:
+                    seen.add(work.name)
+                    yield work
 
 
 def fast(model: Any, config: Config, target: str, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen35.cache import Cache, DeltaState, KVCache
+from qwen35.cache import E4M3, Cache, DeltaState, FP8KVCache, KVCache
 from qwen35.config import Config
 from qwen35.errors import InputError
 
@@ -22,26 +22,55 @@ RING = (
 
 @dataclass
 class Keys:
-    """Keys (after norm and RoPE) and values of an attention layer, [G, capacity, K] bf16 each."""
+    """Keys (after norm and RoPE) and values of an attention layer, [G, capacity, K] bf16 or e4m3 each.
+
+    key_scales, value_scales: [G, capacity, 1] uint8 as in `qwen35.cache.FP8KVCache`, empty where the
+    numbers are bf16.
+    """
 
     keys: Tensor
     values: Tensor
+    key_scales: Tensor
+    value_scales: Tensor
 
     @classmethod
-    def empty(cls, config: Config, capacity: int, device: torch.device) -> "Keys":
-        shape = (config.num_key_value_heads, capacity, config.head_dim)
-        keys, values = (torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
-        return cls(keys, values)
+    def empty(
+        cls, config: Config, capacity: int, device: torch.device, kv_cache_dtype: str = "auto"
+    ) -> "Keys":
+        """kv_cache_dtype: one of `qwen35.cache.KV_CACHE_DTYPES`."""
+        kind = FP8KVCache if kv_cache_dtype == "fp8" else KVCache
+        cache = kind.empty((1, config.num_key_value_heads, config.head_dim), torch.bfloat16, device)
+        cache.reserve(capacity)
+        return cls.over(cache)
+
+    @classmethod
+    def over(cls, cache: KVCache) -> "Keys":
+        """The memory of a reference's cache of one sequence, with the room that it has."""
+        k, v = cache.k[0], cache.v[0]
+        if isinstance(cache, FP8KVCache):
+            return cls(k, v, cache.k_scale[0], cache.v_scale[0])
+        none = torch.empty(0, dtype=torch.uint8, device=k.device)
+        return cls(k, v, none, none)
 
     def take(self, cache: KVCache, length: int) -> None:
         """Copy what the reference's cache holds."""
-        for held, given in zip((self.keys, self.values), (cache.k, cache.v), strict=True):
+        for held, given in zip(self._held(), cache.buffers().values(), strict=True):
             held[:, :length] = given[0, :, :length]
 
     def give(self, cache: KVCache, length: int) -> None:
         """Put so many positions into the reference's cache, in place of what it holds."""
         cache.length = 0
-        cache.append(self.keys[None, :, :length], self.values[None, :, :length])
+        cache.take(*(held[None, :, :length] for held in self._held()))
+
+    def take_over(self, other: "Keys") -> None:
+        """Copy what another, which may have less room, holds."""
+        for held, given in zip(self._held(), other._held(), strict=True):
+            held[:, : given.shape[1]] = given
+
+    def _held(self) -> list[Tensor]:
+        """In the order of `KVCache.buffers`."""
+        scales = [self.key_scales, self.value_scales] if self.keys.dtype == E4M3 else []
+        return [self.keys, self.values, *scales]
 
 
 @dataclass
@@ -78,6 +107,11 @@ class Delta:
         state.take(conv[None], self.states[None, (length - 1) % len(self.states)])
         state.rows, state.trail = None, []
 
+    def take_over(self, other: "Delta") -> None:
+        """Copy what another of the same size holds."""
+        self.projected.copy_(other.projected)
+        self.states.copy_(other.states)
+
     def _places(self, length: int, taps: int) -> list[int]:
         """Where the last rows before `length` lie. Rows before position 0 are read as zeros."""
         return [(length - taps + i) % RING for i in range(taps)]
@@ -99,8 +133,15 @@ class State:
     starts: Tensor
 
     @classmethod
-    def empty(cls, config: Config, capacity: int, drafts: int, device: torch.device) -> "State":
-        """For `capacity` positions and rounds of so many drafts."""
+    def empty(
+        cls,
+        config: Config,
+        capacity: int,
+        drafts: int,
+        device: torch.device,
+        kv_cache_dtype: str = "auto",
+    ) -> "State":
+        """For `capacity` positions and rounds of so many drafts. kv_cache_dtype: of keys and values."""
         slots = 1 << drafts.bit_length()  # a power of two that is at least 1 + drafts
         if slots + config.linear_conv_kernel_dim - 1 > RING:
             raise InputError(
@@ -108,12 +149,12 @@ class State:
                 "positions of a delta net's projections"
             )
         layers = [
-            Keys.empty(config, capacity, device)
+            Keys.empty(config, capacity, device, kv_cache_dtype)
             if kind == "full_attention"
             else Delta.empty(config, slots, device)
             for kind in config.layer_types
         ]
-        mtp = Keys.empty(config, capacity, device) if drafts else None
+        mtp = Keys.empty(config, capacity, device, kv_cache_dtype) if drafts else None
         cosine, sine = rope_table(config.rotary_dim, config.rope_theta, capacity, device)
         return cls(
             layers, mtp, cosine, sine, torch.zeros(1 + drafts, dtype=torch.int32, device=device)
@@ -139,10 +180,10 @@ class State:
 
     def take_over(self, other: "State") -> None:
         """Copy another state, which may have less room."""
-        for own, given in zip((*self.layers, self.mtp), (*other.layers, other.mtp), strict=True):
-            for name, tensor in vars(given).items() if given is not None else ():
-                held = getattr(own, name)
-                (held[:, : other.capacity] if isinstance(given, Keys) else held).copy_(tensor)
+        for own, given in zip(self.layers, other.layers, strict=True):
+            own.take_over(given)  # pyright: ignore (of the same kind)
+        if self.mtp is not None and other.mtp is not None:
+            self.mtp.take_over(other.mtp)
         self.starts.copy_(other.starts)
 
     def give(self, cache: Cache) -> None:

@@ -49,7 +49,7 @@ class Step:
         self.vocab = vocab or len(self.head)
         device, rows, D = self.table.device, 1 + drafts, config.hidden_size
         self.target = model.layers[0].mixer.target
-        self.state = State.empty(config, capacity, drafts, device)
+        self.state = State.empty(config, capacity, drafts, device, model.kv_cache_dtype)
 
         def integers(count: int) -> Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)

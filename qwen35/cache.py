@@ -12,6 +12,8 @@ from torch import Tensor
 
 from qwen35.config import Config
 
+KV_CACHE_DTYPES = ("auto", "fp8")  # the model's own, or e4m3 with scales
+
 
 @dataclass
 class KVCache:
@@ -22,47 +24,121 @@ class KVCache:
 
     k: Tensor
     v: Tensor
-    length: int = 0
+    length: int = field(default=0, kw_only=True)
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str
+    ) -> Self:
+        """Without any position. shape: B, G and K."""
+        B, G, K = shape
+        return cls(*(torch.empty(B, G, 0, K, dtype=dtype, device=device) for _ in range(2)))
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add k, v [B, G, T, K] and return everything held, [B, G, P, K] each (views)."""
-        end = self.length + k.shape[2]
-        if end > self.k.shape[2]:
+        self.take(k, v)
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+    def take(self, *rows: Tensor) -> None:
+        """Add T positions of every tensor that `tensors` names, in its order, from any device."""
+        end = self.length + rows[0].shape[2]
+        if end > self.capacity:
             # Doubling keeps the copying linear in the length of the sequence.
-            self.reserve(max(end, 2 * self.k.shape[2]))
-        self.k[:, :, self.length : end] = k
-        self.v[:, :, self.length : end] = v
+            self.reserve(max(end, 2 * self.capacity))
+        for buffer, new in zip(self.buffers().values(), rows, strict=True):
+            buffer[:, :, self.length : end] = new
         self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+
+    @property
+    def capacity(self) -> int:
+        """Positions that there is room for."""
+        return self.k.shape[2]
 
     def reserve(self, capacity: int) -> None:
         """Make room for that many positions in all; what is held stays."""
-        if capacity > self.k.shape[2]:
-            self.k, self.v = (self._grown(held, capacity) for held in (self.k, self.v))
-
-    def _grown(self, held: Tensor, capacity: int) -> Tensor:
-        B, G, _, K = held.shape
-        grown = held.new_empty(B, G, capacity, K)
-        grown[:, :, : self.length] = held[:, :, : self.length]
-        return grown
+        if capacity <= self.capacity:
+            return
+        for name, held in self.buffers().items():
+            B, G, _, K = held.shape
+            grown = held.new_empty(B, G, capacity, K)
+            grown[:, :, : self.length] = held[:, :, : self.length]
+            setattr(self, name, grown)
 
     def rollback(self, tokens: int) -> None:
         """Forget the last `tokens` positions."""
         self.length -= tokens
 
-    def take(self, k: Tensor, v: Tensor) -> None:
-        """Append k, v [B, G, T, K] from any device."""
-        self.append(k.to(self.k.device), v.to(self.v.device))
+    def buffers(self) -> dict[str, Tensor]:
+        """The tensors by name, with the room behind what is held."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def tensors(self) -> dict[str, Tensor]:
         """What is held, by name, [B, G, length, K] each (views)."""
-        return {"k": self.k[:, :, : self.length], "v": self.v[:, :, : self.length]}
+        return {name: buffer[:, :, : self.length] for name, buffer in self.buffers().items()}
 
     def copy(self, like: Self | None = None) -> Self:
         """With buffers of its own, in this dtype or in that of another."""
-        dtype = (like or self).k.dtype
-        k, v = (held.to(dtype, copy=True) for held in self.tensors().values())
-        return type(self)(k, v, self.length)
+        dtypes = [buffer.dtype for buffer in (like or self).buffers().values()]
+        held = zip(self.tensors().values(), dtypes, strict=True)
+        return type(self)(*(t.to(dtype, copy=True) for t, dtype in held), length=self.length)
+
+
+@dataclass
+class FP8KVCache(KVCache):
+    """Keys and values in e4m3, with one scale a position and head: half the bytes of bfloat16.
+
+    k, v: [B, G, capacity, K] float8_e4m3fn. k_scale, v_scale: [B, G, capacity, 1] uint8, exponents s as
+    in e8m0: a number is its e4m3 value times 2^(s - 127).
+
+    Attention reads what the cache holds, also of the pass's own tokens: so a prompt's chunks, or a hit
+    of the prefix cache, change no bit.
+    """
+
+    k_scale: Tensor
+    v_scale: Tensor
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str
+    ) -> Self:
+        """Without any position. shape: B, G and K. dtype is that of the model, which this is not."""
+        B, G, K = shape
+        numbers = [torch.empty(B, G, 0, K, dtype=E4M3, device=device) for _ in range(2)]
+        scales = [torch.empty(B, G, 0, 1, dtype=torch.uint8, device=device) for _ in range(2)]
+        return cls(*numbers, *scales)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Round and add k, v [B, G, T, K]; return everything held, [B, G, P, K] each, in k's dtype."""
+        (k8, k_scale), (v8, v_scale) = to_e4m3(k), to_e4m3(v)
+        self.take(k8, v8, k_scale, v_scale)
+        held = self.tensors()
+        return (
+            from_e4m3(held["k"], held["k_scale"], k.dtype),
+            from_e4m3(held["v"], held["v_scale"], v.dtype),
+        )
+
+
+E4M3 = torch.float8_e4m3fn  # largest number 448 = 1.75 * 2^8
+
+
+def to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., K] as e4m3 [..., K] and exponents [..., 1] uint8: the smallest power of two by which no
+    number exceeds e4m3's range. Powers of two cost no rounding of their own. NaN and infinity give NaN.
+    """
+    bits = x.abs().amax(-1, keepdim=True).float().view(torch.int32)
+    exponent = (bits >> 23) - 8 + (bits & 0x7FFFFF > 0x600000).int()  # 1.75 is 1 + 0x600000 / 2^23
+    scale = exponent.clamp(1, 253)
+    return (x.float() * power_of_two(254 - scale)).to(E4M3), scale.to(torch.uint8)
+
+
+def from_e4m3(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that `to_e4m3` wrote. bfloat16 holds all of them."""
+    return (x.float() * power_of_two(scale.int())).to(dtype)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2^(exponent - 127) in float32, of int32 from 1 to 254."""
+    return (exponent << 23).view(torch.float32)
 
 
 @dataclass
@@ -127,14 +203,19 @@ class Cache:
 
     @classmethod
     def empty(
-        cls, config: Config, dtype: torch.dtype, device: torch.device | str = "cpu", batch: int = 1
+        cls,
+        config: Config,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        batch: int = 1,
+        kv_cache_dtype: str = "auto",
     ) -> "Cache":
-        """Before the first token: no keys, zero states."""
+        """Before the first token: no keys, zero states. kv_cache_dtype: one of KV_CACHE_DTYPES."""
 
         def kv() -> KVCache:
-            shape = (batch, config.num_key_value_heads, 0, config.head_dim)
-            k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-            return KVCache(k, v)
+            kind = FP8KVCache if kv_cache_dtype == "fp8" else KVCache
+            shape = (batch, config.num_key_value_heads, config.head_dim)
+            return kind.empty(shape, dtype, device)
 
         def delta() -> DeltaState:
             heads = config.linear_num_value_heads
@@ -168,10 +249,10 @@ class Cache:
     def snapshot(self, first: int = 0, *, mtp: bool = True) -> dict[str, Tensor]:
         """All that is held, by the name of its node; of keys and values only positions `first` and later.
 
-        `layers.3.k` and `layers.3.v`: [B, G, length - first, K]. `layers.0.conv` and
-        `layers.0.recurrent`: the state after the last token. `mtp.k` and `mtp.v`: the MTP head stays one
-        row behind the trunk, so its rows begin at first - 1. mtp: whether they are wanted. The tensors
-        are views; no later pass of a prefill writes into them.
+        `layers.3.k` and `layers.3.v`: [B, G, length - first, K], with their scales in
+        an FP8 cache. `layers.0.conv` and `layers.0.recurrent`: the state after the last token. `mtp.k`
+        and `mtp.v`: the MTP head stays one row behind the trunk, so its rows begin at first - 1. mtp:
+        whether they are wanted. The tensors are views; no later pass of a prefill writes into them.
         """
         held: dict[str, Tensor] = {}
         for node, state in self._nodes(mtp).items():

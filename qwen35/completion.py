@@ -137,6 +137,7 @@ class Completion:
             "finish_reason": result.finish_reason,
             "path": result.path,
             "swaps": replaced(result.model),
+            "kv_cache_dtype": result.model.kv_cache_dtype,
             "draft": {
                 "proposed": result.draft.proposed,
                 "accepted": result.draft.accepted,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.cli import Parser, one_line, parse_ids, print_json, read_text, run, size
 from qwen35.completion import NEW_TOKENS, Completer, Completion, Settings
 from qwen35.debugger import break_in
@@ -55,6 +56,8 @@ def build_parser() -> Parser:
         help="put another class in the place of nodes (may be given more than once)")  # fmt: skip
     add("--device", default="cpu", metavar="D")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto",
+        help="of keys and values: fp8 takes half the memory; auto: the model's own")  # fmt: skip
     add("--chat", action="store_true", help="a conversation; an empty line ends it")
     add("--thinking", action=argparse.BooleanOptionalAction,
         help="whether to think before an answer (default: the chat template decides)")  # fmt: skip
@@ -176,7 +179,10 @@ def _load(args: argparse.Namespace, folder: Path) -> Model:
     # On a CPU there is no fast path, which nobody has to be told again and again.
     path = "reference" if args.path == "auto" and device.type == "cpu" else args.path
     swaps = [parse_swap(text) for text in args.swap]
-    model = load(folder, dtype=DTYPES.get(args.dtype), device=device, path=path, swaps=swaps)
+    model = load(
+        folder, dtype=DTYPES.get(args.dtype), device=device, path=path, swaps=swaps,
+        kv_cache_dtype=args.kv_cache_dtype,
+    )  # fmt: skip
     fast = sum(type(layer).__module__.startswith("fast.") for layer in model.layers)
     if fast or swaps:
         own = f"; {len(swaps)} patterns swapped" if swaps else ""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.paths import choose_path
@@ -52,6 +53,7 @@ def load(
     device: torch.device | str = "cpu",
     path: str = "reference",
     swaps: Swaps = (),
+    kv_cache_dtype: str = "auto",
 ) -> Model:
     """Build the reference model of a checkpoint, in eval mode, without gradients.
 
@@ -68,9 +70,16 @@ def load(
     swaps: nodes that something else stands for (`qwen35/swap.py`), each replaced as soon as its part of
     the model is there, so that no more than one layer exists twice.
 
+    kv_cache_dtype: "fp8" keeps keys and values in e4m3 (`qwen35.cache.FP8KVCache`), "auto" in the model's
+    own dtype.
+
     A checkpoint without MTP tensors gives a model with `mtp` None. Raises InputError when a tensor is
     missing, unknown or of another shape; warns when the file is not quantised as its config claims.
     """
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise InputError(
+            f"kv_cache_dtype {kv_cache_dtype!r}; expected {' or '.join(KV_CACHE_DTYPES)}"
+        )
     folder = locate(model)
     loader = Loader(folder, dtype=dtype, device=device, path=path, swaps=swaps)
     if loader.path.reason:
@@ -80,7 +89,7 @@ def load(
         built.set_submodule(stage, loader.fill(stage, built.get_submodule(stage)))
     if loader.config.tie_word_embeddings:
         built.lm_head.weight = built.embed_tokens.weight  # pyright: ignore (a Parameter)
-    built.folder = folder
+    built.folder, built.kv_cache_dtype = folder, kv_cache_dtype
     return built.eval()
 
 

@@ -27,6 +27,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.folder: Path | None = None  # that it was loaded from, with its tokenizer
+        self.kv_cache_dtype = "auto"  # of new caches, one of qwen35.cache.KV_CACHE_DTYPES
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, kind, config.is_sparse(i))
@@ -52,7 +53,8 @@ class Model(nn.Module):
 
     def new_cache(self, batch: int = 1) -> Cache:
         """An empty cache in this model's dtype and on its device."""
-        return Cache.empty(self.config, self.dtype, self.embed_tokens.weight.device, batch)
+        device = self.embed_tokens.weight.device
+        return Cache.empty(self.config, self.dtype, device, batch, self.kv_cache_dtype)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.cli import Parser, print_json, run
 from qwen35.errors import InputError
 from qwen35.generation import Generation
@@ -65,6 +66,7 @@ def build_parser() -> Parser:
     add("--device", default="cpu", metavar="D")
     add("--path", choices=PATHS, default="reference",
         help="fast: also list where its tokens leave the reference's")  # fmt: skip
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--json", action="store_true", help="print one JSON document")
     return parser
 
@@ -155,7 +157,7 @@ def in_another_process(
             sys.executable, "-m", "qwen35.generate", "--model", folder, "--requests", requests,
             "--prefix-cache", f"{scratch}/kept", "--draft-tokens", depth, "--digest", "--ignore-eos",
             "--prefill-chunk", chunk, "--max-new-tokens", args.new_tokens, "--device", args.device,
-            "--path", args.path,
+            "--path", args.path, "--kv-cache-dtype", args.kv_cache_dtype,
             *(["--dtype", args.dtype] if args.dtype else []),
         ]  # fmt: skip
         for label in ("first process", "from disk"):
@@ -181,6 +183,13 @@ def differing(found: list[Cell]) -> list[Cell]:
     return wrong
 
 
+def _load(args: argparse.Namespace, folder: Path, path: str) -> Model:
+    return load(
+        folder, dtype=DTYPES.get(args.dtype), device=args.device, path=path,
+        kv_cache_dtype=args.kv_cache_dtype,
+    )  # fmt: skip
+
+
 def _so_far(found: list[Cell]) -> str:
     return f"{len(found)} continuations, {len(differing(found))} differ"
 
@@ -195,7 +204,7 @@ def departures(
     """Where a greedy or sampled text first leaves the reference's, and how far apart the reference has
     the logits of the two tokens: a kernel that is right differs by rounding, so only where two nearly
     tie."""
-    model = load(folder, dtype=DTYPES.get(args.dtype), device=args.device)
+    model = _load(args, folder, "reference")
     rows: list[dict[str, Any]] = []
     for prompt in prompts:
         for name, sampling in SAMPLINGS.items():
@@ -216,7 +225,7 @@ def departures(
 
 def main(args: argparse.Namespace) -> int:
     folder = locate(args.model)
-    model = load(folder, dtype=DTYPES.get(args.dtype), device=args.device, path=args.path)
+    model = _load(args, folder, args.path)
     vocabulary = model.config.vocab_size
     vocab = Tokenizer(folder).size if (folder / "tokenizer.json").exists() else None
     prompts = [prompt_of(length, vocabulary) for length in args.lengths]

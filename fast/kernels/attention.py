@@ -48,19 +48,45 @@ def _turned(
     return normed * cos + tl.where(k < HALF, -crossed, crossed) * sin
 
 
+@triton.jit
+def _power_of_two(exponent):
+    """2^(exponent - 127) in fp32."""
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _keep(x, numbers, scales, place, k, K: tl.constexpr, FP8: tl.constexpr):
+    """Write one position's x [1, K] bf16 to the cache, as `qwen35.cache.to_e4m3` rounds it."""
+    if FP8:
+        wide = x.to(tl.float32)
+        bits = tl.max(tl.abs(wide), 1)[:, None].to(tl.int32, bitcast=True)
+        # The smallest power of two by which no number exceeds e4m3's 448 = 1.75 * 2^8.
+        exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+        exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+        small = wide * _power_of_two(254 - exponent)
+        # The conversion would turn infinity into a number.
+        small = tl.where(tl.abs(small) == float("inf"), float("nan"), small)
+        tl.store(numbers + place * K + k, small.to(tl.float8e4nv))
+        tl.store(scales + place + tl.zeros_like(exponent), exponent.to(tl.uint8))
+    else:
+        tl.store(numbers + place * K + k, x)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def attend(
-    projected, q_gain, k_gain, cosine, sine, keys, values, partial, peaks, totals, start, rows, eps,
+    projected, q_gain, k_gain, cosine, sine, keys, values, key_scales, value_scales, partial, peaks,
+    totals, start, rows, eps,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, ROTARY: tl.constexpr, CAPACITY: tl.constexpr,
-    NEAR: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    NEAR: tl.constexpr, GROUP: tl.constexpr, FP8: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What one piece of the context gives to GROUP rows of one key head's queries: a softmax without its
     denominator.
 
     projected [rows, 2 H K + 2 G K] bf16: of each head the query and its gate, then the keys, then the
-    values. keys, values [G, CAPACITY, K] bf16: this pass's own are written by the programs in whose piece
-    they lie. q_gain, k_gain [K] bf16. -> partial [pieces, rows, H, K], peaks and totals [pieces, rows, H]
-    fp32: sum of exp(score - peak) * value, the largest score, sum of exp(score - peak).
+    values. keys, values [G, CAPACITY, K] bf16, or with FP8 e4m3 and exponents key_scales, value_scales
+    [G, CAPACITY] uint8: this pass's own are written by the programs in whose piece they lie. q_gain,
+    k_gain [K] bf16. -> partial [pieces, rows, H, K], peaks and totals [pieces, rows, H] fp32: sum of
+    exp(score - peak) * value, the largest score, sum of exp(score - peak).
     Grid (pieces of CAPACITY, G, rows / GROUP rounded up). BLOCK: at least GROUP * H / G.
     """
     piece, head = tl.program_id(0), tl.program_id(1)
@@ -76,9 +102,9 @@ def attend(
             # Every block of rows writes the same numbers to the same place.
             source = projected + (new - first) * M + 2 * H * K + head * K + one
             key = _turned(source, k_gain, cosine, sine, new, one == 0, k, eps, K, ROTARY)
-            place = (head * CAPACITY + new) * K + k
-            tl.store(keys + place, key.to(tl.bfloat16))
-            tl.store(values + place, tl.load(source + G * K + k))
+            place = head * CAPACITY + new
+            _keep(key.to(tl.bfloat16), keys, key_scales, place, k, K, FP8)
+            _keep(tl.load(source + G * K + k), values, value_scales, place, k, K, FP8)
         stored()
         m = tl.arange(0, BLOCK)[:, None]
         row = tl.program_id(2) * GROUP + m // SHARED  # [BLOCK, 1]
@@ -93,10 +119,15 @@ def attend(
         acc = tl.zeros((BLOCK, K), tl.float32)
         for at in tl.range(begin, end, TILE):
             p = at + tl.arange(0, TILE)
-            held = (head * CAPACITY + p)[:, None] * K + k
-            key = tl.load(keys + held, mask=p[:, None] < end, other=0.0)  # [TILE, K]
-            value = tl.load(values + held, mask=p[:, None] < end, other=0.0)
-            score = tl.dot(query, tl.trans(key)) * (K**-0.5)  # [BLOCK, TILE]
+            held = head * CAPACITY + p
+            key = tl.load(
+                keys + held[:, None] * K + k, mask=p[:, None] < end, other=0.0
+            )  # [TILE, K]
+            value = tl.load(values + held[:, None] * K + k, mask=p[:, None] < end, other=0.0)
+            score = tl.dot(query, tl.trans(key.to(tl.bfloat16))) * (K**-0.5)  # [BLOCK, TILE]
+            if FP8:  # a power of two may be multiplied before or after a sum: the same bits
+                scale = tl.load(key_scales + held, mask=p < end, other=127).to(tl.int32)
+                score *= _power_of_two(scale)[None, :]
             score = tl.where((p[None, :] <= position) & (p[None, :] < end), score, float("-inf"))
             higher = tl.maximum(peak, tl.max(score, 1)[:, None])
             # A row that has seen nothing yet has no peak: exp(-inf - -inf) would be NaN.
@@ -104,7 +135,10 @@ def attend(
             share = tl.exp(score - level)
             fade = tl.exp(peak - level)
             total = total * fade + tl.sum(share, 1)[:, None]
-            acc = tl.dot(share.to(tl.bfloat16), value, acc * fade)
+            if FP8:
+                scale = tl.load(value_scales + held, mask=p < end, other=127).to(tl.int32)
+                share *= _power_of_two(scale)[None, :]
+            acc = tl.dot(share.to(tl.bfloat16), value.to(tl.bfloat16), acc * fade)
             peak = higher
         place = (piece * rows + row) * H + query_head
         tl.store(partial + place * K + k, acc, mask=valid)

@@ -43,6 +43,7 @@ def identity(model: Model, checkpoint: str) -> dict[str, str]:
     return {
         "checkpoint": checkpoint,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "kv_cache_dtype": model.kv_cache_dtype,
         "path": "; ".join(swapped) or "reference",
         "nodes": hashlib.sha256("\n".join(classes).encode()).hexdigest()[:16],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),

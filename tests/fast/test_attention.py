@@ -9,7 +9,15 @@ from fast.attention import FAR, SHORT, pieces
 from fast.state import Keys
 from qwen35.cache import KVCache
 from tests.support.fast_cases import CPU
-from tests.support.fast_nodes import a_pass, buffers, fast, fast_node, node_findings, row_findings
+from tests.support.fast_nodes import (
+    a_pass,
+    buffers,
+    fast,
+    fast_node,
+    node_findings,
+    rounding_findings,
+    row_findings,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +35,23 @@ def test_outputs_and_new_keys_and_values(rows: int, scale: float):
 @pytest.mark.parametrize("length", [0, 1, 31, 63, 126, 127, 128, 129, 255, 300])
 def test_contexts_that_end_before_at_and_behind_a_pieces_edge(length: int):
     assert not node_findings(a_pass("self_attn", 4, length=length), capacity=length + 9)
+
+
+@pytest.mark.parametrize("rows, length", [(1, 0), (4, 20), (5, 126), (8, 300)])
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_a_cache_in_e4m3(rows: int, length: int, scale: float):
+    assert not node_findings(
+        a_pass("self_attn", rows, length=length, scale=scale, fp8=True), capacity=320
+    )
+
+
+def test_rows_have_the_same_bits_over_a_cache_in_e4m3():
+    assert not row_findings(a_pass("self_attn", 6, length=126, fp8=True), (1, 3, 2), capacity=200)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-6, 1.0, 3e4, 1e30])
+def test_values_are_rounded_to_e4m3_as_by_the_reference(scale: float):
+    assert not rounding_findings(a_pass("self_attn", 4, length=3, fp8=True, scale=scale))
 
 
 @pytest.mark.parametrize("name", ["27B", "0.8B", "4B"])
@@ -60,7 +85,7 @@ def test_nothing_else_in_the_cache_is_touched():
     assert isinstance(own, Keys) and isinstance(what.state, KVCache)
     fast(what, state=own)
     for held, before in ((own.keys, what.state.k), (own.values, what.state.v)):
-        assert torch.equal(held[:, :40], before[0])
+        assert torch.equal(held[:, :40], before[0, :, :40])
         assert held[:, 43:].isnan().all() and not held[:, :43].isnan().any()
 
 

@@ -14,7 +14,7 @@ from tests.support.fast_cases import (
     stream_findings,
 )
 from tests.support.fast_faults import Check, Faults, assert_found
-from tests.support.fast_nodes import a_pass, node_findings, row_findings
+from tests.support.fast_nodes import a_pass, node_findings, rounding_findings, row_findings
 
 FAULTS = Faults()
 fault = FAULTS.add
@@ -57,6 +57,12 @@ def sigmoid_delta_net() -> list[str]:
 def attention() -> list[str]:
     """Over the edge of a piece of the context."""
     return node_findings(a_pass("self_attn", 5, length=125), capacity=256)
+
+
+def attention_in_e4m3() -> list[str]:
+    what = a_pass("self_attn", 5, length=125, fp8=True)
+    near = a_pass("self_attn", 5, length=3, fp8=True)
+    return node_findings(what, capacity=256) + rounding_findings(near)
 
 
 def coarse_layer() -> list[str]:
@@ -221,8 +227,20 @@ fault("the last piece forgotten", "attention", attention, "numbers unwritten",
      "count = _pieces(tl.load(start) + row + 1 - NEAR, NEAR)"),
 )  # fmt: skip
 fault("the softmax not rescaled between tiles", "attention", attention, "numbers",
-    ("acc = tl.dot(share.to(tl.bfloat16), value, acc * fade)",
-     "acc = tl.dot(share.to(tl.bfloat16), value, acc)"))  # fmt: skip
+    ("acc = tl.dot(share.to(tl.bfloat16), value.to(tl.bfloat16), acc * fade)",
+     "acc = tl.dot(share.to(tl.bfloat16), value.to(tl.bfloat16), acc)"))  # fmt: skip
+fault("keys without their scales", "attention", attention_in_e4m3, "numbers",
+    ("score *= _power_of_two(scale)[None, :]", "score *= 1.0"))  # fmt: skip
+fault("values without their scales", "attention", attention_in_e4m3, "numbers",
+    ("share *= _power_of_two(scale)[None, :]", "share *= 1.0"))  # fmt: skip
+fault("the scale of another position", "attention", attention_in_e4m3, "numbers",
+    ("tl.load(value_scales + held, ", "tl.load(value_scales + held // 2, "))  # fmt: skip
+fault("a scale so large that small numbers lose bits", "attention", attention_in_e4m3, "numbers",
+    ("(bits >> 23) - 8 +", "(bits >> 23) - 2 +"))  # fmt: skip
+fault("a scale so small that large numbers have no e4m3", "attention", attention_in_e4m3,
+    "numbers unwritten", (" + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)", " - 1"))  # fmt: skip
+fault("new values without their scale", "attention", attention_in_e4m3, "numbers",
+    ("small = wide * _power_of_two(254 - exponent)", "small = wide"))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -6,7 +6,7 @@ One pass of a few rows is compared, from a state that some tokens have left.
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from fast.deltanet import GatedDeltaNet
 from fast.launch import Scratch
 from fast.layer import DecoderLayer, embedded
 from fast.state import RING, Delta, Keys, rope_table
-from qwen35.cache import DeltaState, KVCache
+from qwen35.cache import DeltaState, FP8KVCache, KVCache, from_e4m3, to_e4m3
 from qwen35.config import Config
 from reference.model import Model
 from tests.support.family import FAMILY, randomise
@@ -62,7 +62,7 @@ class Pass:
 
 def a_pass(
     kind: str, rows: int, *, name: str = "397B-A17B", length: int = 8, scale: float = 1.0,
-    linear: bool = True, **sizes: Any,
+    linear: bool = True, fp8: bool = False, **sizes: Any,
 ) -> Pass:  # fmt: skip
     model = slow_model(name, **sizes)
     config = model.config
@@ -75,8 +75,10 @@ def a_pass(
         conv = (random(1, 1, config.linear_conv_kernel_dim - 1, config.conv_dim) * scale).bfloat16()
         state = DeltaState(conv, random(2, *sizes_of) * 0.3)
     else:
-        shape = 1, config.num_key_value_heads, length, config.head_dim
-        state = KVCache(random(3, *shape).bfloat16(), random(4, *shape).bfloat16(), length)
+        G, K = config.num_key_value_heads, config.head_dim
+        state = (FP8KVCache if fp8 else KVCache).empty((1, G, K), torch.bfloat16, CPU)
+        if length:
+            state.append(*(random(seed, 1, G, length, K).bfloat16() for seed in (3, 4)))
     return Pass(model, layer, kind, x, state, length)
 
 
@@ -96,14 +98,26 @@ def slow(what: Pass, dtype: torch.dtype) -> Outcome:
     left: dict[str, list[Tensor]] = {}
     if isinstance(what.state, DeltaState):
         state: Any = DeltaState(what.state.conv.to(dtype), what.state.recurrent.to(wide))
+    elif isinstance(what.state, FP8KVCache):
+        state = what.state.copy()
     else:
-        state = KVCache(what.state.k.to(dtype), what.state.v.to(dtype), what.length)
+        state = KVCache(what.state.k.to(dtype), what.state.v.to(dtype), length=what.length)
     for row in what.x.to(dtype):
         outputs.append(node(row[None, None], state)[0, 0])
-        for key, tensor in state.tensors().items():
+        for key, tensor in numbers(state).items():
             last = tensor[0, :, -1] if isinstance(state, KVCache) else tensor[0]
             left.setdefault(key, []).append((last[-1] if key == "conv" else last).clone())
     return Outcome(torch.stack(outputs), {key: torch.stack(held) for key, held in left.items()})
+
+
+def numbers(state: DeltaState | KVCache) -> dict[str, Tensor]:
+    """What a state holds, by name; e4m3 with its scales as float64."""
+    held = state.tensors()
+    if isinstance(state, FP8KVCache):
+        return {
+            key: from_e4m3(held[key], held[f"{key}_scale"], torch.float64) for key in ("k", "v")
+        }
+    return held
 
 
 @cache
@@ -128,9 +142,10 @@ def buffers(what: Pass, capacity: int, start: int, slots: int) -> Delta | Keys:
         ]  # rows before position 0 count as zeros, whatever lies there
         own.projected[[p % RING for p in range(start - before, 0)]] = torch.nan
         return own
-    keys = Keys.empty(config, capacity, CPU)
+    kind = "fp8" if isinstance(what.state, FP8KVCache) else "auto"
+    keys = Keys.empty(config, capacity, CPU, kind)
     for tensor in (keys.keys, keys.values):
-        tensor.fill_(torch.nan)
+        tensor.copy_(torch.full_like(tensor, torch.nan, dtype=torch.bfloat16))
     keys.take(what.state, what.length)
     return keys
 
@@ -158,7 +173,10 @@ def fast(
     assert not counters(launches)
     if isinstance(own, Keys):
         new = slice(begin, begin + N)
-        left = {"k": own.keys[:, new].transpose(0, 1), "v": own.values[:, new].transpose(0, 1)}
+        held = what.state.copy()
+        assert isinstance(held, KVCache)
+        own.give(held, begin + N)
+        left = {key: rows[0, :, new].transpose(0, 1) for key, rows in numbers(held).items()}
     else:
         C = config.conv_dim
         places = [begin + i for i in range(N)]
@@ -192,9 +210,35 @@ def node_findings(what: Pass, **settings: Any) -> list[str]:
         return [f"arrived: {error}"]
     yardstick, truth = slow(what, torch.bfloat16), slow(what, torch.float64)
     found = judged("out", got.out, yardstick.out, truth.out)
+    left = slow(unrounded(what), torch.float64).state
     for key, held in got.state.items():
-        found += judged(key, held, yardstick.state[key], truth.state[key])
+        found += judged(key, held, yardstick.state[key], left[key])
     return found
+
+
+def unrounded(what: Pass) -> Pass:
+    """The same pass over a cache that holds its new keys and values in full, where one in e4m3 would
+    round them: a number that lies between two of e4m3's may go to either."""
+    if not isinstance(what.state, FP8KVCache):
+        return what
+    k, v = numbers(what.state).values()
+    return replace(what, state=KVCache(k, v, length=what.length))
+
+
+def rounding_findings(what: Pass) -> list[str]:
+    """Whether new values in e4m3 have the bytes and scales of the reference. They are the
+    projection's own numbers, which may differ in a last place: then a byte in a hundred may, too."""
+    own = buffers(what, 64, what.length, 8)
+    assert isinstance(own, Keys)
+    fast(what, state=own)
+    G, _, K = own.values.shape
+    projected = (what.x.float() @ fast_node(what.node).in_proj.float().T).bfloat16()
+    values = projected[:, -G * K :].view(-1, G, K).transpose(0, 1)  # [G, N, K]
+    numbers, scales = to_e4m3(values)
+    new = slice(what.length, what.length + len(what.x))
+    same = own.values[:, new].view(torch.uint8) == numbers.view(torch.uint8)
+    found = [] if same.float().mean() > 0.98 else [f"numbers: {int((~same).sum())} bytes differ"]
+    return found + ([] if torch.equal(own.value_scales[:, new], scales) else ["numbers: scales"])
 
 
 def row_findings(what: Pass, parts: Sequence[int], **settings: Any) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.cli import Parser
 from qwen35.errors import InputError
 from qwen35.generation import Generation
@@ -26,6 +27,7 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--model", metavar="DIR|HUB_ID", help="default: the embedded checkpoint")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--text", type=Path, default=HELDOUT, help=f"documents with {SEPARATOR} lines between")
     add("--documents", type=int, help="use the first N documents only (default: all)")
     add("--prompt-tokens", type=int, default=64, help="of a document, before it is continued")
@@ -49,7 +51,8 @@ def bits(model: Model, ids: list[int]) -> float:
 
 def main(args: argparse.Namespace) -> int:
     folder = locate(args.model)
-    model, tokenizer = load(folder, dtype=DTYPES.get(args.dtype)), Tokenizer(folder)
+    model = load(folder, dtype=DTYPES.get(args.dtype), kv_cache_dtype=args.kv_cache_dtype)
+    tokenizer = Tokenizer(folder)
     try:
         text = args.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -94,6 +97,7 @@ def main(args: argparse.Namespace) -> int:
         "bytes": total_bytes,
         "documents": len(documents),
         "draft_tokens": args.draft_tokens,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "temperature": args.temperature,
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
