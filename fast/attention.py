@@ -83,7 +83,7 @@ class GatedAttention(nn.Module):
         )
         FP8 = state.keys.dtype == E4M3
         shape = configs.key(H=H, G=G, K=K)
-        config = configs.lookup(self.target, "attend", shape)
+        config = configs.lookup(self.target, "attend_fp8" if FP8 else "attend", shape)
         sizes = {"H": H, "G": G, "K": K, "NEAR": near}
         each = Launch(
             f"attend {shape}{' FP8' if FP8 else ''}",

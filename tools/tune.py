@@ -42,7 +42,7 @@ from tools.bench.mixture import HIDDEN
 from tools.bench.step import begun, random_model
 from weights.storage import whole
 
-OPS = ("gate_up", "down", "linear", "route", "delta", "attend", "combine", "head")
+OPS = ("gate_up", "down", "linear", "route", "delta", "attend", "attend_fp8", "combine", "head")
 ROWS = 4  # one token and three drafts
 E, TOP_K = 512, 10
 OTHER_E, OTHER_TOP_K = 256, 8  # the family's other mixtures: their router alone
@@ -86,6 +86,7 @@ ATTEND = [
         (32, 4, 2), (32, 4, 3), (32, 8, 3), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 1),
     )
 ]  # fmt: skip
+ATTEND_FP8 = [{"TILE": 16, "num_warps": 8, "num_stages": 2}, *ATTEND]
 COMBINE = [
     {"MANY": many, "num_warps": warps}
     for many, warps in ((8, 1), (8, 4), (16, 4), (32, 4), (64, 4), (64, 8))
@@ -269,23 +270,27 @@ def of_step(ops: list[str], tp: int, target: str, device: torch.device) -> Itera
     rows: dict[str, tuple[str, list[LaunchConfig]]] = {
         "delta": (configs.key(HV=config.linear_num_value_heads, K=128, V=128), DELTA),
         "attend": (_heads(config), ATTEND),
+        "attend_fp8": (_heads(config), ATTEND_FP8),
         "combine": (_heads(config), COMBINE),
         "head": (configs.key(N=config.vocab_size, K=HIDDEN), blocked(HEAD)),
     }
-    expected: list[Tensor] = []
+    expected: dict[str, Tensor] = {}
 
     def prepare(op: str, shape: str, candidate: LaunchConfig) -> tuple[Calls, list[str]]:
         put_in_force(target, op, shape, candidate)
+        model.kv_cache_dtype = "fp8" if op == "attend_fp8" else "auto"
         step = begun(Step(model, CONTEXT + 64, ROWS - 1), CONTEXT)
         run(step.work, device)
         logits = step.logits.float()
-        expected.append(logits)
-        error = float((logits - expected[0]).norm() / expected[0].norm())
+        first = expected.setdefault(model.kv_cache_dtype, logits)
+        error = float((logits - first).norm() / first.norm())
         # Other blocks sum in another order: as far apart as the rounding of a few layers to bf16.
         wrong = [] if error < 0.02 else [f"the logits are {error:.2e} apart"]
         begun(step, CONTEXT)
         return [
-            work for work in step.work if isinstance(work, Launch) and work.name.split()[0] == op
+            work
+            for work in step.work
+            if isinstance(work, Launch) and work.name.split()[0] == op.removesuffix("_fp8")
         ], wrong
 
     for op, (shape, candidates) in rows.items():
@@ -316,7 +321,7 @@ def subjects(
         for I in sizes:
             yield of_route(router.Sizes(E, TOP_K, I), target, device)
         yield of_route(router.Sizes(OTHER_E, OTHER_TOP_K, 0), target, device)
-    for tp in tps if {"delta", "attend", "combine", "head"} & set(ops) else ():
+    for tp in tps if {"delta", "attend", "attend_fp8", "combine", "head"} & set(ops) else ():
         yield from of_step(ops, tp, target, device)
         torch.cuda.empty_cache()
 

@@ -21,7 +21,7 @@ from qwen35.sampling import Sampling
 from reference.model import Model
 from tests.support.checkpoints import write
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 SIZES: dict[str, Any] = {

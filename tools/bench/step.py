@@ -33,6 +33,7 @@ from fast.moe import Experts
 from fast.mtp import MTP
 from fast.step import Step, Work
 from fast.target import target_of
+from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.cli import Parser
 from qwen35.config import Config
 from qwen35.errors import InputError
@@ -54,6 +55,7 @@ def add_arguments(parser: Parser) -> None:
     add("--layers", type=int, metavar="N", help="of the trunk that are built, a multiple of 8")
     add("--drafts", type=int, default=3, metavar="K")
     add("--context", type=int, default=10_000, metavar="T", help="tokens before the round")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--repeats", type=int, default=30)
     add("--no-nodes", action="store_true", help="time the whole round only")
     add("--plot", type=Path, metavar="FILE", help="also draw where the time goes, as SVG")
@@ -69,7 +71,11 @@ def begun(step: Step, context: int) -> Step:
     generator = torch.Generator(step.table.device).manual_seed(1)
     for state in (*step.state.layers, step.state.mtp):
         for tensor in vars(state).values() if state is not None else ():
-            tensor.normal_(generator=generator)
+            if tensor.dtype == torch.uint8:  # scales of keys and values
+                tensor.fill_(127)
+            else:
+                random = torch.randn(tensor.shape, generator=generator, device=tensor.device)
+                tensor.copy_(random)
     step.hidden.normal_(generator=generator)
     for ids in (step.rows_ids, step.picked):
         ids.random_(0, step.vocab, generator=generator)
@@ -206,6 +212,7 @@ def _measured(
     read: float,
 ) -> int:
     model = random_model(config, device)
+    model.kv_cache_dtype = args.kv_cache_dtype
     room = args.context + 8 * (args.repeats + 20) * (1 + args.drafts)
     step = begun(Step(model, room, args.drafts), args.context)
     hit = experts_hit(step.work)
@@ -238,7 +245,7 @@ def _measured(
             )
     if args.plot:
         _draw(args.plot, rows)
-    names = ("config", "tp", "drafts", "context", "repeats")
+    names = ("config", "tp", "drafts", "context", "kv_cache_dtype", "repeats")
     report.emit(
         "step", {"target": target} | {n: getattr(args, n) for n in names}, rows,
         only_json=args.json, device=torch.cuda.get_device_name(device), read_gb_s=read,
