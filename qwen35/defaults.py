@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen35.config import Config, as_ids
+from qwen35.config import Config
+from qwen35.config_json import as_ids, in_vocabulary
 from qwen35.errors import InputError
 from qwen35.tokenizer import Tokenizer, read_config
 
