@@ -158,6 +158,8 @@ class Config:
             return cls.from_dict(document)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
+        except RecursionError:
+            raise InputError(f"{path}: objects inside of objects, too many to be read") from None
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> "Config":

@@ -275,7 +275,8 @@ def check_layer_types(types: Sequence[str]) -> None:
 
 
 def is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """Whether a value is an integer from `least` to what a tensor's size may be."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 
 
 def is_positive(value: Any) -> bool:

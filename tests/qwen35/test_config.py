@@ -150,6 +150,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"rope_parameters": {"rope_theta": 10**400}},
         ["rope_theta", "positive number"],
     ),
+    "a size that no tensor has": ({"head_dim": 10**400}, ["head_dim", "integer"]),
     "a rope for each kind of layer": (
         {"rope_parameters": {"full_attention": {"rope_theta": 1e7}}, "rope_theta": 1e7},
         ["full_attention", "rope_parameters", "one rope for all layers"],
@@ -214,7 +215,9 @@ def test_missing_rope_base_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b"", b"[1, 2]", b"\xff\xfe\x00", b"null"], ids=lambda b: repr(b)
+    "content",
+    [b"{", b"", b"[1, 2]", b"\xff\xfe\x00", b"null", b'{"a":' * 600 + b"1" + b"}" * 600],
+    ids=lambda b: repr(b[:9]),
 )
 def test_a_config_that_is_no_json_object(tmp_path: Path, content: bytes) -> None:
     """The file is named."""
