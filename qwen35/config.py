@@ -7,16 +7,13 @@ Axis legend of the whole project (shape comments, first-line unpacking):
 
 import json
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from qwen35.config_json import SPARSE, Reader, check_layer_types, expect, is_integer, is_positive
 from qwen35.errors import InputError
 
 LayerType = Literal["linear_attention", "full_attention"]
-
-MOE_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
-DENSE_TYPES = ("qwen3_5", "qwen3_5_text")
 
 
 @dataclass(frozen=True)
@@ -59,24 +56,21 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in COUNTS:
-            _expect(
-                name, getattr(self, name), _is_integer(getattr(self, name), 0), "an integer >= 0"
-            )
+            expect(name, getattr(self, name), is_integer(getattr(self, name), 0), "an integer >= 0")
         routed = ("num_experts_per_tok", "moe_intermediate_size") if self.num_experts else ()
         for name in SIZES + routed:
-            _expect(
-                name, getattr(self, name), _is_integer(getattr(self, name), 1), "an integer >= 1"
-            )
+            expect(name, getattr(self, name), is_integer(getattr(self, name), 1), "an integer >= 1")
         for name in ("rope_theta", "partial_rotary_factor", "rms_norm_eps"):
             value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            _expect(name, value, is_number and 0 < value < float("inf"), "a positive number")
+            expect(name, value, is_positive(value), "a positive number")
         for name in ("eos_token_id", "mlp_only_layers"):
             value = getattr(self, name)
-            _expect(name, value, all(_is_integer(i, 0) for i in value), "integers >= 0")
+            expect(name, value, all(is_integer(i, 0) for i in value), "integers >= 0")
+        for name in ("norm_topk_prob", "tie_word_embeddings"):
+            expect(name, getattr(self, name), type(getattr(self, name)) is bool, "true or false")
         if not all(map(self.is_sparse, range(self.num_hidden_layers))):
             inter = self.intermediate_size
-            _expect("intermediate_size", inter, inter > 0, "an integer >= 1 for the dense layers")
+            expect("intermediate_size", inter, inter > 0, "an integer >= 1 for the dense layers")
         divides = (
             ("num_attention_heads", "num_key_value_heads"),
             ("linear_num_value_heads", "linear_num_key_heads"),
@@ -98,12 +92,7 @@ class Config:
                 f"config: layer_types has {len(self.layer_types)} entries, "
                 f"num_hidden_layers = {self.num_hidden_layers}"
             )
-        unknown = set(self.layer_types) - {"linear_attention", "full_attention"}
-        if unknown:
-            raise InputError(
-                f"config: layer_types holds {sorted(map(str, unknown))}; "
-                "known are linear_attention and full_attention"
-            )
+        check_layer_types(self.layer_types)
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
                 f"config: num_experts_per_tok = {self.num_experts_per_tok} is more than "
@@ -169,50 +158,26 @@ class Config:
             return cls.from_dict(document)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
+        except RecursionError:
+            raise InputError(f"{path}: objects inside of objects, too many to be read") from None
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> "Config":
         """From a parsed `config.json`, nested (`text_config`) or flat, of any family member."""
-        if not isinstance(document, dict):
-            raise InputError(f"config: a JSON object was expected, not {type(document).__name__}")
-        document = without_nulls(document)
-        text = document.get("text_config", document)
-        _expect("text_config", text, isinstance(text, dict), "an object")
-        model_type = text.get("model_type", document.get("model_type"))
-        if model_type not in MOE_TYPES + DENSE_TYPES:
-            known = ", ".join(MOE_TYPES + DENSE_TYPES)
-            raise InputError(f"config: model_type = {model_type!r}; known are {known}")
-        _refuse_unsupported(text)
-        # Qwen3-Next keeps the two rope numbers at the top level, Qwen3.5 in rope_parameters.
-        rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-        types = text.get("layer_types") or _layer_types(text)
-        is_list = isinstance(types, list) and all(isinstance(kind, str) for kind in types)
-        _expect("layer_types", types, is_list, "a list of layer types")
-        given = {name: text[name] for name in cls.__dataclass_fields__ if name in text}
-        given |= {
-            "model_type": model_type,
-            "layer_types": tuple(types),
-            "rope_theta": rope.get("rope_theta", text.get("rope_theta")),
-            "partial_rotary_factor": rope.get(
-                "partial_rotary_factor", text.get("partial_rotary_factor", 0.25)
-            ),
-            "tie_word_embeddings": bool(
-                document.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-            ),
-            "mlp_only_layers": tuple(text.get("mlp_only_layers") or ()),
-            "eos_token_id": tuple(
-                sorted({*as_ids(text.get("eos_token_id")), *as_ids(document.get("eos_token_id"))})
-            ),
-            # Qwen3-Next does not say how many MTP layers it has: it has one.
-            "mtp_num_hidden_layers": text.get("mtp_num_hidden_layers", 1),
-        }
-        missing = [
-            name
-            for name, field in cls.__dataclass_fields__.items()
-            if given.get(name) is None and not _has_default(field)
-        ]
+        reader = read(document)
+        given = reader.values
+        layers = given.get("mlp_only_layers", [])
+        expect("mlp_only_layers", layers, isinstance(layers, list), "a list of layers")
+        given["mlp_only_layers"] = tuple(layers)
+        fields = cls.__dataclass_fields__.items()
+        missing = [name for name, field in fields if name not in given and not _has_default(field)]
+        missing += [name for name in reader.missing() if name not in missing]
         if missing:
-            raise InputError(f"config: {', '.join(missing)} missing")
+            where = " in text_config" if reader.is_nested else ""
+            raise InputError(f"config: {', '.join(missing)} missing{where}")
+        if reader.family == SPARSE:
+            count = given["num_experts"]
+            expect("num_experts", count, is_integer(count, 1), "an integer >= 1")
         return cls(**given)
 
     @classmethod
@@ -225,110 +190,21 @@ class Config:
         return cls.from_dict(FAMILY | PUBLISHED[name])
 
 
-def without_nulls(document: dict[str, Any]) -> dict[str, Any]:
-    """Drop the keys of a JSON object, and of objects inside it, that are null: null means the default."""
-    return {
-        name: without_nulls(value) if isinstance(value, dict) else value
-        for name, value in document.items()
-        if value is not None
-    }
+def read(document: Any) -> Reader:
+    """The fields of a parsed `config.json`, and what it gives twice. InputError for what is none."""
+    fields = Config.__dataclass_fields__.items()
+    return Reader(document, {n: f.default if _has_default(f) else None for n, f in fields})
 
 
 def disagreements(document: dict[str, Any]) -> list[str]:
-    """One line for each key of a parsed `config.json` that two places give different values.
-
-    The value that is taken is the one that transformers takes: text_config's, but tie_word_embeddings of
-    the top level; rope_scaling before rope_parameters, and what these hold before the keys beside them;
-    layer_types before full_attention_interval. eos_token_id never disagrees: its ids are united.
-    """
-    outer = without_nulls(document)
-    text = outer.get("text_config", outer)
-    lines: list[str] = []
-
-    def compare(name: str, taken: str, value: Any, passed: str, other: Any) -> None:
-        if value != other:
-            lines.append(
-                f"{name} is {value!r} in {taken} and {other!r} in {passed}; the first is taken"
-            )
-
-    known = {*Config.__dataclass_fields__, "rope_parameters", "rope_scaling", "rope_theta"}
-    if text is not outer:
-        for name in sorted(known & outer.keys() & text.keys() - {"eos_token_id", "model_type"}):
-            places = ("text_config", text[name], "the top level", outer[name])
-            if name == "tie_word_embeddings":
-                places = (*places[2:], *places[:2])
-            compare(name, *places)
-    ropes = [(key, text[key]) for key in ("rope_scaling", "rope_parameters") if text.get(key)]
-    for (key, rope), (other_key, other) in pairwise([*ropes, ("text_config", text)]):
-        for name in ("rope_theta", "partial_rotary_factor", "rope_type"):
-            if name in rope and name in other:
-                compare(name, key, rope[name], other_key, other[name])
-    if "layer_types" in text and "full_attention_interval" in text:
-        derived = _layer_types(text)
-        if list(text["layer_types"]) != derived:
-            lines.append(
-                f"layer_types is not what full_attention_interval = {text['full_attention_interval']} "
-                "gives; the first is taken"
-            )
-    return lines
-
-
-def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """`eos_token_id` is an int in one file and a list in another."""
-    if value is None:
-        return ()
-    ids = value if isinstance(value, list) else [value]
-    _expect(
-        "eos_token_id", value, all(_is_integer(i, 0) for i in ids), "a token id or a list of them"
-    )
-    return tuple(ids)
-
-
-def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _expect(name: str, value: Any, holds: bool, expected: str) -> None:
-    if not holds:
-        raise InputError(f"config: {name} = {value!r}; expected {expected}")
+    """One line for each value of a parsed `config.json` that differs from the one that is taken: where
+    two places disagree, where transformers never reads the key, where no token has the id."""
+    return read(document).lines
 
 
 def _has_default(field: Any) -> bool:
     return field.default is not field.default_factory  # both are MISSING when there is no default
 
-
-def _layer_types(text: dict[str, Any]) -> list[str]:
-    interval, count = text.get("full_attention_interval", 4), text.get("num_hidden_layers", 0)
-    _expect("full_attention_interval", interval, _is_integer(interval, 1), "an integer >= 1")
-    in_reach = _is_integer(count, 0) and count <= MOST_LAYERS
-    _expect("num_hidden_layers", count, in_reach, f"an integer from 1 to {MOST_LAYERS}")
-    return [
-        "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(count)
-    ]
-
-
-def _refuse_unsupported(text: dict[str, Any]) -> None:
-    """A key that changes the arithmetic and that the reference does not implement is an error."""
-    rope_types = []
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = text.get(key) or {}
-        _expect(key, rope, isinstance(rope, dict), "an object")
-        rope_types.append(
-            ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")
-        )
-    expected = (
-        *rope_types,
-        ("hidden_act", text.get("hidden_act", "silu"), "silu"),
-        ("attention_bias", text.get("attention_bias") or False, False),
-        ("attn_output_gate", text.get("attn_output_gate", True), True),
-        ("mtp_use_dedicated_embeddings", text.get("mtp_use_dedicated_embeddings") or False, False),
-    )
-    for name, value, supported in expected:
-        if value != supported:
-            raise InputError(f"config: {name} = {value!r}; supported is {supported!r}")
-
-
-MOST_LAYERS = 10_000  # a list is made of them before anything else can be compared with the number
 
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

@@ -234,6 +234,17 @@ def read_config(path: Path) -> dict[str, Any]:
     return {name: value for name, value in document.items() if value is not None}
 
 
+def end_of_text(folder: Path) -> tuple[str | None, int | None]:
+    """The token that ends a text and its id, as far as they are known without tokenizer.json."""
+    config = read_config(folder / "tokenizer_config.json")
+    listed = config.get("added_tokens_decoder")
+    older = {} if listed is not None else read_config(folder / "special_tokens_map.json")
+    name = _written(config.get("eos_token") or older.get("eos_token"))
+    listed = listed if isinstance(listed, dict) else {}
+    ids = [number for number, token in listed.items() if name == _written(token)]
+    return name, int(ids[0]) if name is not None and ids and ids[0].isdecimal() else None
+
+
 def _written(token: Any) -> str | None:
     """A named token, which is a text in some files and an object in others."""
     content = token.get("content") if isinstance(token, dict) else token

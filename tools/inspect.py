@@ -15,11 +15,11 @@ import torch
 
 from qwen35.cache import Cache, DeltaState
 from qwen35.cli import Parser, print_json, run
-from qwen35.config import PUBLISHED, Config
+from qwen35.config import PUBLISHED, Config, disagreements
 from qwen35.defaults import GENERATION, Defaults
 from qwen35.errors import InputError
 from qwen35.load import TINY, lay_out, shapes, text_model
-from qwen35.tokenizer import Tokenizer
+from qwen35.tokenizer import Tokenizer, end_of_text, read_config
 from tools.inspect_prefix import describe_segments, list_folder, print_segments
 from weights.checkpoint import Checkpoint
 from weights.entry import Entry
@@ -28,7 +28,8 @@ from weights.quantization import name_pattern
 from weights.shard import SIZES, Plan
 from weights.storage import DTYPE_NAMES, INDEX, safetensors_files, some
 
-HEADERS = ("config.json", INDEX, GENERATION)  # of a hub repository, beside the weights' headers
+# Of a hub repository, beside the weights' headers. tokenizer.json is large: see open_model.
+HEADERS = ("config.json", INDEX, GENERATION, "tokenizer_config.json", "special_tokens_map.json")
 
 # Parts of the model by the names of their parameters; the first that fits holds.
 PARTS = (
@@ -173,14 +174,31 @@ class Inspected:
     defaults: Defaults
 
 
-def inspect_config(config: Config) -> Inspected:
-    """A model of which only the shape is known, as if all of it were BF16."""
+def inspect_config(config: Config, folder: Path | None = None) -> Inspected:
+    """A model of which only the shape is known, as if all of it were BF16. folder: its files, if any."""
     groups = groups_of(
         (Group(name, shape, "BF16", None), 2 * math.prod(shape))
         for name, shape in shapes(lay_out(config)).items()
     )
-    defaults = Defaults(stop_ids={number: ["config.json"] for number in config.eos_token_id})
-    return Inspected(config, groups, {}, [], [], {}, defaults)
+    if folder is None:
+        defaults = Defaults(stop_ids={number: ["config.json"] for number in config.eos_token_id})
+        return Inspected(config, groups, {}, [], [], {}, defaults)
+    problems = disagreements(read_config(folder / "config.json"))
+    defaults = _read_defaults(folder, config, problems)
+    return Inspected(config, groups, {}, problems, [], {}, defaults)
+
+
+def _read_defaults(folder: Path, config: Config, problems: list[str]) -> Defaults:
+    """What the files say of stopping and drawing; what is wrong with them is a problem."""
+    try:
+        has_text = (folder / "tokenizer.json").exists()
+        tokenizer = Tokenizer(folder) if has_text else None
+        defaults = Defaults.of_folder(folder, config, tokenizer)
+    except InputError as error:
+        problems.append(str(error))
+        return Defaults()
+    problems += [defaults.warning] if defaults.warning else []
+    return defaults
 
 
 def inspect_checkpoint(checkpoint: Checkpoint, *, is_hollow: bool) -> Inspected:
@@ -190,17 +208,13 @@ def inspect_checkpoint(checkpoint: Checkpoint, *, is_hollow: bool) -> Inspected:
     """
     config = text_model(checkpoint, compare=not is_hollow)
     problems = checkpoint.problems
-    tokenizer, defaults = None, Defaults()
     try:
         if not is_hollow:
             checkpoint.check_idle()
         checkpoint.check(shapes(lay_out(config)))
-        if (checkpoint.folder / "tokenizer.json").exists():
-            tokenizer = Tokenizer(checkpoint.folder)
-        defaults = Defaults.of_folder(checkpoint.folder, config, tokenizer)
     except InputError as error:
         problems.append(str(error))
-    problems = [*problems, *([defaults.warning] if defaults.warning else [])]
+    defaults = _read_defaults(checkpoint.folder, config, problems)
     ignored = set(checkpoint.ignored)
     stored = [name for name in checkpoint.stored if name not in ignored]
     vision = [checkpoint.stored[name] for name in checkpoint.ignored if ".visual." in name]
@@ -238,7 +252,8 @@ def _arrangement(stored: list[str], *, mtp: bool) -> str | None:
 
 
 def open_model(model: str) -> Inspected:
-    """What MODEL stands for. Of a hub repository only headers and config are fetched."""
+    """What MODEL stands for. Of a hub repository only headers and small files are fetched, and
+    tokenizer.json where no other file has the id of the token that ends a text."""
     folder = TINY if model == "tiny" else Path(model)
     if not folder.is_dir():
         if model in PUBLISHED:
@@ -247,7 +262,11 @@ def open_model(model: str) -> Inspected:
             known = ", ".join(PUBLISHED)
             raise InputError(f"{model}: no such folder, no hub id (owner/name), none of {known}")
         with tempfile.TemporaryDirectory() as headers:
-            Repository(model).fetch_headers(Path(headers), HEADERS)
+            repository = Repository(model)
+            repository.fetch_headers(Path(headers), HEADERS)
+            name, number = end_of_text(Path(headers))
+            if name is not None and number is None and "tokenizer.json" in repository.sizes:
+                repository.fetch("tokenizer.json", Path(headers))
             return _inspect_folder(Path(headers), is_hollow=True)
     return _inspect_folder(folder)
 
@@ -255,7 +274,7 @@ def open_model(model: str) -> Inspected:
 def _inspect_folder(folder: Path, *, is_hollow: bool = False) -> Inspected:
     if (folder / INDEX).exists() or safetensors_files(folder):
         return inspect_checkpoint(Checkpoint(folder), is_hollow=is_hollow)
-    return inspect_config(Config.from_file(folder / "config.json"))
+    return inspect_config(Config.from_file(folder / "config.json"), folder)
 
 
 def describe(found: Inspected) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from qwen35.config import without_nulls
+from qwen35.config_json import without_nulls
 from qwen35.errors import InputError
 from weights import fp8
 

@@ -84,9 +84,11 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["layer_types", "3", "num_hidden_layers", "8"],
     ),
     "layer_types unknown": (
-        {"layer_types": ["sliding_attention"] * 8},
-        ["layer_types", "sliding_attention", "full_attention"],
+        {"layer_types": ["mamba"] * 5 + ["sliding_attention"] * 3},
+        ["layer_types[5]", "'sliding_attention'", "full_attention"],
     ),
+    "layer_types empty": ({"layer_types": []}, ["layer_types", "0", "num_hidden_layers", "8"]),
+    "a number among layer_types": ({"layer_types": ["mamba"] * 7 + [1]}, ["layer_types", "1"]),
     "rope type": (
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e7}},
         ["rope_type", "yarn", "default"],
@@ -127,6 +129,36 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"shared_expert_intermediate_size": -1},
         ["shared_expert_intermediate_size", "-1"],
     ),
+    "no experts": ({"num_experts": 0}, ["num_experts", "0", ">= 1"]),
+    "text for tied": (
+        {"tie_word_embeddings": "false"},
+        ["tie_word_embeddings", "'false'", "true or false"],
+    ),
+    "text for the norm of weights": (
+        {"model_type": "qwen3_next", "norm_topk_prob": "no"},
+        ["norm_topk_prob", "'no'", "true or false"],
+    ),
+    "number for dense layers": (
+        {"model_type": "qwen3_next", "mlp_only_layers": 5},
+        ["mlp_only_layers", "5", "list"],
+    ),
+    "text among dense layers": (
+        {"model_type": "qwen3_next", "mlp_only_layers": ["0"]},
+        ["mlp_only_layers", "'0'"],
+    ),
+    "a number that no float holds": (
+        {"rope_parameters": {"rope_theta": 10**400}},
+        ["rope_theta", "positive number"],
+    ),
+    "a size that no tensor has": ({"head_dim": 10**400}, ["head_dim", "integer"]),
+    "a rope for each kind of layer": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e7}}, "rope_theta": 1e7},
+        ["full_attention", "rope_parameters", "one rope for all layers"],
+    ),
+    "layers with settings of their own": (
+        {"per_layer_config": {"0": {"num_experts": 4}}},
+        ["per_layer_config", "num_experts"],
+    ),
     "text for eos": ({"eos_token_id": "<|end|>"}, ["eos_token_id", "<|end|>"]),
     "list for text_config": ({"text_config": [1]}, ["text_config"]),
 }  # fmt: skip
@@ -147,6 +179,35 @@ def test_a_missing_config_key_is_named(key: str) -> None:
         Config.from_dict({k: v for k, v in FAMILY["0.8B"].items() if k != key})
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+    ],
+)
+@pytest.mark.parametrize("member", ["35B-A3B", "Qwen3-Next"])
+def test_a_missing_size_of_the_experts_is_named(member: str, key: str) -> None:
+    """Without its number of experts a model does not turn dense."""
+    without = {k: v for k, v in FAMILY[member].items() if k != key}
+    with pytest.raises(InputError, match=f"{key} missing"):
+        Config.from_dict(without)
+    with pytest.raises(InputError, match=f"{key} missing in text_config"):
+        Config.from_dict({"model_type": "qwen3_5_moe", "text_config": without, key: 4})
+
+
+def test_qwen3_next_may_have_no_experts() -> None:
+    """Its class has dense layers then."""
+    sizes = FAMILY["Qwen3-Next"] | {
+        "num_experts": 0,
+        "num_experts_per_tok": 0,
+        "intermediate_size": 9,
+    }
+    assert not Config.from_dict(sizes).is_sparse(0)
+
+
 def test_missing_rope_base_is_named() -> None:
     """The base decides every angle: there is no default for it."""
     with pytest.raises(InputError, match=r"rope_theta.*missing"):
@@ -154,7 +215,9 @@ def test_missing_rope_base_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b"", b"[1, 2]", b"\xff\xfe\x00", b"null"], ids=lambda b: repr(b)
+    "content",
+    [b"{", b"", b"[1, 2]", b"\xff\xfe\x00", b"null", b'{"a":' * 600 + b"1" + b"}" * 600],
+    ids=lambda b: repr(b[:9]),
 )
 def test_a_config_that_is_no_json_object(tmp_path: Path, content: bytes) -> None:
     """The file is named."""

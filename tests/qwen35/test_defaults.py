@@ -1,6 +1,7 @@
 """What the files beside the weights say of stopping and drawing; nulls; and where two places disagree."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from qwen35.config import Config, disagreements
 from qwen35.defaults import DRAWING, PENALTIES, Defaults
 from qwen35.errors import InputError
 from qwen35.tokenizer import Tokenizer
-from tests.support.checkpoints import edit_json, write, write_tokenizer
+from tests.support.checkpoints import TEXT_VOCAB, edit_json, write, write_tokenizer
 from tests.support.family import FAMILY
 
-CONFIG = Config.from_dict(FAMILY["0.8B"] | {"eos_token_id": None})
+CONFIG = Config.from_dict(FAMILY["0.8B"] | {"vocab_size": TEXT_VOCAB})
 
 
 # --- null is not there ----------------------------------------------------------------------------
@@ -40,7 +41,6 @@ OPTIONAL = [
     "mtp_use_dedicated_embeddings",
     "intermediate_size",
     "text_config",
-    "shared_expert_intermediate_size",
     "dtype",
     "quantization_config",
 ]
@@ -153,7 +153,8 @@ def test_layer_types_and_an_interval() -> None:
 @pytest.mark.parametrize("member", FAMILY)
 def test_the_published_forms_agree_with_themselves(member: str) -> None:
     assert disagreements(FAMILY[member]) == []
-    assert disagreements({"model_type": "qwen3_5_moe", "text_config": FAMILY[member]}) == []
+    outer = FAMILY[member]["model_type"].removesuffix("_text")
+    assert disagreements({"model_type": outer, "text_config": FAMILY[member]}) == []
 
 
 def test_loading_warns_of_a_disagreement(tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_stop_ids_are_the_union_of_all_files(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     edit_json(tmp_path / "tokenizer_config.json", eos_token={"content": "<|im_end|>"})
     turn_end = Tokenizer(tmp_path).encode("<|im_end|>")[0]
-    config = Config.from_dict(FAMILY["0.8B"] | {"eos_token_id": [7, 9]})
+    config = replace(CONFIG, eos_token_id=(7, 9))
     assert defaults(tmp_path, config, eos_token_id=[7, 8]).stop_ids == {
         7: ["generation_config.json", "config.json"],
         8: ["generation_config.json"],
@@ -189,6 +190,38 @@ def test_stop_ids_are_the_union_of_all_files(tmp_path: Path) -> None:
         turn_end: ["tokenizer_config.json"],
     }
     assert list(Defaults.of_folder(tmp_path, CONFIG, None).stop_ids) == [7, 8]
+
+
+@pytest.mark.parametrize("number", [-1, TEXT_VOCAB, 999_999])
+def test_an_end_that_is_no_token_is_left_out(tmp_path: Path, number: int) -> None:
+    """One line names the id, its file and the vocabulary."""
+    found = defaults(tmp_path, eos_token_id=[7, number])
+    assert list(found.stop_ids) == [7]
+    assert found.warning == (
+        f"eos_token_id {number} in generation_config.json is not in the vocabulary 0..319; it is left out"
+    )
+
+
+def test_an_end_that_the_head_has_no_row_for(tmp_path: Path) -> None:
+    """The tokenizer's own, in a model of a smaller vocabulary."""
+    write_tokenizer(tmp_path)
+    edit_json(tmp_path / "tokenizer_config.json", eos_token="<|im_end|>")
+    found = defaults(tmp_path, replace(CONFIG, vocab_size=200))
+    assert found.stop_ids == {}
+    assert "258 ('<|im_end|>' in tokenizer_config.json) is not in the vocabulary" in found.warning
+
+
+def test_the_end_without_tokenizer_json(tmp_path: Path) -> None:
+    """Its id stands beside it, or else a line says that it is not known."""
+    edit_json(tmp_path / "tokenizer_config.json", eos_token={"content": "<|im_end|>"})
+    found = defaults(tmp_path, eos_token_id=7)
+    assert list(found.stop_ids) == [7]
+    assert "'<|im_end|>' in tokenizer_config.json is left out: its id is not known" in found.warning
+    added = {"5": {"content": "<|im_start|>"}, "6": {"content": "<|im_end|>"}}
+    edit_json(tmp_path / "tokenizer_config.json", added_tokens_decoder=added)
+    found = defaults(tmp_path, eos_token_id=7)
+    assert found.stop_ids == {6: ["tokenizer_config.json"], 7: ["generation_config.json"]}
+    assert found.warning == ""
 
 
 def test_advice_for_drawing(tmp_path: Path) -> None:
@@ -225,6 +258,7 @@ def test_what_is_not_followed_is_named(tmp_path: Path) -> None:
         do_sample=True,
         temperature=1,
         suppress_tokens=None,
+        min_length=0,
     )
     assert found.not_followed == {"no_repeat_ngram_size": 3, "typical_p": 0.9, "max_length": 20}
     assert found.warning == (
@@ -242,6 +276,46 @@ def test_every_key_of_transformers_is_decided(tmp_path: Path) -> None:
     }
     off.pop("max_length")
     assert defaults(tmp_path, **off).not_followed == {}
+    assert defaults(tmp_path, **off | {"do_sample": True}).not_followed == {}
+
+
+OFF: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.0}, {"no_repeat_ngram_size": 0}, {"no_repeat_ngram_size": -1},
+    {"num_beams": 1}, {"num_beams": None}, {"min_length": 0}, {"min_new_tokens": 0},
+    {"suppress_tokens": []}, {"begin_suppress_tokens": []}, {"bad_words_ids": []},
+    {"sequence_bias": {}}, {"guidance_scale": 1}, {"remove_invalid_values": False},
+    {"frequency_penalty": 0.0}, {"penalty_alpha": 0.0}, {"token_healing": False},
+    {"stop_strings": []}, {"num_beam_groups": 4}, {"length_penalty": 2.0}, {"use_mtp": True},
+    # only drawing reads these
+    {"typical_p": 0.9}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1}, {"top_h": 0.5},
+    {"do_sample": True, "typical_p": 1.0}, {"do_sample": True, "typical_p": 2},
+    {"do_sample": True, "epsilon_cutoff": 0}, {"do_sample": True, "eta_cutoff": 1.0},
+    # another key goes before these
+    {"max_length": 20, "max_new_tokens": 40}, {"min_length": 9, "min_new_tokens": 0},
+]  # fmt: skip
+ON: list[dict[str, Any]] = [
+    {"no_repeat_ngram_size": 2}, {"num_beams": 4}, {"min_length": 1}, {"min_new_tokens": 5},
+    {"suppress_tokens": [3]}, {"bad_words_ids": [[1]]}, {"guidance_scale": 1.5},
+    {"remove_invalid_values": True}, {"frequency_penalty": -0.5}, {"penalty_alpha": 0.6},
+    {"forced_eos_token_id": 3}, {"max_time": 1.0}, {"watermarking_config": {"bias": 2}},
+    {"max_length": 20}, {"a_key_of_tomorrow": 0}, {"no_repeat_ngram_size": "2"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("document", OFF, ids=str)
+def test_what_is_off_is_not_named(tmp_path: Path, document: dict[str, Any]) -> None:
+    """By the tests that transformers makes before it uses the key."""
+    assert defaults(tmp_path, **document).not_followed == {}
+
+
+@pytest.mark.parametrize("document", ON, ids=str)
+def test_what_is_on_is_named(tmp_path: Path, document: dict[str, Any]) -> None:
+    assert defaults(tmp_path, **document).not_followed == document
+
+
+@pytest.mark.parametrize("name", ["typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"])
+def test_what_is_on_where_it_draws(tmp_path: Path, name: str) -> None:
+    assert defaults(tmp_path, do_sample=True, **{name: 0.5}).not_followed == {name: 0.5}
 
 
 BAD: dict[str, dict[str, Any]] = {
@@ -251,11 +325,29 @@ BAD: dict[str, dict[str, Any]] = {
     "min_p": {"do_sample": True, "min_p": []},
     "repetition_penalty": {"repetition_penalty": "1.1"},
     "max_new_tokens": {"max_new_tokens": 0},
+    "do_sample": {"do_sample": "false"},
+    # numbers that nothing can be drawn with
+    "temperature, negative": {"do_sample": True, "temperature": -1},
+    "temperature, too large": {"do_sample": True, "temperature": 10**400},
+    "temperature, no number": {"do_sample": True, "temperature": float("nan")},
+    "top_p, too large": {"do_sample": True, "top_p": 5},
+    "top_p, zero": {"do_sample": True, "top_p": 0.0},
+    "top_k, negative": {"do_sample": True, "top_k": -1},
+    "top_k, a fraction": {"do_sample": True, "top_k": 20.5},
+    "min_p, too large": {"do_sample": True, "min_p": 1.5},
+    "repetition_penalty, zero": {"repetition_penalty": 0},
+    "presence_penalty, infinite": {"presence_penalty": float("inf")},
     "stop_strings": {"stop_strings": [""]},
 }
 
 
 @pytest.mark.parametrize(("name", "document"), BAD.items(), ids=BAD.keys())
 def test_a_bad_value_is_named(tmp_path: Path, name: str, document: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=rf"generation_config\.json: .*{name} = "):
+    key = name.split(",")[0]
+    with pytest.raises(InputError, match=rf"generation_config\.json: {key} = .*; expected"):
         defaults(tmp_path, **document)
+
+
+def test_what_nothing_reads_may_be_anything(tmp_path: Path) -> None:
+    """Without drawing nobody looks at these, transformers included."""
+    assert defaults(tmp_path, temperature=-1, top_p=5, top_k="all").advice == PENALTIES

@@ -15,7 +15,7 @@ first launch runs. A finding is a line whose first word says what kind it is:
 import copy
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -96,10 +96,9 @@ def config(E: int, D: int, I: int, top_k: int = 4, shared: int = 0, norm: bool =
         "moe_intermediate_size": I,
         "num_experts_per_tok": min(top_k, E),
         "shared_expert_intermediate_size": shared,
-        "norm_topk_prob": norm,
         "num_hidden_layers": 4,
     }
-    return Config.from_dict(FAMILY["397B-A17B"] | sizes)
+    return replace(Config.from_dict(FAMILY["397B-A17B"] | sizes), norm_topk_prob=norm)
 
 
 def mxfp4_linear(seed: int, N: int, K: int) -> MXFP4Linear:

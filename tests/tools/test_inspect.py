@@ -76,6 +76,35 @@ def test_the_published_397b_from_its_config_alone(tmp_path: Path) -> None:
     assert document["problems"] == []
 
 
+def test_settings_of_a_folder_without_weights(tmp_path: Path) -> None:
+    """Ends and advice of all its files, and what config.json says twice."""
+    document = {
+        "model_type": "qwen3_5_moe",
+        "text_config": FAMILY["397B-A17B"],
+        "hidden_act": "gelu",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    edit_json(tmp_path / "generation_config.json", eos_token_id=[7, 999], do_sample=True, top_k=20)
+    added = {"9": {"content": "<|im_end|>"}}
+    edit_json(
+        tmp_path / "tokenizer_config.json", eos_token="<|im_end|>", added_tokens_decoder=added
+    )
+    found = describe(open_model(str(tmp_path)))
+    assert found["stop_ids"] == {"7": ["generation_config.json"], "9": ["tokenizer_config.json"]}
+    assert found["sampling"]["top_k"] == 20
+    act, end = found["problems"]
+    assert "hidden_act is 'silu' by default and 'gelu' in the top level" in act
+    assert "eos_token_id 999 in generation_config.json" in end
+
+
+def test_settings_that_cannot_be_read_are_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(FAMILY["397B-A17B"]))
+    edit_json(tmp_path / "generation_config.json", do_sample=True, top_p=5)
+    status, out, err = command(str(tmp_path))
+    assert (status, err) == (1, "")
+    assert "generation_config.json: top_p = 5.0; expected a number in (0, 1]" in out
+
+
 def test_a_published_size_by_its_name() -> None:
     """The same as a folder with its config.json."""
     document = describe(open_model("0.8B"))

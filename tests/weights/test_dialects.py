@@ -423,7 +423,7 @@ def test_an_expression_of_the_list_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_experts_in_some_layers_only(tmp_path: Path) -> None:
     """decoder_sparse_step and mlp_only_layers: a file has experts where the config says so."""
-    write(tmp_path, "35B-A3B", decoder_sparse_step=8, intermediate_size=96, mlp_only_layers=[])
+    write(tmp_path, "Qwen3-Next", decoder_sparse_step=8, intermediate_size=96, mlp_only_layers=[])
     assert load(tmp_path).config.decoder_sparse_step == 8
 
 

@@ -17,7 +17,14 @@ from typing import Any
 import pytest
 
 from qwen35.errors import InputError
-from tests.support.checkpoints import INDEX, QUANTIZED_SIZES, QWEN3_5, QWEN3_5_FP8, write
+from tests.support.checkpoints import (
+    INDEX,
+    QUANTIZED_SIZES,
+    QWEN3_5,
+    QWEN3_5_FP8,
+    edit_json,
+    write,
+)
 from tests.support.conversions import contents
 from tests.support.hub_server import HubServer
 from tests.weights.test_convert_killed import Children, is_complete
@@ -135,6 +142,27 @@ def test_inspect_downloads_no_weights(hub: HubServer, place: Path) -> None:
         assert len(hub.fetched(shard)) == 1
         assert hub.sent(shard) <= limit + 2**16  # what a socket holds beyond what is read
     assert hub.sent("tokenizer.json") == 0
+
+
+@pytest.mark.parametrize("has_id", [True, False])
+def test_inspect_finds_every_end(hub: HubServer, place: Path, tmp_path: Path, has_id: bool) -> None:
+    """tokenizer_config.json names one; only where it has no id for it is tokenizer.json fetched."""
+    folder = tmp_path / "in"
+    shutil.copytree(place / "in", folder)
+    edit_json(folder / "tokenizer_config.json", eos_token="<think>")
+    if has_id:
+        added = {"259": {"content": "<think>", "special": False, "normalized": False}}
+        edit_json(folder / "tokenizer_config.json", added_tokens_decoder=added)
+    hub.push("someone/ends", folder)
+    command = [sys.executable, "-m", "tools.inspect", "someone/ends", "--json"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment(hub, place), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads(done.stdout)
+    assert document["stop_ids"]["259"] == ["tokenizer_config.json"]
+    assert document == describe(open_model(str(folder)))
+    assert bool(hub.sent("tokenizer.json")) is not has_id
 
 
 def test_room_for_what_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

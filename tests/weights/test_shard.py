@@ -48,7 +48,7 @@ WIDE: dict[str, dict[str, Any]] = {
     },
     "dense and sparse, ratio 2": SHARED
     | {
-        "model_type": "qwen3_5_moe_text",
+        "model_type": "qwen3_next",
         "num_hidden_layers": 2,
         "layer_types": KINDS,
         "num_attention_heads": 8,
