@@ -231,9 +231,12 @@ class Checkpoint:
             passed.setdefault((stored.file.name, home.file.name), []).append(stored.name)
             is_same = self.is_hollow or (home.dtype == stored.dtype and same_values(home, stored))
             if not is_same:
+                this, that = (
+                    f"{one.name} in {one.file.name} ({DTYPE_NAMES[one.dtype]} {list(one.shape)})"
+                    for one in (stored, home)
+                )
                 raise InputError(
-                    f"{self.folder}: {stored.name} in {stored.file.name} differs from "
-                    f"{home.name} in {home.file.name}, and no index says which of them is meant"
+                    f"{self.folder}: {this} differs from {that}, and no index says which of them is meant"
                 )
         lines = self.problems if self.is_hollow else self.notes
         how = "but were not compared with it" if self.is_hollow else "and are the same"
