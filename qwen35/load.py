@@ -256,19 +256,25 @@ def _settle_head(checkpoint: Checkpoint, config: Config) -> Config:
     is_extra = (
         head.stored_as in checkpoint.unlisted and embedding.stored_as not in checkpoint.unlisted
     )
-    differs = "lm_head.weight differs from embed_tokens.weight although tie_word_embeddings is true"
-    if checkpoint.is_hollow:
+    is_same = not checkpoint.is_hollow and _equal(
+        checkpoint, "lm_head.weight", "embed_tokens.weight"
+    )
+    if is_extra and not is_same:
+        checkpoint.problems.append(
+            "lm_head.weight is not used: tie_word_embeddings is true, and "
+            f"{head.weight.file.name}, which has it, is in no index"
+        )
+    elif checkpoint.is_hollow:
         checkpoint.notes.append(
             "lm_head.weight is stored although tie_word_embeddings is true; loading compares it with "
             "the embedding"
         )
-    elif not _equal(checkpoint, "lm_head.weight", "embed_tokens.weight"):
-        if not is_extra:
-            checkpoint.problems.append(f"{differs}; the file's head is used")
-            return replace(config, tie_word_embeddings=False)
+    elif not is_same:
         checkpoint.problems.append(
-            f"{differs}; it is not used, since {head.weight.file.name} is in no index"
+            "lm_head.weight differs from embed_tokens.weight although tie_word_embeddings is true; the "
+            "file's head is used"
         )
+        return replace(config, tie_word_embeddings=False)
     checkpoint.ignore("lm_head.", "the head is tied to the embedding")
     return config
 

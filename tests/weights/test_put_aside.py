@@ -158,12 +158,16 @@ def test_a_copy_alone_is_no_mtp_head(tmp_path: Path) -> None:
 
 def test_an_mtp_head_that_the_config_does_not_have(tmp_path: Path) -> None:
     """It is not used, and that is said on loading and by a conversion, which keeps it."""
-    write(tmp_path / "a", "0.8B")
+    expected = write(tmp_path / "a", "0.8B")
     text = json.loads((tmp_path / "a" / "config.json").read_text())["text_config"]
     edit_json(tmp_path / "a" / "config.json", text_config=text | {"mtp_num_hidden_layers": 0})
     said = r"mtp_num_hidden_layers is 0, and an MTP head is stored, .* mtp\.fc\.weight"
     with pytest.warns(UserWarning, match=said):
-        assert load(tmp_path / "a").mtp is None
+        model = load(tmp_path / "a")
+    assert model.mtp is None
+    assert {name for name, _ in model.named_parameters()} == {
+        name for name in expected if not name.startswith("mtp.")
+    }
     with pytest.warns(UserWarning, match=said):
         convert(tmp_path / "a", tmp_path / "b", Options("fp8", "all-linear"), check=check)
     assert "mtp.fc.weight" in Checkpoint(tmp_path / "b").stored
