@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -171,6 +172,19 @@ def test_an_mtp_head_that_the_config_does_not_have(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=said):
         convert(tmp_path / "a", tmp_path / "b", Options("fp8", "all-linear"), check=check)
     assert "mtp.fc.weight" in Checkpoint(tmp_path / "b").stored
+
+
+def test_what_is_put_aside_is_cut_for_ranks(tmp_path: Path) -> None:
+    """A copy as what it is a copy of; frequencies are whole on each rank."""
+    rotary(tmp_path / "a", lambda right: right)
+    name = f"{PREFIX}embed_tokens.weight"
+    edit_tensors(tmp_path / "a", lambda t: t.update({copy_: t[name].clone() for copy_ in COPIES}))
+    convert(tmp_path / "a", tmp_path / "b", Options("bf16", tp=2), check=check)
+    for rank in range(2):
+        [file] = (tmp_path / "b" / f"rank-{rank}-of-2").glob("*.safetensors")
+        tensors = load_file(file)
+        assert all(torch.equal(tensors[copy_], tensors[name]) for copy_ in COPIES)
+        assert any(n.endswith("inv_freq") and len(t) == 4 for n, t in tensors.items())
 
 
 # --- frequencies of RoPE, which older versions of transformers stored -----------------------------
