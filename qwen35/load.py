@@ -17,8 +17,10 @@ from qwen35.paths import choose_path
 from qwen35.swap import Replacement, matching, outermost, swap
 from reference.model import Model
 from reference.quantized import FP8Linear, MXFP4Linear
+from reference.rope import rope_table
 from weights.checkpoint import Checkpoint
-from weights.entry import Entry
+from weights.entry import PLAIN, Entry
+from weights.storage import same_values, some
 
 TINY = Path(__file__).parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -111,12 +113,13 @@ class Loader:
     ) -> None:
         self.checkpoint = Checkpoint(folder)
         self.checkpoint.check_idle()
-        self.config = text_model(self.checkpoint)
-        for problem in self.checkpoint.problems:
-            warnings.warn(f"{self.checkpoint.folder}: {problem}", stacklevel=3)
-        _check_count(self.checkpoint, self.config)
-        self.skeleton = lay_out(self.config)
-        self.checkpoint.check(shapes(self.skeleton))
+        try:
+            self.config = text_model(self.checkpoint)
+            _check_count(self.checkpoint, self.config)
+            self.skeleton = lay_out(self.config)
+            self.checkpoint.check(shapes(self.skeleton))
+        finally:
+            warn_of_problems(self.checkpoint, stacklevel=4)
         embedding = self.checkpoint.entries["embed_tokens.weight"]
         quantised = any(entry.format != "plain" for entry in self.checkpoint.entries.values())
         # MXFP4 has no float16 form: its scales reach further.
@@ -168,6 +171,11 @@ class Loader:
         setattr(module.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
+def warn_of_problems(checkpoint: Checkpoint, stacklevel: int) -> None:
+    for problem in checkpoint.problems:
+        warnings.warn(f"{checkpoint.folder}: {problem}", stacklevel=stacklevel)
+
+
 def _check_count(checkpoint: Checkpoint, config: Config) -> None:
     """Refuse a config far too large for its file before a model of that size is laid out."""
     layers, experts = config.num_hidden_layers, config.num_experts
@@ -206,48 +214,118 @@ COPIES = {
 }
 
 
-def text_model(checkpoint: Checkpoint, *, compare: bool = True) -> Config:
+def text_model(checkpoint: Checkpoint) -> Config:
     """The shape of the model that a checkpoint's tensors make: its config, without an MTP head where it
     has none, and with a head of its own where the file has one that differs from the embedding.
 
-    What is no part of that model is put aside, and named in `checkpoint.ignored`. compare: whether
-    numbers may be read; where only headers are there, a note says what was not compared.
+    What is no part of that model is put aside, and named in `checkpoint.ignored`; where it is not what
+    the config says of it, `checkpoint.problems` has a line. Where only headers are there, a note says
+    what was not compared. InputError for an MTP head with an embedding or a head of its own.
     """
-    config = checkpoint.config
+    _compare_frequencies(checkpoint)
+    config = _settle_head(checkpoint, checkpoint.config)
+    mtp = [entry.stored_as for name, entry in checkpoint.entries.items() if name.startswith("mtp.")]
+    if mtp and not config.mtp_num_hidden_layers:
+        checkpoint.ignore("mtp.", "mtp_num_hidden_layers is 0")
+        checkpoint.problems.append(
+            f"mtp_num_hidden_layers is 0, and an MTP head is stored, which is not used: {some(mtp)}"
+        )
+    for copy_, original in COPIES.items():
+        if copy_ not in checkpoint.entries:
+            continue
+        if config.tie_word_embeddings:
+            original = "embed_tokens.weight"
+        if checkpoint.is_hollow:
+            checkpoint.notes.append(f"{copy_} is stored; loading compares it with {original}")
+        elif not _equal(checkpoint, copy_, original):
+            raise InputError(
+                f"{checkpoint.folder}: {copy_} differs from {original}; an MTP head with one of its "
+                "own is not read here"
+            )
+        checkpoint.ignore(copy_, f"the same as {original}")
     if not any(name.startswith("mtp.") for name in checkpoint.entries):
         config = replace(config, mtp_num_hidden_layers=0)
-    if not config.mtp_num_hidden_layers:
-        checkpoint.ignore("mtp.", "mtp_num_hidden_layers is 0")
-    head = checkpoint.entries.get("lm_head.weight")
-    if config.tie_word_embeddings and head is not None:
-        if not compare:
-            checkpoint.notes.append(
-                "lm_head.weight is stored although tie_word_embeddings is true; loading compares it with "
-                "the embedding"
-            )
-        if not compare or _equal(head, checkpoint.entries.get("embed_tokens.weight")):
-            checkpoint.ignore("lm_head.", "the same as the embedding, which it is tied to")
-        else:
-            config = replace(config, tie_word_embeddings=False)
-            checkpoint.problems.append(
-                "lm_head.weight differs from embed_tokens.weight although tie_word_embeddings is true; "
-                "the file's head is used"
-            )
-    for copy_, original in COPIES.items():
-        entry = checkpoint.entries.get(copy_)
-        if entry is not None and (not compare or _equal(entry, checkpoint.entries.get(original))):
-            checkpoint.ignore(copy_, f"the same as {original}")
     return config
 
 
-def _equal(a: Entry, b: Entry | None) -> bool:
-    """Whether two parameters are stored with the same bytes. Read in pieces: a head may have 2 GB."""
-    if b is None or a.format != "plain" or b.format != "plain" or a.view or b.view:
+def _settle_head(checkpoint: Checkpoint, config: Config) -> Config:
+    """Do with the head of a model whose config ties it what transformers does: the one of the two that
+    is stored stands for both, and of two that differ each is used.
+
+    A head that no index lists, which transformers does not see, does not change a model that is whole
+    without it.
+    """
+    head = checkpoint.entries.get("lm_head.weight")
+    embedding = checkpoint.entries.get("embed_tokens.weight")
+    if not config.tie_word_embeddings or head is None:
+        return config
+    if embedding is None:
+        checkpoint.entries["embed_tokens.weight"] = checkpoint.entries.pop("lm_head.weight")
+        return config
+    is_extra = (
+        head.stored_as in checkpoint.unlisted and embedding.stored_as not in checkpoint.unlisted
+    )
+    is_same = not checkpoint.is_hollow and _equal(
+        checkpoint, "lm_head.weight", "embed_tokens.weight"
+    )
+    if is_extra and not is_same:
+        checkpoint.problems.append(
+            "lm_head.weight is not used: tie_word_embeddings is true, and "
+            f"{head.weight.file.name}, which has it, is in no index"
+        )
+    elif checkpoint.is_hollow:
+        checkpoint.notes.append(
+            "lm_head.weight is stored although tie_word_embeddings is true; loading compares it with "
+            "the embedding"
+        )
+    elif not is_same:
+        checkpoint.problems.append(
+            "lm_head.weight differs from embed_tokens.weight although tie_word_embeddings is true; the "
+            "file's head is used"
+        )
+        return replace(config, tie_word_embeddings=False)
+    checkpoint.ignore("lm_head.", "the head is tied to the embedding")
+    return config
+
+
+def _compare_frequencies(checkpoint: Checkpoint) -> None:
+    """Note the stored frequencies of RoPE that are not those of the config, which are used."""
+    config = checkpoint.config
+    if not checkpoint.computed:
+        return
+    if checkpoint.is_hollow:
+        names = [stored.name for stored in checkpoint.computed]
+        checkpoint.notes.append(f"loading compares with the config: {some(names)}")
+        return
+    cos, sin = rope_table(torch.ones(1), config.rotary_dim, config.rope_theta, torch.float32)
+    ours = torch.atan2(sin, cos)[0]  # the angles at position 1
+    wrong: dict[str, list[str]] = {}
+    for stored in checkpoint.computed:
+        if stored.shape != ours.shape:
+            text = f"has shape {list(stored.shape)} in the file, {list(ours.shape)} by the config"
+            wrong.setdefault(text, []).append(stored.name)
+            continue
+        kind = torch.finfo(stored.dtype if stored.dtype in PLAIN else torch.float32)
+        theirs = stored.read().float()
+        step = kind.tiny * kind.eps  # between the smallest numbers
+        apart = ~torch.isclose(theirs, ours, rtol=max(1e-5, kind.eps), atol=step)
+        if apart.any():
+            i = int(apart.nonzero()[0])
+            text = f"[{i}] is {theirs[i]:.6g} in the file, {ours[i]:.6g} by the config"
+            wrong.setdefault(text, []).append(stored.name)
+    checkpoint.problems += [
+        f"{names[0]} {text}, whose frequencies are used ({len(names)} x)"
+        for text, names in wrong.items()
+    ]
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two parameters are there, not quantised, and hold the same numbers."""
+    entries = [checkpoint.entries.get(name) for name in (one, other)]
+    if any(e is None or e.format != "plain" or e.view is not None for e in entries):
         return False
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    pieces = zip(a.weight.read().split(4096), b.weight.read().split(4096), strict=True)
-    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pieces)
+    a, b = (entry.weight for entry in entries if entry is not None)
+    return same_values(a, b)
 
 
 def _kept_dtype(name: str, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:

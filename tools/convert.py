@@ -8,11 +8,12 @@ from tqdm import tqdm
 
 from qwen35.cli import Parser, print_json, run
 from qwen35.errors import InputError
-from qwen35.load import TINY, lay_out, shapes, text_model
+from qwen35.load import COPIES, TINY, lay_out, shapes, text_model, warn_of_problems
 from weights.checkpoint import Checkpoint
 from weights.convert import convert
 from weights.hub import is_hub_id
 from weights.output import SHARD_BYTES, WHAT, Options
+from weights.quantization import PREFIX
 from weights.shard import SIZES
 
 
@@ -42,13 +43,19 @@ def build_parser() -> Parser:
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Raise InputError unless a checkpoint's tensors make a model of its config."""
+    """Raise InputError unless a checkpoint's tensors make a model of its config; warn as loading does."""
     as_a_model = copy.copy(checkpoint)  # what is no part of it is put aside here only
     as_a_model.entries, as_a_model.ignored = dict(checkpoint.entries), dict(checkpoint.ignored)
-    as_a_model.notes, as_a_model.problems = [], []
-    as_a_model.check(shapes(lay_out(text_model(as_a_model, compare=False))))
+    as_a_model.notes, as_a_model.problems = [], list(checkpoint.problems)
+    try:
+        as_a_model.check_idle()
+        as_a_model.check(shapes(lay_out(text_model(as_a_model))))
+    finally:
+        warn_of_problems(as_a_model, stacklevel=2)
     # What stands in a file that no index lists, and is no part of the model, is not carried along.
     foreign = checkpoint.unlisted & as_a_model.ignored.keys() - checkpoint.ignored.keys()
+    if checkpoint.is_hollow:  # these were not compared: loading the output does it
+        foreign = {name for name in foreign if PREFIX.sub("", name) not in COPIES}
     checkpoint.ignored |= {name: as_a_model.ignored[name] for name in foreign}
 
 

@@ -201,16 +201,13 @@ def _read_defaults(folder: Path, config: Config, problems: list[str]) -> Default
     return defaults
 
 
-def inspect_checkpoint(checkpoint: Checkpoint, *, is_hollow: bool) -> Inspected:
-    """A checkpoint; its problems are those that keep it from loading, and where its files disagree.
-
-    is_hollow: only headers are there, so no numbers can be compared.
-    """
-    config = text_model(checkpoint, compare=not is_hollow)
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspected:
+    """A checkpoint; its problems are those that keep it from loading, and where its files disagree."""
+    config = checkpoint.config
     problems = checkpoint.problems
     try:
-        if not is_hollow:
-            checkpoint.check_idle()
+        config = text_model(checkpoint)
+        checkpoint.check_idle()
         checkpoint.check(shapes(lay_out(config)))
     except InputError as error:
         problems.append(str(error))
@@ -273,7 +270,7 @@ def open_model(model: str) -> Inspected:
 
 def _inspect_folder(folder: Path, *, is_hollow: bool = False) -> Inspected:
     if (folder / INDEX).exists() or safetensors_files(folder):
-        return inspect_checkpoint(Checkpoint(folder), is_hollow=is_hollow)
+        return inspect_checkpoint(Checkpoint(folder, is_hollow=is_hollow))
     return inspect_config(Config.from_file(folder / "config.json"), folder)
 
 

@@ -7,7 +7,7 @@ knows the format of its numbers, where they lie, and how to get them.
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,12 +30,13 @@ from weights.entry import (
 )
 from weights.expert_scales import expert_scales, is_unscaled
 from weights.quantization import PREFIX, Quantization, compare, name_pattern
-from weights.storage import DTYPE_NAMES, Stored, open_folder, some
+from weights.storage import DTYPE_NAMES, Stored, open_folder, same_values, some
 
 UNFINISHED = ".conversion"  # in a folder that weights/convert.py is still writing
 COMPUTED = re.compile(
     r"(^|\.)rotary_emb\.inv_freq$"
 )  # what older versions of transformers stored too
+FOREIGN = "in a file that no index lists, and not part of this model"
 
 
 class Checkpoint:
@@ -45,12 +46,14 @@ class Checkpoint:
     stored: every tensor, by its name in the files. entries: by parameter name; parts: the parameters in a
     stored tensor. ignored: by stored name why a tensor is no part of the text model. problems: lines on
     what is not as the files claim, for a warning; notes: lines on what is merely good to know.
+    unlisted: names of what comes from files that no index lists; computed: buffers that follow from the
+    config. is_hollow: only headers are there, so no numbers can be compared.
 
     InputError, one line, for a folder that is not such a checkpoint, or not whole.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, is_hollow: bool = False) -> None:
+        self.folder, self.is_hollow = Path(folder), is_hollow
         if not self.folder.is_dir():
             raise InputError(f"{self.folder}: no such folder")
         if (self.folder / UNFINISHED).exists():
@@ -74,9 +77,14 @@ class Checkpoint:
         self.ignored: dict[str, str] = {}
         self.idle: dict[str, Stored] = {}  # by name of a scale the plain weight beside it
         opened = open_folder(self.folder)
-        self.stored = {stored.name: stored for stored in opened.listed + opened.unlisted}
-        self.notes, self.problems = list(opened.notes), list(opened.problems)
-        self.unlisted = {stored.name for stored in opened.unlisted}
+        self.listed = {stored.name: stored for stored in opened.listed}
+        self.stored = dict(self.listed)
+        self.notes: list[str] = []
+        self.problems = list(opened.problems)
+        self.unlisted: set[str] = set()
+        self.computed: list[Stored] = []
+        self.rivals: list[tuple[Stored, Stored]] = []  # one name in two files that no index lists
+        self._merge(opened.unlisted)
         formats: dict[str, str] = {}
         # A foreign format's own tensors say more than the dtypes of its weights, so they come first.
         for stored in opened.listed:
@@ -91,6 +99,24 @@ class Checkpoint:
         self.problems += [*disagreements(self.document), *problems]
         self.notes += notes
 
+    def _merge(self, unlisted: list[Stored]) -> None:
+        """Take what no index lists where its name, less the prefix, is new."""
+        homes = {PREFIX.sub("", name): stored for name, stored in self.stored.items()}
+        passed: dict[tuple[str, str], list[str]] = {}
+        for stored in unlisted:
+            home = homes.setdefault(PREFIX.sub("", stored.name), stored)
+            if home is stored:
+                self.stored[stored.name] = stored
+                self.unlisted.add(stored.name)
+            elif home.name in self.unlisted:
+                self.rivals.append((home, stored))
+            else:
+                passed.setdefault((stored.file.name, home.file.name), []).append(stored.name)
+        self.problems += [
+            f"{file}: in no index; not read from it, since {home} has them: {some(names)}"
+            for (file, home), names in passed.items()
+        ]
+
     def _add(self, stored: Stored, formats: dict[str, str]) -> None:
         name = PREFIX.sub("", stored.name)
         if name.startswith("visual."):
@@ -98,6 +124,7 @@ class Checkpoint:
             return
         if COMPUTED.search(name):
             self.ignored[stored.name] = "computed from the config"
+            self.computed.append(stored)
             return
         if is_run_time_scale(stored, self.config):
             self.ignored[stored.name] = "a scale for run time; the weights are exact without it"
@@ -110,10 +137,16 @@ class Checkpoint:
             whole = self.whole(stored)
             parts = dict(_split(stem_of(name) + ".weight" if name != stem_of(name) else name, whole,
                                 self.config))  # fmt: skip
+            for part in [part for part in parts if part in self.entries]:
+                other = self.entries[part].weight
+                where = "" if other.file == stored.file else f" of {other.file.name}"
+                raise InputError(
+                    f"{part} is given twice, by {other.name}{where} and by {stored.name}"
+                )
         except InputError as error:
             if stored.name in self.unlisted:
                 self.problems.append(f"{stored.file.name}: {error}; it is not used")
-                self.ignored[stored.name] = "in a file that no index lists, and not readable"
+                self.ignored[stored.name] = "in a file that no index lists, and of no use"
                 return
             raise InputError(f"{stored.file}: {error}") from None
         module, _, leaf = stored.name.rpartition(".")
@@ -123,13 +156,7 @@ class Checkpoint:
         elif leaf.startswith("weight") and len(whole.shape) == 2 and "embed_tokens" not in name:
             formats[module] = whole.format
         self.parts[stored.name] = list(parts)
-        for part_name, part in parts.items():
-            if part_name in self.entries:
-                other = self.entries[part_name].stored_as
-                raise InputError(
-                    f"{stored.file}: {part_name} is given twice, by {other} and by {stored.name}"
-                )
-            self.entries[part_name] = part
+        self.entries |= parts
 
     def _check_scale(self, scale: Stored, weight: Stored) -> None:
         """Note a scale that is of no use. transformers writes one beside matrices that it left alone,
@@ -140,21 +167,22 @@ class Checkpoint:
             self.idle[scale.name] = weight
 
     def whole(self, stored: Stored) -> Entry:
-        """A stored tensor as an entry, with all that it holds."""
+        """A stored tensor as an entry, with all that it holds. Its scales are those that the index lists,
+        if it lists them."""
         block = self.quantization.block if self.quantization else fp8.BLOCK
+        try:
+            return entry_of(stored, self.listed, block, self.config.num_experts)
+        except InputError:
+            if not self.unlisted:
+                raise
         return entry_of(stored, self.stored, block, self.config.num_experts)
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Compare the entries with the parameters that a model has: names, then shapes, both ways."""
+        self._judge_unlisted(expected)
         missing = [name for name in expected if name not in self.entries]
         if missing:
             raise InputError(f"{self.folder}: missing {some(missing)}")
-        for name in [n for n, e in self.entries.items() if e.stored_as in self.unlisted]:
-            if name not in expected:
-                stored = self.entries.pop(name).weight
-                self.ignored[stored.name] = (
-                    "in a file that no index lists, and not part of this model"
-                )
         unknown = [e.stored_as for name, e in self.entries.items() if name not in expected]
         if unknown:
             raise InputError(f"{self.folder}: not part of this model: {some(unknown)}")
@@ -165,6 +193,58 @@ class Checkpoint:
                     f"the config needs {list(shape)}"
                 )
 
+    def _judge_unlisted(self, expected: Container[str]) -> None:
+        """Say what is used of the files that no index lists, and put the rest aside.
+
+        InputError where two of them differ in what the model needs.
+        """
+        used: set[str] = set()
+        for name, entry in list(self.entries.items()):
+            if name in expected:
+                used |= {part.name for part in (entry.weight, entry.scale) if part}
+            elif entry.stored_as in self.unlisted:
+                self.ignored[self.entries.pop(name).stored_as] = FOREIGN
+        known = used | self.ignored.keys()
+        read: dict[str, list[str]] = {}
+        unread: dict[str, list[str]] = {}
+        extra = [stored for name, stored in self.stored.items() if name in self.unlisted]
+        for home, stored in [*((stored, stored) for stored in extra), *self.rivals]:
+            if self.ignored.get(home.name) == FOREIGN or home.name not in known:
+                self.ignored[home.name] = FOREIGN
+                unread.setdefault(stored.file.name, []).append(stored.name)
+            elif home is stored and home.name in used:
+                read.setdefault(stored.file.name, []).append(stored.name)
+        self.notes += [
+            f"{file}: in no index; read from it: {some(names)}" for file, names in read.items()
+        ]
+        self.problems += [
+            f"{file}: in no index; not read from it, as no part of this model: {some(names)}"
+            for file, names in unread.items()
+        ]
+        self._compare_rivals(used)
+
+    def _compare_rivals(self, used: Container[str]) -> None:
+        passed: dict[tuple[str, str], list[str]] = {}
+        for home, stored in self.rivals:
+            if home.name not in used:
+                continue
+            passed.setdefault((stored.file.name, home.file.name), []).append(stored.name)
+            is_same = self.is_hollow or (home.dtype == stored.dtype and same_values(home, stored))
+            if not is_same:
+                this, that = (
+                    f"{one.name} in {one.file.name} ({DTYPE_NAMES[one.dtype]} {list(one.shape)})"
+                    for one in (stored, home)
+                )
+                raise InputError(
+                    f"{self.folder}: {this} differs from {that}, and no index says which of them is meant"
+                )
+        lines = self.problems if self.is_hollow else self.notes
+        how = "but were not compared with it" if self.is_hollow else "and are the same"
+        lines += [
+            f"{file}: in no index; not read from it, since {home} has them, {how}: {some(names)}"
+            for (file, home), names in passed.items()
+        ]
+
     @property
     def run_time(self) -> dict[str, Stored]:
         """Scales for run time, such as those of an FP8 cache, by their names less the prefix."""
@@ -172,13 +252,15 @@ class Checkpoint:
         return {PREFIX.sub("", name): self.stored[name] for name in found}
 
     def check_idle(self) -> None:
-        """Add a problem for unused scales that are not 1. This reads numbers.
+        """Add a problem for unused scales that are not 1, where numbers are there to be read.
 
         InputError where the plain weight beside one holds nothing but FP8 numbers: then somebody forgot
         to apply it.
         """
         kinds: Counter[str] = Counter()
         for name, weight in self.idle.items():
+            if self.is_hollow:
+                break
             scale = self.stored[name].read()
             values = scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale
             if not bool((values.float() != 1).any()):

@@ -27,7 +27,17 @@ from weights.quantization import PREFIX, fp8_claim, mxfp4_claim, name_pattern
 from weights.rounding import Rounding
 from weights.shard import Plan, Shard
 from weights.source import Folder, Hub
-from weights.storage import INDEX, PARTIAL, Stored, header, read_json, row_major, write_whole
+from weights.storage import (
+    INDEX,
+    PARTIAL,
+    Stored,
+    header,
+    open_file,
+    read_json,
+    row_major,
+    same_values,
+    write_whole,
+)
 
 FINISHED = f"{UNFINISHED}.done"  # what is about to be removed
 TASK = "task.json"
@@ -103,7 +113,7 @@ class _Conversion:
         self.source = Folder(source) if is_folder else Hub(source, self.work, keep=keep_source)
         task = {"source": self.source.identity, "options": asdict(options)}
         _compare(target, read_json(self.work / TASK) or task, task)
-        self.checkpoint = Checkpoint(self.source.headers)
+        self.checkpoint = Checkpoint(self.source.headers, is_hollow=self.source.is_hollow)
         check(self.checkpoint)
         self.ranks = Plan(self.checkpoint.config, options.tp)
         items = items_of(self.checkpoint, options)
@@ -132,9 +142,9 @@ class _Conversion:
             for name in [name for name in self.opened if self.last_use[name] <= number]:
                 del self.opened[name]
                 self.source.close(name)
-        report = self._report()
+        report, is_tied = self._report(), self._is_tied()
         for rank, folder in enumerate(self.folders):
-            self._finish(folder, rank, report)
+            self._finish(folder, rank, report, is_tied=is_tied)
         finished = self.work.rename(self.target / FINISHED)  # at once: from here on it is whole
         shutil.rmtree(finished)
         return report
@@ -220,7 +230,25 @@ class _Conversion:
             "errors": {name: error.summary() for name, error in errors.items()},
         }
 
-    def _finish(self, folder: Path, rank: int, report: dict[str, Any]) -> None:
+    def _is_tied(self) -> bool:
+        """Whether the config ties the head to the embedding, and the head that is written allows it."""
+        if not self.checkpoint.config.tie_word_embeddings:
+            return False
+        ends = ("embed_tokens.weight", "lm_head.weight")
+        written = [
+            (self._name(number), slot.name)
+            for number, file in enumerate(self.files)
+            for slot in file.slots
+            if PREFIX.sub("", slot.name) in ends
+        ]
+        if len(written) < len(ends):
+            return True
+        pairs = [
+            [open_file(folder / file)[name] for file, name in written] for folder in self.folders
+        ]
+        return all(same_values(one, other) for one, other in pairs)
+
+    def _finish(self, folder: Path, rank: int, report: dict[str, Any], *, is_tied: bool) -> None:
         """What stands beside the weights; config.json, without which nothing loads, comes last."""
         for file in self.source.headers.iterdir():
             if not file.is_file():
@@ -236,14 +264,18 @@ class _Conversion:
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         write_whole(folder / INDEX, json.dumps(index, indent=2))
         write_whole(folder / REPORT, json.dumps(report, indent=2))
-        write_whole(folder / "config.json", json.dumps(self._config(rank), indent=2))
+        write_whole(folder / "config.json", json.dumps(self._config(rank, is_tied), indent=2))
 
-    def _config(self, rank: int) -> dict[str, Any]:
-        """The source's config.json with what the output claims about its formats."""
+    def _config(self, rank: int, is_tied: bool) -> dict[str, Any]:
+        """The source's config.json with what the output claims about its formats and its head."""
         document = dict(self.checkpoint.document)
         document.pop("quantization_config", None)
         if isinstance(text := document.get("text_config"), dict):
             document["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
+        if self.checkpoint.config.tie_word_embeddings and not is_tied:
+            document["tie_word_embeddings"] = False
+            if "tie_word_embeddings" in document.get("text_config", {}):
+                document["text_config"]["tie_word_embeddings"] = False
         if self.options.to == "mxfp4":
             claim = mxfp4_claim(self._excluded(), self.options.activations)
             document["quantization_config"] = claim

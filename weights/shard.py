@@ -84,7 +84,9 @@ TABLE: tuple[tuple[str, int | None, tuple[Section, ...]], ...] = (
     ("layers.N.(input|post_attention)_layernorm.weight", None, ()),
     ("(embed_tokens|lm_head).weight", 0, (VOCABULARY,)),
     ("norm.weight", None, ()),
+    ("(rotary_emb|*.rotary_emb).inv_freq", None, ()),  # what old versions of transformers stored
     ("mtp.(fc|norm|pre_fc_norm_embedding|pre_fc_norm_hidden).weight", None, ()),
+    ("mtp.(|layers.N.)(embed_tokens|lm_head|shared_head.head).weight", 0, (VOCABULARY,)),  # copies
     ("visual.*", None, ()),
 )
 

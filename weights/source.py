@@ -15,6 +15,7 @@ class Source(Protocol):
     of disk that it takes meanwhile."""
 
     headers: Path
+    is_hollow: bool
     identity: dict[str, Any]
 
     def open(self, file: str) -> dict[str, Stored]: ...
@@ -26,7 +27,7 @@ class Folder:
     """A checkpoint folder as a source; it is only read."""
 
     def __init__(self, folder: Path) -> None:
-        self.headers = folder
+        self.headers, self.is_hollow = folder, False
         files = sorted(file for file in folder.glob("*") if file.is_file())
         stats = {file.name: file.stat() for file in files}
         self.identity = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
@@ -54,7 +55,7 @@ class Hub:
                 f"asked for is {name}"
             )
         self.repository = Repository(name, begun["commit"])
-        self.headers = work / "headers"
+        self.headers, self.is_hollow = work / "headers", True
         self.files = None if keep else work / "files"
         self.identity = {"repository": name, "commit": self.repository.commit}
         write_whole(work / "source.json", json.dumps(self.identity))

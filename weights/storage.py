@@ -22,6 +22,7 @@ from qwen35.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PIECE = 1 << 22  # numbers that are compared at once
 PARTIAL = ".partial"  # ends the name of a file that is being written
 
 # Dtypes as safetensors writes them.
@@ -58,14 +59,13 @@ class Stored:
 class Opened:
     """The tensors of a folder.
 
-    listed: those of the files that its index names, or of model.safetensors. unlisted: those of other
-    safetensors files beside them whose names are new. notes, problems: lines on the other files, what is
-    used of them and what is not.
+    listed: those of the files that its index names, or of model.safetensors. unlisted: those of the other
+    safetensors files beside them, whose names may be there before. problems: a line for each of these
+    files that cannot be read.
     """
 
     listed: list[Stored]
     unlisted: list[Stored]
-    notes: list[str]
     problems: list[str]
 
 
@@ -135,28 +135,17 @@ def open_folder(folder: Path) -> Opened:
                 f"{file}: {twice[0]} is in this file and in {found[twice[0]].file.name}"
             )
         found |= {name: stored[name] for name in sorted(names)}
-    opened = Opened(list(found.values()), [], [], [])
+    opened = Opened(list(found.values()), [], [])
     for file in safetensors_files(folder):
-        if file not in files:
-            _open_unlisted(file, found, opened)
+        if file in files:
+            continue
+        try:
+            stored = open_file(file)
+        except InputError as error:
+            opened.problems.append(f"{error}; it is in no index, and not used")
+        else:
+            opened.unlisted.extend(stored[name] for name in sorted(stored))
     return opened
-
-
-def _open_unlisted(file: Path, found: dict[str, Stored], opened: Opened) -> None:
-    try:
-        stored = open_file(file)
-    except InputError as error:
-        opened.problems.append(f"{error}; it is in no index, and not used")
-        return
-    fresh, again = sorted(stored.keys() - found.keys()), sorted(stored.keys() & found.keys())
-    if fresh:
-        opened.notes.append(f"{file.name}: in no index; read from it: {some(fresh)}")
-    if again:
-        opened.problems.append(
-            f"{file.name}: in no index, and not used where another file has the name: {some(again)}"
-        )
-    opened.unlisted.extend(stored[name] for name in fresh)
-    found |= {name: stored[name] for name in fresh}
 
 
 def open_file(file: Path) -> dict[str, Stored]:
@@ -194,6 +183,17 @@ def open_file(file: Path) -> dict[str, Stored]:
         return Stored(name, file, dtype, shape, read)
 
     return {name: stored(name, described) for name, described in described_by_name.items()}
+
+
+def same_values(a: Stored, b: Stored) -> bool:
+    """Whether two tensors hold the same numbers, bit for bit where they have one dtype. Read in pieces: a
+    head may have 2 GB."""
+    if a.shape != b.shape or (a.dtype != b.dtype and 1 in (a.dtype.itemsize, b.dtype.itemsize)):
+        return False  # a number of one byte is not all: it has a scale
+    pieces = zip(a.read().flatten().split(PIECE), b.read().flatten().split(PIECE), strict=True)
+    if a.dtype == b.dtype:
+        return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pieces)
+    return all(torch.equal(x.double(), y.double()) for x, y in pieces)
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:

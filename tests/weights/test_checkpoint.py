@@ -24,7 +24,6 @@ from tests.support.checkpoints import (
     QWEN3_NEXT,
     SINGLE,
     Dialect,
-    edit_tensors,
     logits_of,
     write,
     write_hole,
@@ -104,15 +103,6 @@ def test_tied_flag_may_stand_in_the_text_config(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.embed_tokens.weight
 
 
-def test_a_tied_checkpoint_may_repeat_its_head(tmp_path: Path) -> None:
-    """Some exporters write the tied matrix twice; the second one is put aside and listed."""
-    write(tmp_path, "0.8B")
-    embedding = "model.language_model.embed_tokens.weight"
-    edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
-    model = load(tmp_path)
-    assert model.lm_head.weight is model.embed_tokens.weight
-
-
 def test_vision_tensors_are_listed_as_ignored(tmp_path: Path) -> None:
     """What is left out is said, by its name in the file."""
     write(tmp_path)
@@ -121,19 +111,6 @@ def test_vision_tensors_are_listed_as_ignored(tmp_path: Path) -> None:
         "model.visual.merger.linear_fc1.weight",
         "model.visual.patch_embed.proj.weight",
     ]
-
-
-def test_mtp_tensors_are_put_aside_where_the_config_has_no_mtp(tmp_path: Path) -> None:
-    """mtp_num_hidden_layers = 0 wins over what lies in the file."""
-    expected = write(tmp_path, "0.8B", QWEN3_5)
-    document = json.loads((tmp_path / "config.json").read_text())
-    document["text_config"]["mtp_num_hidden_layers"] = 0
-    (tmp_path / "config.json").write_text(json.dumps(document))
-    model = load(tmp_path)
-    assert model.mtp is None
-    assert {name for name, _ in model.named_parameters()} == {
-        name for name in expected if not name.startswith("mtp.")
-    }
 
 
 def test_symlinked_shards_work(tmp_path: Path) -> None:
@@ -152,7 +129,9 @@ def test_an_index_wins_over_a_single_file(tmp_path: Path) -> None:
     before = logits_of(load(tmp_path))
     again = {"model.language_model.norm.weight": torch.ones(64), "left.over": torch.ones(1)}
     save_file(again, tmp_path / SINGLE)
-    with pytest.warns(UserWarning, match="not used where another file has the name: .*norm"):
+    with pytest.warns(
+        UserWarning, match="in no index; not read from it, since .* has them: .*norm"
+    ):
         assert torch.equal(logits_of(load(tmp_path)), before)
     checkpoint = Checkpoint(tmp_path)
     checkpoint.check({name: tuple(tensor.shape) for name, tensor in expected.items()})

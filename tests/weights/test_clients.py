@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qwen35.errors import InputError
@@ -18,7 +18,6 @@ from reference.quantized import FP8Linear, MXFP4Linear
 from tests.support.checkpoints import (
     MXFP4,
     QUANTIZED_SIZES,
-    QWEN3_5,
     QWEN3_5_FP8,
     SINGLE,
     edit_json,
@@ -32,7 +31,6 @@ from tools.inspect import describe, open_model
 from weights.checkpoint import Checkpoint
 from weights.convert import convert
 from weights.output import Options
-from weights.storage import INDEX
 
 MEMBER = "397B-A17B"
 SIZES = FAMILY[MEMBER] | QUANTIZED_SIZES
@@ -82,78 +80,6 @@ def changed(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "model"
 
     return copy
-
-
-# --- tensors that are put aside -------------------------------------------------------------------
-
-
-def tied(folder: Path, head: Callable[[Tensor], Tensor]) -> None:
-    """A tied model whose file has a head all the same."""
-    write(folder, "0.8B")
-
-    def add(tensors: Tensors) -> None:
-        tensors["lm_head.weight"] = head(tensors[f"{PREFIX}embed_tokens.weight"]).clone()
-
-    edit_tensors(folder, add)
-
-
-def test_a_head_that_is_the_embedding_is_tied(tmp_path: Path) -> None:
-    tied(tmp_path, lambda embedding: embedding)
-    model = load(tmp_path)  # a warning would be an error: see the next test
-    assert model.lm_head.weight is model.embed_tokens.weight
-    assert model.config.tie_word_embeddings
-    assert describe(open_model(str(tmp_path)))["problems"] == []
-
-
-def test_a_head_that_differs_from_the_embedding_is_used(tmp_path: Path) -> None:
-    """transformers takes it too, and says so."""
-    tied(tmp_path, lambda embedding: embedding.flip(0))
-    with pytest.warns(UserWarning, match=r"lm_head\.weight differs from embed_tokens\.weight"):
-        model = load(tmp_path)
-    assert torch.equal(model.lm_head.weight, model.embed_tokens.weight.flip(0))
-    [problem] = describe(open_model(str(tmp_path)))["problems"]
-    assert "the file's head is used" in problem
-
-
-def test_one_bit_of_a_head_counts(tmp_path: Path) -> None:
-    def flip(embedding: Tensor) -> Tensor:
-        head = embedding.clone()
-        head.view(torch.int16)[-1, -1] ^= 1
-        return head
-
-    tied(tmp_path, flip)
-    with pytest.warns(UserWarning, match="differs"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name", ["mtp.embed_tokens.weight", "mtp.layers.0.shared_head.head.weight"]
-)
-def test_copies_under_the_mtp_head(tmp_path: Path, name: str) -> None:
-    """The same bytes are put aside; others would be a dedicated embedding, which is not implemented."""
-    write(tmp_path, "27B")
-    original = f"{PREFIX}embed_tokens.weight" if "embed" in name else "lm_head.weight"
-    edit_tensors(tmp_path, lambda t: t.update({name: t[original].clone()}))
-    load(tmp_path)
-    found = describe(open_model(str(tmp_path)))
-    assert found["problems"] == []
-    assert any("the same as" in reason for reason in found["ignored"])
-    edit_tensors(tmp_path, lambda t: t.update({name: t[original] + 1}))
-    with pytest.raises(InputError, match=f"not part of this model: {name}"):
-        load(tmp_path)
-
-
-def test_every_tensor_that_is_not_used_is_named(tmp_path: Path) -> None:
-    """By its reason, in `tools.inspect`."""
-    write(tmp_path, "35B-A3B", mtp_num_hidden_layers=0)
-    buffer = f"{PREFIX}rotary_emb.inv_freq"
-    edit_tensors(
-        tmp_path, lambda t: t.update({buffer: torch.ones(4), "mtp.fc.weight": torch.ones(1)})
-    )
-    found = describe(open_model(str(tmp_path)))
-    reasons = " ".join(found["ignored"])
-    for words in ("vision tower", "computed from the config", "mtp_num_hidden_layers is 0"):
-        assert words in reasons
 
 
 # --- claims ---------------------------------------------------------------------------------------
@@ -431,79 +357,3 @@ def test_fp8_with_powers_of_two_for_scales(
     edit_tensors(tmp_path / "plain", decoded)
     edit_json(tmp_path / "plain" / "config.json", quantization_config=None)
     same_model(folder, tmp_path / "plain")
-
-
-# --- files that no index lists --------------------------------------------------------------------
-
-
-def apart(folder: Path, part: str, file: str) -> None:
-    """Move the tensors of a part into a file of their own, which no index names."""
-    tensors = load_file(folder / SINGLE)
-    moved = {name: tensors.pop(name) for name in list(tensors) if part in name}
-    assert moved and tensors
-    save_file(tensors, folder / "model-00001-of-00001.safetensors")
-    (folder / SINGLE).unlink()
-    weight_map = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    save_file(moved, folder / file)
-
-
-def test_an_mtp_head_in_a_file_of_its_own(tmp_path: Path, capfd: Any) -> None:
-    """Published so: it drafts, `inspect` names the file, and a conversion takes it along."""
-    write(tmp_path / "whole", "35B-A3B")
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    apart(tmp_path / "parts", "mtp.", "mtp.safetensors")
-    same_model(tmp_path / "parts", tmp_path / "whole")
-    model = load(tmp_path / "parts")
-    assert model.mtp is not None
-    found = describe(open_model(str(tmp_path / "parts")))
-    assert found["problems"] == []
-    assert any(
-        note.startswith("mtp.safetensors: in no index; read from it") for note in found["notes"]
-    )
-    for source in ("whole", "parts"):
-        convert(tmp_path / source, tmp_path / f"{source}-fp4", Options("mxfp4"))
-    ours, theirs = (Checkpoint(tmp_path / f"{source}-fp4") for source in ("parts", "whole"))
-    assert ours.entries.keys() == theirs.entries.keys()
-    assert ours.notes == []
-
-
-def test_files_that_are_no_part_of_the_model(tmp_path: Path) -> None:
-    """An adapter, a broken file, a second copy: named, and in nobody's way; hidden ones are not seen."""
-    from tools.convert import check
-
-    write(tmp_path / "a", "0.8B")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    folder = tmp_path / "b"
-    save_file({"base.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
-    (folder / "broken.safetensors").write_bytes(b"nothing")
-    (folder / ".hidden.safetensors").write_bytes(b"nothing")
-    shutil.copy(folder / SINGLE, folder / "consolidated.safetensors")
-    with pytest.warns(UserWarning) as caught:
-        same_model(folder, tmp_path / "a")
-    said = " ".join(str(warning.message) for warning in caught)
-    assert "broken.safetensors: not a whole safetensors file" in said
-    assert (
-        "consolidated.safetensors: in no index, and not used where another file has the name"
-        in said
-    )
-    assert ".hidden" not in said
-    found = describe(open_model(str(folder)))
-    assert len(found["problems"]) == 2
-    assert any("adapter_model.safetensors: in no index" in note for note in found["notes"])
-    assert any("not part of this model" in reason for reason in found["ignored"])
-    convert(folder, tmp_path / "ranks", Options("bf16", tp=2), check=check)
-    assert not list((tmp_path / "ranks").rglob("*adapter*"))
-    [index] = {file.read_text() for file in (tmp_path / "ranks").rglob(INDEX)}
-    assert "base.lora_A.weight" not in json.loads(index)["weight_map"]
-
-
-def test_shards_without_their_index(tmp_path: Path) -> None:
-    """All safetensors files of a folder are its weights, where nothing says more."""
-    write(tmp_path, "0.8B", replace(QWEN3_5, shards=3))
-    before = logits_of(load(tmp_path))
-    (tmp_path / INDEX).unlink()
-    assert torch.equal(logits_of(load(tmp_path)), before)
-    next(tmp_path.glob("*.safetensors")).unlink()
-    with pytest.raises(InputError, match="missing"):
-        load(tmp_path)

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from qwen35.errors import InputError
 from tests.support.checkpoints import (
@@ -24,12 +26,13 @@ from tests.support.checkpoints import (
     QWEN3_5_FP8,
     edit_json,
     write,
+    write_index,
 )
-from tests.support.conversions import contents
+from tests.support.conversions import contents, quiet_load
 from tests.support.hub_server import HubServer
 from tests.weights.test_convert_killed import Children, is_complete
 from tools.inspect import describe, open_model
-from weights.checkpoint import UNFINISHED
+from weights.checkpoint import UNFINISHED, Checkpoint
 from weights.convert import convert
 from weights.hub import PROBABLY, Repository
 from weights.output import Options
@@ -359,6 +362,31 @@ def test_scales_in_the_next_shard(hub: HubServer, children: Children, tmp_path: 
         assert contents(tmp_path / to) == contents(tmp_path / f"{to}-wanted")
     for shard in set(places.values()):
         assert sum(r.sent > PROBABLY for r in hub.fetched(shard)) == 2  # once a conversion
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_what_headers_do_not_tell(
+    hub: HubServer, children: Children, tmp_path: Path, equal: bool
+) -> None:
+    """A head beside the embedding that the config ties it to, and a copy in a file that no index lists:
+    their numbers are compared in the output. Of two such files with one name the choice is said."""
+    write(tmp_path / "in", "0.8B", replace(QWEN3_5, shards=4))
+    places = json.loads((tmp_path / "in" / INDEX).read_text())["weight_map"]
+    name = "model.language_model.embed_tokens.weight"
+    embedding = load_file(tmp_path / "in" / places[name])[name]
+    head = {"lm_head.weight": embedding if equal else embedding.flip(0)}
+    save_file(head, tmp_path / "in" / "model-00005-of-00005.safetensors")
+    write_index(tmp_path / "in", places | {"lm_head.weight": "model-00005-of-00005.safetensors"})
+    copied = {"mtp.embed_tokens.weight": embedding, "mtp.norm.weight": torch.ones(64)}
+    save_file(copied, tmp_path / "in" / "mtp.safetensors")
+    hub.push("someone/tied", tmp_path / "in")
+    status, _, err = children.run("someone/tied", tmp_path / "out", "--to", "fp8")
+    assert status == 0, err
+    assert "mtp.safetensors: in no index; not read from it, since model-0" in err
+    document = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert document["tie_word_embeddings"] is equal
+    assert "mtp.embed_tokens.weight" in Checkpoint(tmp_path / "out").stored
+    assert quiet_load(tmp_path / "out").config.tie_word_embeddings is equal
 
 
 @pytest.mark.parametrize("damage", ["2^60 bytes", "seven bytes", "no JSON"])

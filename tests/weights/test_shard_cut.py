@@ -166,7 +166,7 @@ def test_a_size_that_nothing_has_need_not_divide() -> None:
         "layers.0.self_attn.k_proj.weight_zero",
         "layers.0.self_attn.q_norm",
         "draft.layers.0.mlp.gate.weight",
-        "mtp.embed_tokens.weight",
+        "mtp.embed_tokens.bias",
         "model.model.norm.weight",
         "",
     ],
