@@ -10,12 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("qwen35", "weights", "reference", "fast", "tests", "tools")
-NOUNS = ("qwen35.config", "qwen35.cache", "qwen35.errors")
+NOUNS = ("qwen35.config", "qwen35.config_json", "qwen35.cache", "qwen35.errors")
 FRONT = ("qwen35", "reference", "fast", "weights")  # what the front door may use
 
 # What a file may import of this repository, by the longest prefix of its name that is listed.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "qwen35.config": NOUNS,
+    "qwen35.config_json": NOUNS,
     "qwen35.cache": NOUNS,
     "qwen35.errors": (),
     "weights": ("weights", *NOUNS),

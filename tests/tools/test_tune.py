@@ -202,7 +202,7 @@ def test_subjects_of_the_experts_launch_and_are_judged(
     launch = gate_up.prepare(SMALL)[0][0]
     assert isinstance(launch, tune.Launch)
     assert launch.name == "gate_up D=256 I=128" and launch.arguments["BLOCK_N"] == 32
-    monkeypatch.setattr(tune, "run", lambda launches, device: launches[0].arguments["x"].zero_())
+    monkeypatch.setattr(tune, "run", lambda launches, device: launches[-1].arguments["out"].zero_())
     assert "error" in down.prepare(SMALL)[1][0]
 
 
