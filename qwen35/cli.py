@@ -95,7 +95,19 @@ def run(
             raise
         reason = f"{error.filename or 'error'}: {error.strerror or error}"
         parser.exit(2, f"{parser.prog}: {one_line(reason)}\n")
+    except Exception as error:
+        if args.debug or not _is_out_of_memory(error):
+            raise
+        sentences = one_line(error).split(". ")[:3]  # then follows advice on allocators
+        parser.exit(2, f"{parser.prog}: {'. '.join(sentences)}\n")
     parser.exit(status)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, or of the CPU, for which torch has no exception of its own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _never_fail_to_print() -> None:

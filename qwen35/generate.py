@@ -11,6 +11,7 @@ from tqdm import tqdm
 from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.cli import Parser, one_line, parse_ids, print_json, read_text, run, size
 from qwen35.completion import NEW_TOKENS, Completer, Completion, Settings
+from qwen35.config import Config
 from qwen35.debugger import break_in
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
@@ -90,6 +91,10 @@ def main(args: argparse.Namespace) -> int:
     needs_text = not (args.requests or isinstance(prompt, list))
     has_text = needs_text or (folder / "tokenizer.json").exists()
     tokenizer = Tokenizer(folder) if has_text else None
+    if isinstance(prompt, list) or (prompt and tokenizer and not args.chat):
+        ids = prompt if isinstance(prompt, list) else tokenizer.encode(prompt)  # pyright: ignore
+        # Before the weights are read, which may take minutes.
+        Config.from_file(folder / "config.json").check_prompt(ids, new_tokens=1)
     model = _load(args, folder)
     load_s = time.perf_counter() - started
     if args.break_in is not None:

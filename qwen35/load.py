@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -76,7 +77,8 @@ def load(
     own dtype.
 
     A checkpoint without MTP tensors gives a model with `mtp` None. Raises InputError when a tensor is
-    missing, unknown or of another shape; warns when the file is not quantised as its config claims.
+    missing, unknown or of another shape, and when a GPU has not the memory for the weights; warns when
+    the file is not quantised as its config claims.
     """
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise InputError(
@@ -86,6 +88,7 @@ def load(
     loader = Loader(folder, dtype=dtype, device=device, path=path, swaps=swaps)
     if loader.path.reason:
         warnings.warn(f"the reference path runs: {loader.path.reason}", stacklevel=2)
+    check_memory(loader.nbytes, torch.device(device))
     built = loader.skeleton
     for stage in loader.stages:
         built.set_submodule(stage, loader.fill(stage, built.get_submodule(stage)))
@@ -93,6 +96,18 @@ def load(
         built.lm_head.weight = built.embed_tokens.weight  # pyright: ignore (a Parameter)
     built.folder, built.kv_cache_dtype = folder, kv_cache_dtype
     return built.eval()
+
+
+def check_memory(nbytes: int, device: torch.device) -> None:
+    """InputError when a GPU has less free than the weights take; other devices are not judged."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    if nbytes > free:
+        raise InputError(
+            f"the weights take {nbytes / 1e9:.1f} GB; {device} has {free / 1e9:.1f} GB free of "
+            f"{total / 1e9:.1f} GB"
+        )
 
 
 class Loader:
@@ -136,6 +151,24 @@ class Loader:
             if not any(other == node or other.startswith(f"{node}.") for other in own_nodes):
                 self.swaps[node] = replacement
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the model's weights take at least: experts in the format of the file, all else in
+        `dtype`."""
+        total = 0
+        for name, shape in shapes(self.skeleton).items():
+            entry = self.checkpoint.entries[self._parameter(name)]
+            if ".experts." in name:
+                total += entry.nbytes
+            else:
+                total += math.prod(shape) * _kept_dtype(name, entry.dtype, self.dtype).itemsize
+        return total
+
+    def _parameter(self, name: str) -> str:
+        """The name in the file: a tied head is the embedding."""
+        tied = name == "lm_head.weight" and self.config.tie_word_embeddings
+        return "embed_tokens.weight" if tied else name
+
     def _nodes_of(self, swaps: Swaps) -> dict[str, Replacement]:
         """By the name of the node that is replaced."""
         return {
@@ -161,8 +194,7 @@ class Loader:
         return module
 
     def _assign(self, module: nn.Module, name: str, parameter: str) -> None:
-        tied = parameter == "lm_head.weight" and self.config.tie_word_embeddings
-        entry = self.checkpoint.entries["embed_tokens.weight" if tied else parameter]
+        entry = self.checkpoint.entries[self._parameter(parameter)]
         path, _, leaf = name.rpartition(".")
         if ".experts." in parameter and entry.format != "plain":
             module.set_submodule(path, _quantized_linear(entry).to(self.device))
