@@ -233,7 +233,7 @@ fault("keys without their scales", "attention", attention_in_e4m3, "numbers",
     ("score *= _power_of_two(scale)[None, :]", "score *= 1.0"))  # fmt: skip
 fault("values without their scales", "attention", attention_in_e4m3, "numbers",
     ("share *= _power_of_two(scale)[None, :]", "share *= 1.0"))  # fmt: skip
-fault("the scale of another position", "attention", attention_in_e4m3, "numbers",
+fault("the scale of another position", "attention", attention_in_e4m3, "numbers unwritten",
     ("tl.load(value_scales + held, ", "tl.load(value_scales + held // 2, "))  # fmt: skip
 fault("a scale so large that small numbers lose bits", "attention", attention_in_e4m3, "numbers",
     ("(bits >> 23) - 8 +", "(bits >> 23) - 2 +"))  # fmt: skip

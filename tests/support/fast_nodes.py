@@ -78,7 +78,10 @@ def a_pass(
         G, K = config.num_key_value_heads, config.head_dim
         state = (FP8KVCache if fp8 else KVCache).empty((1, G, K), torch.bfloat16, CPU)
         if length:
-            state.append(*(random(seed, 1, G, length, K).bfloat16() for seed in (3, 4)))
+            # Scales that differ from position to position, where the cache has any.
+            size = 2.0 ** (torch.arange(length) % 5)[:, None] if fp8 else torch.ones(length, 1)
+            k, v = random(3, 1, G, length, K), random(4, 1, G, length, K) * size
+            state.append(k.bfloat16(), v.bfloat16())
     return Pass(model, layer, kind, x, state, length)
 
 
@@ -146,6 +149,8 @@ def buffers(what: Pass, capacity: int, start: int, slots: int) -> Delta | Keys:
     keys = Keys.empty(config, capacity, CPU, kind)
     for tensor in (keys.keys, keys.values):
         tensor.copy_(torch.full_like(tensor, torch.nan, dtype=torch.bfloat16))
+    for scale in (keys.key_scales, keys.value_scales):
+        scale.fill_(255)  # NaN in e8m0
     keys.take(what.state, what.length)
     return keys
 
