@@ -15,7 +15,7 @@ from qwen35.config import Config
 KV_CACHE_DTYPES = ("auto", "fp8")  # the model's own, or e4m3 with scales
 
 
-@dataclass
+@dataclass(repr=False)
 class KVCache:
     """Keys (after norm and RoPE) and values of one full-attention layer.
 
@@ -72,6 +72,9 @@ class KVCache:
         """The tensors by name, with the room behind what is held."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
+    def __repr__(self) -> str:
+        return described(self, f"length {self.length} of {self.capacity}")
+
     def tensors(self) -> dict[str, Tensor]:
         """What is held, by name, [B, G, length, K] each (views)."""
         return {name: buffer[:, :, : self.length] for name, buffer in self.buffers().items()}
@@ -83,7 +86,7 @@ class KVCache:
         return type(self)(*(t.to(dtype, copy=True) for t, dtype in held), length=self.length)
 
 
-@dataclass
+@dataclass(repr=False)
 class FP8KVCache(KVCache):
     """Keys and values in e4m3, with one scale a position and head: half the bytes of bfloat16.
 
@@ -141,7 +144,7 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return (exponent << 23).view(torch.float32)
 
 
-@dataclass
+@dataclass(repr=False)
 class DeltaState:
     """State of one gated-delta-net layer after the tokens seen so far.
 
@@ -179,6 +182,10 @@ class DeltaState:
         device = self.conv.device
         self.conv, self.recurrent = (t.to(device, copy=True) for t in (conv, recurrent))
 
+    def __repr__(self) -> str:
+        more = [f"goes back {len(self.trail) - 1} tokens"] if self.trail else []
+        return described(self, *more)
+
     def tensors(self) -> dict[str, Tensor]:
         """What the next pass starts from, by name."""
         return {"conv": self.conv, "recurrent": self.recurrent}
@@ -191,6 +198,17 @@ class DeltaState:
 
 
 State = KVCache | DeltaState
+
+
+def described(state: State, *more: str) -> str:
+    """A line for a debugger: `DeltaState(conv [1, 3, 1024] bfloat16, recurrent ... |max| 3.1)`."""
+    parts = []
+    for name, tensor in state.tensors().items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        has_values = tensor.numel() and not tensor.is_meta
+        largest = f" |max| {tensor.float().abs().max():.3g}" if has_values else ""
+        parts.append(f"{name} {list(tensor.shape)} {kind}{largest}")
+    return f"{type(state).__name__}({', '.join([*parts, *more])})"
 
 
 @dataclass

@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.add_argument("--version", action="version", version=f"qwen35 {version('qwen35')}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {one_line(message)}\n")
@@ -39,6 +41,13 @@ def parse_ids(text: str) -> list[int]:
         raise InputError(
             f"ids {text!r}; expected numbers with commas between, as in 1,2,3"
         ) from None
+
+
+def at_least_one(text: str) -> int:
+    """A number that is at least 1, as of threads."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of at least 1")
+    return int(text)
 
 
 def size(text: str) -> int:

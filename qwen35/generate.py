@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -269,5 +270,10 @@ def _say(line: str) -> None:
     print(one_line(line), file=sys.stderr, flush=True)
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The console command `qwen35`."""
     run(build_parser(), main)
+
+
+if __name__ == "__main__":
+    command()

@@ -42,7 +42,8 @@ class Prompt:
 class Tokenizer:
     """The tokenizer of a checkpoint folder, with its chat template where it has one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.exists():
             raise InputError(f"{path}: no such file, so text has no ids; give --prompt-ids instead")

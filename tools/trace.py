@@ -33,6 +33,8 @@ def build_parser() -> Parser:
 
 def main(args: argparse.Namespace) -> int:
     folder = locate(args.model)
+    if args.output.is_dir():
+        raise InputError(f"{args.output} is a folder; expected the name of a file")
     if not args.output.parent.is_dir():
         raise InputError(f"{args.output}: {args.output.parent} is not a folder")
     ids = parse_ids(args.ids) if args.ids is not None else Tokenizer(folder).encode(args.prompt)

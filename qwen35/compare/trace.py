@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from qwen35.errors import InputError
 from qwen35.swap import nodes
+from qwen35.tokenizer import Tokenizer
 from reference.model import Model
 
 TRACED = ("reference.", "fast.")  # packages whose functions' locals a trace may hold
@@ -17,9 +19,9 @@ TRACED = ("reference.", "fast.")  # packages whose functions' locals a trace may
 
 @torch.inference_mode()
 def trace(
-    model: Model, ids: list[int], pattern: str = "*", *, named_locals: bool = False
+    model: Model, ids: list[int] | str, pattern: str = "*", *, named_locals: bool = False
 ) -> dict[str, Tensor]:
-    """Run `ids` from an empty cache; return name -> output of each matching node.
+    """Run `ids`, or a text, from an empty cache; return name -> output of each matching node.
 
     `lm_head` holds the logits of all positions [B, T, vocab]. A node with several outputs gives
     name.0, name.1, ... (a router: the experts, their weights). An expert that no token reached has no
@@ -29,6 +31,10 @@ def trace(
     calls, had bound to names when they returned, as in `layers.0.linear_attn:beta` and
     `layers.0.linear_attn:chunk.state`.
     """
+    if isinstance(ids, str):
+        if model.folder is None:
+            raise InputError("this model has no folder with a tokenizer; trace takes its token ids")
+        ids = Tokenizer(model.folder).encode(ids)
     model.config.check_prompt(ids, new_tokens=0)
     found = nodes(model, pattern)
     cache = model.new_cache()

@@ -46,14 +46,15 @@ def identity(model: Model, checkpoint: str) -> dict[str, str]:
         "kv_cache_dtype": model.kv_cache_dtype,
         "path": "; ".join(swapped) or "reference",
         "nodes": hashlib.sha256("\n".join(classes).encode()).hexdigest()[:16],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
         "torch": torch.__version__,
     }
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name and the instructions that torch uses on it."""
     lines = (
         Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         if Path("/proc/cpuinfo").exists()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qwen35.cli import Parser
+from qwen35.cli import Parser, at_least_one
 from qwen35.compare.trace import trace
 from qwen35.load import TINY, load
 from tools.bench import report
@@ -24,7 +24,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--layers", type=int, nargs="*", default=[4, 40])
     parser.add_argument("--intermediate", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--threads", type=at_least_one, default=1, help="torch threads")
 
 
 def tracing(lengths: list[int], repeats: int) -> list[report.Row]:

@@ -12,7 +12,7 @@ import torch
 
 import reference.linear
 import reference.moe
-from qwen35.cli import Parser
+from qwen35.cli import Parser, at_least_one
 from qwen35.generation import Generation, prefill
 from qwen35.load import DTYPES, TINY, load
 from qwen35.sampling import Sampling
@@ -24,7 +24,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=2048)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--threads", type=at_least_one, default=2, help="torch threads")
 
 
 def unpadded(run: Callable[[], object]) -> Callable[[], object]:

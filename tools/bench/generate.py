@@ -5,7 +5,7 @@ import statistics
 
 import torch
 
-from qwen35.cli import Parser
+from qwen35.cli import Parser, at_least_one
 from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import DTYPES, load, locate
@@ -26,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
     add("--prompts", type=int, default=5, help="held-out documents that are continued")
     add("--draft-tokens", type=int, default=3)
     add("--repeats", type=int, default=5)
-    add("--threads", type=int, default=2, help="torch threads, on both sides")
+    add("--threads", type=at_least_one, default=2, help="torch threads, on both sides")
 
 
 def _transformers(folder: str, model: Model) -> torch.nn.Module:

@@ -25,7 +25,7 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
-from qwen35.cli import Parser
+from qwen35.cli import Parser, at_least_one
 from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import load, locate
@@ -62,7 +62,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="N", help=f"of the prefix, in tokens: multiples of {GRID}")  # fmt: skip
     add("--repeats", type=int, default=5)
     add("--cold-repeats", type=int, default=2, help=f"of cold runs from {LONG} tokens on")
-    add("--threads", type=int, default=2, help="torch threads")
+    add("--threads", type=at_least_one, default=2, help="torch threads")
     add("--plot", type=Path, metavar="FILE", help="also draw it: .svg or .png")
 
 

@@ -1,0 +1,64 @@
+"""`python -m tools.environment`: what a bug report needs to say of this machine and its packages."""
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from qwen35.cli import Parser, print_json, run
+from qwen35.prefix.keys import processor
+
+PACKAGES = (
+    "qwen35", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "einops",
+    "huggingface-hub",
+)  # fmt: skip
+
+
+def build_parser() -> Parser:
+    parser = Parser("python -m tools.environment", "Versions, processor and GPU, for a bug report.")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def environment() -> dict[str, str]:
+    """By name; a package that is not there is "not installed"."""
+    found = {name: _version(name) for name in PACKAGES}
+    found["python"] = platform.python_version()
+    found["system"] = platform.platform()
+    found["processor"] = processor()  # with the instructions that torch uses
+    found["cores"] = str(os.cpu_count())
+    found["threads"] = str(torch.get_num_threads())
+    found["GPU"] = _gpu()
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    driver = torch.version.hip or torch.version.cuda
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{', '.join(names)}; {'HIP' if torch.version.hip else 'CUDA'} {driver}"
+
+
+def main(args: argparse.Namespace) -> int:
+    found = environment()
+    if args.json:
+        print_json(found)
+    else:
+        width = max(map(len, found))
+        for name, value in found.items():
+            print(f"{name:{width}}  {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(build_parser(), main)
