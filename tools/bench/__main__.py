@@ -13,6 +13,7 @@ from tools.bench import (
     quantize,
     router,
     step,
+    stream,
     ttft,
 )
 
@@ -26,6 +27,7 @@ OPS = {
     "quantize": quantize,
     "router": router,
     "step": step,
+    "stream": stream,
     "ttft": ttft,
 }
 
