@@ -3,11 +3,10 @@
 import argparse
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from qwen35.cli import Parser, print_json, run
+from qwen35.cli import Parser, installed, print_json, run
 from qwen35.prefix.keys import processor
 
 PACKAGES = (
@@ -24,7 +23,7 @@ def build_parser() -> Parser:
 
 def environment() -> dict[str, str]:
     """By name; a package that is not there is "not installed"."""
-    found = {name: _version(name) for name in PACKAGES}
+    found = {name: installed(name) for name in PACKAGES}
     found["python"] = platform.python_version()
     found["system"] = platform.platform()
     found["processor"] = processor()  # with the instructions that torch uses
@@ -32,13 +31,6 @@ def environment() -> dict[str, str]:
     found["threads"] = str(torch.get_num_threads())
     found["GPU"] = _gpu()
     return found
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _gpu() -> str:

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import entry_points, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 import pytest
@@ -33,6 +33,14 @@ def test_a_package_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     from tools.environment import environment
 
     assert environment()["no-such-package"] == "not installed"
+
+
+def test_a_checkout_that_is_not_installed_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("qwen35.cli.version", missing)
+    assert not vars(Parser("x", "y").parse_args([]))["debug"]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
