@@ -131,15 +131,15 @@ def to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     bits = x.abs().amax(-1, keepdim=True).float().view(torch.int32)
     exponent = (bits >> 23) - 8 + (bits & 0x7FFFFF > 0x600000).int()  # 1.75 is 1 + 0x600000 / 2^23
     scale = exponent.clamp(1, 253)
-    return (x.float() * power_of_two(254 - scale)).to(E4M3), scale.to(torch.uint8)
+    return (x.float() * from_e8m0(254 - scale)).to(E4M3), scale.to(torch.uint8)
 
 
 def from_e4m3(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers that `to_e4m3` wrote. bfloat16 holds all of them."""
-    return (x.float() * power_of_two(scale.int())).to(dtype)
+    return (x.float() * from_e8m0(scale.int())).to(dtype)
 
 
-def power_of_two(exponent: Tensor) -> Tensor:
+def from_e8m0(exponent: Tensor) -> Tensor:
     """2^(exponent - 127) in float32, of int32 from 1 to 254."""
     return (exponent << 23).view(torch.float32)
 

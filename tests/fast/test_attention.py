@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from fast.attention import FAR, SHORT, pieces
 from fast.state import Keys
-from qwen35.cache import KVCache
+from qwen35.cache import FP8KVCache, KVCache
 from tests.support.fast_cases import CPU
 from tests.support.fast_nodes import (
     a_pass,
@@ -115,6 +115,22 @@ def test_keys_come_back_from_their_buffers_bit_for_bit():
     own.give(back, 30)
     assert torch.equal(back.tensors()["k"], what.state.k)
     assert torch.equal(back.tensors()["v"], what.state.v)
+
+
+def test_keys_in_e4m3_come_back_from_larger_buffers_byte_for_byte():
+    """A step that is full goes on in one with more room: numbers and scales, not the numbers alone."""
+    what = a_pass("self_attn", 1, length=30, fp8=True)
+    assert isinstance(what.state, FP8KVCache)
+    small, large = (Keys.empty(what.model.config, room, CPU, "fp8") for room in (32, 64))
+    small.take(what.state, 30)
+    for scale in (large.key_scales, large.value_scales):
+        scale.zero_()
+    large.take_over(small)
+    _, G, _, K = what.state.k.shape
+    back = FP8KVCache.empty((1, G, K), torch.bfloat16, CPU)
+    large.give(back, 30)
+    for name, held in what.state.tensors().items():
+        assert torch.equal(back.tensors()[name].view(torch.uint8), held.view(torch.uint8)), name
 
 
 def test_more_than_8_rows_go_through_the_reference_over_the_same_weights():
