@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from fast import configs
 from fast.launch import Launch, Scratch, constants, options, run
 from fast.linear import Norm, Stream, in_bf16, product, read_normed, stacked
+from fast.prefill import deltanet as prefill
+from fast.prefill.layer import prefilled
 from fast.state import RING, Delta
 from fast.target import MAX_ROWS, check_rows, target_of
 from qwen35.cache import DeltaState
@@ -19,7 +21,8 @@ class GatedDeltaNet(nn.Module):
 
     in_proj [M, D] bf16: rows of q, k, v, z, b and a; the reference's four matrices are parts of it. A
     pass of up to 8 rows is three launches: in-projection; convolution, gates, delta rule and gated
-    norm; out-projection. More rows go through the reference's node over the same weights (`many`).
+    norm; out-projection. More rows are computed 64 at a time (prefill/deltanet.py); several sequences go
+    through the reference's node over the same weights (`many`).
     """
 
     def __init__(self, module: Any, target: str) -> None:
@@ -98,8 +101,10 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, state: DeltaState) -> Tensor:
         B, T, _ = x.shape
-        if B * T > MAX_ROWS or B > 1:
+        if B > 1:
             return self.many(x, state)
+        if T > MAX_ROWS:
+            return prefilled(prefill.work, self, x, state)
         own, start, _ = self.begin(x, state)
         launches, out = self.launches(x[0], own, start, Scratch(x.device))
         run(launches, x.device)

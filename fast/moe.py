@@ -1,4 +1,4 @@
-"""Feed-forward for 1 to 8 rows: the mixture of experts over MXFP4 or bf16 weights, and the dense MLP."""
+"""Feed-forward: the mixture of experts over MXFP4 or bf16 weights, and the dense MLP."""
 
 import math
 from typing import Any
@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from fast import configs
 from fast.launch import Launch, Scratch, constants, options, run
-from fast.linear import Norm, Stream, in_bf16, interleaved, product, read_normed, twin, written
+from fast.linear import Norm, Stream, in_bf16, interleaved, product, read_normed, written
+from fast.prefill import moe as prefill
 from fast.router import Router
-from fast.target import GRID, MAX_ROWS, ROWS, check_rows, check_width, target_of
+from fast.target import MAX_ROWS, ROWS, check_rows, check_width, target_of
 from qwen35.errors import InputError
 from weights import fp8, mxfp4, words
 from weights.entry import decode
@@ -29,7 +30,7 @@ class Experts(nn.Module):
     gate_up and its scales lie in its tiles. As bf16: gate_up [E, 2 I, D] and down [E, D, I], no scales.
 
     Sums are fp32; a row's bits do not depend on other rows. Up to 8 rows take two launches; more are
-    computed by torch, an expert at a time, from the same weights.
+    sorted by expert (prefill/moe.py).
     """
 
     def __init__(
@@ -246,14 +247,15 @@ class Experts(nn.Module):
         return [gate_up, down], result
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        if len(x) > MAX_ROWS:
-            self._check_choice(x, experts, weights)
-            check_experts(experts, self.E)
-            return self._one_by_one(x, experts, weights)
+        self._check_choice(x, experts, weights)
         if x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             check_experts(experts, self.E)
-        launches, out = self.launches(x, experts.int(), weights.float(), Scratch(x.device))
-        run(launches, x.device)
+        chosen, scratch = (experts.int(), weights.float()), Scratch(x.device)
+        if len(x) > MAX_ROWS:
+            work, out = prefill.experts(self, x, *chosen, scratch)
+        else:
+            work, out = self.launches(x, *chosen, scratch)
+        run(work, x.device)
         return out
 
     def _check_choice(self, x: Tensor, experts: Tensor, weights: Tensor) -> None:
@@ -265,21 +267,6 @@ class Experts(nn.Module):
                 f"expected [{len(x)}, k] twice"
             )
 
-    def _one_by_one(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """Any number of rows, by torch's products of GRID rows at a time: a row's bits are its own."""
-        outputs = x.new_empty(*experts.shape, self.D)  # [N, k, D]
-        for e in experts.unique().tolist():
-            rows, slots = torch.where(experts == e)  # [n] each
-            gate_up, down = self.expert(e)
-            done = []
-            for part in F.pad(x[rows], (0, 0, 0, -len(rows) % GRID)).split(GRID):
-                gate, up = F.linear(part, gate_up).float().unflatten(1, (-1, 2)).unbind(2)
-                hidden = gate / (1 + torch.exp(-gate)) * up
-                done.append(F.linear(hidden.to(x.dtype), down))
-            outputs[rows, slots] = torch.cat(done)[: len(rows)]
-        first, *others = (outputs.float() * weights.float()[..., None]).unbind(1)  # [N, D] each
-        return sum(others, start=first).to(x.dtype)
-
     def extra_repr(self) -> str:
         kind = "MXFP4" if self.fp4 else "bf16"
         return f"{self.E} of {self.D} -> {self.stored_I} -> {self.D}, {kind}, {self.target}"
@@ -289,8 +276,8 @@ class SparseMoeBlock(nn.Module):
     """Routed experts plus the shared one behind its sigmoid gate, [B, T, D] -> [B, T, D].
 
     Three launches for up to 8 rows: the router with the shared expert's gate-up, and the experts' two, of
-    which the second also computes the shared expert's down product and adds all up. More rows go through
-    the reference's block over the same weights, with these experts in it (`many`).
+    which the second also computes the shared expert's down product and adds all up. More rows are
+    prefill/moe.py's.
     """
 
     def __init__(self, gate: Router, experts: Experts, shared_down: Tensor | None) -> None:
@@ -301,20 +288,16 @@ class SparseMoeBlock(nn.Module):
         self.shared_down = (
             None if shared_down is None else nn.Parameter(shared_down, requires_grad=False)
         )
-        self.many: Any = None
 
     @classmethod
     def from_reference(cls, module: Any, target: str | None = None) -> "SparseMoeBlock":
         """From `reference.moe.SparseMoeBlock`; arguments as of `Experts.from_reference`."""
         shared = module.shared_expert
-        block = cls(
+        return cls(
             Router.from_reference(module.gate, target, shared, module.shared_expert_gate),
             Experts.from_reference(module.experts, target),
             None if shared is None else in_bf16(shared.down_proj),
         )
-        block.many = twin(module)
-        block.many.experts = block.experts
-        return block
 
     def launches(
         self,
@@ -339,10 +322,12 @@ class SparseMoeBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
-        if len(rows) > MAX_ROWS and self.many is not None:
-            return self.many(x)
-        launches, out = self.launches(rows, Scratch(x.device))
-        run(launches, x.device)
+        scratch = Scratch(x.device)
+        if len(rows) > MAX_ROWS:
+            work, out = prefill.block(self, rows, scratch)
+        else:
+            work, out = self.launches(rows, scratch)
+        run(work, x.device)
         return out.view_as(x)
 
 
@@ -350,22 +335,21 @@ class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)), [B, T, D] -> [B, T, D], of a dense layer: two launches for up to 8
     rows.
 
-    gate_up [2 I, D] bf16, gate and up rows in turn; down [D, I] bf16. More rows go through the
-    reference's MLP over the same weights (`many`).
+    gate_up [2 I, D] bf16, gate and up rows in turn; down [D, I] bf16. More rows are prefill/moe.py's.
     """
 
-    def __init__(self, gate_up: Tensor, down: Tensor, target: str, many: nn.Module) -> None:
+    def __init__(self, gate_up: Tensor, down: Tensor, target: str) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(gate_up, requires_grad=False)
         self.down = nn.Parameter(down, requires_grad=False)
-        self.target, self.many = target, many
+        self.target = target
 
     @classmethod
     def from_reference(cls, module: Any, target: str | None = None) -> "MLP":
         """From `reference.moe.MLP`. target: the device's own when not given."""
         target = target or target_of(module.gate_proj.weight.device)
         gate_up = interleaved(module.gate_proj, module.up_proj)
-        return cls(gate_up, in_bf16(module.down_proj), target, module)
+        return cls(gate_up, in_bf16(module.down_proj), target)
 
     def launches(
         self,
@@ -389,10 +373,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
+        scratch = Scratch(x.device)
         if len(rows) > MAX_ROWS:
-            return self.many(x)
-        launches, out = self.launches(rows, Scratch(x.device))
-        run(launches, x.device)
+            work, out = prefill.mlp(self, rows, scratch)
+        else:
+            work, out = self.launches(rows, scratch)
+        run(work, x.device)
         return out.view_as(x)
 
 
