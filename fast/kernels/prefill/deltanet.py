@@ -168,7 +168,8 @@ def scan(
     """The memory from chunk to chunk, BLOCK_V columns of a value head.
 
     Arguments as the launches before leave them; before, after [HV, K, V] fp32: the memory before and
-    behind the pass. -> memories [HV, chunks, K, V] fp16: the one before each chunk. wanted becomes the corrections.
+    behind the pass. -> memories [HV, chunks, K, V] fp16: the one before each chunk. wanted becomes the
+    corrections.
     Grid (HV, V / BLOCK_V).
     """
     head = tl.program_id(0)
