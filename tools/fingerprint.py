@@ -65,6 +65,9 @@ class Runner:
 
     def __call__(self, module: str, *arguments: object, fine: tuple[int, ...] = (0,)) -> str:
         """The standard output of `python -m MODULE ARGUMENTS`. fine: exit statuses without an error."""
+        # An installed copy of the project must not stand in for a file that an old checkout lacks.
+        if not list(self.checkout.glob(f"{module.replace('.', '/')}*")):
+            raise CommandError(f"{module}: this checkout has no such command")
         ended = subprocess.run(
             [sys.executable, "-m", module, *map(str, arguments)],
             capture_output=True, text=True, check=False, cwd=self.checkout,
