@@ -118,9 +118,8 @@ def round_() -> Picture:
     p.arrow((522, 182), (566, 182))
     p.box(568, 146, 170, 72, "keep the drafts up to\nthe first that is not\nthe model's own", STATE)
     p.arrow((653, 220), (653, 242), (8, 242), (8, 40), (18, 40))
-    p.words(
-        24, 232, "the model's token after the last kept row begins the next round, from the states after that row"
-    )
+    token = "the model's token after the last kept row begins the next round"
+    p.words(24, 232, f"{token}, from the states after that row")
     return p
 
 
