@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from fast import configs
 from fast.launch import Launch, Scratch, constants, options, run
 from fast.linear import Norm, Stream, in_bf16, product, read_normed, stacked
+from fast.prefill import attention as prefill
+from fast.prefill.layer import prefilled
 from fast.router import power_of_two
 from fast.state import Keys, rope_table
 from fast.target import MAX_ROWS, check_rows, target_of
@@ -30,7 +32,8 @@ class GatedAttention(nn.Module):
     in_proj [M, D] bf16: rows of q with its gates, k and v; the reference's three matrices are parts of
     it. A pass of up to 8 rows is four launches: in-projection; each piece of the context by itself,
     with q and k norm, RoPE and the cache's new rows; the pieces' sum and the gate; out-projection. More
-    rows go through the reference's node over the same weights (`many`).
+    rows are prefill/attention.py's; several sequences go through the reference's node over the same
+    weights (`many`).
     """
 
     def __init__(self, module: Any, target: str) -> None:
@@ -119,8 +122,10 @@ class GatedAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache) -> Tensor:
         B, T, _ = x.shape
-        if B * T > MAX_ROWS or B > 1:
+        if B > 1:
             return self.many(x, cache)
+        if T > MAX_ROWS:
+            return prefilled(prefill.work, self, x, cache)
         own, start, rope = self.begin(x, cache)
         launches, out = self.launches(x[0], own, start, rope, Scratch(x.device))
         run(launches, x.device)

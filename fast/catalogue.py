@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from fast.launch import Launch
+from fast.launch import Launch, Scratch, Work
 from fast.layer import DecoderLayer
 from fast.moe import Experts
 from fast.mtp import MTP
+from fast.prefill import layer as prefill
 from fast.step import Step
-from qwen35.cache import KV_CACHE_DTYPES
+from qwen35.cache import KV_CACHE_DTYPES, Cache
 from qwen35.config import Config
 from qwen35.errors import InputError
 
@@ -21,7 +22,7 @@ DIVIDED = (
     "num_attention_heads", "linear_num_key_heads", "linear_num_value_heads",
     "moe_intermediate_size", "shared_expert_intermediate_size", "vocab_size",
 )  # fmt: skip
-CAPACITY, DRAFTS = 16_384, 3
+CAPACITY, DRAFTS, PREFILL_ROWS = 16_384, 3, 2048
 
 
 def sliced(config: Config, ranks: int) -> Config:
@@ -39,7 +40,8 @@ def sliced(config: Config, ranks: int) -> Config:
 
 
 def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
-    """Each kernel and shape in a decode round of the 397B on 1, 2, 4 and 8 ranks, once.
+    """Each kernel and shape in a decode round and in a prompt's pass of the 397B on 1, 2, 4 and 8 ranks,
+    once.
 
     build: makes a reference model of a config, on the device meta.
     """
@@ -50,11 +52,20 @@ def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
         config = replace(config, num_hidden_layers=4, layer_types=config.layer_types[:4])
         model = build(replace(config, num_experts=1, num_experts_per_tok=1)).bfloat16()
         fast(model, config, target, meta)
-        for model.kv_cache_dtype in KV_CACHE_DTYPES:
-            for work in Step(model, CAPACITY, DRAFTS).work:
-                if isinstance(work, Launch) and work.name not in seen:
-                    seen.add(work.name)
-                    yield work
+        for work in _works(model, config, meta):
+            if isinstance(work, Launch) and work.name not in seen:
+                seen.add(work.name)
+                yield work
+
+
+def _works(model: Any, config: Config, device: torch.device) -> Iterator[Work]:
+    """All of a round, with keys and values of each kind, and of a pass over a prompt's rows."""
+    for model.kv_cache_dtype in KV_CACHE_DTYPES:
+        yield from Step(model, CAPACITY, DRAFTS).work
+    cache = Cache.empty(config, torch.bfloat16, device)
+    x = torch.empty(PREFILL_ROWS, config.hidden_size, dtype=torch.bfloat16, device=device)
+    for layer, state in zip(model.layers, cache.layers, strict=True):
+        yield from prefill.work(layer, x, state, Scratch(device))[0]
 
 
 def fast(model: Any, config: Config, target: str, device: torch.device) -> None:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from fast import configs
 from fast.launch import Launch, Scratch, constants, options, run
 from fast.linear import Norm, Stream, in_bf16, product, read_normed, stacked
+from fast.prefill import deltanet as prefill
+from fast.prefill.layer import prefilled
 from fast.state import RING, Delta
 from fast.target import MAX_ROWS, check_rows, target_of
 from qwen35.cache import DeltaState
@@ -19,8 +21,9 @@ class GatedDeltaNet(nn.Module):
 
     in_proj [M, D] bf16: rows of q, k, v, z, b and a; the reference's four matrices are views of it. A
     pass of up to 8 rows is three launches: the in-projection; convolution, gates, delta rule and gated
-    norm; the out-projection. Passes of more rows use `many`, the reference's node over the same weights.
-    InputError when a head size is not a power of two.
+    norm; the out-projection. More rows are computed 64 at a time (prefill/deltanet.py). Several sequences
+    go through `many`, the reference's node over the same weights. InputError when a head size is not a
+    power of two.
     """
 
     def __init__(self, module: Any, target: str) -> None:
@@ -101,8 +104,10 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, state: DeltaState) -> Tensor:
         B, T, _ = x.shape
-        if B * T > MAX_ROWS or B > 1:
+        if B > 1:
             return self.many(x, state)
+        if T > MAX_ROWS:
+            return prefilled(prefill.work, self, x, state)
         own, start, _ = self.begin(x, state)
         launches, out = self.launches(x[0], own, start, Scratch(x.device))
         run(launches, x.device)

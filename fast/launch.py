@@ -41,6 +41,8 @@ class Launch:
             _checked.add(compiled.hash)
 
 
+Work = Launch | Callable[[], None]  # a kernel's launch, or operations of torch on fixed buffers
+
 _checked: set[str] = set()  # hashes of compiled kernels
 _PACKED = re.compile(
     r"packed_element = (\d+) : .*? : tensor<\w+, (#ttg\.\w+<\{.*?\}>|#\w+)>"
@@ -110,8 +112,8 @@ def options(config: dict[str, int]) -> dict[str, int]:
     return {name: value for name, value in config.items() if name in OPTIONS}
 
 
-def run(launches: Iterable[Callable[[], None]], device: torch.device) -> None:
+def run(work: Iterable[Work], device: torch.device) -> None:
     """One after the other. InputError when the device is none that the kernels run on."""
     target_of(device)
-    for launch in launches:
-        launch()
+    for one in work:
+        one()

@@ -14,6 +14,7 @@ from fast.deltanet import GatedDeltaNet
 from fast.launch import Launch, Scratch, run
 from fast.linear import Norm, Stream, twin
 from fast.moe import MLP, SparseMoeBlock
+from fast.prefill.layer import prefilled, work
 from fast.router import power_of_two
 from fast.state import Delta, Keys
 from fast.target import MAX_ROWS, ROWS, target_of
@@ -25,7 +26,8 @@ Rope = tuple[Tensor, Tensor]  # cosine and sine, as `fast.state.rope_table` give
 class DecoderLayer(nn.Module):
     """x: [B, T, D] -> [B, T, D]. `state` is the mixer's: KVCache or DeltaState, updated in place.
 
-    Passes of more than 8 rows use `many`: the reference's layer, with the fast nodes in it.
+    More than 8 rows go through prefill/layer.py. Several sequences go through `many`: the reference's
+    layer, with the fast nodes in it.
     """
 
     def __init__(self, module: Any, target: str) -> None:
@@ -52,6 +54,11 @@ class DecoderLayer(nn.Module):
         """The delta net or the attention, whichever this layer has."""
         return self.many.linear_attn if self.is_linear else self.many.self_attn  # pyright: ignore
 
+    @property
+    def feed_forward(self) -> MLP | SparseMoeBlock:
+        """The node behind the mixer."""
+        return self.many.mlp  # pyright: ignore (a fast node)
+
     def launches(
         self,
         x: Stream,
@@ -76,15 +83,17 @@ class DecoderLayer(nn.Module):
         else:
             assert isinstance(state, Keys) and rope is not None
             mixer, after = self.mixer.launches(x, state, start, rope, scratch, **settings)
-        feed_forward, out = self.many.mlp.launches(  # pyright: ignore (a fast node)
+        feed_forward, out = self.feed_forward.launches(
             after, scratch, residual=after.x, then=then, out="residual"
         )
         return [*mixer, *feed_forward], out
 
     def forward(self, x: Tensor, state: KVCache | DeltaState) -> Tensor:
         B, T, _ = x.shape
-        if B * T > MAX_ROWS or B > 1:
+        if B > 1:
             return self.many(x, state)
+        if T > MAX_ROWS:
+            return prefilled(work, self, x, state)
         own, start, rope = self.mixer.begin(x, state)  # pyright: ignore (of the same kind)
         scratch = Scratch(x.device)
         rows = torch.arange(T, dtype=torch.int32, device=x.device)

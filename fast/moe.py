@@ -1,4 +1,4 @@
-"""Feed-forward for 1 to 8 rows: the mixture of experts over MXFP4 or bf16 weights, and the dense MLP."""
+"""Feed-forward: the mixture of experts over MXFP4 or bf16 weights, and the dense MLP."""
 
 import math
 from typing import Any
@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from fast import configs
 from fast.launch import Launch, Scratch, constants, options, run
-from fast.linear import Norm, Stream, in_bf16, interleaved, product, read_normed, twin, written
+from fast.linear import Norm, Stream, in_bf16, interleaved, product, read_normed, written
+from fast.prefill import moe as prefill
 from fast.router import Router
-from fast.target import GRID, MAX_ROWS, ROWS, check_rows, check_width, target_of
+from fast.target import MAX_ROWS, ROWS, check_rows, check_width, target_of
 from qwen35.errors import InputError
 from weights import fp8, mxfp4, words
 from weights.entry import decode
@@ -30,8 +31,7 @@ class Experts(nn.Module):
     bf16 weights: gate_up [E, 2 I, D] and down [E, D, I], without scales.
 
     Sums are fp32; a row's bits do not depend on other rows. Up to 8 rows take two launches; more rows are
-    computed by torch from the same weights, one expert after the other. InputError for sizes that the
-    kernels do not take.
+    sorted by expert (prefill/moe.py). InputError for sizes that the kernels do not take.
     """
 
     def __init__(
@@ -131,8 +131,11 @@ class Experts(nn.Module):
         up: tuple[Tensor, Tensor],
         down: tuple[Tensor, Tensor],
     ) -> None:
-        """Store one expert's MXFP4 codes and scales, given in the checkpoint's order. gate, up: [I, D/2] and
-        [I, D/32]; down: [D, I/2] and [D, I/32]. InputError when a scale is NaN or too large."""
+        """Store one expert's MXFP4 codes and scales, given in the checkpoint's order.
+
+        gate, up: [I, D/2] and [I, D/32] uint8. down: [D, I/2] and [D, I/32] uint8. InputError when a scale
+        is NaN or too large.
+        """
         for name, (_, scale) in {"gate": gate, "up": up, "down": down}.items():
             largest = int(scale.max())
             if largest > MAX_SCALE[self.target]:
@@ -254,14 +257,15 @@ class Experts(nn.Module):
         return [gate_up, down], result
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        if len(x) > MAX_ROWS:
-            self._check_choice(x, experts, weights)
-            check_experts(experts, self.E)
-            return self._one_by_one(x, experts, weights)
+        self._check_choice(x, experts, weights)
         if x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             check_experts(experts, self.E)
-        launches, out = self.launches(x, experts.int(), weights.float(), Scratch(x.device))
-        run(launches, x.device)
+        chosen, scratch = (experts.int(), weights.float()), Scratch(x.device)
+        if len(x) > MAX_ROWS:
+            work, out = prefill.experts(self, x, *chosen, scratch)
+        else:
+            work, out = self.launches(x, *chosen, scratch)
+        run(work, x.device)
         return out
 
     def _check_choice(self, x: Tensor, experts: Tensor, weights: Tensor) -> None:
@@ -273,21 +277,6 @@ class Experts(nn.Module):
                 f"expected [{len(x)}, k] twice"
             )
 
-    def _one_by_one(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """Any number of rows. torch's products have GRID rows each, so a row's bits are its own."""
-        outputs = x.new_empty(*experts.shape, self.D)  # [N, k, D]
-        for e in experts.unique().tolist():
-            rows, slots = torch.where(experts == e)  # [n] each
-            gate_up, down = self.expert(e)
-            done = []
-            for part in F.pad(x[rows], (0, 0, 0, -len(rows) % GRID)).split(GRID):
-                gate, up = F.linear(part, gate_up).float().unflatten(1, (-1, 2)).unbind(2)
-                hidden = gate / (1 + torch.exp(-gate)) * up
-                done.append(F.linear(hidden.to(x.dtype), down))
-            outputs[rows, slots] = torch.cat(done)[: len(rows)]
-        first, *others = (outputs.float() * weights.float()[..., None]).unbind(1)  # [N, D] each
-        return sum(others, start=first).to(x.dtype)
-
     def extra_repr(self) -> str:
         kind = "MXFP4" if self.fp4 else "bf16"
         return f"{self.E} of {self.D} -> {self.stored_I} -> {self.D}, {kind}, {self.target}"
@@ -297,8 +286,8 @@ class SparseMoeBlock(nn.Module):
     """Routed experts plus the shared expert behind its sigmoid gate, [B, T, D] -> [B, T, D].
 
     Up to 8 rows take three launches: the router with the shared expert's gate-up product, and the
-    experts' two. The last one also computes the shared expert's down product and adds everything up.
-    Passes of more rows use `many`: the reference's block over the same weights, with these experts in it.
+    experts' two. The last one also computes the shared expert's down product and adds everything up. More
+    rows go through prefill/moe.py.
     """
 
     def __init__(self, gate: Router, experts: Experts, shared_down: Tensor | None) -> None:
@@ -309,20 +298,16 @@ class SparseMoeBlock(nn.Module):
         self.shared_down = (
             None if shared_down is None else nn.Parameter(shared_down, requires_grad=False)
         )
-        self.many: Any = None
 
     @classmethod
     def from_reference(cls, module: Any, target: str | None = None) -> "SparseMoeBlock":
         """Replaces a `reference.moe.SparseMoeBlock`; target as in `Experts.from_reference`."""
         shared = module.shared_expert
-        block = cls(
+        return cls(
             Router.from_reference(module.gate, target, shared, module.shared_expert_gate),
             Experts.from_reference(module.experts, target),
             None if shared is None else in_bf16(shared.down_proj),
         )
-        block.many = twin(module)
-        block.many.experts = block.experts
-        return block
 
     def launches(
         self,
@@ -347,10 +332,12 @@ class SparseMoeBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
-        if len(rows) > MAX_ROWS and self.many is not None:
-            return self.many(x)
-        launches, out = self.launches(rows, Scratch(x.device))
-        run(launches, x.device)
+        scratch = Scratch(x.device)
+        if len(rows) > MAX_ROWS:
+            work, out = prefill.block(self, rows, scratch)
+        else:
+            work, out = self.launches(rows, scratch)
+        run(work, x.device)
         return out.view_as(x)
 
 
@@ -358,22 +345,22 @@ class MLP(nn.Module):
     """A dense layer's down(silu(gate(x)) * up(x)), [B, T, D] -> [B, T, D], in two launches for up to 8
     rows.
 
-    gate_up [2 I, D] bf16, in which gate and up rows alternate; down [D, I] bf16. Passes of more rows use
-    `many`: the reference's MLP over the same weights.
+    gate_up [2 I, D] bf16, in which gate and up rows alternate; down [D, I] bf16. More rows go through
+    prefill/moe.py.
     """
 
-    def __init__(self, gate_up: Tensor, down: Tensor, target: str, many: nn.Module) -> None:
+    def __init__(self, gate_up: Tensor, down: Tensor, target: str) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(gate_up, requires_grad=False)
         self.down = nn.Parameter(down, requires_grad=False)
-        self.target, self.many = target, many
+        self.target = target
 
     @classmethod
     def from_reference(cls, module: Any, target: str | None = None) -> "MLP":
         """Replaces a `reference.moe.MLP`. target: default, that of the weights' device."""
         target = target or target_of(module.gate_proj.weight.device)
         gate_up = interleaved(module.gate_proj, module.up_proj)
-        return cls(gate_up, in_bf16(module.down_proj), target, module)
+        return cls(gate_up, in_bf16(module.down_proj), target)
 
     def launches(
         self,
@@ -397,10 +384,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
+        scratch = Scratch(x.device)
         if len(rows) > MAX_ROWS:
-            return self.many(x)
-        launches, out = self.launches(rows, Scratch(x.device))
-        run(launches, x.device)
+            work, out = prefill.mlp(self, rows, scratch)
+        else:
+            work, out = self.launches(rows, scratch)
+        run(work, x.device)
         return out.view_as(x)
 
 

@@ -2,14 +2,18 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fast.launch import Launch, Scratch
+from fast.launch import Launch, Scratch, run
 from fast.layer import DecoderLayer, Rope
 from fast.linear import Norm, in_bf16, product, twin
+from fast.prefill.layer import work
+from fast.prefill.linear import normed
+from fast.prefill.linear import product as prefill_product
 from fast.router import power_of_two
 from fast.state import Keys
-from fast.target import target_of
+from fast.target import MAX_ROWS, target_of
 from qwen35.cache import KVCache
 
 
@@ -72,4 +76,16 @@ class MTP(nn.Module):
         return [first, second, *rest], out
 
     def forward(self, embeds: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
-        return self.many(embeds, hidden, cache)
+        B, T, _ = embeds.shape
+        if B > 1 or T <= MAX_ROWS:
+            return self.many(embeds, hidden, cache)
+        scratch = Scratch(embeds.device)
+        first, e = normed(embeds[0], self.embedding_norm, scratch, name="mtp embeds")
+        second, h = normed(hidden[0], self.hidden_norm, scratch, name="mtp hidden")
+        run([first, second], embeds.device)
+        both = torch.cat((e, h), -1)
+        third, x = prefill_product(both, self.fc, self.target, scratch, name="mtp_fc")
+        layer, out = work(self.many.layers[0], x, cache, scratch)  # pyright: ignore (a fast layer)
+        last, out = normed(out, self.norm, scratch, name="mtp out")
+        run([third, *layer, last], embeds.device)
+        return out[None]

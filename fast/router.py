@@ -1,5 +1,5 @@
-"""The router for 1 to 8 rows in one launch, which may include the norm before it and the shared expert's
-gate-up product."""
+"""The router. For 1 to 8 rows it is one launch, which may include the norm before it and the shared
+expert's gate-up product."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fast import configs
 from fast.launch import Launch, Scratch, constants, options, run
 from fast.linear import Stream, in_bf16, read_normed, stacked
-from fast.target import ROWS, check_rows, target_of
+from fast.target import MAX_ROWS, ROWS, check_rows, target_of
 from qwen35.errors import InputError
 
 MAX_TOP_K = 16  # slots of the kernel that chooses
@@ -32,8 +32,7 @@ class Choice:
 
 
 class Router(nn.Module):
-    """x [N, D] bf16, N from 1 to 8 -> the chosen experts [N, k] int64, best first, and their weights
-    [N, k] fp32.
+    """x [N, D] bf16, any N -> the chosen experts [N, k] int64, best first, and their weights [N, k] fp32.
 
     Logits are rounded to bf16, as the reference's are, and ties go to the lower index. weight [M, D]
     bf16: the E rows of the router; with a shared expert, also the row of its gate, I gate rows and I up
@@ -64,6 +63,16 @@ class Router(nn.Module):
         target = target or target_of(module.weight.device)
         return cls(weight, E, module.top_k, module.norm_topk_prob, target)
 
+    def check(self) -> None:
+        """InputError for sizes that no kernel takes."""
+        most, D = min(MAX_TOP_K, self.E), self.weight.shape[1]
+        if not 1 <= self.top_k <= most:
+            raise InputError(
+                f"the router's top {self.top_k} of {self.E} experts; expected 1 to {most}"
+            )
+        if D % 16:
+            raise InputError(f"a router of hidden size {D}; the matrix unit takes multiples of 16")
+
     def launch(self, x: Tensor | Stream, scratch: Scratch) -> tuple[Launch, Choice]:
         """The launch of `forward`, and the buffers that it will write. x: a stream is normalised first.
 
@@ -71,14 +80,8 @@ class Router(nn.Module):
         """
         from fast.kernels import router as kernels  # Triton is needed from here on
 
+        self.check()
         M, D = self.weight.shape
-        if not 1 <= self.top_k <= min(MAX_TOP_K, self.E):
-            raise InputError(
-                f"the router's top {self.top_k} of {self.E} experts; "
-                f"expected 1 to {min(MAX_TOP_K, self.E)}"
-            )
-        if D % 16:
-            raise InputError(f"a router of hidden size {D}; the matrix unit takes multiples of 16")
         reads = read_normed(x)
         check_rows("the router", reads["x"], D)
         N = len(reads["x"])
@@ -110,8 +113,15 @@ class Router(nn.Module):
         return launch, choice
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        launch, choice = self.launch(x, Scratch(x.device))
-        run([launch], x.device)
+        scratch = Scratch(x.device)
+        if len(x) > MAX_ROWS:
+            from fast.prefill import moe as prefill  # which needs this file
+
+            work, choice = prefill.route(self, x, scratch)
+        else:
+            launch, choice = self.launch(x, scratch)
+            work = [launch]
+        run(work, x.device)
         return choice.experts.long(), choice.weights
 
     def extra_repr(self) -> str:

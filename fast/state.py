@@ -105,7 +105,6 @@ class Delta:
         taps, columns = state.conv.shape[1:]
         conv = self.projected[self._places(length, taps), :columns]
         state.take(conv[None], self.states[None, (length - 1) % len(self.states)])
-        state.rows, state.trail = None, []
 
     def take_over(self, other: "Delta") -> None:
         """Copy the content of another of the same size."""
@@ -204,13 +203,15 @@ class State:
 
 
 def rope_table(
-    rotary_dim: int, theta: float, capacity: int, device: torch.device
+    rotary_dim: int, theta: float, count: int, device: torch.device, *, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine for every position and pair of channels, [capacity, rotary_dim / 2] fp32 each.
+    """Cosine and sine of `count` positions from `first` on and every pair of channels,
+    [count, rotary_dim / 2] fp32 each.
 
     The angles are rounded to float32, as in the reference; cosine and sine are not rounded to bf16.
     """
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
     frequencies = 1.0 / theta ** (exponents / rotary_dim)
-    angles = torch.arange(capacity, device=device).float()[:, None] * frequencies
+    positions = torch.arange(first, first + count, device=device)
+    angles = positions.float()[:, None] * frequencies
     return angles.cos(), angles.sin()

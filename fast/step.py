@@ -5,14 +5,14 @@ compiled for a card that is not here, or executed by the emulator (tools/gfx950)
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fast import configs
-from fast.launch import Launch, Scratch, constants, options, run
+from fast.launch import Launch, Scratch, Work, constants, options, run
 from fast.layer import DecoderLayer, embedded, through
 from fast.linear import Norm, in_bf16
 from fast.mtp import MTP
@@ -21,8 +21,6 @@ from fast.state import State
 from fast.target import MAX_ROWS, ROWS
 from qwen35.cache import Cache
 from qwen35.errors import InputError
-
-Work = Launch | Callable[[], None]  # a kernel's launch, or operations of torch on fixed buffers
 
 
 class Step:

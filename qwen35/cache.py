@@ -181,6 +181,7 @@ class DeltaState:
         """Go on from copies of conv and recurrent, which may be on any device."""
         device = self.conv.device
         self.conv, self.recurrent = (t.to(device, copy=True) for t in (conv, recurrent))
+        self.rows, self.trail = None, []
 
     def __repr__(self) -> str:
         more = [f"goes back {len(self.trail) - 1} tokens"] if self.trail else []

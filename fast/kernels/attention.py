@@ -27,7 +27,7 @@ def _pieces(length, NEAR: tl.constexpr):
 
 
 @triton.jit
-def _turned(
+def turned(
     source, gain, cosine, sine, position, valid, k, eps, K: tl.constexpr, ROTARY: tl.constexpr
 ):
     """Normalised and rotated heads [n, K] fp32, of raw ones that `source` [n, 1] points to.
@@ -101,7 +101,7 @@ def attend(
         for new in tl.range(tl.maximum(first, begin), end):
             # Every block of rows writes the same numbers to the same place.
             source = projected + (new - first) * M + 2 * H * K + head * K + one
-            key = _turned(source, k_gain, cosine, sine, new, one == 0, k, eps, K, ROTARY)
+            key = turned(source, k_gain, cosine, sine, new, one == 0, k, eps, K, ROTARY)
             place = head * CAPACITY + new
             _keep(key.to(tl.bfloat16), keys, key_scales, place, k, K, FP8)
             _keep(tl.load(source + G * K + k), values, value_scales, place, k, K, FP8)
@@ -112,7 +112,7 @@ def attend(
         valid = (m < GROUP * SHARED) & (row < rows)
         source = projected + row * M + query_head * 2 * K
         position = first + row
-        query = _turned(source, q_gain, cosine, sine, position, valid, k, eps, K, ROTARY)
+        query = turned(source, q_gain, cosine, sine, position, valid, k, eps, K, ROTARY)
         query = query.to(tl.bfloat16)
         peak = tl.full((BLOCK, 1), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK, 1), tl.float32)

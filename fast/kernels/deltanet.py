@@ -24,7 +24,7 @@ def _mixed(rows, taps, column, position, M, RING: tl.constexpr, TAPS: tl.constex
 
 
 @triton.jit
-def _softplus(x):
+def softplus(x):
     """log(1 + e^x), with the full precision of float32 even where e^x is small."""
     power = tl.exp(tl.minimum(x, 20.0))
     sum = 1 + power
@@ -75,7 +75,7 @@ def delta(
         strength = 1 / (1 + tl.exp(-tl.load(line + C + HV * V + head).to(tl.float32)))
         step = tl.load(line + C + HV * V + HV + head).to(tl.float32) + bias
         gate = tl.load(line + C + head * V + v).to(tl.float32)
-        decayed = state * tl.exp(-rate * _softplus(step))
+        decayed = state * tl.exp(-rate * softplus(step))
         # The value that the memory holds for this key, [BLOCK_V].
         recalled = tl.sum(key[:, None] * decayed, 0)
         correction = strength * (value - recalled)

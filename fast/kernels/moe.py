@@ -114,7 +114,7 @@ def down(
     hidden, experts, first, weights, weight, scale, parts, shared, shared_weight, partial, arrived,
     residual, out, next_norm, scaled, out_squares, rows, pairs, shared_width, E: tl.constexpr,
     TOP_K: tl.constexpr, D: tl.constexpr, I: tl.constexpr, FP4: tl.constexpr, SHARED_I: tl.constexpr,
-    SPLITS: tl.constexpr,     HAS_RESIDUAL: tl.constexpr, HAS_NEXT: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NEXT: tl.constexpr, OVERLAP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_I: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """out[row] = sum over slots of weights[row, slot] * down(hidden of the slot's expert)

@@ -59,6 +59,41 @@ def place(n, j, LENGTH: tl.constexpr, WIDTH: tl.constexpr, TILE_N: tl.constexpr)
 
 
 @triton.jit
+def _element(byte):
+    """The first of the two elements of K that a byte holds; the other one is 8 further.
+
+    Byte 16 c + 8 t + 4 u + i of a span holds element 64 t + 16 c + 4 u + i.
+    """
+    return byte // 64 * SPAN + byte // 8 % 2 * 64 + byte // 16 % 4 * 16 + byte % 8
+
+
+@triton.jit
+def _decoded(weight, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Bytes [BLOCK_N, BLOCK_K/2] -> the first and the second element of each, bf16; Hopper's words."""
+    # A group of 32 is (t, c / 2). Each of its bytes gets 2^(scale - 1) as a bf16, in both halves.
+    SPANS: tl.constexpr = BLOCK_K // SPAN
+    twice = (scale.to(tl.int32) + 126) * 0x00800080
+    by_group = twice.reshape(BLOCK_N, SPANS, 2, 2).permute(0, 1, 3, 2)
+    by_word = by_group.reshape(BLOCK_N, SPANS, 2, 1, 2, 1)
+    multiplier = by_word.broadcast_to(BLOCK_N, SPANS, 2, 2, 2, 8)
+    return _decode_words(weight, multiplier.reshape(BLOCK_N, BLOCK_K // 2))
+
+
+@triton.jit
+def _decoded_runs(weight, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """As `_decoded`, for weight [BLOCK_N, BLOCK_K/16, 8]."""
+    SPANS: tl.constexpr = BLOCK_K // SPAN
+    twice = (scale.to(tl.int32) + 126) * 0x00800080
+    by_group = twice.reshape(BLOCK_N, SPANS, 2, 2).permute(0, 1, 3, 2)
+    by_run = by_group.reshape(BLOCK_N, SPANS, 2, 1, 2).broadcast_to(BLOCK_N, SPANS, 2, 2, 2)
+    multiplier = by_run.reshape(BLOCK_N, BLOCK_K // 16)[:, :, None]
+    low, high = _decode_words(  # pyright: ignore
+        weight, multiplier.broadcast_to(BLOCK_N, BLOCK_K // 16, 8)
+    )
+    return low.reshape(BLOCK_N, BLOCK_K // 2), high.reshape(BLOCK_N, BLOCK_K // 2)
+
+
+@triton.jit
 def dot(
     weight, scale, x, K, rows, acc,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
@@ -75,19 +110,32 @@ def dot(
         # fast_math leaves out a select for scales that are NaN; packing refuses those.
         acc = tl.dot_scaled(weight, scale, "e2m1", x_block, None, "bf16", acc, fast_math=True)
     else:
-        # Byte 16 c + 8 t + 4 u + i of a span holds the elements 64 t + 16 c + 4 u + i and that plus 8.
-        byte = tl.arange(0, BLOCK_K // 2)[:, None]
-        k = byte // 64 * SPAN + byte // 8 % 2 * 64 + byte // 16 % 4 * 16 + byte % 8
-        pointers = x + m * K + k
+        pointers = x + m * K + _element(tl.arange(0, BLOCK_K // 2)[:, None])
         first = tl.load(pointers, mask=m < rows, other=0.0)  # [BLOCK_K/2, ROWS]
         second = tl.load(pointers + 8, mask=m < rows, other=0.0)
-        # A group of 32 is (t, c / 2). Each of its bytes gets 2^(scale - 1) as a bf16, in both halves.
-        SPANS: tl.constexpr = BLOCK_K // SPAN
-        twice = (scale.to(tl.int32) + 126) * 0x00800080
-        by_group = twice.reshape(BLOCK_N, SPANS, 2, 2).permute(0, 1, 3, 2)
-        by_word = by_group.reshape(BLOCK_N, SPANS, 2, 1, 2, 1)
-        multiplier = by_word.broadcast_to(BLOCK_N, SPANS, 2, 2, 2, 8)
-        multiplier = multiplier.reshape(BLOCK_N, BLOCK_K // 2)
-        low, high = _decode_words(weight, multiplier)  # pyright: ignore
+        low, high = _decoded(weight, scale, BLOCK_N, BLOCK_K)  # pyright: ignore
         acc = tl.dot(high, second, tl.dot(low, first, acc))
+    return acc
+
+
+@triton.jit
+def dot_many(
+    weight, scale, rows, acc, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """acc [M, BLOCK_N] fp32 + x @ weight^T, over BLOCK_K elements of K, for many rows.
+
+    weight [BLOCK_N, BLOCK_K/16, 8] and scale [BLOCK_N, BLOCK_K/32] uint8 are values; rows [M, 1] points
+    to the first of these elements in each row x, bf16.
+    """
+    if is_hip_cdna4():
+        x = tl.load(rows + tl.arange(0, BLOCK_K)[None, :])  # [M, BLOCK_K]
+        codes = tl.trans(weight.reshape(BLOCK_N, BLOCK_K // 2))
+        acc = tl.dot_scaled(x, None, "bf16", codes, scale, "e2m1", acc, fast_math=True)
+    else:
+        element = _element(tl.arange(0, BLOCK_K // 2)[None, :])
+        low, high = _decoded_runs(  # pyright: ignore
+            weight, scale, BLOCK_N, BLOCK_K
+        )
+        acc = tl.dot(tl.load(rows + element), tl.trans(low), acc)
+        acc = tl.dot(tl.load(rows + element + 8), tl.trans(high), acc)
     return acc

@@ -50,12 +50,12 @@ def route(
     if before == tl.num_programs(0) * tl.num_programs(1) - 1:
         for row_block in tl.range(0, rows, TOGETHER):
             some = row_block + tl.arange(0, TOGETHER)[:, None]
-            _choose(parts, experts, weights, some, rows, N, E, TOP_K, NORM, SPLITS, BLOCK_E)
+            choose_rows(parts, experts, weights, some, rows, N, E, TOP_K, NORM, SPLITS, BLOCK_E)
         tl.store(arrived, 0)
 
 
 @triton.jit
-def _choose(
+def choose_rows(
     parts, experts, weights, row, rows, N,
     E: tl.constexpr, TOP_K: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip

@@ -127,8 +127,11 @@ def test_keys_in_e4m3_come_back_from_larger_buffers_byte_for_byte():
         assert torch.equal(back.tensors()[name].view(torch.uint8), held.view(torch.uint8)), name
 
 
-def test_more_than_8_rows_go_through_the_reference_over_the_same_weights():
-    what = a_pass("self_attn", 9)
-    node = fast_node(what.node)
-    mine, theirs = what.state.copy(), what.state.copy()
-    assert torch.equal(node(what.x[None], mine), what.node(what.x[None], theirs))
+def test_several_sequences_go_through_the_reference_over_the_same_weights():
+    what = a_pass("self_attn", 9, length=0)
+    node, state = fast_node(what.node), what.state
+    assert isinstance(state, KVCache)
+    G, K = state.k.shape[1], state.k.shape[3]
+    mine, theirs = (KVCache.empty((2, G, K), torch.bfloat16, CPU) for _ in range(2))
+    x = what.x.repeat(2, 1, 1)
+    assert torch.equal(node(x, mine), what.node(x, theirs))

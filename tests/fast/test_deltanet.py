@@ -107,9 +107,13 @@ def test_head_sizes_that_are_no_power_of_two_are_refused():
         fast_node(a_pass("linear_attn", 1, linear_value_head_dim=24).node)
 
 
-def test_more_than_8_rows_go_through_the_reference_over_the_same_weights():
+def test_several_sequences_go_through_the_reference_over_the_same_weights():
     what = a_pass("linear_attn", 9)
-    node = fast_node(what.node)
-    mine, theirs = what.state.copy(), what.state.copy()
-    assert torch.equal(node(what.x[None], mine), what.node(what.x[None], theirs))
+    node, state = fast_node(what.node), what.state
+    assert isinstance(state, DeltaState)
+    mine, theirs = (
+        DeltaState(state.conv.repeat(2, 1, 1), state.recurrent.repeat(2, 1, 1, 1)) for _ in range(2)
+    )
+    x = what.x.repeat(2, 1, 1)
+    assert torch.equal(node(x, mine), what.node(x, theirs))
     assert torch.equal(mine.recurrent, theirs.recurrent)  # pyright: ignore

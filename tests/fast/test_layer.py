@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from fast.launch import Scratch
 from fast.linear import Norm, Stream, product
 from tests.support.fast_cases import CPU, TARGET, emulated, random, too_far
-from tests.support.fast_nodes import a_pass, fast, fast_node, node_findings, row_findings
+from tests.support.fast_nodes import a_pass, fast, node_findings, row_findings
 
 
 @pytest.mark.filterwarnings("ignore:.*is not in configs.json")
@@ -86,10 +86,3 @@ def test_a_product_with_a_norm_before_it_a_residual_and_a_norm_after_it(rows: in
     sums = out.squares[:, :rows].double().sum(0)
     assert torch.allclose(sums, out.x.double().square().sum(-1), rtol=1e-5)
     assert not out.squares[:, rows:].any()
-
-
-def test_a_dense_mlp_of_more_than_8_rows_goes_through_the_reference():
-    what = a_pass("layer", 9, name="27B")
-    node = fast_node(what.node)
-    mlp = node.many.mlp
-    assert torch.equal(mlp(what.x[None]), what.node.mlp(what.x[None]))  # pyright: ignore

@@ -17,15 +17,12 @@ from tests.support.fast_cases import (
     emulated,
     exact_router,
     exact_rows,
-    fast_block,
     integers,
     picks,
     quiet_router,
     random,
     slow_block,
-    too_far,
     waits_for_stores,
-    wide_block,
 )
 from tests.support.fast_streams import clear_rows, norm, stream_findings, stream_launches
 from tools.gfx950.target import compile_launch
@@ -177,23 +174,6 @@ def test_whoever_arrives_last_a_blocks_bits_are_the_same(settings: dict[str, int
 
 def test_a_block_of_bf16_experts():
     assert not block_findings(slow_block(16, 1024, 96, 4, 48, fp4=False), exact_rows(1, 5, 1024))
-
-
-@pytest.mark.parametrize("shared", [0, 256])
-@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
-def test_a_block_of_more_than_8_rows_is_computed_by_torch_and_a_rows_bits_are_its_own(shared: int):
-    """The experts' weights are the fast ones, so that none exists twice."""
-    slow = slow_block(16, 1024, 128, 4, shared)
-    block, x = fast_block(slow), exact_rows(3, 70, 1024)
-    assert block.many.experts is block.experts
-    out = block(x[None])[0]
-    assert not too_far(out, slow(x[None])[0], wide_block(slow, x.double()))
-    assert torch.equal(block(x[None, :9])[0], out[:9])
-    assert torch.equal(block(x.flip(0)[None])[0], out.flip(0))
-    assert torch.equal(block(x.view(2, 35, -1)).flatten(0, 1), out)
-
-
-# ---- in the residual stream: x + block(norm(x)), and what the next norm needs
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 8])

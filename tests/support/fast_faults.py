@@ -50,18 +50,23 @@ class Faults(dict[str, Fault]):
 def plant(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
     """Replace the project's kernels by copies with the edits, each of which must fit in one place."""
     package = f"planted_{next(numbered)}"
-    (folder / package).mkdir()
-    for file in KERNELS.glob("*.py"):
-        source = file.read_text()
-        for old, new in what.edits if file.stem == what.module else ():
+    names = sorted(file.relative_to(KERNELS) for file in KERNELS.rglob("*.py"))
+    for name in names:
+        source = (KERNELS / name).read_text()
+        for old, new in what.edits if str(name.with_suffix("")) == what.module else ():
             assert source.count(old) == 1, f"{source.count(old)} places read {old!r}"
             source = source.replace(old, new)
-        (folder / package / file.name).write_text(source.replace("fast.kernels", package))
+        copied = folder / package / name
+        copied.parent.mkdir(exist_ok=True)
+        copied.write_text(source.replace("fast.kernels", package))
     patch.syspath_prepend(str(folder))
-    for file in KERNELS.glob("[a-z]*.py"):
-        module = importlib.import_module(f"{package}.{file.stem}")
-        patch.setattr(fast.kernels, file.stem, module, raising=False)
-        patch.delitem(sys.modules, module.__name__)
+    for name in names:
+        if name.stem != "__init__":
+            part = ".".join(name.with_suffix("").parts)
+            module = importlib.import_module(f"{package}.{part}")
+            held = importlib.import_module(".".join(["fast.kernels", *name.parent.parts]))
+            patch.setattr(held, name.stem, module, raising=False)
+            patch.delitem(sys.modules, module.__name__)
 
 
 def assert_found(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def cache_bytes(device: torch.device) -> int:
 def read_gb_s(device: torch.device, repeats: int = 10) -> float:
     """Read bandwidth of a streaming sum over 8 GB, the median."""
     data = torch.empty(STREAMED // 4, dtype=torch.float32, device=device).uniform_()
-    seconds = [us * 1e-6 for us in _events(lambda: data.sum(), repeats)]
+    seconds = [us * 1e-6 for us in events(lambda: data.sum(), repeats)]
     return data.nbytes / statistics.median(seconds) * 1e-9
 
 
@@ -50,7 +50,7 @@ class Graph:
 
     def microseconds(self, repeats: int) -> list[float]:
         """Of one call, in each of so many replays."""
-        return [us / len(self.calls) for us in _events(self.graph.replay, repeats)]
+        return [us / len(self.calls) for us in events(self.graph.replay, repeats)]
 
 
 def _nodes(graph: int) -> int | None:
@@ -68,7 +68,7 @@ def _nodes(graph: int) -> int | None:
     return None if status else count.value
 
 
-def _events(call: Callable[[], object], repeats: int) -> list[float]:
+def events(call: Callable[[], object], repeats: int) -> list[float]:
     """Microseconds between device events around `call`."""
     for _ in range(WARMUP):
         call()

@@ -1,0 +1,83 @@
+"""Causal attention of a prompt's rows: heads turned, then one pass over the keys for a block of rows.
+
+Keys are gone through from position 0 on in tiles of one size. A tile of which a row sees nothing changes
+no bit of it, so a row's bits do not depend on the rows beside it, nor on how the prompt is cut.
+"""
+
+import triton
+import triton.language as tl
+
+from fast.kernels.attention import turned
+
+
+@triton.jit(do_not_specialize=["rows"])
+def turn(
+    projected, q_gain, k_gain, cosine, sine, q, k, rows, eps, H: tl.constexpr, G: tl.constexpr,
+    K: tl.constexpr, ROTARY: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Queries and keys after norm and RoPE, q [rows, H, K] and k [rows, G, K] bf16.
+
+    projected [rows, 2 H K + 2 G K] bf16: of each head the query and its gate, then the keys, then the
+    values. q_gain, k_gain [K] bf16; cosine, sine [rows, ROTARY / 2] fp32, of these rows' positions.
+    Grid (rows / TOKENS rounded up, H + G).
+    """
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    head = tl.program_id(1)
+    valid = token < rows
+    M: tl.constexpr = 2 * H * K + 2 * G * K
+    channel = tl.arange(0, K)[None, :]
+    line = token.to(tl.int64)
+    if head < H:
+        source = projected + line * M + head * 2 * K
+        new = turned(source, q_gain, cosine, sine, token, valid, channel, eps, K, ROTARY)
+        tl.store(q + (line * H + head) * K + channel, new.to(tl.bfloat16), mask=valid)
+    else:
+        source = projected + line * M + H * K + head * K
+        new = turned(source, k_gain, cosine, sine, token, valid, channel, eps, K, ROTARY)
+        tl.store(k + (line * G + head - H) * K + channel, new.to(tl.bfloat16), mask=valid)
+
+
+@triton.jit(do_not_specialize=["start", "rows"])
+def attend(
+    projected, q, keys, values, out, start, rows, capacity, H: tl.constexpr, G: tl.constexpr,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """out[row, head] = sigmoid(gate) * attention of the query at position start + row, bf16.
+
+    projected as in `turn`, of which the gates are read; q [rows, H, K]; keys, values [G, capacity, K]
+    bf16, which hold positions 0 to start + rows. -> out [rows, H * K].
+    Grid (H, rows / BLOCK_M rounded up).
+    """
+    head = tl.program_id(0)
+    # The last rows see most keys: they begin first.
+    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    channel = tl.arange(0, K)[None, :]
+    line = row.to(tl.int64)
+    query = tl.load(q + (line * H + head) * K + channel, mask=row < rows, other=0.0)
+    position = start + row  # [BLOCK_M, 1]
+    held = (head // (H // G)).to(tl.int64) * capacity
+    tile = tl.arange(0, TILE)
+    peak = tl.full((BLOCK_M, 1), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M, 1), tl.float32)
+    acc = tl.zeros((BLOCK_M, K), tl.float32)
+    end = tl.minimum(start + (block + 1) * BLOCK_M, start + rows)
+    for at in tl.range(0, end, TILE):
+        p = at + tile
+        lines = held + tl.minimum(p, end - 1)  # what lies beyond the end is masked below
+        key = tl.load(keys + lines[None, :] * K + tl.arange(0, K)[:, None])  # [K, TILE]
+        value = tl.load(values + lines[:, None] * K + channel)  # [TILE, K]
+        # In powers of two: exp(x) = 2^(x log2 e).
+        score = tl.dot(query, key) * (K**-0.5 * 1.4426950408889634)  # [BLOCK_M, TILE]
+        score = tl.where(p[None, :] <= position, score, float("-inf"))
+        higher = tl.maximum(peak, tl.max(score, 1)[:, None])
+        share = tl.exp2(score - higher)  # position 0 is seen by all, so no peak is infinite
+        fade = tl.exp2(peak - higher)
+        total = total * fade + tl.sum(share, 1)[:, None]
+        acc = tl.dot(share.to(tl.bfloat16), value, acc * fade)
+        peak = higher
+    M: tl.constexpr = 2 * H * K + 2 * G * K
+    gates = projected + line * M + head * 2 * K + K + channel
+    gate = tl.load(gates, mask=row < rows, other=0.0).to(tl.float32)
+    read = acc / total / (1 + tl.exp(-gate))
+    tl.store(out + (line * H + head) * K + channel, read.to(tl.bfloat16), mask=row < rows)

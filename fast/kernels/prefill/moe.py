@@ -1,0 +1,127 @@
+"""The experts for many rows: pairs (row, slot) sorted by expert, and products of one expert's rows each.
+
+A program multiplies BLOCK_M pairs of one expert with BLOCK_N of its rows of weights, decoded on the way
+into the matrix unit. A pair is a row of its own there, so the pairs beside it decide none of its bits.
+"""
+
+import triton
+import triton.language as tl
+
+from fast.kernels.common import bounded
+from fast.kernels.mxfp4 import dot_many, place
+from fast.kernels.router import TOGETHER, choose_rows
+
+
+@triton.jit(do_not_specialize=["rows"])
+def choose(
+    logits, experts, weights, rows, N, E: tl.constexpr, TOP_K: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The TOP_K experts of each row and their weights, as `route` chooses them.
+
+    logits [rows, N] fp32, of which the first E columns are the router's -> experts [rows, TOP_K] int32,
+    weights [rows, TOP_K] fp32. Grid (rows / TOGETHER rounded up).
+    """
+    row = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)[:, None]
+    choose_rows(logits, experts, weights, row, rows, N, E, TOP_K, NORM, 1, BLOCK_E)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def activate(logits, out, rows, N, FIRST: tl.constexpr, I: tl.constexpr, BLOCK: tl.constexpr):
+    """out[row, i] = silu(gate) * up of the shared expert; logits [rows, N] fp32 has its gates in columns
+    FIRST to FIRST + I and its ups behind them. -> [rows, I] bf16. Grid (rows)."""
+    line = tl.program_id(0).to(tl.int64)
+    for first in tl.range(0, I, BLOCK):  # pyright: ignore
+        i = first + tl.arange(0, BLOCK)
+        gates = logits + line * N + FIRST + i
+        # Both are rounded to bf16, as the products of the reference are.
+        gate = tl.load(gates, mask=i < I, other=0.0).to(tl.bfloat16).to(tl.float32)
+        up = tl.load(gates + I, mask=i < I, other=0.0).to(tl.bfloat16).to(tl.float32)
+        activated = gate / (1 + tl.exp(-gate)) * up
+        tl.store(out + line * I + i, activated.to(tl.bfloat16), mask=i < I)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def grouped(
+    x, order, tile_expert, tile_first, expert_first, weight, scale, out, pairs,
+    E: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr, FP4: tl.constexpr,
+    ACTIVATED: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[p] = weight[expert of p] @ x of p, for the pairs p in the order of their experts.
+
+    TOP_K > 0: x [rows, K] bf16, and pair p reads row order[p] // TOP_K, order [pairs] int64; otherwise x
+    [pairs, K] bf16. tile_expert, tile_first [tiles] int32: the expert of each tile of BLOCK_M pairs, E
+    where there is none, and its first pair; expert_first [E + 1] int32: where the pairs of each expert
+    begin. FP4: weight [E, N, K/2] and scale [E, N, K/32] uint8, in tiles of TILE_N rows by TILE_K
+    elements; otherwise weight [E, N, K] bf16. -> out [pairs, N] bf16, or with ACTIVATED, where rows 2 i
+    and 2 i + 1 of weight are a gate and an up, silu(gate) * up, [pairs, N / 2]. Grid (N / BLOCK_N,
+    tiles).
+    """
+    expert = tl.load(tile_expert + tl.program_id(1))
+    if (expert >= 0) & (expert < E):
+        pair = tl.load(tile_first + tl.program_id(1)) + tl.arange(0, BLOCK_M)
+        last = tl.minimum(tl.load(expert_first + expert + 1), pairs)
+        inside = (pair >= 0) & (pair < last)
+        line = bounded(pair, pairs).to(tl.int64)
+        source = line
+        if TOP_K:
+            source = bounded(tl.load(order + line) // TOP_K, pairs // TOP_K)
+        rows = x + source[:, None] * K  # [BLOCK_M, 1]; those of no pair are dropped at the end
+        n = expert.to(tl.int64) * N + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if FP4:
+            run, byte = tl.arange(0, BLOCK_K // 16)[None, :, None], tl.arange(0, 8)[None, None, :]
+            group = tl.arange(0, BLOCK_K // 32)[None, :]
+            codes = weight + place(n[:, :, None], run * 8 + byte, K // 2, TILE_K // 2, TILE_N)
+            scales = scale + place(n, group, K // 32, TILE_K // 32, TILE_N)
+            for k in tl.range(0, K, BLOCK_K):
+                beyond = k // TILE_K * (TILE_N * TILE_K) + k % TILE_K  # a multiple of BLOCK_K
+                w = tl.load(codes + tl.multiple_of(beyond // 2, BLOCK_K // 2))
+                s = tl.load(scales + tl.multiple_of(beyond // 32, BLOCK_K // 32))
+                acc = dot_many(w, s, rows + k, acc, BLOCK_N, BLOCK_K)
+        else:
+            along = tl.arange(0, BLOCK_K)
+            for k in tl.range(0, K, BLOCK_K):
+                columns = tl.load(weight + n * K + k + along[None, :])  # [BLOCK_N, BLOCK_K]
+                acc = tl.dot(tl.load(rows + k + along[None, :]), tl.trans(columns), acc)
+        if ACTIVATED:
+            gate, up = acc.reshape(BLOCK_M, BLOCK_N // 2, 2).split()
+            hidden = gate / (1 + tl.exp(-gate)) * up  # [BLOCK_M, BLOCK_N/2]
+            i = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            places = out + line[:, None] * (N // 2) + i[None, :]
+            tl.store(places, hidden.to(tl.bfloat16), mask=inside[:, None])
+        else:
+            i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+            places = out + line[:, None] * N + i[None, :]
+            tl.store(places, acc.to(tl.bfloat16), mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def combine(
+    by_pair, place_of_pair, weights, logits, shared, residual, out, rows, N, D: tl.constexpr,
+    TOP_K: tl.constexpr, GATE: tl.constexpr, HAS_SHARED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[row] = sum over slots of weights[row, slot] * by_pair of the slot, in their order, (+ the
+    shared expert behind its sigmoid gate) (+ residual[row]).
+
+    by_pair [rows * TOP_K, D] bf16, in the order of experts, and place_of_pair [rows * TOP_K] int64: where
+    each pair lies there. weights [rows, TOP_K] fp32; shared, residual [rows, D] bf16; logits [rows, N]
+    fp32, whose column GATE opens the shared expert. -> out [rows, D] bf16. Grid (rows, D / BLOCK rounded
+    up).
+    """
+    line = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for slot in tl.static_range(TOP_K):
+        pair = bounded(tl.load(place_of_pair + line * TOP_K + slot), rows.to(tl.int64) * TOP_K)
+        share = tl.load(weights + line * TOP_K + slot)
+        total += share * tl.load(by_pair + pair * D + d, mask=d < D, other=0.0).to(tl.float32)
+    if HAS_SHARED:
+        gate = tl.load(logits + line * N + GATE).to(tl.bfloat16).to(tl.float32)
+        opened = 1 / (1 + tl.exp(-gate))
+        total += opened * tl.load(shared + line * D + d, mask=d < D, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        total += tl.load(residual + line * D + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(out + line * D + d, total.to(tl.bfloat16), mask=d < D)

@@ -1,0 +1,73 @@
+"""Gated attention for a prompt's rows."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from fast.launch import Launch, Scratch, Work, constants, options
+from fast.prefill.linear import product
+from fast.prefill.tiles import tiles
+from fast.state import rope_table
+from qwen35.cache import FP8KVCache, KVCache
+
+TOKENS = 16  # whose heads a program turns
+
+
+def work(
+    node: Any, x: Tensor, cache: KVCache, scratch: Scratch, *, residual: Tensor | None = None
+) -> tuple[list[Work], Tensor]:
+    """x [N, D] bf16 through a `fast.attention.GatedAttention`: [N, D] bf16, not written yet. The work
+    adds the rows' keys and values to `cache`."""
+    from fast.kernels.prefill import attention as kernels  # Triton is needed from here on
+
+    N, start, target = len(x), cache.length, node.target
+    H, G, K = node.H, node.G, node.K
+    first, projected = product(x, node.in_proj, target, scratch, name="attention_in")
+    q, k = scratch("attention q", N, H, K), scratch("attention k", N, G, K)
+    read = scratch("attention read", N, H * K)
+    if start + N > cache.capacity:
+        cache.reserve(max(start + N, 2 * cache.capacity))
+    is_fp8 = isinstance(cache, FP8KVCache)
+    keys, values = cache.k[0], cache.v[0]  # [G, capacity, K]
+    if is_fp8:  # decoded once a pass, for all of its rows
+        keys, values = (
+            scratch(f"attention {name}", G, start + N, K) for name in ("keys", "values")
+        )
+    cosine, sine = rope_table(node.rotary, node.rope_theta, N, x.device, first=start)
+    sizes = {"H": H, "G": G, "K": K}
+    shape = f"H={H} G={G} K={K}"
+
+    def append() -> None:
+        v = projected[:, (2 * H + G) * K :].view(N, G, K)
+        held = cache.append(k.transpose(0, 1)[None], v.transpose(0, 1)[None])
+        if is_fp8:
+            keys.copy_(held[0][0])
+            values.copy_(held[1][0])
+
+    turn = Launch(
+        f"prefill turn {shape}",
+        kernels.turn,
+        (math.ceil(N / TOKENS), H + G, 1),
+        {
+            "projected": projected, "q_gain": node.q_norm, "k_gain": node.k_norm, "cosine": cosine,
+            "sine": sine, "q": q, "k": k, "rows": N, "eps": node.eps, **sizes,
+            "ROTARY": node.rotary, "TOKENS": TOKENS,
+        },
+        {"num_warps": 4},
+    )  # fmt: skip
+    config = tiles(target, "attend")
+    attend = Launch(
+        f"prefill attend {shape}",
+        kernels.attend,
+        (H, math.ceil(N / config["BLOCK_M"]), 1),
+        {
+            "projected": projected, "q": q, "keys": keys, "values": values, "out": read,
+            "start": start, "rows": N, "capacity": keys.shape[1], **sizes, **constants(config),
+        },
+        options(config),
+    )  # fmt: skip
+    last, out = product(
+        read, node.out_proj, target, scratch, name="attention_out", residual=residual
+    )
+    return [first, turn, append, attend, last], out

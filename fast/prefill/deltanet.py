@@ -1,0 +1,87 @@
+"""The gated delta net for a prompt's rows."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast.launch import Launch, Scratch, Work, constants, options
+from fast.prefill.linear import product
+from fast.prefill.tiles import tiles
+from fast.target import GRID
+from qwen35.cache import DeltaState
+
+TOKENS = 16  # that a program convolves
+
+
+def work(
+    node: Any, x: Tensor, state: DeltaState, scratch: Scratch, *, residual: Tensor | None = None
+) -> tuple[list[Work], Tensor]:
+    """x [N, D] bf16 through a `fast.deltanet.GatedDeltaNet`: [N, D] bf16, not written yet. The work
+    moves `state` past the rows."""
+    from fast.kernels.prefill import deltanet as kernels  # Triton is needed from here on
+
+    N, target = len(x), node.target
+    H, HV, K, V = node.H, node.HV, node.K, node.V
+    taps, chunks = node.taps.shape[1], math.ceil(N / GRID)
+    first, projected = product(x, node.in_proj, target, scratch, name="delta_in")
+    half = torch.float16
+    qk = scratch("delta qk", chunks * GRID, 2, H, K, dtype=half)
+    v = scratch("delta v", chunks * GRID, HV, V, dtype=half)
+    decays = scratch("delta decays", HV, chunks * GRID, dtype=torch.float32)
+    wanted = scratch("delta wanted", HV, chunks * GRID, V, dtype=half)
+    erased = scratch("delta erased", HV, chunks * GRID, K, dtype=half)
+    memories = scratch("delta memories", HV, chunks, K, V, dtype=half)
+    after = scratch("delta memory", HV, K, V, dtype=torch.float32)
+    read = scratch("delta read", N, HV * V)
+    before, memory = state.conv[0].contiguous(), state.recurrent[0].contiguous()
+    sizes = {"H": H, "HV": HV, "K": K, "V": V}
+    shape = " ".join(f"{name}={size}" for name, size in sizes.items())
+
+    def launch(name: str, grid: tuple[int, int], arguments: dict[str, Any]) -> Launch:
+        config = tiles(target, name, **({"BLOCK_V": V} if name == "scan" else {}))
+        return Launch(
+            f"prefill {name} {shape}",
+            getattr(kernels, name),
+            (*grid, 1),
+            arguments | sizes | constants(config),
+            options(config),
+        )
+
+    def end() -> None:
+        rows = torch.cat((before, projected[:, : before.shape[1]]))
+        state.take(rows[None, N:], after[None])
+
+    common = {"projected": projected, "rows": N, "M": projected.shape[1]}
+    mix = Launch(
+        f"prefill mix {shape}",
+        kernels.mix,
+        (chunks * GRID // TOKENS, 2 * H + HV, 1),
+        {**common, "before": before, "taps": node.taps, "qk": qk, "v": v, **sizes, "TAPS": taps,
+         "TOKENS": TOKENS},
+        {"num_warps": 4},
+    )  # fmt: skip
+    prepare = launch(
+        "prepare", (chunks, HV),
+        {
+            **common, "qk": qk, "v": v, "decay_log": node.decay_log, "decay_bias": node.decay_bias,
+            "decays": decays, "wanted": wanted, "erased": erased,
+        },
+    )  # fmt: skip
+    scan = launch(
+        "scan", (HV, V // tiles(target, "scan", BLOCK_V=V)["BLOCK_V"]),
+        {
+            "qk": qk, "decays": decays, "wanted": wanted, "erased": erased, "before": memory,
+            "memories": memories, "after": after, "chunks": chunks,
+        },
+    )  # fmt: skip
+    reading = launch(
+        "read", (chunks, HV),
+        {
+            **common, "qk": qk, "decays": decays, "corrections": wanted, "memories": memories,
+            "norm": node.norm, "out": read, "eps": node.eps, "SIGMOID": node.sigmoid,
+        },
+    )  # fmt: skip
+    last, out = product(read, node.out_proj, target, scratch, name="delta_out", residual=residual)
+    return [first, mix, prepare, scan, reading, end, last], out

@@ -1,0 +1,71 @@
+"""The norm, and the product with a bf16 matrix, of a prompt's rows."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fast.launch import Launch, Scratch, constants, options
+from fast.linear import Norm
+from fast.prefill.tiles import tiles
+from fast.router import power_of_two
+from fast.target import check_width
+
+GROUP = 8  # blocks of rows that share what the last-level cache holds of the weights
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    target: str,
+    scratch: Scratch,
+    *,
+    name: str,
+    residual: Tensor | None = None,
+    activated: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Launch, Tensor]:
+    """x [N, K] bf16, weight [M, K] bf16 -> [N, M] in `dtype`: (residual +) x W^T.
+
+    residual [N, M] bf16. activated: rows 2 i and 2 i + 1 of weight are a gate and an up; the result is
+    silu(gate) * up, [N, M / 2].
+    """
+    from fast.kernels.prefill import linear as kernels  # Triton is needed from here on
+
+    M, K = weight.shape
+    check_width(name, x, K)
+    config = tiles(target, "linear")
+    out = scratch(name, len(x), M // 2 if activated else M, dtype=dtype)
+    blocks = math.ceil(len(x) / config["BLOCK_M"]) * math.ceil(M / config["BLOCK_N"])
+    launch = Launch(
+        f"prefill {name} N={M} K={K}",
+        kernels.linear,
+        (blocks, 1, 1),
+        {
+            "x": x, "weight": weight, "residual": x if residual is None else residual, "out": out,
+            "rows": len(x), "N": M, "K": K, "HAS_RESIDUAL": residual is not None,
+            "ACTIVATED": activated, "GROUP": GROUP, **constants(config),
+        },
+        options(config),
+    )  # fmt: skip
+    return launch, out
+
+
+def normed(x: Tensor, norm: Norm, scratch: Scratch, *, name: str) -> tuple[Launch, Tensor]:
+    """x [N, D] bf16 after a norm, [N, D] bf16."""
+    from fast.kernels import norm as kernels  # Triton is needed from here on
+
+    D = x.shape[1]
+    check_width(name, x, len(norm.weight))
+    out = scratch(name, len(x), D)
+    launch = Launch(
+        f"prefill norm D={D}",
+        kernels.norm,
+        (len(x), 1, 1),
+        {
+            "x": x, "weight": norm.weight, "out": out, "count": x, "eps": norm.eps, "D": D,
+            "LAST": False, "BLOCK": power_of_two(D),
+        },
+        {"num_warps": 4},
+    )  # fmt: skip
+    return launch, out

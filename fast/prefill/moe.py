@@ -1,0 +1,195 @@
+"""The feed-forward of a prompt's rows: the mixture of experts, and the dense MLP."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast.launch import Launch, Scratch, Work, constants, options
+from fast.prefill.linear import product
+from fast.prefill.tiles import tiles
+from fast.router import Choice, power_of_two
+from fast.target import check_width
+
+ROW_BLOCK = 1024  # columns of a row that a program adds up
+
+
+def route(router: Any, x: Tensor, scratch: Scratch) -> tuple[list[Work], Choice]:
+    """The experts of rows x [N, D] bf16 by a `fast.router.Router`, not written yet.
+
+    `parts` of the choice is the whole product of the router's matrix, [1, N, M] fp32.
+    """
+    from fast.kernels.prefill import moe as kernels  # Triton is needed from here on
+
+    N, k = len(x), router.top_k
+    router.check()
+    first, logits = product(
+        x, router.weight, router.target, scratch, name="router", dtype=torch.float32
+    )
+    choice = Choice(
+        scratch("experts", N, k, dtype=torch.int32),
+        scratch("expert weights", N, k, dtype=torch.float32),
+        logits[None],
+    )
+    second = Launch(
+        f"prefill choose E={router.E}",
+        kernels.choose,
+        (math.ceil(N / kernels.TOGETHER.value), 1, 1),
+        {
+            "logits": logits, "experts": choice.experts, "weights": choice.weights, "rows": N,
+            "N": logits.shape[1], "E": router.E, "TOP_K": k, "NORM": router.norm,
+            "BLOCK_E": power_of_two(router.E),
+        },
+        {"num_warps": 4},
+    )  # fmt: skip
+    return [first, second], choice
+
+
+def experts(
+    node: Any, x: Tensor, chosen: Tensor, weights: Tensor, scratch: Scratch, *,
+    shared: tuple[Tensor, Tensor, Tensor] | None = None, residual: Tensor | None = None,
+) -> tuple[list[Work], Tensor]:  # fmt: skip
+    """The weighted sum of each row's experts, by a `fast.moe.Experts`: [N, D] bf16, not written yet.
+
+    chosen [N, k] int32, weights [N, k] fp32. shared: of the shared expert its activation [N, I] bf16, its
+    down weight [D, I] bf16, and the router's product [N, M] fp32, in which its gate stands behind the
+    logits. residual [N, D] bf16.
+    """
+    from fast.kernels.prefill import moe as kernels  # Triton is needed from here on
+
+    N, k = chosen.shape
+    E, D, I, target = node.E, node.D, node.I, node.target
+    check_width("experts", x, D)
+    pairs = N * k
+    first = tiles(target, "grouped", BLOCK_N=2 * I, BLOCK_K=D if node.fp4 else math.gcd(D, 64))
+    second = tiles(target, "grouped", BLOCK_N=D, BLOCK_K=I if node.fp4 else math.gcd(I, 64))
+    sort = Sort(pairs, E, first["BLOCK_M"], chosen, scratch)
+    hidden = scratch("pairs hidden", pairs, I)
+    by_pair = scratch("pairs down", pairs, D)
+    shape = f"D={D} I={I}" + ("" if node.fp4 else " bf16")
+
+    def grouped(
+        name: str, config: dict[str, int], source: Tensor, weight: Tensor, scale: Tensor,
+        out: Tensor, **more: Any,
+    ) -> Launch:  # fmt: skip
+        return Launch(
+            f"prefill {name} {shape}",
+            kernels.grouped,
+            (more["N"] // config["BLOCK_N"], len(sort.tile_expert), 1),
+            {
+                "x": source, "order": sort.order, "tile_expert": sort.tile_expert,
+                "tile_first": sort.tile_first, "expert_first": sort.expert_first,
+                "weight": weight, "scale": scale, "out": out, "pairs": pairs, "E": E,
+                "FP4": node.fp4, **more, **constants(config),
+            },
+            options(config),
+        )  # fmt: skip
+
+    gate_up = grouped(
+        "gate_up", first, x, node.gate_up, node.gate_up_scale, hidden,
+        N=2 * I, K=D, TOP_K=k, ACTIVATED=True, TILE_N=node.tile_n, TILE_K=node.tile_k,
+    )  # fmt: skip
+    down = grouped(
+        "down", second, hidden, node.down, node.down_scale, by_pair,
+        N=D, K=I, TOP_K=0, ACTIVATED=False, TILE_N=1, TILE_K=I,
+    )  # fmt: skip
+    work: list[Work] = [sort, gate_up, down]
+    own, logits = x, weights
+    if shared is not None:
+        activated, down_weight, logits = shared
+        last, own = product(activated, down_weight, target, scratch, name="shared_down")
+        work.append(last)
+    out = scratch("feed-forward", N, D)
+    total = Launch(
+        f"prefill combine D={D}",
+        kernels.combine,
+        (N, math.ceil(D / ROW_BLOCK), 1),
+        {
+            "by_pair": by_pair, "place_of_pair": sort.place_of_pair, "weights": weights,
+            "logits": logits, "shared": own, "residual": x if residual is None else residual,
+            "out": out, "rows": N, "N": logits.shape[1], "D": D, "TOP_K": k, "GATE": E,
+            "HAS_SHARED": shared is not None, "HAS_RESIDUAL": residual is not None,
+            "BLOCK": min(ROW_BLOCK, power_of_two(D)),
+        },
+        {"num_warps": 4},
+    )  # fmt: skip
+    return [*work, total], out
+
+
+class Sort:
+    """Pairs (row, slot) by expert: operations of torch on fixed buffers, without asking the host.
+
+    order [pairs] int64: the pair at each place; place_of_pair: the reverse. expert_first [E + 1] int32:
+    where each expert's begin. tile_expert, tile_first [tiles] int32: for each tile of up to `block` pairs
+    of one expert that expert, E where there is no such tile, and the tile's first place.
+    """
+
+    def __init__(self, pairs: int, E: int, block: int, experts: Tensor, scratch: Scratch) -> None:
+        self.experts, self.E, self.block = experts, E, block
+        tiles = min(pairs, pairs // block + E)  # an expert's last tile may be part of one
+        self.order = scratch("pair order", pairs, dtype=torch.int64)
+        self.place_of_pair = scratch("pair places", pairs, dtype=torch.int64)
+        self.expert_first = scratch("expert first", E + 1, dtype=torch.int32)
+        self.tile_expert = scratch("tile expert", tiles, dtype=torch.int32)
+        self.tile_first = scratch("tile first", tiles, dtype=torch.int32)
+
+    def __call__(self) -> None:
+        device = self.order.device
+        ranked, order = self.experts.flatten().sort(stable=True)
+        self.order.copy_(order)
+        places = torch.arange(len(order), device=device)
+        self.place_of_pair.scatter_(0, order, places)
+        ids = torch.arange(self.E + 1, dtype=torch.int32, device=device)
+        first = torch.searchsorted(ranked, ids)  # [E + 1]
+        self.expert_first.copy_(first)
+        tiles = (first.diff() + self.block - 1) // self.block  # [E]
+        ends = tiles.cumsum(0)
+        tile = torch.arange(len(self.tile_expert), device=device)
+        expert = torch.searchsorted(ends, tile, right=True)  # [tiles]
+        self.tile_expert.copy_(expert)
+        known = expert.clamp(max=self.E - 1)
+        self.tile_first.copy_(first[known] + (tile - (ends - tiles)[known]) * self.block)
+
+
+def block(
+    node: Any, x: Tensor, scratch: Scratch, *, residual: Tensor | None = None
+) -> tuple[list[Work], Tensor]:
+    """x [N, D] bf16 through a `fast.moe.SparseMoeBlock`: [N, D] bf16, not written yet."""
+    from fast.kernels.prefill import moe as kernels  # Triton is needed from here on
+
+    work, choice = route(node.gate, x, scratch)
+    shared = None
+    if node.shared_down is not None:
+        I, logits = node.shared_down.shape[1], choice.parts[0]
+        hidden = scratch("shared hidden", len(x), I)
+        shared = hidden, node.shared_down, logits
+        work.append(
+            Launch(
+                f"prefill activate I={I}",
+                kernels.activate,
+                (len(x), 1, 1),
+                {
+                    "logits": logits, "out": hidden, "rows": len(x), "N": logits.shape[1],
+                    "FIRST": node.gate.E + 1, "I": I, "BLOCK": min(1024, power_of_two(I)),
+                },
+                {"num_warps": 4},
+            )
+        )  # fmt: skip
+    routed, out = experts(
+        node.experts, x, choice.experts, choice.weights, scratch, shared=shared, residual=residual
+    )
+    return [*work, *routed], out
+
+
+def mlp(
+    node: Any, x: Tensor, scratch: Scratch, *, residual: Tensor | None = None
+) -> tuple[list[Work], Tensor]:
+    """x [N, D] bf16 through a `fast.moe.MLP`: [N, D] bf16, not written yet."""
+    first, hidden = product(
+        x, node.gate_up, node.target, scratch, name="mlp_gate_up", activated=True
+    )
+    second, out = product(
+        hidden, node.down, node.target, scratch, name="mlp_down", residual=residual
+    )
+    return [first, second], out

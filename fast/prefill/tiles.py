@@ -1,0 +1,36 @@
+"""Sizes of the blocks that the kernels for many rows work on, by target. The same for every shape."""
+
+from math import gcd
+
+Tiles = dict[str, int]
+
+TILES: dict[str, dict[str, Tiles]] = {
+    "gfx950": {
+        "linear": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+        "grouped": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
+        "attend": {"BLOCK_M": 64, "TILE": 32, "num_warps": 4, "num_stages": 1},
+        "prepare": {"num_warps": 4, "num_stages": 1},
+        "scan": {"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
+        "read": {"num_warps": 4, "num_stages": 1},
+    },
+    "sm_90": {
+        "linear": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
+        "grouped": {
+            "BLOCK_M": 128,
+            "BLOCK_N": 128,
+            "BLOCK_K": 128,
+            "num_warps": 8,
+            "num_stages": 3,
+        },
+        "attend": {"BLOCK_M": 128, "TILE": 64, "num_warps": 8, "num_stages": 2},
+        "prepare": {"num_warps": 4, "num_stages": 1},
+        "scan": {"BLOCK_V": 32, "num_warps": 4, "num_stages": 3},
+        "read": {"num_warps": 4, "num_stages": 1},
+    },
+}
+
+
+def tiles(target: str, kernel: str, **sizes: int) -> Tiles:
+    """The blocks of a kernel, each made to divide the size that is given for it, as in BLOCK_K=4096."""
+    known = TILES[target][kernel]
+    return known | {name: gcd(known[name], size) for name, size in sizes.items()}

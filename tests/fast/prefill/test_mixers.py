@@ -1,0 +1,64 @@
+"""The delta net and attention of a prompt's rows as gfx950 code in the emulator, beside the reference."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.support.fast_nodes import a_pass
+from tests.support.prefill_nodes import cut_findings, prefill_findings, prefilled
+
+
+@pytest.mark.parametrize("rows, scale", [(9, 1.0), (64, 1.0), (65, 0.01), (130, 1.0)])
+def test_a_delta_nets_outputs_and_the_state_it_leaves(rows: int, scale: float):
+    assert not prefill_findings(a_pass("linear_attn", rows, scale=scale))
+
+
+@pytest.mark.parametrize("sizes", [
+    {"linear_key_head_dim": 64, "linear_value_head_dim": 16},
+    {"linear_conv_kernel_dim": 2}, {"linear_conv_kernel_dim": 8},
+    {"output_gate_type": "sigmoid"}, {"rms_norm_eps": 0.5},
+])  # fmt: skip
+def test_other_sizes_taps_and_gates_of_a_delta_net(sizes: dict[str, object]):
+    assert not prefill_findings(a_pass("linear_attn", 70, **sizes))
+
+
+def test_keys_that_are_all_alike():
+    """The correction of each token then undoes nearly all that the one before it wrote: the triangular
+    system's inverse is at its worst."""
+    what = a_pass("linear_attn", 70)
+    what.x[:] = what.x[:1]
+    assert not prefill_findings(what)
+
+
+def test_a_delta_nets_bits_are_the_same_in_one_pass_and_in_several():
+    assert not cut_findings(a_pass("linear_attn", 140), (64, 128))
+
+
+@pytest.mark.parametrize("rows, length, scale", [
+    (9, 0, 1.0), (64, 0, 0.01), (70, 64, 1.0), (130, 192, 1.0)
+])  # fmt: skip
+def test_attentions_outputs_and_the_keys_and_values_it_leaves(rows: int, length: int, scale: float):
+    assert not prefill_findings(a_pass("self_attn", rows, length=length, scale=scale))
+
+
+@pytest.mark.parametrize("name", ["27B", "0.8B"])
+def test_other_head_counts_of_attention(name: str):
+    assert not prefill_findings(a_pass("self_attn", 20, name=name, length=64))
+
+
+def test_attentions_bits_are_the_same_in_one_pass_and_in_several():
+    assert not cut_findings(a_pass("self_attn", 200, length=64), (64, 128))
+
+
+def test_attention_over_a_cache_in_e4m3_reads_what_the_cache_holds():
+    """Also of the pass's own rows, so that its bits do not depend on where a prompt is cut."""
+    assert not cut_findings(a_pass("self_attn", 140, length=64, fp8=True), (64,))
+
+
+@pytest.mark.parametrize("settings", [{"seed": 1}, {"batch": 1}])
+def test_the_order_in_which_waves_run_decides_no_bit(settings: dict[str, int]):
+    what = a_pass("linear_attn", 70)
+    plain, other = prefilled(what), prefilled(what, **settings)
+    assert torch.equal(plain.out, other.out)
+    assert torch.equal(plain.state["recurrent"], other.state["recurrent"])

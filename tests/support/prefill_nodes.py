@@ -1,0 +1,103 @@
+"""The fast nodes for a prompt's rows as gfx950 code in the emulator, beside the reference.
+
+Every buffer is filled with NaN, or with indices that lead out of every array, before it is written.
+Findings are named as in tests/support/fast_cases.py.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast.launch import Launch, Scratch, Work
+from fast.prefill import attention, deltanet, layer
+from qwen35.cache import DeltaState, FP8KVCache, KVCache
+from tests.support.fast_cases import CPU, NOWHERE
+from tests.support.fast_nodes import Outcome, Pass, fast_node, judged, numbers
+from tools.gfx950.emulator import EmulatorError
+from tools.gfx950.target import emulate
+
+WORK: dict[str, Callable[..., tuple[list[Work], Tensor]]] = {
+    "linear_attn": deltanet.work, "self_attn": attention.work, "layer": layer.work,
+}  # fmt: skip
+
+
+class Poisoned(Scratch):
+    """Buffers that hold nothing of use before they are written."""
+
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        buffer = super().__call__(name, *shape, dtype=dtype)
+        return buffer.fill_(torch.nan if dtype.is_floating_point else NOWHERE)
+
+
+def carried_out(work: Sequence[Work], **settings: Any) -> None:
+    """Execute launches by the emulator, and torch's operations as they are."""
+    for one in work:
+        if isinstance(one, Launch):
+            emulate(one, **settings)
+        else:
+            one()
+
+
+def state_of(what: Pass, dtype: torch.dtype) -> DeltaState | KVCache:
+    """A copy of the state before the pass, in some dtype."""
+    wide = torch.promote_types(dtype, torch.float32)
+    if isinstance(what.state, DeltaState):
+        return DeltaState(
+            what.state.conv.to(dtype, copy=True), what.state.recurrent.to(wide, copy=True)
+        )
+    if isinstance(what.state, FP8KVCache):
+        return what.state.copy()
+    k, v = (held.to(dtype, copy=True) for held in (what.state.k, what.state.v))
+    return KVCache(k, v, length=what.length)
+
+
+def slow(what: Pass, dtype: torch.dtype) -> Outcome:
+    """The reference in some dtype, all rows in one pass."""
+    node, state = copy.deepcopy(what.node).to(dtype), state_of(what, dtype)
+    out = node(what.x[None].to(dtype), state)[0]
+    return Outcome(out, left(what, state))
+
+
+def left(what: Pass, state: Any) -> dict[str, Tensor]:
+    """What a pass leaves: the new keys and values by position, or the delta net's state by head."""
+    held = numbers(state)
+    if isinstance(state, KVCache):
+        return {name: rows[0, :, what.length :].transpose(0, 1) for name, rows in held.items()}
+    return {name: tensor[0] for name, tensor in held.items()}
+
+
+def prefilled(
+    what: Pass, cuts: Sequence[int] = (), *, batch: int = 32, seed: int | None = None
+) -> Outcome:
+    """The rows in the emulator, in passes that end at `cuts` and at the last row."""
+    node, state = fast_node(what.node), state_of(what, torch.bfloat16)
+    outputs: list[Tensor] = []
+    for first, last in zip([0, *cuts], [*cuts, len(what.x)], strict=True):
+        work, out = WORK[what.kind](node, what.x[first:last], state, Poisoned(CPU))
+        carried_out(work, batch=batch, seed=seed)
+        outputs.append(out)
+    return Outcome(torch.cat(outputs), left(what, state))
+
+
+def prefill_findings(what: Pass, cuts: Sequence[int] = ()) -> list[str]:
+    """What is wrong with a pass: its output, and the state that it leaves."""
+    try:
+        got = prefilled(what, cuts)
+    except EmulatorError as error:
+        return [f"memory: {error}"]
+    yardstick, truth = slow(what, torch.bfloat16), slow(what, torch.float64)
+    found = judged("out", got.out, yardstick.out, truth.out)
+    for key, held in got.state.items():
+        found += judged(key, held, yardstick.state[key], truth.state[key])
+    return found
+
+
+def cut_findings(what: Pass, cuts: Sequence[int]) -> list[str]:
+    """Whether several passes give the bits of one."""
+    whole, parts = prefilled(what), prefilled(what, cuts)
+    same = {"out": (parts.out, whole.out)}
+    same |= {name: (parts.state[name], whole.state[name]) for name in whole.state}
+    return [f"bits: {name}" for name, (a, b) in same.items() if not torch.equal(a, b)]

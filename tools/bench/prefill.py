@@ -1,0 +1,197 @@
+"""Prefill on a GPU: tokens/s of one pass over a prompt's rows, and where the time goes; random weights.
+
+--config and --tp as of `bench step`: one rank's slice of 397B, without the all-reduces, or a smaller
+model. `--layers N` builds N of the trunk's layers, and the whole pass is then by proportion. --tokens is
+the length of the pass (`--prefill-chunk` of a prompt), --context what the cache holds before it.
+
+Each launch of a delta-net layer and of an attention layer is timed in a graph of its own and counted for
+all layers. share_of_matrix: its multiplications and additions over what a product of two bf16 matrices of
+8192 rows does in the same run. Where torch has the same operation, `torch_us` is its time beside it:
+`F.linear` for products, `scaled_dot_product_attention` for attention over an empty context.
+"""
+
+import argparse
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fast.catalogue import sliced
+from fast.launch import Launch, Scratch, Work
+from fast.prefill import layer as prefill
+from qwen35.cache import KV_CACHE_DTYPES, Cache, KVCache
+from qwen35.cli import Parser, at_least_one
+from qwen35.config import Config
+from qwen35.errors import InputError
+from qwen35.load import TINY
+from reference.model import Model
+from tools.bench import gpu, report
+from tools.bench.step import SIZES, random_model
+
+SIDE = 8192  # rows and columns of the product that gives the matrix rate
+
+
+def add_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--config", choices=[*SIZES, "tiny"], default="397b")
+    add("--tp", type=at_least_one, default=8, metavar="N", help="ranks that share the model")
+    add("--layers", type=at_least_one, metavar="N", help="of the trunk that are built")
+    add("--tokens", type=at_least_one, default=2048, metavar="T", help="of the pass")
+    add("--context", type=int, default=0, metavar="T", help="tokens before the pass")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
+    add("--repeats", type=at_least_one, default=10)
+    add("--no-nodes", action="store_true", help="time the whole pass only")
+
+
+def matrix_rate(device: torch.device, repeats: int = 10) -> float:
+    """Multiplications and additions a second of a bf16 product of two large matrices, the median."""
+    a, b = (torch.randn(SIDE, SIDE, device=device).bfloat16() for _ in range(2))
+    us = statistics.median(gpu.Graph([lambda: a @ b]).microseconds(repeats))
+    return 2 * SIDE**3 / us * 1e6
+
+
+def filled(model: Model, tokens: int) -> Cache:
+    """A cache that holds so many tokens of random keys, values and states."""
+    cache = model.new_cache()
+    for state in cache.layers:
+        if isinstance(state, KVCache):
+            k, v = (
+                torch.randn(*state.k.shape[:2], tokens, state.k.shape[3], device=state.k.device)
+                for _ in range(2)
+            )
+            state.append(k.bfloat16(), v.bfloat16())
+        else:
+            state.conv.normal_()
+            state.recurrent.normal_().mul_(0.1)
+    cache.advance(tokens)
+    return cache
+
+
+def operations(launch: Launch, context: int) -> float:
+    """Multiplications and additions of a launch's products."""
+    a, kind = launch.arguments, launch.kernel.__name__
+    if kind == "linear":
+        return 2.0 * a["rows"] * a["N"] * a["K"]
+    if kind == "grouped":
+        return 2.0 * a["pairs"] * a["N"] * a["K"]
+    if kind == "attend":
+        seen = a["rows"] * (context + (a["rows"] + 1) / 2)
+        return 4.0 * a["H"] * a["K"] * seen
+    if kind in ("prepare", "scan", "read"):
+        chunks, K, V = a["qk"].shape[0] / 64, a["K"], a["V"]
+        each = {
+            "prepare": 64 * 64 * (2 * K + V) + 10 * 64**3,
+            "scan": 2 * 64 * K * V,
+            "read": 64 * 64 * (K + V) + 64 * K * V,
+        }[kind]
+        return 2.0 * chunks * a["HV"] * each
+    return 0.0
+
+
+def peer(launch: Launch, context: int) -> Callable[[], Tensor] | None:
+    """The same by torch, where torch has it."""
+    a, kind = launch.arguments, launch.kernel.__name__
+    if kind == "linear" and not a["ACTIVATED"]:
+        return lambda: F.linear(a["x"], a["weight"])
+    if kind == "attend" and not context:
+        q = a["q"].transpose(0, 1)[None]
+        k, v = (a[name][None, :, : a["rows"]] for name in ("keys", "values"))
+        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return None
+
+
+def main(args: argparse.Namespace) -> int:
+    device, target = gpu.find()
+    base = (
+        Config.from_file(TINY / "config.json")
+        if args.config == "tiny"
+        else Config.published(SIZES[args.config])
+    )
+    whole = sliced(base, args.tp)
+    count = args.layers or whole.num_hidden_layers
+    if count % 4 or count > whole.num_hidden_layers:
+        raise InputError(
+            f"--layers {count}; expected a multiple of 4 up to {whole.num_hidden_layers}"
+        )
+    config = replace(whole, num_hidden_layers=count, layer_types=whole.layer_types[:count])
+    with torch.inference_mode():
+        model = random_model(config, device)
+        model.kv_cache_dtype = args.kv_cache_dtype
+        rows = _measured(args, model, whole)
+    names = ("config", "tp", "tokens", "context", "kv_cache_dtype", "repeats")
+    report.emit(
+        "prefill", {"target": target} | {n: getattr(args, n) for n in names}, rows,
+        only_json=args.json, device=torch.cuda.get_device_name(device),
+    )  # fmt: skip
+    return 0
+
+
+def _measured(args: argparse.Namespace, model: Model, whole: Config) -> list[report.Row]:
+    device, layers = model.embed_tokens.weight.device, len(model.layers)
+    cache = filled(model, args.context)
+    cache.reserve(args.context + args.tokens)
+    ids = torch.randint(len(model.embed_tokens.weight), (1, args.tokens), device=device)
+
+    def one_pass() -> None:
+        model(ids, cache)
+        for state in cache.layers:
+            if isinstance(state, KVCache):
+                state.rollback(args.tokens)
+        cache.length = args.context
+
+    first, second = gpu.events(one_pass, args.repeats), gpu.events(one_pass, args.repeats)
+    us = statistics.median(first) * whole.num_hidden_layers / layers
+    rows: list[report.Row] = [{
+        "name": "pass" if layers == whole.num_hidden_layers else "pass of all layers, by proportion",
+        "layers": whole.num_hidden_layers, "us": us,
+        "us_again": statistics.median(second) * whole.num_hidden_layers / layers,
+        "tokens_per_s": args.tokens / us * 1e6,
+    }]  # fmt: skip
+    if args.no_nodes:
+        return rows
+    rate = matrix_rate(device)
+    x = torch.randn(args.tokens, whole.hidden_size, device=device).bfloat16()
+    total, work_of = defaultdict(float), 0.0
+    for kind in ("linear_attention", "full_attention"):
+        place = model.config.layer_types.index(kind)
+        times = whole.layer_types.count(kind)
+        work, _ = prefill.work(model.layers[place], x, cache.layers[place], Scratch(device))
+        for one in work:
+            one()
+        for one in work:
+            row = _timed(one, times, args, rate)
+            if row is not None:
+                total["us"] += row["us"]
+                work_of += row.pop("operations")
+                rows.append(row)
+        state: Any = cache.layers[place]
+        if isinstance(state, KVCache):
+            state.rollback(args.tokens)
+    rows[0]["share_of_matrix"] = work_of / rate / (us * 1e-6)
+    rows.append({"name": "sum of launches", "us": total["us"]})
+    rows.append({"name": "matrix rate, Tflop/s", "us": rate * 1e-12})
+    return rows
+
+
+def _timed(one: Work, times: int, args: argparse.Namespace, rate: float) -> report.Row | None:
+    """A launch by itself in a graph, counted for `times` layers; None for what moves a state."""
+    if not isinstance(one, Launch):
+        if not hasattr(one, "tile_expert"):
+            return None
+        us = statistics.median(gpu.Graph([one]).microseconds(args.repeats))
+        return {"name": "sort by expert", "layers": times, "us": us * times, "operations": 0.0}
+    us = statistics.median(gpu.Graph([one]).microseconds(args.repeats))
+    done = operations(one, args.context)
+    row: report.Row = {
+        "name": one.name.removeprefix("prefill "), "layers": times, "us": us * times,
+        "operations": done * times, "share_of_matrix": done / rate / (us * 1e-6),
+    }  # fmt: skip
+    other = peer(one, args.context)
+    if other is not None:
+        row["torch_us"] = times * statistics.median(gpu.Graph([other]).microseconds(args.repeats))
+    return row
