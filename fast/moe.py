@@ -133,8 +133,8 @@ class Experts(nn.Module):
     ) -> None:
         """Store one expert's MXFP4 codes and scales, given in the checkpoint's order.
 
-        gate, up: [I, D/2] and [I, D/32] uint8. down: [D, I/2] and [D, I/32] uint8. InputError when a scale
-        is NaN or too large.
+        gate, up: [I, D/2] and [I, D/32] uint8. down: [D, I/2] and [D, I/32] uint8. InputError when a
+        scale is NaN or too large.
         """
         for name, (_, scale) in {"gate": gate, "up": up, "down": down}.items():
             largest = int(scale.max())
