@@ -143,7 +143,7 @@ def test_the_reference_takes_what_it_needs_as_arguments(file: Path) -> None:
 
 @pytest.mark.parametrize("file", sources("reference"), ids=lambda f: f.name)
 def test_forwards_stay_short(file: Path) -> None:
-    """A forward is read in one piece."""
+    """A forward is short enough to be read in one piece."""
     long = {
         f"{f.name} at line {f.lineno}": f.end_lineno - f.lineno + 1
         for f in functions(parse(file))

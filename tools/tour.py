@@ -1,8 +1,8 @@
 """`python -m tools.tour`: the numbers of docs/tour.md, computed from the embedded model.
 
-The page holds them between markers. Without an option they are printed; --write puts them into the
-page, and --check exits with 1 where the page says something else: another line of code, another shape,
-or a number that is more than 2% away.
+The page has them between markers. Without an option this prints them. --write puts them into the page.
+--check exits with 1 where the page says something else: another line of code, another shape, or a number
+that is off by more than 2%.
 """
 
 import argparse
@@ -36,9 +36,8 @@ PROMPT = "In the beginning God created"
 PUBLISHED = "397B-A17B"
 DELTA, ATTENTION = "layers.0.linear_attn", "layers.3.self_attn"
 MARKED = re.compile(r"(<!-- tour: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-NUMBER = re.compile(
-    r"(?<![\w.\]])-?\d+\.\d+(?![\w.])"
-)  # with a decimal point: shapes and lines have none
+# A number with a decimal point; shapes and numbers of lines have none.
+NUMBER = re.compile(r"(?<![\w.\]])-?\d+\.\d+(?![\w.])")
 
 
 def build_parser() -> Parser:
@@ -63,14 +62,13 @@ def tokenizer() -> Tokenizer:
 
 @cache
 def traced() -> dict[str, Tensor]:
-    """Outputs and locals of every node, over the prompt."""
+    """The outputs and named locals of every node in a pass over the prompt."""
     return trace(model(), tokenizer().encode(PROMPT), named_locals=True)
 
 
 @cache
 def shapes(node: str) -> dict[str, list[int]]:
-    """Shapes of a mixer's locals at the size of the 397B, of as many tokens, without computing a
-    number."""
+    """The shapes of a mixer's locals in the 397B, for as many tokens, from tensors without memory."""
     config = replace(Config.published(PUBLISHED), num_experts=1, num_experts_per_tok=1)
     large = lay_out(replace(config, num_hidden_layers=4, layer_types=config.layer_types[:4]))
     T = len(tokenizer().encode(PROMPT))
@@ -86,7 +84,8 @@ def shapes(node: str) -> dict[str, list[int]]:
 
 
 def line_of(file: str, function: str, name: str) -> tuple[int, str]:
-    """Where a function of the reference binds a name last: the line's number and its text."""
+    """The number and the text of the line where a function of the reference last binds a name. InputError
+    if it never does."""
     source = (ROOT / file).read_text(encoding="utf-8")
     owner, _, method = function.rpartition(".")
     scope: ast.AST = ast.parse(source)
@@ -105,12 +104,12 @@ def line_of(file: str, function: str, name: str) -> tuple[int, str]:
 
 
 def size(x: Tensor) -> str:
-    """The root mean square, by which one sees how large numbers are."""
+    """The root mean square of all numbers of a tensor, as text."""
     return f"{x.double().square().mean().sqrt():.3f}"
 
 
 def steps(node: str, file: str, function: str, names: list[str]) -> str:
-    """A table of a mixer's steps: the line, the shapes, and how large the numbers are."""
+    """A table of a mixer's steps: the line of code, the shapes, and the size of the numbers."""
     rows = ["| name | line | at 397B | here | size |", "|---|---|---|---|---|"]
     for name in names:
         number, text = line_of(file, function, name)
@@ -172,7 +171,7 @@ def experts() -> str:
 
 
 def drafting() -> str:
-    """Two rounds after the prompt."""
+    """The first two decode rounds after the prompt."""
     ids = tokenizer().encode(PROMPT)
     with torch.inference_mode():
         cache = model().new_cache()
@@ -217,7 +216,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def same(said: str, computed: str) -> bool:
-    """Whether two texts differ by nothing but numbers that are within 2%, or 0.005, of each other."""
+    """Whether two texts are equal, apart from numbers within 2% or 0.005 of each other."""
     if NUMBER.sub("#", said).split() != NUMBER.sub("#", computed).split():
         return False
     pairs = zip(NUMBER.findall(said), NUMBER.findall(computed), strict=True)

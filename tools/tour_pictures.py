@@ -1,7 +1,6 @@
-"""`python -m tools.tour_pictures`: the pictures of docs/tour.md, drawn from here so that they can be
-changed.
+"""`python -m tools.tour_pictures`: draws the pictures of docs/tour.md into docs/.
 
---check exits with 1 where a file in docs/ is not what this draws.
+--check draws nothing, and exits with 1 where a file in docs/ is not what this draws.
 """
 
 import argparse
@@ -19,7 +18,7 @@ INK, PALE, MIXER, FEED, STATE = "#1b2733", "#eef2f6", "#cfe3f5", "#dcefd9", "#f7
 
 @dataclass
 class Picture:
-    """An SVG of boxes, arrows and words; coordinates in pixels from the upper left corner."""
+    """An SVG of boxes, arrows and words. Coordinates are pixels from the upper left corner."""
 
     width: int
     height: int
@@ -80,7 +79,7 @@ def layer() -> Picture:
 
 
 def delta_rule() -> Picture:
-    """What one token does to the memory of one head."""
+    """The delta rule: what one token does to the memory of one head."""
     p = Picture(720, 240)
     p.box(20, 60, 130, 110, "state S\n[K, V]", STATE)
     p.arrow((152, 115), (188, 115))
@@ -118,15 +117,14 @@ def round_() -> Picture:
     p.box(20, 162, 500, 40, "the model's own token after each row")
     p.arrow((522, 182), (566, 182))
     p.box(568, 146, 170, 72, "keep the drafts up to\nthe first that is not\nthe model's own", STATE)
-    p.arrow((653, 220), (653, 242), (75, 242), (75, 204))
-    p.words(
-        130, 236, "the last kept row's own token is the next round's newest; states go back to it"
-    )
+    p.arrow((653, 220), (653, 242), (8, 242), (8, 40), (18, 40))
+    token = "the model's token after the last kept row begins the next round"
+    p.words(24, 232, f"{token}, from the states after that row")
     return p
 
 
 def prefix_cache() -> Picture:
-    """Segments of a prompt, and where a second prompt takes over."""
+    """The prefix cache: the segments of a prompt, and how a second prompt uses them."""
     p = Picture(760, 200)
     p.words(20, 30, "first prompt")
     for i in range(3):

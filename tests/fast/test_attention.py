@@ -20,12 +20,6 @@ from tests.support.fast_nodes import (
 )
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
-
-
 @pytest.mark.parametrize("scale", [1.0, 0.01])
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 8])
 def test_outputs_and_new_keys_and_values(rows: int, scale: float):
@@ -56,7 +50,7 @@ def test_values_are_rounded_to_e4m3_as_by_the_reference(scale: float):
 
 @pytest.mark.parametrize("name", ["27B", "0.8B", "4B"])
 def test_other_head_counts(name: str):
-    """27B: six query heads a key head, no power of two."""
+    """The 27B has six query heads for each key head, which is no power of two."""
     assert not node_findings(a_pass("self_attn", 4, name=name, length=140), capacity=256)
 
 
@@ -69,7 +63,7 @@ def test_other_sizes(sizes: dict[str, object]):
 
 @pytest.mark.parametrize("parts", [(1,) * 6, (2, 4), (4, 2), (5, 1)])
 def test_rows_have_the_same_bits_in_one_pass_and_in_several(parts: tuple[int, ...]):
-    """Over the edge of a piece, and of a group of rows."""
+    """The rows lie on both sides of a piece's edge, and of the edge of a group of rows."""
     assert not row_findings(a_pass("self_attn", 6, length=126), parts, capacity=200)
 
 
@@ -118,7 +112,7 @@ def test_keys_come_back_from_their_buffers_bit_for_bit():
 
 
 def test_keys_in_e4m3_come_back_from_larger_buffers_byte_for_byte():
-    """A step that is full goes on in one with more room: numbers and scales, not the numbers alone."""
+    """A full step continues in one with more room, which copies the scales as well as the numbers."""
     what = a_pass("self_attn", 1, length=30, fp8=True)
     assert isinstance(what.state, FP8KVCache)
     small, large = (Keys.empty(what.model.config, room, CPU, "fp8") for room in (32, 64))

@@ -12,12 +12,6 @@ from tests.support.fast_cases import CPU
 from tests.support.fast_nodes import a_pass, fast_node, node_findings, row_findings
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
-
-
 @pytest.mark.parametrize("scale", [1.0, 0.01])
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 8])
 def test_outputs_and_the_state_after_each_row(rows: int, scale: float):
@@ -65,7 +59,7 @@ def test_whoever_arrives_last_the_bits_are_the_same(settings: dict[str, int]):
 
 
 def test_the_number_of_slots_decides_no_bit():
-    """It is another for each depth of drafting. The kernel must not be compiled anew for it."""
+    """The number of slots depends on the depth of drafting; the same machine code must serve all."""
     from tests.support.fast_nodes import fast
 
     what = a_pass("linear_attn", 1)
@@ -76,7 +70,7 @@ def test_the_number_of_slots_decides_no_bit():
 
 
 def test_a_rejected_row_leaves_no_trace():
-    """After a pass of four rows of which two are kept, the next rows are what they would have been."""
+    """After a pass of four rows, two of which are kept, the next rows are as if there had been two."""
     from tests.support.fast_nodes import buffers, fast
 
     what = a_pass("linear_attn", 4)

@@ -4,8 +4,6 @@ A fault is a small wrong edit of a kernel's source, as a slip of the hand would 
 missing before the counter of arrivals cannot be planted: the compiler puts one there.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -19,32 +17,24 @@ from tests.support.fast_cases import (
     block_findings,
     case,
     choice_findings,
-    clear_rows,
     emulated,
     exact_router,
     exact_rows,
     fast_experts,
     findings,
-    norm,
     picks,
     random,
     repeated_work,
     routing,
     slow_block,
-    stream_findings,
     waits_for_stores,
 )
-from tests.support.fast_faults import Check, Faults, assert_found
+from tests.support.fast_faults import Faults, as_tests
+from tests.support.fast_streams import clear_rows, norm, stream_findings
 from tools.gfx950.target import compile_launch
 
 FAULTS = Faults()
 fault = FAULTS.add
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
 
 
 # ---- the checks
@@ -59,7 +49,7 @@ def experts_and_residual() -> list[str]:
 
 
 def wide_experts() -> list[str]:
-    """Two blocks along both sums."""
+    """Both products sum over two blocks."""
     return findings(case(routing("overlapping", 2, 2, 3), E=3, D=512, I=512))
 
 
@@ -74,7 +64,7 @@ def once() -> list[str]:
 
 
 def choice() -> list[str]:
-    """Ties, and logits of which sums along K are exact, in rows that differ."""
+    """Rows that differ, with ties, and with logits whose sums along K are exact."""
     return choice_findings(slow_block(24, 1024, 128, 5, 0).gate, exact_rows(1, 3, 1024))
 
 
@@ -114,7 +104,7 @@ def block_in_a_stream() -> list[str]:
 
 
 def foreign_ids() -> list[str]:
-    """Below all experts and above them: NaN in these rows, and in no other."""
+    """Ids below and above all experts give NaN in their own rows, and in no other."""
     ids = routing("different", 3, 2, 24)
     ids[0, 1], ids[2, 0] = -1, 24
     chosen = case(ids)
@@ -135,7 +125,7 @@ def waiting_experts() -> list[str]:
 
 
 def one_by_one() -> list[str]:
-    """Workgroups one after the other."""
+    """Workgroups run one after the other."""
     gate = slow_block(24, 1024, 128, 5, 0).gate
     return choice_findings(gate, exact_rows(1, 3, 1024), batch=1)
 
@@ -373,11 +363,4 @@ fault(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert_found(FAULTS[name], tmp_path, monkeypatch)
-
-
-@pytest.mark.parametrize("check", FAULTS.checks)
-def test_without_a_fault_nothing_is_found(check: Check):
-    assert not check()
+test_a_fault_is_found, test_without_a_fault_nothing_is_found = as_tests(FAULTS)

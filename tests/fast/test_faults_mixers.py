@@ -1,29 +1,18 @@
 """Planted faults in the kernels of products, the delta net and attention: the checks must find each."""
 
-from pathlib import Path
-
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
 from tests.support.fast_cases import (
-    clear_rows,
-    norm,
     slow_block,
-    stream_findings,
 )
-from tests.support.fast_faults import Check, Faults, assert_found
+from tests.support.fast_faults import Faults, as_tests
 from tests.support.fast_nodes import a_pass, node_findings, rounding_findings, row_findings
+from tests.support.fast_streams import clear_rows, norm, stream_findings
 
 FAULTS = Faults()
 fault = FAULTS.add
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
 
 
 # ---- the checks
@@ -55,7 +44,7 @@ def sigmoid_delta_net() -> list[str]:
 
 
 def attention() -> list[str]:
-    """Over the edge of a piece of the context."""
+    """The rows lie on both sides of the edge of a piece of the context."""
     return node_findings(a_pass("self_attn", 5, length=125), capacity=256)
 
 
@@ -66,7 +55,7 @@ def attention_in_e4m3() -> list[str]:
 
 
 def coarse_layer() -> list[str]:
-    """Where eps is as large as the mean square."""
+    """A layer whose eps is as large as the mean square."""
     sizes = {"num_experts": 1, "num_experts_per_tok": 1, "shared_expert_intermediate_size": 48}
     return node_findings(a_pass("layer", 3, rms_norm_eps=0.5, **sizes))
 
@@ -243,11 +232,4 @@ fault("new values without their scale", "attention", attention_in_e4m3, "numbers
     ("small = wide * _power_of_two(254 - exponent)", "small = wide"))  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert_found(FAULTS[name], tmp_path, monkeypatch)
-
-
-@pytest.mark.parametrize("check", FAULTS.checks)
-def test_without_a_fault_nothing_is_found(check: Check):
-    assert not check()
+test_a_fault_is_found, test_without_a_fault_nothing_is_found = as_tests(FAULTS)

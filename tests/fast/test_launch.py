@@ -1,4 +1,4 @@
-"""What Triton packs for one instruction, read off its layouts: decoding on Hopper needs whole words."""
+"""The elements that Triton packs for one instruction, read from its layouts: Hopper needs whole words."""
 
 import re
 import warnings

@@ -13,17 +13,11 @@ from tests.support.fast_cases import CPU, TARGET, emulated, random, too_far
 from tests.support.fast_nodes import a_pass, fast, node_findings, row_findings
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
-
-
 @pytest.mark.filterwarnings("ignore:.*is not in configs.json")
 @pytest.mark.parametrize("linear", [True, False], ids=["delta net", "attention"])
 @pytest.mark.parametrize("name", ["27B", "397B-A17B"])
 def test_outputs_and_states(name: str, linear: bool):
-    """Dense, and with one expert: of several a row might choose others where logits nearly tie."""
+    """A dense layer, and one with a single expert: of several, a near-tie might choose another."""
     sizes = {"num_experts": 1, "num_experts_per_tok": 1, "shared_expert_intermediate_size": 48}
     what = a_pass("layer", 4, name=name, linear=linear, **(sizes if name != "27B" else {}))
     assert not node_findings(what)

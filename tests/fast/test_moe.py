@@ -51,15 +51,9 @@ from weights import fp8, layout, words
 Refused = Callable[[Callable[[], object]], str]
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
-
-
 @pytest.fixture
 def refused() -> Refused:
-    """The one line of the InputError that a call raises."""
+    """The message of the InputError that a call raises, which must be one line."""
 
     def message(call: Callable[[], object]) -> str:
         with pytest.raises(InputError) as caught:
@@ -97,7 +91,7 @@ def test_sizes_that_the_tables_blocks_do_not_divide(D: int, I: int):
 
 
 def test_the_real_hidden_size():
-    """In the configuration that it has on a card, on 8 ranks."""
+    """The sizes of one of 8 ranks of the 397B, in the configuration that the table has for them."""
     assert not findings(case(routing("overlapping", 4, 2, 3), E=3, D=4096, residual=True))
 
 
@@ -147,7 +141,7 @@ def test_every_wave_waits_for_its_stores_before_the_counter_is_raised():
 
 
 class OnGfx950:
-    """Packs for the card from wherever the model is."""
+    """Packs a class for the card, wherever the model is."""
 
     @classmethod
     def from_reference(cls, module: nn.Module) -> SparseMoeBlock:
@@ -319,7 +313,7 @@ def test_more_than_8_rows_are_computed_by_torch_and_a_rows_bits_are_its_own(targ
 @quiet
 @pytest.mark.parametrize("kind", ["bf16", "padded", "twice"])
 def test_more_than_8_rows_of_other_experts_and_choices(kind: str):
-    """In bf16, of an intermediate size that is padded, with one expert in two slots."""
+    """Experts in bf16, with a padded intermediate size, and one expert in two slots of a row."""
     slow = reference.moe.Experts(config(5, 256, 96))
     randomise(slow, 2)
     slow = slow.bfloat16() if kind == "bf16" else quantised(slow, seed=6)

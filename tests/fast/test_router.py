@@ -13,28 +13,19 @@ from tests.support.fast_cases import (
     block_findings,
     block_output,
     choice_findings,
-    clear_rows,
     counters,
     emulated,
     exact_router,
     exact_rows,
     integers,
-    norm,
     picks,
     quiet_router,
     random,
     slow_block,
-    stream_findings,
-    stream_launches,
     waits_for_stores,
 )
+from tests.support.fast_streams import clear_rows, norm, stream_findings, stream_launches
 from tools.gfx950.target import compile_launch
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
 
 
 def test_512_experts_top_10():
@@ -55,7 +46,7 @@ def test_a_number_of_experts_that_is_no_power_of_two_and_all_of_them_chosen():
 
 
 def test_ties_go_to_the_lower_index():
-    """Logits 0 to 3, each of many experts; and all equal."""
+    """Logits from 0 to 3, each of which many experts have; then all logits equal."""
     logits = torch.cat([integers(5, 0, 3, 3, 24), torch.full((1, 24), -7)]).bfloat16()
     assert not choice_findings(exact_router(logits, 10), picks(4))
 
@@ -84,7 +75,7 @@ def test_logits_so_large_that_exp_would_overflow():
 
 
 def test_probabilities_that_underflow_tie_at_zero():
-    """All but three of them, and in falling and in rising order."""
+    """All experts but three are chosen, with logits that fall, and that rise."""
     steps = torch.tensor([0.0, -3.0, -30.0] + [-200.0 - i for i in range(21)])
     logits = torch.stack([steps, steps.flip(0)]).bfloat16()
     assert not choice_findings(exact_router(logits, 8), picks(2))
@@ -144,7 +135,7 @@ def test_a_second_run_needs_no_preparation():
 
 
 def test_every_wave_waits_for_its_stores_before_the_counter_is_raised():
-    """Of the router too, whose last program reads the parts of all others."""
+    """The router is among them: its last program reads the parts of all others."""
     launch, _ = quiet_router(slow_block(24, 1024, 128, 5, 0).gate).launch(
         exact_rows(1, 3, 1024), Scratch(CPU)
     )
@@ -176,7 +167,7 @@ def test_a_blocks_row_alone_has_the_bits_that_it_has_among_others():
 
 @pytest.mark.parametrize("settings", [{"batch": 1}, {"batch": 5}, {"seed": 1}, {"seed": 2}])
 def test_whoever_arrives_last_a_blocks_bits_are_the_same(settings: dict[str, int]):
-    """With the shared expert's programs among those that arrive."""
+    """The programs of the shared expert are among those that arrive."""
     block, x = slow_block(16, 1024, 128, 4, 256), exact_rows(2, 2, 1024)
     assert torch.equal(block_output(block, x, **settings), block_output(block, x))
 

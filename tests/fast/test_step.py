@@ -20,6 +20,7 @@ from qwen35.load import load
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer
 from reference.model import Model
+from tests.support.decoding import decoder
 from tests.support.fast_cases import CPU, TARGET, counters, emulated, poison, random
 from tools.gfx950.target import compile_launch, emulate
 
@@ -27,19 +28,13 @@ PROMPT = "In the beginning God created the heaven and the"
 
 
 class On:
-    """Packs a class for the card from wherever the model is."""
+    """Packs a class for the card, wherever the model is."""
 
     def __init__(self, kind: Any) -> None:
         self.kind = kind
 
     def from_reference(self, module: nn.Module) -> nn.Module:
         return self.kind.from_reference(module, TARGET)
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +67,7 @@ def begun(slow: Model, prompt: list[int], drafts: int) -> tuple[Cache, int, Tens
 
 
 def rounds(step: Step, count: int) -> list[list[int]]:
-    """New tokens of so many rounds in the emulator, every scratch buffer poisoned before its launch."""
+    """The new tokens of `count` rounds in the emulator, which poisons every scratch buffer first."""
     found = []
     for _ in range(count):
         for work in step.work:
@@ -102,15 +97,10 @@ def test_the_tokens_and_the_accepted_drafts_are_the_references(
 
 
 def _accepted(slow: Model, prompt: list[int], drafts: int, count: int) -> list[int]:
-    """Tokens of each of the reference's rounds."""
-    from qwen35.speculative import Decoder
-
+    """How many tokens each of the reference's rounds gives."""
     cache, token, hidden = begun(slow, prompt, drafts)
-    decoder = Decoder(
-        slow, cache, token=token, hidden=hidden[None, None], depth=drafts, sampling=Sampling(),
-        stop=frozenset(),
-    )  # fmt: skip
-    return [len(decoder.round(100)) for _ in range(count)]
+    plain = decoder(slow, cache, token, hidden[None, None], drafts)
+    return [len(plain.round(100)) for _ in range(count)]
 
 
 def test_the_depth_decides_no_bit_of_the_logits(slow: Model, quick: Model, prompt: list[int]):
@@ -146,7 +136,7 @@ def test_the_trunks_kernels_are_the_same_machine_code_at_every_depth(quick: Mode
 def test_a_state_goes_to_the_references_cache_and_back(
     slow: Model, quick: Model, prompt: list[int]
 ):
-    """In the middle of a text: the reference goes on from it with its own tokens."""
+    """In the middle of a text, the reference continues from the fast path's state."""
     step = Step(quick, 64, 3)
     cache, token, hidden = begun(slow, prompt, 3)
     step.begin(cache, token, hidden)
@@ -158,7 +148,7 @@ def test_a_state_goes_to_the_references_cache_and_back(
     other.begin(back, fresh[-1], hidden)
     again = slow.new_cache()
     other.state.give(again)
-    # The MTP head has not seen all new tokens yet; of it a new beginning keeps what it has seen.
+    # The MTP head has not seen all new tokens yet, so its keys and values are not compared.
     for name, tensor in back.snapshot(mtp=False).items():
         assert torch.equal(tensor, again.snapshot(mtp=False)[name]), name
     by_reference = slow.lm_head(slow(torch.tensor([[fresh[-1]]]), back))[0, 0]

@@ -8,9 +8,9 @@ import torch
 from qwen35.generation import prefill
 from qwen35.load import TINY, load
 from qwen35.sampling import Sampling, pick
-from qwen35.speculative import Decoder
 from qwen35.tokenizer import Tokenizer
 from reference.model import Model
+from tests.support.decoding import decoder
 
 
 @torch.inference_mode()
@@ -35,16 +35,14 @@ def test_every_round_drafts_as_from_scratch() -> None:
     cache = model.new_cache()
     hidden = prefill(model, ids, cache, chunk=64, draft=True)
     token = pick(model.lm_head(hidden)[0, 0], len(ids), sampling)
-    decoder = Decoder(
-        model, cache, token=token, hidden=hidden, depth=3, sampling=sampling, stop=frozenset()
-    )
+    drafting = decoder(model, cache, token, hidden, 3, sampling)
     drafted: list[list[int]] = []
-    draft = decoder._draft
-    decoder._draft = lambda depth: drafted.append(draft(depth)) or drafted[-1]
+    draft = drafting._draft
+    drafting._draft = lambda depth: drafted.append(draft(depth)) or drafted[-1]
     sequence = [*ids, token]
     accepted = []
     for _ in range(12):
-        picked = [token for token, _ in decoder.round(limit=10)]
+        picked = [token for token, _ in drafting.round(limit=10)]
         assert drafted[-1] == drafts_from_scratch(model, sequence, 3, tokenizer.size)
         assert cache.mtp is not None
         assert cache.mtp.length == len(sequence) - 1

@@ -20,7 +20,7 @@ from qwen35.sampling import Sampling
 from reference.model import Model
 from tests.support.family import small_model
 from tests.support.oracle import token_ids
-from tests.tools.test_exact import cells, differing, prompt_of
+from tools.exact import cells, differing, prompt_of
 
 
 @pytest.fixture(autouse=True)

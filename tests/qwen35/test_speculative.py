@@ -23,6 +23,7 @@ from qwen35.tokenizer import Tokenizer
 from reference.linear import DECODE_ROWS
 from reference.model import Model
 from tests.qwen35.test_sampling import chi_square_p
+from tests.support.decoding import decoder
 from tests.support.family import FAMILY, randomise, small_model
 
 DEPTHS = [1, 2, 3, 5]
@@ -291,16 +292,13 @@ def test_taken_back_drafts_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> No
     model, prompt = random_model("397B-A17B", torch.float32), random_prompt(70)
     right = [token for token, _ in run(model, prompt, 0, GREEDY, tokens=12)[0]]
 
-    def decoder(depth: int) -> Decoder:
+    def begun(depth: int) -> Decoder:
         state = model.new_cache()
         hidden = prefill(model, prompt, state, chunk=64, draft=False)
-        return Decoder(
-            model, state, token=right[0], hidden=hidden, depth=depth, sampling=GREEDY,
-            stop=frozenset(),
-        )  # fmt: skip
+        return decoder(model, state, right[0], hidden, depth)
 
     with torch.inference_mode():
-        plain, drafting = decoder(0), decoder(3)
+        plain, drafting = begun(0), begun(3)
         for _ in range(6):
             plain.round(1)
         force_drafts(monkeypatch, len(prompt), [*right[:2], 99, *right[3:]], lambda t: t % 24)
@@ -372,11 +370,9 @@ def test_tokens_behind_an_accepted_draft_follow_the_models_distribution() -> Non
         drawn: Counter[int] = Counter()
         behind: Counter[int] = Counter()
         for seed in range(count):
-            decoder = Decoder(
-                model, copy.deepcopy(state), token=4, hidden=hidden, depth=1,
-                sampling=replace(sampling, seed=seed), stop=frozenset(),
-            )  # fmt: skip
-            tokens = [token for token, _ in decoder.round(2)]
+            seeded = replace(sampling, seed=seed)
+            drafting = decoder(model, copy.deepcopy(state), 4, hidden, 1, seeded)
+            tokens = [token for token, _ in drafting.round(2)]
             drawn[tokens[0]] += 1
             if len(tokens) == 2:
                 draft = tokens[0]

@@ -39,12 +39,6 @@ STRENGTHS = {"usual": (0.1, 0.9), "none": (0.0, 1e-6), "full": (1 - 1e-6, 1.0), 
 Rule = Callable[..., tuple[Tensor, list[Tensor]]]
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
-
-
 def between(low: float, high: float, *shape: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -78,7 +72,8 @@ def run(
 def by_scalars(
     T: int, decay: str = "usual", strength: str = "usual", scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """For those `inputs`: read-outs [B, T, HV, V] and the state after each token [T, B, HV, K, V].
+    """The delta rule by scalars, for `inputs`: read-outs [B, T, HV, V] and the state after each token [T,
+    B, HV, K, V].
 
     The last axis of the loops, V, is independent from column to column, so it may stay a vector.
     """
@@ -164,7 +159,7 @@ def test_float32(T: int, decay: str, scale: float) -> None:
 
 
 def test_recurrent_returns_the_state_after_each_token() -> None:
-    """A prefix of the pass leaves the very bits that the whole pass left after that token."""
+    """A pass over the first tokens leaves the same bits as the whole pass left after them."""
     arguments = inputs(4)
     _, states = run(recurrent, arguments, torch.float32)
     before = arguments["state"].clone()
@@ -221,7 +216,7 @@ def test_no_drift() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 65])
 def test_convolution(T: int, dtype: torch.dtype) -> None:
-    """Against torch's conv1d in float64; in other dtypes twice the error of conv1d in that dtype."""
+    """Compared with torch's conv1d in float64; other dtypes may err twice as much as conv1d in them."""
     columns = random(2, 10, 3 + T, seed=1, dtype=dtype)
     weight = random(10, 1, 4, seed=2, dtype=dtype, scale=0.5)
     got = causal_conv1d(columns.transpose(1, 2), weight)
@@ -257,7 +252,7 @@ def test_convolution_reads_nothing_before_its_columns() -> None:
 
 @pytest.mark.parametrize("cuts", [(64, 1), (64, 64, 2), (128, 4, 1, 3), (1, 1, 1, 1, 1)])
 def test_state_carries_over_passes(cuts: tuple[int, ...]) -> None:
-    """The module in pieces against at once, in float64, with both states of the last pass."""
+    """The module over pieces of a prompt gives the outputs and states of one pass, in float64."""
     layer = small_model("27B", dtype=torch.float64).layers[0].linear_attn
     x = random(2, sum(cuts), 64, seed=7, dtype=torch.float64)
     whole_state, state = fresh_state(layer), fresh_state(layer)

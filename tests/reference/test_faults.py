@@ -32,15 +32,13 @@ from tests.support.family import small_model
 from tests.support.faults import delta_rule_with_late_decay
 from tests.support.oracle import (
     COMPARISONS,
-    OracleMTP,
     Pairs,
     pair,
     relative,
-    their_hidden,
-    their_logits,
     token_ids,
     within_twice,
 )
+from tests.support.oracle_mtp import OracleMTP, their_hidden, their_logits
 
 MEMBER = "397B-A17B"
 SEED = 7  # of the weights that `pair` gives to transformers
@@ -49,20 +47,14 @@ PROMPT = 130  # more than two chunks, then three cached tokens
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
-
-
 def compare_model(model: Model, theirs: Any) -> float:
-    """Logits of the whole trunk, relative."""
+    """The relative error of the whole trunk's logits."""
     ids = token_ids(PROMPT, model)
     return relative(model.lm_head(model(ids, model.new_cache())), their_logits(theirs, ids))
 
 
 def compare_mtp(model: Model, theirs: Any) -> float:
-    """The head as it is used, fed with what the trunk gives, and one chained step."""
+    """The error of the MTP head over the trunk's states, and of one chained step."""
     healthy, _ = pair(MEMBER)
     oracle = OracleMTP(theirs, healthy)
     ids = token_ids(33, model)
@@ -101,7 +93,7 @@ def checks(model: Model) -> list[str]:
     _, theirs = pair(MEMBER)
 
     def worst_module(name: str) -> float:
-        """The error as a share of the most that it may be."""
+        """The error, as a share of the largest that is allowed."""
         found: list[float] = []
         for scale, truth in truths(name).items():
             rounded = COMPARISONS[name](model, theirs, PROMPT, scale)
@@ -143,7 +135,7 @@ def fault(broken: str) -> Callable[[Fault], Fault]:
 
 
 def replace_function(patch: Patch, name: str, wrong: Callable) -> None:
-    """Under its name in every module of the reference that uses it."""
+    """Replace a function in every module of the reference that uses it."""
     modules = (reference.attention, reference.deltanet, reference.layer, reference.rope)
     for module in modules:
         if hasattr(module, name):
@@ -278,7 +270,7 @@ def softmax_of_the_chosen_probabilities(patch: Patch, model: Model) -> None:
 
 @fault("Experts")
 def weights_in_the_order_of_the_experts(patch: Patch, model: Model) -> None:
-    """The experts sorted by index, their weights not."""
+    """The experts are sorted by index, but their weights are not."""
     healthy = GroupedExperts.forward
 
     def forward(self: GroupedExperts, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -428,7 +420,7 @@ def residual_of_the_normed_input(patch: Patch, model: Model) -> None:
 
 @fault("Model")
 def two_layers_exchanged(patch: Patch, model: Model) -> None:
-    """Each layer is whole, the order is not."""
+    """Each layer is right, but their order is not."""
     model.layers[4], model.layers[5] = model.layers[5], model.layers[4]
     for name in COMPARISONS:  # the modules are looked up by layer, so the exchange shows there too
         patch.setitem(COMPARISONS, name, lambda *_: {})

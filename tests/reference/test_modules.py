@@ -23,22 +23,15 @@ from tests.support.oracle import (
     pair,
     relative,
     state_errors,
-    their_hidden,
-    their_logits,
     their_model,
     token_ids,
     within_twice,
 )
+from tests.support.oracle_mtp import their_hidden, their_logits
 
 MOE_ONLY = ("Router", "Experts", "SparseMoeBlock")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
 
 
 def has_experts(name: str) -> bool:

@@ -11,12 +11,6 @@ from tests.support.fast_cases import quantised
 CONFIG = Config.from_dict(FAMILY["397B-A17B"])
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
-
-
 def both(dtype: torch.dtype) -> tuple[Experts, GroupedExperts]:
     """The same weights in the two forms."""
     loop, grouped = Experts(CONFIG), GroupedExperts(CONFIG)
@@ -28,7 +22,7 @@ def both(dtype: torch.dtype) -> tuple[Experts, GroupedExperts]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("N", [1, 2, 4, 5, 63, 64, 65, 130])
 def test_the_loop_and_the_grouped_form_agree(N: int, dtype: torch.dtype) -> None:
-    """For choices at random, of few experts, and with one expert in every row."""
+    """Choices are random, or of few experts, or have one expert in every row."""
     loop, grouped = both(dtype)
     E, k = CONFIG.num_experts, CONFIG.num_experts_per_tok
     generator = torch.Generator().manual_seed(N)
@@ -45,7 +39,7 @@ def test_the_loop_and_the_grouped_form_agree(N: int, dtype: torch.dtype) -> None
 
 
 def test_quantised_experts_too() -> None:
-    """Whose weights are decoded when they are hit."""
+    """Experts whose weights are decoded when they are hit."""
     sizes = FAMILY["397B-A17B"] | {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8}
     config = Config.from_dict(sizes | {"num_experts_per_tok": 3})
     loop, grouped = Experts(config), GroupedExperts(config)

@@ -11,27 +11,20 @@ from reference.model import Model
 from tests.support.family import small_model
 from tests.support.oracle import (
     EXACT,
-    OracleMTP,
     pair,
     random,
     relative,
     state_errors,
-    their_hidden,
     token_ids,
     within_twice,
 )
+from tests.support.oracle_mtp import OracleMTP, their_hidden
 
 MEMBERS = ("0.8B", "27B", "35B-A3B", "397B-A17B", "Qwen3-Next")
 LENGTHS = (2, 64, 100)
 CHAIN = 3
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
 
 
 @dataclass

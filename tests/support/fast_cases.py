@@ -23,13 +23,10 @@ from torch import Tensor, nn
 
 import reference.moe
 from fast.launch import Launch, Scratch
-from fast.linear import Norm, Stream
 from fast.moe import Experts, SparseMoeBlock
 from fast.router import Router
-from fast.target import ROWS
 from qwen35.config import Config
 from reference.activation import sigmoid
-from reference.norm import RMSNorm
 from reference.quantized import MXFP4Linear
 from tests.support.family import FAMILY, randomise
 from tools.gfx950.emulator import EmulatorError, Statistics
@@ -61,7 +58,7 @@ def random(seed: int, *shape: int) -> Tensor:
 
 
 def integers(seed: int, low: int, high: int, *shape: int) -> Tensor:
-    """From low to high, both included."""
+    """Random integers from low to high, both included."""
     return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -69,7 +66,7 @@ def integers(seed: int, low: int, high: int, *shape: int) -> Tensor:
 
 
 def poison(launches: Iterable[Launch]) -> None:
-    """Fill what they write; not what stays from pass to pass."""
+    """Fill all that the launches write, except what stays from pass to pass."""
     for launch in launches:
         arguments = launch.arguments
         for name in WRITTEN.get(launch.name.split()[0], PRODUCT):
@@ -81,7 +78,7 @@ def poison(launches: Iterable[Launch]) -> None:
 def emulated(
     launches: list[Launch], *, seed: int | None = None, batch: int = 32
 ) -> list[Statistics]:
-    """Run launches on poisoned memory. EmulatorError goes through."""
+    """Run launches on poisoned memory. EmulatorError is passed on."""
     poison(launches)
     return [emulate(launch, seed=seed, batch=batch) for launch in launches]
 
@@ -431,80 +428,3 @@ def block_findings(block: reference.moe.SparseMoeBlock, x: Tensor) -> list[str]:
 def exact_rows(seed: int, N: int, D: int, scale: float = 1.0) -> Tensor:
     """[N, D] bf16, multiples of scale / 8."""
     return (integers(seed, -16, 16, N, D) / 8 * scale).bfloat16()
-
-
-# ---- the block in the residual stream: a norm before it, its input added, another norm after it
-
-
-def norm(seed: int, D: int, eps: float = 1e-6) -> RMSNorm:
-    made = RMSNorm(D, eps).bfloat16().requires_grad_(False)
-    made.weight.copy_(random(seed, D) * 0.3)
-    return made
-
-
-def stream(x: Tensor, before: RMSNorm, parts: int) -> Stream:
-    """Rows as an earlier launch leaves them. Squares that are of no row are NaN."""
-    squares = torch.full((parts, ROWS[TARGET]), torch.nan)
-    squares[:, : len(x)] = x.float().square().unflatten(1, (parts, -1)).sum(-1).T
-    scaled = (x.float() * (1 + before.weight.float())).bfloat16()
-    return Stream(x, scaled, squares, before.eps)
-
-
-def clear_rows(
-    block: reference.moe.SparseMoeBlock, before: RMSNorm, rows: int, seed: int = 0
-) -> Tensor:
-    """[rows, D] bf16, of which no rounding changes the choice: the logits of the chosen, and of the next
-    one, are four steps of bf16 apart. Rows differ in size, and so do the two halves of a row."""
-    D = len(before.weight)
-    x = random(seed, 16 * rows, D) * 2.0 ** integers(seed + 1, -3, 3, 16 * rows, 1)
-    x[:, : D // 2] *= 3
-    x = x.bfloat16()
-    logits = before(x.double()) @ block.gate.weight.double().T
-    best = logits.sort(-1, descending=True).values[:, : block.gate.top_k + 1]
-    clear = (best[:, :-1] - best[:, 1:]).amin(-1) > 4 * HALF_STEP * best.abs().amax(-1)
-    assert clear.sum() >= rows, "too few rows whose choice is clear"
-    return x[clear][:rows]
-
-
-def stream_launches(
-    block: nn.Module, before: RMSNorm, after: RMSNorm, x: Tensor, parts: int = 4
-) -> tuple[list[Launch], Stream]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return fast_block(block).launches(
-            stream(x, before, parts), Scratch(CPU), residual=x, then=Norm.from_reference(after)
-        )
-
-
-def stream_findings(
-    block: reference.moe.SparseMoeBlock, before: RMSNorm, after: RMSNorm, x: Tensor, parts: int = 4
-) -> list[str]:
-    """x + block(before(x)), what is chosen on the way, and what is left for the norm `after`."""
-    launches, out = stream_launches(block, before, after, x, parts)
-    try:
-        emulated(launches)
-    except EmulatorError as error:
-        return [f"memory: {error}"]
-    found = counters(launches)
-    ids, _ = block.gate(before(x))
-    chosen = launches[0].arguments["experts"]
-    if not torch.equal(chosen.long(), ids):
-        found.append(f"choice: {chosen.tolist()}, expected {ids.tolist()}")
-    wide = x.double()
-    yardstick = x + block(before(x)[:, None])[:, 0]
-    found += too_far(out.x, yardstick, wide + wide_block(block, before(wide), narrow=False))
-    return found + left_findings(out, after)
-
-
-def left_findings(out: Stream, after: RMSNorm) -> list[str]:
-    """What a stream holds for the norm behind it: scaled bit for bit, squares block by block."""
-    found: list[str] = []
-    if not torch.equal(out.scaled, (out.x.float() * (1 + after.weight.float())).bfloat16()):
-        found.append("numbers: scaled rows")
-    blocks = out.x.double().square().unflatten(1, (len(out.squares), -1)).sum(-1).T
-    squares = out.squares[:, : len(out.x)].double()
-    if squares.isnan().any():
-        found.append("unwritten: squares")
-    elif not torch.allclose(squares, blocks, rtol=1e-5):
-        found.append("numbers: squares")
-    return found

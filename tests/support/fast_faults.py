@@ -1,4 +1,4 @@
-"""Faults that are planted in the fast path's kernels: a small wrong edit each, which a check must find.
+"""Faults that are planted in the fast path's kernels. Each is a small wrong edit that a check must find.
 
 All kernels are copied into a package of their own with the edit in one of them, which stands in for
 `fast.kernels`.
@@ -22,7 +22,11 @@ numbered = count()
 
 @dataclass(frozen=True)
 class Fault:
-    """What is edited, in which file of the kernels; and the check that must find it, as what."""
+    """Edits of one file of the kernels, the check that must find them, and the kind of its finding.
+
+    module: the file's name, without its suffix. edits: (old, new) texts. kind: the first words that the
+    finding may have, with blanks between.
+    """
 
     module: str
     edits: tuple[tuple[str, str], ...]
@@ -31,10 +35,10 @@ class Fault:
 
 
 class Faults(dict[str, Fault]):
-    """By name, in the order in which they are added."""
+    """All faults of a file of tests, by name."""
 
     def add(self, name: str, module: str, check: Check, kind: str, *edits: tuple[str, str]) -> None:
-        """Register edits of a file of the kernels, and the check that must find them, as what."""
+        """Register a fault; the arguments are those of `Fault`."""
         self[name] = Fault(module, edits, check, kind)
 
     @property
@@ -44,7 +48,7 @@ class Faults(dict[str, Fault]):
 
 
 def plant(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Put kernels with its edits, each of which fits in one place, in the place of the project's."""
+    """Replace the project's kernels by copies with the edits, each of which must fit in one place."""
     package = f"planted_{next(numbered)}"
     names = sorted(file.relative_to(KERNELS) for file in KERNELS.rglob("*.py"))
     for name in names:
@@ -71,3 +75,17 @@ def assert_found(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
     found = what.check()
     assert found, "nothing was found"
     assert {line.split(":")[0] for line in found} & set(what.kind.split()), found[0]
+
+
+def as_tests(faults: Faults) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The two tests of a file of faults: each fault is found, and without a fault nothing is found."""
+
+    @pytest.mark.parametrize("name", faults)
+    def test_a_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        assert_found(faults[name], tmp_path, monkeypatch)
+
+    @pytest.mark.parametrize("check", faults.checks)
+    def test_without_a_fault_nothing_is_found(check: Check):
+        assert not check()
+
+    return test_a_fault_is_found, test_without_a_fault_nothing_is_found

@@ -94,7 +94,7 @@ class Outcome:
 
 
 def slow(what: Pass, dtype: torch.dtype) -> Outcome:
-    """The reference, row by row, in some dtype."""
+    """What the reference computes in a dtype, row by row."""
     node = copy.deepcopy(what.node).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     outputs: list[Tensor] = []
@@ -114,7 +114,7 @@ def slow(what: Pass, dtype: torch.dtype) -> Outcome:
 
 
 def numbers(state: DeltaState | KVCache) -> dict[str, Tensor]:
-    """What a state holds, by name; e4m3 with its scales as float64."""
+    """The tensors of a state, by name; e4m3 numbers with their scales become float64."""
     held = state.tensors()
     if isinstance(state, FP8KVCache):
         return {
@@ -133,16 +133,15 @@ def fast_node(node: nn.Module) -> Any:
 
 
 def buffers(what: Pass, capacity: int, start: int, slots: int) -> Delta | Keys:
-    """The state in the fast path's buffers; what holds nothing is NaN."""
+    """The state in the fast path's buffers, whose other places hold NaN."""
     config = what.model.config
     if isinstance(what.state, DeltaState):
         own = Delta.empty(config, slots, CPU)
         own.projected.fill_(torch.nan)
         own.states.fill_(torch.nan)
         own.take(what.state, start)
-        before = what.state.conv.shape[
-            1
-        ]  # rows before position 0 count as zeros, whatever lies there
+        # Rows before position 0 count as zeros, whatever the buffer holds there.
+        before = what.state.conv.shape[1]
         own.projected[[p % RING for p in range(start - before, 0)]] = torch.nan
         return own
     kind = "fp8" if isinstance(what.state, FP8KVCache) else "auto"
@@ -206,7 +205,7 @@ def judged(name: str, got: Tensor, yardstick: Tensor, truth: Tensor) -> list[str
 
 
 def node_findings(what: Pass, **settings: Any) -> list[str]:
-    """What is wrong with a pass: its output, and the state that each row leaves."""
+    """Lines on what is wrong with a pass, in its output or in the state that each row leaves."""
     try:
         got = fast(what, **settings)
     except EmulatorError as error:
@@ -247,7 +246,7 @@ def rounding_findings(what: Pass) -> list[str]:
 
 
 def row_findings(what: Pass, parts: Sequence[int], **settings: Any) -> list[str]:
-    """Whether passes of so many rows each leave the bits of one pass over all rows."""
+    """Lines on bits that differ between passes of so many rows each and one pass over all rows."""
     whole = fast(what, **settings)
     begin = what.length if settings.get("start") is None else settings["start"]
     own = buffers(what, settings.get("capacity", 64), begin, settings.get("slots", 8))

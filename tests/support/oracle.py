@@ -5,7 +5,7 @@ same inputs at each module (the residual stream and the logits would hide a brok
 Comparisons look everything up at call time, so that a fault patched into the reference is seen by
 them.
 
-What float64 shows. transformers accumulates in float32 by name (`.float()` in the norms,
+transformers accumulates in float32 by name (`.float()` in the norms,
 `dtype=float` in the softmaxes, `.to(float32)` in the delta rule), so a float64 model of its own is
 no more exact than 1e-7. `as_wide_as_the_input` turns those casts off for tensors that are float64
 already, in its code as it stands; what remains in float32 is the RoPE table, on both sides and with
@@ -168,7 +168,7 @@ def translate(
     return state
 
 
-def _load(theirs: nn.Module, ours: nn.Module, key_heads: int, prefix: str) -> None:
+def load_into(theirs: nn.Module, ours: nn.Module, key_heads: int, prefix: str) -> None:
     """Copy our weights into a module of transformers', all of them and nothing else."""
     names = list(theirs.state_dict())
     state = translate(ours, names, key_heads, prefix)
@@ -186,7 +186,7 @@ def their_model(name: str, model: Model) -> Any:
     # `.to` has also cast the RoPE frequencies; their bits are float32's, and stay so.
     rotary = theirs.model.rotary_emb
     rotary.inv_freq = rotary.inv_freq.float()
-    _load(theirs, model, config.linear_num_key_heads, "model.")
+    load_into(theirs, model, config.linear_num_key_heads, "model.")
     return theirs
 
 
@@ -260,7 +260,7 @@ def layer_index(model: Model, kind: str) -> int:
     return found[min(1, len(found) - 1)]
 
 
-def _dtype(model: Model) -> torch.dtype:
+def dtype_of(model: Model) -> torch.dtype:
     return model.embed_tokens.weight.dtype
 
 
@@ -297,7 +297,7 @@ def _passes(model: Model, prompt: int, scale: float, seed: int) -> list[Tensor]:
     one row is luck."""
     count = 2 * BATCH if prompt == 1 else 1
     shape = (count * prompt, model.config.hidden_size)
-    return list(random(*shape, seed=seed, dtype=_dtype(model), scale=scale).split(prompt))
+    return list(random(*shape, seed=seed, dtype=dtype_of(model), scale=scale).split(prompt))
 
 
 # --- the comparisons: (model, theirs, prompt length, input scale) -> both sides, by name
@@ -311,7 +311,7 @@ def compare_norm(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
         if name.startswith("mtp") or type(module).__name__ != "RMSNorm":
             continue
         dim = module.weight.shape[0]
-        x = random(1, prompt, dim, seed=1, dtype=_dtype(model), scale=scale)
+        x = random(1, prompt, dim, seed=1, dtype=dtype_of(model), scale=scale)
         with as_wide_as_the_input(x.dtype):
             other = others[f"model.{name}"](x)
         pairs[name] = (module(x), other)
@@ -322,8 +322,8 @@ def compare_gated_norm(model: Model, theirs: Any, prompt: int, scale: float) -> 
     i = layer_index(model, "linear_attention")
     module, other = model.layers[i].linear_attn.norm, theirs.model.layers[i].linear_attn.norm
     dim = module.weight.shape[0]
-    x = random(2, prompt, 3, dim, seed=2, dtype=_dtype(model), scale=scale)
-    gate = random(2, prompt, 3, dim, seed=3, dtype=_dtype(model), scale=3 * scale)
+    x = random(2, prompt, 3, dim, seed=2, dtype=dtype_of(model), scale=scale)
+    gate = random(2, prompt, 3, dim, seed=3, dtype=dtype_of(model), scale=3 * scale)
     with as_wide_as_the_input(x.dtype):
         expected = other(x, gate)
     return {"output": (module(x, gate), expected)}
@@ -331,7 +331,7 @@ def compare_gated_norm(model: Model, theirs: Any, prompt: int, scale: float) -> 
 
 def compare_rope(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
     """The table and the turning, from position 0 and from far on."""
-    config, dtype = model.config, _dtype(model)
+    config, dtype = model.config, dtype_of(model)
     i = layer_index(model, "full_attention")
     turn = sys.modules[type(theirs.model).__module__].apply_rotary_pos_emb
     assert theirs.model.layers[i].self_attn.head_dim == config.head_dim
@@ -362,7 +362,7 @@ def compare_mlp(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
 
 
 def compare_router(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
-    """As a matrix over all experts: then the order among the chosen does not matter."""
+    """Weights as a matrix over all experts, in which the order of the chosen does not matter."""
     if not model.config.num_experts:
         return {}
     i = layer_index(model, "linear_attention")
@@ -384,7 +384,7 @@ def compare_router(model: Model, theirs: Any, prompt: int, scale: float) -> Pair
 
 
 def compare_experts(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
-    """With a choice of experts that uses few and leaves many out, given to both."""
+    """Both get the same choice of experts, which uses few of them."""
     if not model.config.num_experts:
         return {}
     i = layer_index(model, "linear_attention")
@@ -404,7 +404,7 @@ def compare_attention(model: Model, theirs: Any, prompt: int, scale: float) -> P
     i = layer_index(model, "full_attention")
     ours, other = model.layers[i].self_attn, theirs.model.layers[i].self_attn
     x = random(
-        BATCH, prompt + 3, model.config.hidden_size, seed=10, dtype=_dtype(model), scale=scale
+        BATCH, prompt + 3, model.config.hidden_size, seed=10, dtype=dtype_of(model), scale=scale
     )
 
     def run_theirs(part: Tensor, cache: Any, past: int) -> Tensor:
@@ -417,7 +417,7 @@ def compare_delta_net(model: Model, theirs: Any, prompt: int, scale: float) -> P
     i = layer_index(model, "linear_attention")
     ours, other = model.layers[i].linear_attn, theirs.model.layers[i].linear_attn
     x = random(
-        BATCH, prompt + 3, model.config.hidden_size, seed=11, dtype=_dtype(model), scale=scale
+        BATCH, prompt + 3, model.config.hidden_size, seed=11, dtype=dtype_of(model), scale=scale
     )
 
     def run_theirs(part: Tensor, cache: Any, past: int) -> Tensor:
@@ -439,12 +439,12 @@ def compare_moe(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
 
 
 def compare_layer(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
-    """A whole decoder layer of each kind."""
+    """A whole decoder layer of each kind of mixer."""
     pairs: Pairs = {}
     for kind in ("linear_attention", "full_attention"):
         i = layer_index(model, kind)
         x = random(
-            4, prompt + 2, model.config.hidden_size, seed=13, dtype=_dtype(model), scale=scale
+            4, prompt + 2, model.config.hidden_size, seed=13, dtype=dtype_of(model), scale=scale
         )
 
         def run_theirs(part: Tensor, cache: Any, past: int, i: int = i, kind: str = kind) -> Tensor:
@@ -471,62 +471,3 @@ COMPARISONS: dict[str, Callable[[Model, Any, int, float], Pairs]] = {
     "SparseMoeBlock": compare_moe,
     "DecoderLayer": compare_layer,
 }
-
-
-# --- the MTP oracle
-
-
-class OracleMTP(nn.Module):
-    """The MTP head out of transformers' parts, which has no class for it.
-
-    Parameter names are the checkpoint's after `mtp.`. offset: the position of row 0, which should
-    not matter, RoPE being relative.
-    """
-
-    def __init__(self, theirs: Any, model: Model, offset: int = 0) -> None:
-        super().__init__()
-        assert model.mtp is not None
-        config = type(theirs.config).from_dict(
-            theirs.config.to_dict() | {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
-        )
-        config._attn_implementation = "eager"
-        config._experts_implementation = "eager"
-        norm, layer = type(theirs.model.norm), type(theirs.model.layers[0])
-        D, eps = config.hidden_size, config.rms_norm_eps
-        self.pre_fc_norm_embedding = norm(D, eps)
-        self.pre_fc_norm_hidden = norm(D, eps)
-        self.fc = nn.Linear(2 * D, D, bias=False)
-        self.layers = nn.ModuleList([layer(config, 0)])
-        self.norm = norm(D, eps)
-        self.to(_dtype(model)).eval().requires_grad_(False)
-        _load(self, model.mtp, config.linear_num_key_heads, "")
-        self.offset, self.config = offset, config
-        self.__dict__["trunk"] = theirs  # not a submodule: its weights are not the head's
-
-    def new_cache(self) -> Any:
-        return DynamicCache(config=self.config)
-
-    def forward(self, ids: Tensor, hidden: Tensor, cache: Any) -> Tensor:
-        """ids [1, T] follow the tokens of hidden [1, T, D]; goes on from the cache."""
-        past = cache.get_seq_length()
-        with as_wide_as_the_input(hidden.dtype):
-            embeds = self.trunk.model.embed_tokens(ids)
-            halves = (self.pre_fc_norm_embedding(embeds), self.pre_fc_norm_hidden(hidden))
-            fused = self.fc(torch.cat(halves, dim=-1))
-            arguments = their_attention_arguments(self.trunk, fused, cache, past)
-            arguments["position_embeddings"] = their_rope(self.trunk, fused, past + self.offset)
-            return self.norm(self.layers[0](fused, **arguments))
-
-
-def their_hidden(theirs: Any, ids: Tensor, cache: Any = None) -> Tensor:
-    """The trunk's state after its final norm, [1, T, D]."""
-    with as_wide_as_the_input(theirs.dtype):
-        return theirs.model(
-            ids, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
-
-
-def their_logits(theirs: Any, ids: Tensor, cache: Any = None) -> Tensor:
-    """[1, T, vocab]."""
-    with as_wide_as_the_input(theirs.dtype):
-        return theirs(ids, past_key_values=cache, use_cache=cache is not None).logits

@@ -9,12 +9,6 @@ from tests.support.fast_nodes import a_pass
 from tests.support.prefill_nodes import cut_findings, prefill_findings, prefilled
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
-
-
 @pytest.mark.parametrize("rows, scale", [(9, 1.0), (64, 1.0), (65, 0.01), (130, 1.0)])
 def test_a_delta_nets_outputs_and_the_state_it_leaves(rows: int, scale: float):
     assert not prefill_findings(a_pass("linear_attn", rows, scale=scale))

@@ -25,12 +25,6 @@ from tests.support.fast_nodes import a_pass
 from tests.support.prefill_nodes import CPU, Poisoned, carried_out, cut_findings, prefill_findings
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
-
-
 def output(chosen: Case) -> Tensor:
     node = fast_experts(chosen.E, chosen.D, chosen.I)
     work, out = moe.experts(

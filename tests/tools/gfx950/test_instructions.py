@@ -188,7 +188,7 @@ def check_division() -> None:
 
 
 def check_lanes() -> None:
-    """DPP, swaps, permutations: lanes worked out by hand."""
+    """DPP, swaps and permutations give the lanes that were worked out by hand."""
     dpp = "row_mask:0xf bank_mask:0xf"
     quad = lanes_after(f"v_mov_b32_dpp v10, v0 quad_perm:[1,0,3,2] {dpp}")
     assert quad[:8] == [1, 0, 3, 2, 5, 4, 7, 6]

@@ -104,7 +104,7 @@ DECODE = "\tv_cvt_scalef32_pk_bf16_fp4 v4, v5, v6\n"
 def test_the_hot_loop_has_most_decodes_then_most_products_then_most_instructions(
     bodies: tuple[str, ...], hot: int
 ):
-    """Of a kernel that also sums the shared expert, or chooses, the loop over the weights is meant."""
+    """In a kernel with several loops, the hot loop is the one over the weights."""
     for order in (1, -1):
         loops = [f".L{i}:\n{body}\ts_cbranch_scc1 .L{i}\n" for i, body in enumerate(bodies)][
             ::order
@@ -116,7 +116,7 @@ def test_the_hot_loop_has_most_decodes_then_most_products_then_most_instructions
 
 @pytest.mark.filterwarnings("ignore:.*is not in configs.json")
 def test_the_hot_loop_of_a_kernel_of_the_experts_is_the_one_over_the_weights():
-    """Of `gate_up` and `down`, each with a loop of the shared expert beside it."""
+    """`gate_up` and `down` have a loop for the shared expert beside it."""
     block = fast_block(slow_block(4, 1024, 1024, 2, 256))
     launches, _ = block.launches(exact_rows(1, 3, 1024), Scratch(CPU))
     for launch in launches[1:]:
@@ -142,7 +142,7 @@ def test_parsing_keeps_operands_and_modifiers_apart():
 
 
 def kernel(body: str) -> Kernel:
-    """A kernel of one pointer at s[0:1], whose own LDS begins at 0."""
+    """A kernel with one argument, a pointer in s[0:1], and an LDS that begins at 0."""
     lines = "\n".join(f"\t{line}" for line in body.strip().splitlines())
     return Kernel(f"k:\n\ts_load_dwordx2 s[4:5], s[0:1], 0x0\n{lines}\n\ts_endpgm\n", "k")
 
@@ -150,13 +150,13 @@ def kernel(body: str) -> Kernel:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("v_frobnicate_b32 v0, v1", "instruction not known"),
-        ("scratch_load_dword v0, off, s0", "instruction not known"),
+        ("v_frobnicate_b32 v0, v1", "instruction is not known"),
+        ("scratch_load_dword v0, off, s0", "instruction is not known"),
         ("v_add3_u32 v0, v1, v2, v3 clamp", "an integer result with mul, div or clamp"),
         ("v_add_u32_e32 v0, v1", "2 operands, expected 3"),
         ("v_add_u32_e32 v0, w1, v2", "operand 'w1' is not known"),
         ("v_mov_b32_dpp v0, v1 row_xmask:1 row_mask:0xf bank_mask:0xf", "'row_xmask' is not known"),
-        ("s_cbranch_scc1 .L9", "the label is not known"),
+        ("s_cbranch_scc1 .L9", "the branch's label is not in the kernel"),
         ("v_and_b32_e64 v0, -v1, v2", "cannot have a float's modifier"),
         ("v_mfma_f32_16x16x128_f8f6f4 v[0:3], v[4:9], v[4:9], 0 cbsz:2", "operand format 2"),
     ],

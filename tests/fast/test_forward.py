@@ -1,0 +1,38 @@
+"""Nodes called as modules, over the reference's own caches: in a pass of a few rows, and in the next."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from qwen35.cache import KVCache
+from tests.support.fast_cases import emulated
+from tests.support.fast_nodes import a_pass, fast, fast_node, numbers
+
+
+@pytest.mark.parametrize(("kind", "linear", "fp8"), [
+    ("linear_attn", True, False), ("self_attn", False, False), ("self_attn", False, True),
+    ("layer", True, False), ("layer", False, True),
+])  # fmt: skip
+def test_two_passes_through_forward_are_one_pass_of_launches(
+    kind: str, linear: bool, fp8: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """The outputs have the same bits, and so has what the reference's cache or state then holds."""
+    for module in ("attention", "deltanet", "layer"):
+        monkeypatch.setattr(f"fast.{module}.run", lambda launches, device: emulated(launches))
+    sizes = {"num_experts": 1, "num_experts_per_tok": 1} if kind == "layer" else {}
+    what = a_pass(kind, 3, length=126, linear=linear, fp8=fp8, **sizes)
+    expected = fast(what, capacity=200)
+    node, state = fast_node(what.node), what.state.copy()
+    parts = [node(what.x[None, first:last], state)[0].clone() for first, last in ((0, 2), (2, 3))]
+    assert torch.equal(torch.cat(parts), expected.out)
+    if isinstance(state, KVCache):
+        assert state.length == 126 + 3
+        before = numbers(what.state)
+        for name, held in numbers(state).items():
+            assert torch.equal(held[:, :, :126], before[name]), name
+            assert torch.equal(held[0, :, 126:].transpose(0, 1), expected.state[name]), name
+    else:
+        left = state.tensors()
+        assert torch.equal(left["conv"][0], expected.state["conv"])
+        assert torch.equal(left["recurrent"][0], expected.state["recurrent"][-1])

@@ -1,0 +1,23 @@
+"""Decoding round by round, from a prompt's cache."""
+
+from torch import Tensor
+
+from qwen35.cache import Cache
+from qwen35.sampling import Sampling
+from qwen35.speculative import Decoder
+from reference.model import Model
+
+GREEDY = Sampling()
+
+
+def decoder(
+    model: Model, cache: Cache, token: int, hidden: Tensor, depth: int, sampling: Sampling = GREEDY
+) -> Decoder:
+    """The reference's decoder behind a prompt; no token ends the text.
+
+    token: the newest token, which the cache does not hold. hidden: the trunk's state of the token
+    before it, [1, 1, D].
+    """
+    return Decoder(
+        model, cache, token=token, hidden=hidden, depth=depth, sampling=sampling, stop=frozenset()
+    )
