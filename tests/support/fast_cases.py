@@ -83,7 +83,7 @@ def emulated(
 ) -> list[Statistics]:
     """Run launches on poisoned memory. EmulatorError goes through."""
     poison(launches)
-    return [emulate(launch, seed=seed, batch=batch) for launch in launches]
+    return [emulate([launch], seed=seed, batch=batch) for launch in launches]
 
 
 # ---- experts

@@ -24,7 +24,7 @@ from tools.gfx950.memory import Memory
 
 def run_sample(name: str, seed: int | None = None, data: int = 0) -> None:
     sample = SAMPLES[name](np.random.default_rng(data))
-    target.emulate(sample.launch, seed=seed)
+    target.emulate([sample.launch], seed=seed)
     got = sample.output.double().numpy()
     error = np.abs(got - sample.expected).max() / np.abs(sample.expected).max()
     assert error <= sample.tolerance, f"{name}: {error}"
@@ -53,7 +53,7 @@ def test_compiling_needs_no_data_and_leaves_the_driver(name: str):
     assert ".target sm_90" in nvidia.text and "gfx950" in amd.text
     assert parse(amd.text, amd.name).resources["vgpr_spills"] == 0
     with pytest.raises(InputError, match="expected a tensor on the CPU"):
-        target.emulate(launch)
+        target.emulate([launch])
     with pytest.raises(InputError, match="'gfx1' is none of gfx950, sm_90"):
         target.compile_launch(launch, "gfx1")
 
