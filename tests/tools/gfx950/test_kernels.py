@@ -58,6 +58,40 @@ def test_compiling_needs_no_data_and_leaves_the_driver(name: str):
         target.compile_launch(launch, "gfx1")
 
 
+def test_launches_run_one_after_the_other_and_count_together():
+    """As `fast.launch.run` takes them: the second one reads what the first one wrote."""
+    sample = SAMPLES["softmax"](np.random.default_rng(0))
+    first, between = sample.launch, sample.output
+    out = torch.empty_like(between)
+    second = replace(first, arguments=first.arguments | {"x": between, "o": out})
+    both = target.emulate([first, second], CPU)
+    torch.testing.assert_close(out, between.softmax(-1))
+    alone = [target.emulate([launch]) for launch in (first, second)]
+    assert both.instructions == sum(one.instructions for one in alone)
+    assert both.bytes_read == sum(one.bytes_read for one in alone) > 0
+    assert both.bytes_written == sum(one.bytes_written for one in alone) > 0
+    assert both.by_mnemonic == alone[0].by_mnemonic + alone[1].by_mnemonic
+    with pytest.raises(InputError, match="the emulator runs on the CPU; this is meta"):
+        target.emulate([first], torch.device("meta"))
+
+
+def test_an_error_names_the_launch_and_the_array():
+    launch = SAMPLES["softmax"](np.random.default_rng(0)).launch
+    beyond = replace(launch, name="one too many", grid=(launch.grid[0] + 1, 1, 1))
+    source = next(iter(launch.arguments))
+    nbytes = launch.arguments[source].nbytes
+    said = rf"^one too many: load .* of {source}, an array of {nbytes}, at: buffer_load"
+    with pytest.raises(EmulatorError, match=said):
+        target.emulate([launch, beyond])
+    absent = replace(
+        launch, arguments=launch.arguments | {source: launch.arguments[source].to("meta")}
+    )
+    with pytest.raises(
+        InputError, match=f": argument {source}: meta, expected a tensor on the CPU"
+    ):
+        target.emulate([absent])
+
+
 def test_the_hot_loop_is_the_longest_of_the_innermost_where_none_has_products():
     text = """k:
 \ts_mov_b32 s0, 0
