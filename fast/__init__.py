@@ -1,7 +1,7 @@
-"""What is fast today: node pattern -> replacement, for `swap` and for `--swap PATTERN=MODULE:CLASS`."""
+"""The nodes with a fast class: pattern -> class, for `swap` and for `--swap PATTERN=MODULE:CLASS`."""
 
 SWAPS = {
-    "layers.*.mlp": "fast.moe:SparseMoeBlock",  # of a mixture of experts, passes of 1 to 8 rows
+    "layers.*.mlp": "fast.moe:SparseMoeBlock",  # only where it is a mixture of experts
     "layers.*.mlp.experts": "fast.moe:Experts",
     "layers.*.mlp.gate": "fast.router:Router",
 }

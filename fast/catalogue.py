@@ -1,5 +1,4 @@
-"""Every kernel at the sizes that the project ships, on tensors without memory: to be compiled, not
-run."""
+"""Every kernel at the sizes of the published model, on tensors without memory: to compile, not to run."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,18 +26,23 @@ CAPACITY, DRAFTS = 16_384, 3
 
 def sliced(config: Config, ranks: int) -> Config:
     """One rank's share of a model: heads, intermediate sizes and the vocabulary are divided.
-    InputError."""
+
+    InputError that names the first size that the number of ranks does not divide.
+    """
     for name in DIVIDED:
         if getattr(config, name) % ranks:
             raise InputError(f"{name} = {getattr(config, name)} does not divide by {ranks} ranks")
     shares: dict[str, Any] = {name: getattr(config, name) // ranks for name in DIVIDED}
-    # A key head is kept by every rank that has a query head of it.
+    # With more ranks than key heads, each rank keeps the one that its query heads read.
     shares["num_key_value_heads"] = max(1, config.num_key_value_heads // ranks)
     return replace(config, **shares)
 
 
 def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
-    """Each launch of a round of 397B on 1 to 8 ranks, once. build: a reference model without memory."""
+    """Each kernel and shape in a decode round of the 397B on 1, 2, 4 and 8 ranks, once.
+
+    build: makes a reference model of a config, on the device meta.
+    """
     seen: set[str] = set()
     meta = torch.device("meta")
     for ranks in RANKS:
@@ -54,7 +58,8 @@ def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
 
 
 def fast(model: Any, config: Config, target: str, device: torch.device) -> None:
-    """Put the fast path's layers into a reference model, with experts that have no values."""
+    """Replace a reference model's layers and MTP head by the fast ones, with experts on `device` that
+    hold no weights."""
     for layer in (*model.layers, *model.mtp.layers):
         sizes = config.num_experts, config.hidden_size, config.moe_intermediate_size
         gate = layer.mlp.gate

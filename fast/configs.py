@@ -15,8 +15,8 @@ TABLE = Path(__file__).with_name("configs.json")
 Config = dict[str, int]
 
 
-# What is taken without a warning for a shape that the table does not have: kernels that do about as well
-# with one configuration for all shapes.
+# Defaults for shapes that the table does not have, taken without a warning: these kernels run about as
+# fast with one configuration for all shapes.
 USUAL: dict[str, dict[str, Config]] = {
     "gfx950": {
         "linear": {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 1, "num_stages": 2},
@@ -41,6 +41,7 @@ USUAL: dict[str, dict[str, Config]] = {
 
 @cache
 def table() -> dict[str, dict[str, dict[str, Config]]]:
+    """The whole of `configs.json`: target -> kernel -> shape, as `key` writes it -> configuration."""
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
@@ -51,8 +52,11 @@ def key(**shape: int) -> str:
 
 @cache
 def lookup(target: str, kernel: str, shape: str) -> Config:
-    """The configuration of a shape, else the usual one; where there is none, with a warning, that of the
-    nearest shape in the table."""
+    """The configuration of a kernel for a shape, as `key` writes it.
+
+    A shape that the table lacks gets the kernel's default. A kernel without a default gets the
+    configuration of the nearest shape in the table, with a warning. InputError when there is none.
+    """
     known = table().get(target, {}).get(kernel, {})
     if shape in known:
         return known[shape]
@@ -70,22 +74,22 @@ def lookup(target: str, kernel: str, shape: str) -> Config:
 
 
 def fitted(config: Config, N: int, K: int, *, fp4: bool = True) -> Config:
-    """The same with blocks that divide N and K; both are multiples of 16, so that no block vanishes.
+    """A configuration with blocks that divide N and K. Both are multiples of 16, so no block vanishes.
 
-    Weights that are not FP4 take four times the memory, and half of the block's length along K.
+    fp4 False: the weights are bf16, which take four times the memory, so blocks along K are at most 128.
     """
     n, k = math.gcd(config["BLOCK_N"], N), math.gcd(config["BLOCK_K"], K)
     if not fp4:
         return config | {"BLOCK_N": n, "BLOCK_K": math.gcd(k, 128)}
     warps = config["num_warps"]
     if k < config["BLOCK_K"]:
-        # More rows for each warp: of 16 rows by 128 elements Triton makes a layout that tears words of
-        # Hopper's codes apart (`launch.check_packing`).
+        # Fewer warps, so that each has more rows: for 16 rows by 128 elements Triton chooses a layout
+        # that spreads a word of Hopper's codes over several threads (`launch.check_packing`).
         warps = min(warps, max(1, n // 32))
     return config | {"BLOCK_N": n, "BLOCK_K": k, "num_warps": warps}
 
 
 def _distance(shape: str, other: str) -> float:
-    """In powers of two, over all sizes."""
+    """How far apart two shapes are: the sum over all sizes of |log2 of their quotient|."""
     sizes, others = ([int(part.split("=")[1]) for part in text.split()] for text in (shape, other))
     return sum(abs(math.log2(a / b)) for a, b in zip(sizes, others, strict=True))

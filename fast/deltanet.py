@@ -15,11 +15,12 @@ from qwen35.errors import InputError
 
 
 class GatedDeltaNet(nn.Module):
-    """x: [B, T, D] after the tokens that `state` has seen -> [B, T, D]; updates `state`.
+    """x: [B, T, D], the tokens after those that `state` has seen -> [B, T, D]; updates `state`.
 
-    in_proj [M, D] bf16: rows of q, k, v, z, b and a; the reference's four matrices are parts of it. A
-    pass of up to 8 rows is three launches: in-projection; convolution, gates, delta rule and gated
-    norm; out-projection. More rows go through the reference's node over the same weights (`many`).
+    in_proj [M, D] bf16: rows of q, k, v, z, b and a; the reference's four matrices are views of it. A
+    pass of up to 8 rows is three launches: the in-projection; convolution, gates, delta rule and gated
+    norm; the out-projection. Passes of more rows use `many`, the reference's node over the same weights.
+    InputError when a head size is not a power of two.
     """
 
     def __init__(self, module: Any, target: str) -> None:
@@ -42,7 +43,7 @@ class GatedDeltaNet(nn.Module):
 
     @classmethod
     def from_reference(cls, module: Any, target: str | None = None) -> "GatedDeltaNet":
-        """From `reference.deltanet.GatedDeltaNet`. target: the device's own when not given."""
+        """Replaces a `reference.deltanet.GatedDeltaNet`. target: default, that of the weights' device."""
         return cls(module, target or target_of(module.out_proj.weight.device))
 
     def launches(
@@ -56,9 +57,11 @@ class GatedDeltaNet(nn.Module):
         then: Norm | None = None,
         out: str = "mixed",
     ) -> tuple[list[Launch], Any]:
-        """What a pass launches for rows x [N, D] bf16 at positions start[0] and later, and its output
-        [N, D] bf16, not written yet. x: a stream is normalised. residual, then, out: as of
-        `fast.linear.product`."""
+        """The launches of a pass, and its output [N, D] bf16, which they will write.
+
+        x: [N, D] bf16, the rows of positions start[0] and later; a `Stream` is normalised first. start
+        [1] int32, on the device. residual, then, out: as in `fast.linear.product`.
+        """
         from fast.kernels import deltanet as kernels  # Triton is needed from here on
 
         rows = read_normed(x)["x"]
@@ -107,17 +110,18 @@ class GatedDeltaNet(nn.Module):
         return out[None]
 
     def begin(self, x: Tensor, state: DeltaState) -> tuple[Delta, Tensor, None]:
-        """The reference's state as this node's, and the position that a pass then begins at."""
+        """The reference's state in this node's buffers, and the position at which a pass then begins."""
         taps = state.conv.shape[1]
         own = Delta(
             x.new_zeros(RING, len(self.in_proj)),
             state.recurrent.new_zeros(MAX_ROWS, *state.recurrent.shape[1:]),
         )
-        own.take(state, taps)  # as if it stood after so many tokens: no row before them is read
+        # The rule depends on no absolute position; at position `taps`, all rows that it reads exist.
+        own.take(state, taps)
         return own, torch.tensor([taps], dtype=torch.int32, device=x.device), None
 
     def end(self, own: Delta, state: DeltaState, T: int) -> None:
-        """Advance the reference's state by a pass of T rows that began as `begin` said."""
+        """Advance the reference's state by a pass of T rows, which began where `begin` said."""
         taps, columns = state.conv.shape[1:]
         rows = torch.cat((state.conv[0], own.projected[taps : taps + T, :columns]))
         state.advance(rows[None], [own.states[None, (taps + t) % MAX_ROWS] for t in range(T)])

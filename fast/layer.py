@@ -1,6 +1,7 @@
 """One decoder layer for 1 to 8 rows: six launches with a delta net, seven with attention.
 
-Both norms and both residuals are done by the launches beside them (kernels/linear.py).
+No norm and no residual has a launch of its own: the products beside them include them
+(kernels/linear.py).
 """
 
 from typing import Any
@@ -24,7 +25,7 @@ Rope = tuple[Tensor, Tensor]  # cosine and sine, as `fast.state.rope_table` give
 class DecoderLayer(nn.Module):
     """x: [B, T, D] -> [B, T, D]. `state` is the mixer's: KVCache or DeltaState, updated in place.
 
-    More than 8 rows go through the reference's layer, in which the fast nodes stand (`many`).
+    Passes of more than 8 rows use `many`: the reference's layer, with the fast nodes in it.
     """
 
     def __init__(self, module: Any, target: str) -> None:
@@ -43,12 +44,12 @@ class DecoderLayer(nn.Module):
 
     @classmethod
     def from_reference(cls, module: Any, target: str | None = None) -> "DecoderLayer":
-        """From `reference.layer.DecoderLayer`. target: the device's own when not given."""
+        """Replaces a `reference.layer.DecoderLayer`. target: default, that of the weights' device."""
         return cls(module, target or target_of(module.input_layernorm.weight.device))
 
     @property
     def mixer(self) -> GatedDeltaNet | GatedAttention:
-        """The node that carries the state."""
+        """The delta net or the attention, whichever this layer has."""
         return self.many.linear_attn if self.is_linear else self.many.self_attn  # pyright: ignore
 
     def launches(
@@ -60,9 +61,12 @@ class DecoderLayer(nn.Module):
         scratch: Scratch,
         then: Norm | None,
     ) -> tuple[list[Launch], Any]:
-        """What a pass launches for the rows of a stream, N of them, at positions start[0] and later,
-        and its output, not written yet: a stream for the norm `then`, or [N, D] bf16 where none
-        follows. The output may be x's own memory. rope: where it has attention."""
+        """The launches of a pass, and its output, which they will write: a stream for the norm `then`, or
+        [N, D] bf16 where no norm follows. The output may lie in x's own memory.
+
+        x: the N rows of positions start[0] and later. start [1] int32, on the device. rope: needed by
+        attention alone.
+        """
         settings: dict[str, Any] = {
             "residual": x.x, "then": self.post_attention_layernorm, "out": "after mixer"
         }  # fmt: skip
@@ -94,7 +98,8 @@ class DecoderLayer(nn.Module):
 def embedded(
     table: Tensor, ids: Tensor, then: Norm, target: str, scratch: Scratch
 ) -> tuple[Launch, Stream]:
-    """The rows `ids` [N] int32 of a table [vocab, D] bf16 as a stream for the norm `then`."""
+    """The launch that looks up rows `ids` [N] int32 of a table [vocab, D] bf16, and the stream that it
+    writes for the norm `then`."""
     from fast.kernels import embedding as kernels  # Triton is needed from here on
 
     D = table.shape[1]

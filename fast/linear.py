@@ -29,10 +29,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class Stream:
-    """Rows of the residual stream with what the norm behind them needs.
+    """Rows of the residual stream, prepared for the norm that follows.
 
-    x [N, D] bf16. scaled [N, D] bf16: x * (1 + weight) of that norm. squares [parts, ROWS] fp32: sums of
-    x^2 over parts of the columns. The norm is scaled / sqrt(sum of squares / D + eps).
+    x [N, D] bf16. scaled [N, D] bf16: x * (1 + weight), with the norm's weight. squares [parts, ROWS]
+    fp32: each row's sum of x^2, over parts of the columns. The normalised rows are
+    scaled / sqrt(sum of squares / D + eps).
     """
 
     x: Tensor
@@ -44,13 +45,13 @@ class Stream:
     def empty(
         cls, name: str, rows: int, D: int, parts: int, target: str, eps: float, scratch: Scratch
     ) -> "Stream":
-        """Buffers of that name, not written yet."""
+        """Buffers in `scratch`, under names that begin with `name`, for some launch to write."""
         squares = scratch(f"{name} squares", parts, ROWS[target], dtype=torch.float32)
         return cls(scratch(name, rows, D), scratch(f"{name} scaled", rows, D), squares, eps)
 
 
 def read_normed(x: Tensor | Stream) -> dict[str, Any]:
-    """A kernel's arguments for rows that it reads, which are normalised where they are a stream's."""
+    """A kernel's arguments for the rows that it reads; the kernel normalises them if x is a stream."""
     if isinstance(x, Stream):
         parts = x.squares.shape[-2]
         return {"x": x.scaled, "squares": x.squares, "eps": x.eps, "PARTS": parts}
@@ -60,7 +61,8 @@ def read_normed(x: Tensor | Stream) -> dict[str, Any]:
 def written(
     name: str, rows: int, D: int, parts: int, target: str, then: Norm | None, scratch: Scratch
 ) -> tuple[dict[str, Any], Any]:
-    """A kernel's arguments for rows that it writes, and the result: a stream where a norm follows."""
+    """A kernel's arguments for the rows [rows, D] that it writes, and the result: a stream if a norm
+    follows (`then`), else a buffer. parts: blocks of columns that the kernel sums squares over."""
     if then is None:
         out = scratch(name, rows, D)
         unused = {"next_norm": out, "scaled": out, "out_squares": out, "HAS_NEXT": False}
@@ -86,13 +88,17 @@ def product(
     activated: bool = False,
     out: str | None = None,
 ) -> tuple[Launch, Any]:
-    """x [N, K] bf16, weight [M, K] bf16 -> [N, M] bf16: (residual +) x W^T.
+    """The launch of x W^T (+ residual), x [N, K] bf16 and weight [M, K] bf16, and its result [N, M] bf16.
 
-    x: a stream is normalised. residual [N, M] bf16.
-    then: the norm that follows: the result is a stream. ring: a buffer [RING, M] bf16 and a position [1]
-    int32: the rows are written where their positions fall, and the buffer is the result. activated: rows
-    2 i and 2 i + 1 are a gate and an up; the result is silu(gate) * up, [N, M / 2]. out: the name of the
-    result in `scratch`; default: that of the launch.
+    x: a stream is normalised first.
+    residual: [N, M] bf16, added to the product.
+    then: the norm that follows; the result is then a stream.
+    ring: a buffer [RING, M] bf16 and the first row's position, [1] int32. The row of position p is
+        written at p modulo RING, and the result is the buffer.
+    activated: rows 2 i and 2 i + 1 of the weight are a gate and an up; the result is silu(gate) * up,
+        [N, M / 2].
+    name, out: the launch's name, and the result's in `scratch` (default: the same).
+    InputError when K is not a multiple of 16.
     """
     from fast.kernels import linear as kernels  # Triton is needed from here on
 
@@ -124,7 +130,7 @@ def product(
 
 
 def in_bf16(module: Any) -> nn.Parameter:
-    """A module's weight, which has to be floating point."""
+    """A module's weight in bf16. InputError when it is quantised."""
     weight = module.weight
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise InputError(f"a weight in {weight.dtype}; the fast path needs bf16 here")
@@ -132,14 +138,16 @@ def in_bf16(module: Any) -> nn.Parameter:
 
 
 def twin(module: Any) -> Any:
-    """A module whose parts may be replaced while the first one keeps its own; they share all weights."""
+    """A copy of a module that shares its submodules; replacing one in the copy leaves the module as it
+    is."""
     second = copy.copy(module)
     second._modules = dict(module._modules)
     return second
 
 
 def stacked(*modules: Any) -> nn.Parameter:
-    """The weights of several layers as one matrix; theirs become parts of it, so nothing exists twice."""
+    """The weights of several layers as one matrix, first rows first. The layers' own weights become views
+    of it, so that nothing is in memory twice."""
     whole = torch.cat([in_bf16(module) for module in modules])
     first = 0
     for module in modules:
@@ -150,7 +158,8 @@ def stacked(*modules: Any) -> nn.Parameter:
 
 
 def interleaved(gate: Any, up: Any) -> nn.Parameter:
-    """Gate row 0, up row 0, gate row 1, ... [2 I, K]; the two layers' weights become parts of it."""
+    """The weights of two layers as one matrix [2 I, K]: gate row 0, up row 0, gate row 1, and so on. The
+    layers' own weights become views of it."""
     whole = torch.stack([in_bf16(gate), in_bf16(up)], 1).flatten(0, 1)
     for first, module in enumerate((gate, up)):
         module.weight = nn.Parameter(whole[first::2], requires_grad=False)

@@ -16,20 +16,22 @@ from qwen35.errors import InputError
 from weights import fp8, mxfp4, words
 from weights.entry import decode
 
-MAX_PAIRS = 128  # rows times top-k that a program looks through
-MAX_SCALE = {"gfx950": 254, "sm_90": 128}  # largest e8m0 code that the decoding holds
+MAX_PAIRS = 128  # the most rows times top-k: a program searches them all for its expert
+MAX_SCALE = {"gfx950": 254, "sm_90": 128}  # the largest e8m0 code that the target's decoding takes
 
 
 class Experts(nn.Module):
     """x [N, D] bf16, experts [N, k] integers, weights [N, k] -> [N, D] bf16.
 
-    As MXFP4: gate_up [E, 2 I, D/2] uint8 (gate row 0, up row 0, gate row 1, ...) and its scales
-    [E, 2 I, D/32]; down [E, D, I/2] and [E, D, I/32]. I is rounded up to a multiple of 128, with zeros.
-    gfx950 takes the checkpoint's own order. For sm_90 codes are encoded as `weights/words.py` tells, and
-    gate_up and its scales lie in its tiles. As bf16: gate_up [E, 2 I, D] and down [E, D, I], no scales.
+    MXFP4 weights: gate_up [E, 2 I, D/2] uint8 (gate row 0, up row 0, gate row 1, ...) with scales
+    [E, 2 I, D/32]; down [E, D, I/2] with scales [E, D, I/32]. I is rounded up to a multiple of 128 and
+    padded with zeros. gfx950 reads codes in the checkpoint's own order. For sm_90 they are encoded as in
+    `weights/words.py`, and gate_up and its scales are stored in its tiles.
+    bf16 weights: gate_up [E, 2 I, D] and down [E, D, I], without scales.
 
-    Sums are fp32; a row's bits do not depend on other rows. Up to 8 rows take two launches; more are
-    computed by torch, an expert at a time, from the same weights.
+    Sums are fp32; a row's bits do not depend on other rows. Up to 8 rows take two launches; more rows are
+    computed by torch from the same weights, one expert after the other. InputError for sizes that the
+    kernels do not take.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class Experts(nn.Module):
         super().__init__()
         if target not in ROWS:
             raise InputError(f"target {target!r}; expected {' or '.join(ROWS)}")
-        self.stored_I = I  # of the checkpoint; I is padded
+        self.stored_I = I  # the checkpoint's; self.I is padded
         I = -(-I // words.SPAN) * words.SPAN if fp4 else I
         multiple = words.SPAN if fp4 else 16
         if D % multiple or I % multiple:
@@ -68,9 +70,11 @@ class Experts(nn.Module):
 
     @classmethod
     def from_reference(cls, module: Any, target: str | None = None) -> "Experts":
-        """From `reference.moe.Experts`. MXFP4 weights stay so; bf16 ones stay, FP8 ones become, bf16.
+        """Replaces a `reference.moe.Experts`. MXFP4 and bf16 weights keep their format; FP8 ones become
+        bf16.
 
-        target: the device's own when not given. Expert by expert; the module keeps its weights.
+        Experts are packed one by one, into memory of their own; the module keeps its weights. target:
+        default, that of the weights' device.
         """
         if isinstance(module, Experts):
             return module
@@ -95,9 +99,11 @@ class Experts(nn.Module):
         down_scale: Tensor,
         target: str | None = None,
     ) -> "Experts":
-        """From stacked MXFP4 tensors: gate_up [E, 2 I, D/2], gate rows first, down [E, D, I/2], uint8.
+        """From stacked MXFP4 tensors, all uint8: gate_up [E, 2 I, D/2], all gate rows before the up rows,
+        with scales [E, 2 I, D/32]; down [E, D, I/2] with scales [E, D, I/32].
 
-        Shuffled ones come out of `weights.layout.unpack`, and may stay resident beside these.
+        They are copied. `weights.layout.unpack` makes such tensors from shuffled ones. InputError for
+        other shapes and dtypes.
         """
         E, I2, half = gate_up.shape
         I, D = I2 // 2, half * 2
@@ -125,7 +131,8 @@ class Experts(nn.Module):
         up: tuple[Tensor, Tensor],
         down: tuple[Tensor, Tensor],
     ) -> None:
-        """One expert's MXFP4 codes and scales, in the checkpoint's order."""
+        """Store one expert's MXFP4 codes and scales, given in the checkpoint's order. gate, up: [I, D/2] and
+        [I, D/32]; down: [D, I/2] and [D, I/32]. InputError when a scale is NaN or too large."""
         for name, (_, scale) in {"gate": gate, "up": up, "down": down}.items():
             largest = int(scale.max())
             if largest > MAX_SCALE[self.target]:
@@ -134,7 +141,7 @@ class Experts(nn.Module):
                     + (" (NaN)" if largest == mxfp4.NAN_SCALE else "")
                     + f"; {self.target} decodes scales up to {MAX_SCALE[self.target]}"
                 )
-        # Gate row 0, up row 0, gate row 1, ...: of codes, and of scales.
+        # Codes and scales alike: gate row 0, up row 0, gate row 1, and so on.
         more = 2 * (self.I - self.stored_I)
         gate_up, gate_up_scale = (
             F.pad(torch.stack(two, 1).flatten(0, 1), (0, 0, 0, more))
@@ -152,12 +159,13 @@ class Experts(nn.Module):
         self.down[e], self.down_scale[e] = down_codes, down_scale
 
     def put_bf16(self, e: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
-        """One expert's weights: gate and up [I, D], down [D, I]."""
+        """Store one expert's bf16 weights: gate and up [I, D], down [D, I]."""
         self.gate_up[e] = torch.stack((gate, up), 1).flatten(0, 1)
         self.down[e] = down
 
     def expert(self, e: int) -> tuple[Tensor, Tensor]:
-        """One expert's weights in bf16: gate and up rows in turn [2 I, D], and down [D, I]."""
+        """One expert's weights in bf16: gate_up [2 I, D], whose gate and up rows alternate, and down
+        [D, I]."""
         if not self.fp4:
             return self.gate_up[e], self.down[e]
         gate_up, gate_up_scale = self.gate_up[e], self.gate_up_scale[e]
@@ -182,11 +190,11 @@ class Experts(nn.Module):
         then: Norm | None = None,
         out: str = "moe",
     ) -> tuple[list[Launch], Any]:
-        """What `forward` launches for up to 8 rows, and its output [N, D] bf16, not written yet.
+        """The launches of `forward` for up to 8 rows, and the output [N, D] bf16, which they will write.
 
-        experts [N, k] int32, weights [N, k] fp32. shared: of the shared expert the router's parts
-        (`Choice.parts`) and its down weight [D, I] bf16; it and residual [N, D] bf16 join the sum before
-        it is rounded. then, out: as of `fast.linear.product`.
+        experts [N, k] int32, weights [N, k] fp32. shared: what the shared expert needs, the router's
+        parts (`Choice.parts`) and its down weight [D, I] bf16. The shared expert and residual [N, D] bf16
+        are added to the sum before it is rounded. then, out: as in `fast.linear.product`.
         """
         from fast.kernels import moe as kernels  # Triton is needed from here on
 
@@ -257,7 +265,7 @@ class Experts(nn.Module):
         return out
 
     def _check_choice(self, x: Tensor, experts: Tensor, weights: Tensor) -> None:
-        """InputError unless there is a choice for each row x [N, D]."""
+        """InputError unless experts and weights are [N, k] for x [N, D] in bf16."""
         check_width("experts", x, self.D)
         if experts.shape[:-1] != x.shape[:1] or weights.shape != experts.shape:
             raise InputError(
@@ -266,7 +274,7 @@ class Experts(nn.Module):
             )
 
     def _one_by_one(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """Any number of rows, by torch's products of GRID rows at a time: a row's bits are its own."""
+        """Any number of rows. torch's products have GRID rows each, so a row's bits are its own."""
         outputs = x.new_empty(*experts.shape, self.D)  # [N, k, D]
         for e in experts.unique().tolist():
             rows, slots = torch.where(experts == e)  # [n] each
@@ -286,11 +294,11 @@ class Experts(nn.Module):
 
 
 class SparseMoeBlock(nn.Module):
-    """Routed experts plus the shared one behind its sigmoid gate, [B, T, D] -> [B, T, D].
+    """Routed experts plus the shared expert behind its sigmoid gate, [B, T, D] -> [B, T, D].
 
-    Three launches for up to 8 rows: the router with the shared expert's gate-up, and the experts' two, of
-    which the second also computes the shared expert's down product and adds all up. More rows go through
-    the reference's block over the same weights, with these experts in it (`many`).
+    Up to 8 rows take three launches: the router with the shared expert's gate-up product, and the
+    experts' two. The last one also computes the shared expert's down product and adds everything up.
+    Passes of more rows use `many`: the reference's block over the same weights, with these experts in it.
     """
 
     def __init__(self, gate: Router, experts: Experts, shared_down: Tensor | None) -> None:
@@ -305,7 +313,7 @@ class SparseMoeBlock(nn.Module):
 
     @classmethod
     def from_reference(cls, module: Any, target: str | None = None) -> "SparseMoeBlock":
-        """From `reference.moe.SparseMoeBlock`; arguments as of `Experts.from_reference`."""
+        """Replaces a `reference.moe.SparseMoeBlock`; target as in `Experts.from_reference`."""
         shared = module.shared_expert
         block = cls(
             Router.from_reference(module.gate, target, shared, module.shared_expert_gate),
@@ -325,8 +333,8 @@ class SparseMoeBlock(nn.Module):
         then: Norm | None = None,
         out: str = "moe",
     ) -> tuple[list[Launch], Any]:
-        """x [N, D] bf16, normalised if it is a stream. What `forward` launches, and its output [N, D]
-        bf16, not written yet. residual, then, out: as of `fast.linear.product`."""
+        """The launches of `forward`, and the output [N, D] bf16, which they will write. x: [N, D] bf16; a
+        stream is normalised first. residual, then, out: as in `fast.linear.product`."""
         route, choice = self.gate.launch(x, scratch)
         shared = None
         if self.shared_down is not None:
@@ -347,11 +355,11 @@ class SparseMoeBlock(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), [B, T, D] -> [B, T, D], of a dense layer: two launches for up to 8
+    """A dense layer's down(silu(gate(x)) * up(x)), [B, T, D] -> [B, T, D], in two launches for up to 8
     rows.
 
-    gate_up [2 I, D] bf16, gate and up rows in turn; down [D, I] bf16. More rows go through the
-    reference's MLP over the same weights (`many`).
+    gate_up [2 I, D] bf16, in which gate and up rows alternate; down [D, I] bf16. Passes of more rows use
+    `many`: the reference's MLP over the same weights.
     """
 
     def __init__(self, gate_up: Tensor, down: Tensor, target: str, many: nn.Module) -> None:
@@ -362,7 +370,7 @@ class MLP(nn.Module):
 
     @classmethod
     def from_reference(cls, module: Any, target: str | None = None) -> "MLP":
-        """From `reference.moe.MLP`. target: the device's own when not given."""
+        """Replaces a `reference.moe.MLP`. target: default, that of the weights' device."""
         target = target or target_of(module.gate_proj.weight.device)
         gate_up = interleaved(module.gate_proj, module.up_proj)
         return cls(gate_up, in_bf16(module.down_proj), target, module)
@@ -376,7 +384,7 @@ class MLP(nn.Module):
         then: Norm | None = None,
         out: str = "mlp",
     ) -> tuple[list[Launch], Any]:
-        """As of `SparseMoeBlock`."""
+        """As in `SparseMoeBlock`."""
         check_rows("the MLP", read_normed(x)["x"], self.gate_up.shape[1])
         first, hidden = product(
             x, self.gate_up, self.target, scratch, name="mlp_gate_up", activated=True
@@ -405,7 +413,7 @@ def _bf16(linear: Any) -> Tensor:
 
 
 def check_experts(experts: Tensor, E: int) -> None:
-    """InputError when an id is none of E experts."""
+    """InputError when one of the ids is not an expert's, from 0 to E - 1."""
     outside = experts[(experts < 0) | (experts >= E)].tolist()
     if outside:
         raise InputError(f"expert {outside[0]}; there are {E}, from 0 to {E - 1}")

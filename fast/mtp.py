@@ -1,5 +1,4 @@
-"""The multi-token-prediction head for a few rows: an input launch, the product of both halves, one
-layer."""
+"""The multi-token-prediction head for 1 to 8 rows: a launch for its input, a product, and one layer."""
 
 from typing import Any
 
@@ -15,7 +14,7 @@ from qwen35.cache import KVCache
 
 
 class MTP(nn.Module):
-    """embeds, hidden: [B, T, D] -> [B, T, D], as the reference's, with a fast layer in it."""
+    """embeds, hidden: [B, T, D] -> [B, T, D], as in `reference.mtp.MTP`, with a fast layer."""
 
     def __init__(self, module: Any, target: str) -> None:
         super().__init__()
@@ -30,7 +29,7 @@ class MTP(nn.Module):
 
     @classmethod
     def from_reference(cls, module: Any, target: str | None = None) -> "MTP":
-        """From `reference.mtp.MTP`. target: the device's own when not given."""
+        """Replaces a `reference.mtp.MTP`. target: default, that of the weights' device."""
         return cls(module, target or target_of(module.fc.weight.device))
 
     def launches(
@@ -43,8 +42,11 @@ class MTP(nn.Module):
         rope: Rope,
         scratch: Scratch,
     ) -> tuple[list[Launch], Tensor]:
-        """What a pass launches for ids [N] int32 behind hidden [N, D] bf16, and its output before the
-        last norm, [N, D] bf16, not written yet. table: the embedding [vocab, D] bf16."""
+        """The launches of a pass, and its output before the last norm [N, D] bf16, which they will write.
+
+        ids [N] int32: the token after each row of hidden [N, D] bf16. table: the embedding [vocab, D]
+        bf16. start [1] int32, on the device: the first row's position.
+        """
         from fast.kernels import embedding as kernels  # Triton is needed from here on
 
         N, D = hidden.shape

@@ -1,5 +1,5 @@
-"""The router for 1 to 8 rows, alone or as one launch with the norm before it and the shared expert's
-gate-up."""
+"""The router for 1 to 8 rows in one launch, which may include the norm before it and the shared expert's
+gate-up product."""
 
 import math
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ MAX_TOP_K = 16  # slots of the kernel that chooses
 class Choice:
     """What the router's launch writes.
 
-    experts [N, k] int32 and weights [N, k] fp32. parts [splits, N, M] fp32, M = E + 1 + 2 I: what adds up
-    to the logits and to the shared expert's gate, its I gates and its I ups.
+    experts [N, k] int32 and weights [N, k] fp32. parts [splits, N, M] fp32: partial sums over K of
+    M = E + 1 + 2 I columns: E logits, the shared expert's gate, and the I gates and I ups of its gate-up
+    product. Without a shared expert, M = E.
     """
 
     experts: Tensor
@@ -31,10 +32,12 @@ class Choice:
 
 
 class Router(nn.Module):
-    """x [N, D] bf16 -> the chosen experts [N, k] int64, best first, their weights [N, k] fp32; N to 8.
+    """x [N, D] bf16, N from 1 to 8 -> the chosen experts [N, k] int64, best first, and their weights
+    [N, k] fp32.
 
     Logits are rounded to bf16, as the reference's are, and ties go to the lower index. weight [M, D]
-    bf16: the E rows of the router; with a shared expert also the row that opens it, I gate and I up rows.
+    bf16: the E rows of the router; with a shared expert, also the row of its gate, I gate rows and I up
+    rows.
     """
 
     def __init__(self, weight: Tensor, E: int, top_k: int, norm: bool, target: str) -> None:
@@ -51,10 +54,8 @@ class Router(nn.Module):
         shared: Any = None,
         shared_gate: Any = None,
     ) -> "Router":
-        """From `reference.moe.Router`, and the block's shared expert and its gate.
-
-        target: the device's own when not given.
-        """
+        """Replaces a `reference.moe.Router`; with shared and shared_gate, its launch also computes the
+        shared expert's gate and gate-up product. target: default, that of the weights' device."""
         E = len(module.weight)
         if shared is None or shared_gate is None:
             weight = in_bf16(module)
@@ -64,7 +65,10 @@ class Router(nn.Module):
         return cls(weight, E, module.top_k, module.norm_topk_prob, target)
 
     def launch(self, x: Tensor | Stream, scratch: Scratch) -> tuple[Launch, Choice]:
-        """What `forward` launches, and what that writes, not written yet. A stream is normalised."""
+        """The launch of `forward`, and the buffers that it will write. x: a stream is normalised first.
+
+        InputError when top_k or D is a size that the kernel does not take.
+        """
         from fast.kernels import router as kernels  # Triton is needed from here on
 
         M, D = self.weight.shape

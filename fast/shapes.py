@@ -1,15 +1,15 @@
-"""Which models the kernels take, known before a weight is read."""
+"""Checks whether the kernels take a model's sizes, before any weight is read."""
 
 from fast.router import MAX_TOP_K
 from fast.state import RING
 from qwen35.config import Config
 from qwen35.errors import InputError
 
-MOST_HEADS = 32  # query heads that share a key head: four rows of them are one tile
+MOST_HEADS = 32  # that share a key head: four rows of them fill one tile
 
 
 def check_shapes(config: Config) -> None:
-    """InputError that names the first size of a model that no kernel takes."""
+    """InputError, with the name and the value, if a size of the model is one that no kernel takes."""
     for name in ("head_dim", "linear_key_head_dim", "linear_value_head_dim"):
         size = getattr(config, name)
         if size & (size - 1) or not 16 <= size <= 256:

@@ -1,9 +1,8 @@
-"""What a sequence carries from pass to pass on the fast path: buffers of fixed size, the length on the
-device.
+"""The state of a sequence on the fast path: buffers of fixed size, with the length on the device.
 
-Every buffer is addressed by absolute position, so a rejected draft is taken back by nothing but a smaller
-length: what lies behind it is written again before it is read. A state is made from the reference's
-`Cache`, and gives one back, bit for bit.
+Every buffer is addressed by absolute position. So a rejected draft is taken back by a smaller length
+alone: what lies beyond the length is written again before it is read. A state takes over the reference's
+`Cache`, and gives it back, bit for bit.
 """
 
 from dataclasses import dataclass
@@ -15,17 +14,17 @@ from qwen35.cache import E4M3, Cache, DeltaState, FP8KVCache, KVCache
 from qwen35.config import Config
 from qwen35.errors import InputError
 
-RING = (
-    16  # positions of which a delta net's projections are kept: a pass's rows, and those before it
-)
+# Positions of which a delta net's projections are kept: a pass's rows, and those that its convolution
+# reads before them.
+RING = 16
 
 
 @dataclass
 class Keys:
-    """Keys (after norm and RoPE) and values of an attention layer, [G, capacity, K] bf16 or e4m3 each.
+    """Keys (after norm and RoPE) and values of an attention layer, [G, capacity, K] each, bf16 or e4m3.
 
-    key_scales, value_scales: [G, capacity, 1] uint8 as in `qwen35.cache.FP8KVCache`, empty where the
-    numbers are bf16.
+    key_scales, value_scales: [G, capacity, 1] uint8 as in `qwen35.cache.FP8KVCache`; empty tensors if
+    keys and values are bf16.
     """
 
     keys: Tensor
@@ -37,7 +36,7 @@ class Keys:
     def empty(
         cls, config: Config, capacity: int, device: torch.device, kv_cache_dtype: str = "auto"
     ) -> "Keys":
-        """kv_cache_dtype: one of `qwen35.cache.KV_CACHE_DTYPES`."""
+        """Room for `capacity` positions. kv_cache_dtype: one of `qwen35.cache.KV_CACHE_DTYPES`."""
         kind = FP8KVCache if kv_cache_dtype == "fp8" else KVCache
         cache = kind.empty((1, config.num_key_value_heads, config.head_dim), torch.bfloat16, device)
         cache.reserve(capacity)
@@ -45,7 +44,7 @@ class Keys:
 
     @classmethod
     def over(cls, cache: KVCache) -> "Keys":
-        """The memory of a reference's cache of one sequence, with the room that it has."""
+        """The memory of a reference's cache itself, with all its room; it holds one sequence."""
         k, v = cache.k[0], cache.v[0]
         if isinstance(cache, FP8KVCache):
             return cls(k, v, cache.k_scale[0], cache.v_scale[0])
@@ -53,22 +52,22 @@ class Keys:
         return cls(k, v, none, none)
 
     def take(self, cache: KVCache, length: int) -> None:
-        """Copy what the reference's cache holds."""
+        """Copy the first `length` positions of the reference's cache."""
         for held, given in zip(self._held(), cache.buffers().values(), strict=True):
             held[:, :length] = given[0, :, :length]
 
     def give(self, cache: KVCache, length: int) -> None:
-        """Put so many positions into the reference's cache, in place of what it holds."""
+        """Replace the content of the reference's cache by the first `length` positions."""
         cache.length = 0
         cache.take(*(held[None, :, :length] for held in self._held()))
 
     def take_over(self, other: "Keys") -> None:
-        """Copy what another, which may have less room, holds."""
+        """Copy the content of another, which may have less room."""
         for held, given in zip(self._held(), other._held(), strict=True):
             held[:, : given.shape[1]] = given
 
     def _held(self) -> list[Tensor]:
-        """In the order of `KVCache.buffers`."""
+        """All buffers, in the order of `KVCache.buffers`."""
         scales = [self.key_scales, self.value_scales] if self.keys.dtype == E4M3 else []
         return [self.keys, self.values, *scales]
 
@@ -77,8 +76,9 @@ class Keys:
 class Delta:
     """State of a delta-net layer.
 
-    projected: [RING, M] bf16, the in-projection's rows (q, k and v first, M columns in all); position p
-    lies at p modulo RING. states: [slots, HV, K, V] fp32, the memory after position p at p modulo slots.
+    projected: [RING, M] bf16, rows of the in-projection; q, k and v are the first of the M columns. The
+    row of position p lies at p modulo RING. states: [slots, HV, K, V] fp32; the memory after position p
+    lies at p modulo slots.
     """
 
     projected: Tensor
@@ -101,19 +101,20 @@ class Delta:
         self.states[(length - 1) % len(self.states)] = state.recurrent[0]
 
     def give(self, state: DeltaState, length: int) -> None:
-        """Put the state after `length` tokens into the reference's."""
+        """Replace the reference's state by the state after `length` tokens."""
         taps, columns = state.conv.shape[1:]
         conv = self.projected[self._places(length, taps), :columns]
         state.take(conv[None], self.states[None, (length - 1) % len(self.states)])
         state.rows, state.trail = None, []
 
     def take_over(self, other: "Delta") -> None:
-        """Copy what another of the same size holds."""
+        """Copy the content of another of the same size."""
         self.projected.copy_(other.projected)
         self.states.copy_(other.states)
 
     def _places(self, length: int, taps: int) -> list[int]:
-        """Where the last rows before `length` lie. Rows before position 0 are read as zeros."""
+        """The places in the ring of the `taps` rows before position `length`. Rows before position 0 are
+        read as zeros."""
         return [(length - taps + i) % RING for i in range(taps)]
 
 
@@ -121,9 +122,10 @@ class Delta:
 class State:
     """All state of one sequence.
 
-    layers: one entry a layer of the trunk; mtp: of the MTP head. cosine, sine: [capacity, rotary / 2]
-    fp32, RoPE's table. starts: [1 + passes of the MTP head] int32 on the device, the position at which
-    each pass of a round begins, first the trunk's.
+    layers: one entry for each layer of the trunk; mtp: the MTP head's keys and values, None without
+    drafts. cosine, sine: RoPE's table, [capacity, rotary / 2] fp32. starts: [1 + drafts] int32 on the
+    device, the positions at which a round's passes begin: the trunk's, then one for each pass of the MTP
+    head.
     """
 
     layers: list[Keys | Delta]
@@ -141,7 +143,11 @@ class State:
         device: torch.device,
         kv_cache_dtype: str = "auto",
     ) -> "State":
-        """For `capacity` positions and rounds of so many drafts. kv_cache_dtype: of keys and values."""
+        """Room for `capacity` positions and rounds of `drafts` drafts.
+
+        kv_cache_dtype: one of `qwen35.cache.KV_CACHE_DTYPES`. InputError when a pass's rows and the
+        convolution's do not fit into the ring.
+        """
         slots = 1 << drafts.bit_length()  # a power of two that is at least 1 + drafts
         if slots + config.linear_conv_kernel_dim - 1 > RING:
             raise InputError(
@@ -162,11 +168,11 @@ class State:
 
     @property
     def capacity(self) -> int:
-        """Positions that there is room for."""
+        """The number of positions that there is room for."""
         return len(self.cosine)
 
     def take(self, cache: Cache) -> None:
-        """Copy the reference's cache of a whole prompt."""
+        """Copy the reference's cache of a whole prompt. InputError when there is no room for it."""
         length = cache.length
         if length > self.capacity:
             raise InputError(f"{length} tokens; the fast path's cache holds {self.capacity}")
@@ -174,7 +180,8 @@ class State:
             state.take(given, length)  # pyright: ignore (of the same kind)
         if self.mtp is not None and cache.mtp is not None:
             self.mtp.take(cache.mtp, cache.mtp.length)
-        # The MTP head's first pass takes the newest token, whose row is that of the token before it.
+        # The MTP head's first pass takes the newest token together with the hidden state of the token
+        # before it, and so begins at that token's position.
         starts = [length, length - 1, *range(length, length + len(self.starts))]
         self.starts.copy_(torch.tensor(starts[: len(self.starts)], dtype=torch.int32))
 
@@ -187,7 +194,7 @@ class State:
         self.starts.copy_(other.starts)
 
     def give(self, cache: Cache) -> None:
-        """Put everything into a cache of the reference, in place of what it holds."""
+        """Replace the content of a cache of the reference by this state."""
         length = int(self.starts[0])
         for state, given in zip(self.layers, cache.layers, strict=True):
             state.give(given, length)  # pyright: ignore (of the same kind)
@@ -199,9 +206,9 @@ class State:
 def rope_table(
     rotary_dim: int, theta: float, capacity: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position and channel, [capacity, rotary_dim / 2] fp32.
+    """Cosine and sine for every position and pair of channels, [capacity, rotary_dim / 2] fp32 each.
 
-    The angles are rounded to float32, as in the reference; their cosines are not rounded further.
+    The angles are rounded to float32, as in the reference; cosine and sine are not rounded to bf16.
     """
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
     frequencies = 1.0 / theta ** (exponents / rotary_dim)

@@ -1,7 +1,7 @@
-"""One decode round as one list of launches: draft, verify, accept, with nothing asked of the host inside.
+"""One decode round as one list of launches: draft, verify, accept, without a decision on the host.
 
-The list is a plain value. It is captured as a graph where there is a device, run one launch after the
-other to look inside, compiled for a card that is not here, or executed by the emulator (tools/gfx950).
+The list is a plain value. It can be captured as a graph on a GPU, run launch by launch to look inside,
+compiled for a card that is not here, or executed by the emulator (tools/gfx950).
 """
 
 import gc
@@ -26,15 +26,19 @@ Work = Launch | Callable[[], None]  # a kernel's launch, or operations of torch 
 
 
 class Step:
-    """The rounds of one sequence on a model whose layers and MTP head are fast.
+    """The decode rounds of one sequence, on a model whose layers and MTP head are fast.
 
-    capacity: positions that there is room for. drafts: of the MTP head in every round. vocab: ids at and
-    above it are never chosen.
+    capacity: the number of positions that there is room for. drafts: how many tokens the MTP head drafts
+    in every round, 0 to 7. vocab: token ids from this one on are never chosen (default: all can be).
+    InputError when a part of the model is not fast, or drafts is out of range.
 
-    Buffers, on the device: rows_ids [1 + drafts] int32, the newest token and the drafts that the trunk
-    verifies; picked [1 + drafts] int32, the model's own choice after each (-1: a logit is NaN or
-    infinite); fresh [1] int32, how many of `picked` are new; hidden [1 + drafts, D] bf16, the trunk's
-    state behind each; logits [1 + drafts, V] bf16; report [2 + drafts] int32: fresh, then picked.
+    Buffers on the device:
+    rows_ids [1 + drafts] int32: the newest token, then the drafts; the trunk verifies them.
+    picked [1 + drafts] int32: the model's own token after each of them; -1 if a logit is NaN or infinite.
+    fresh [1] int32: how many of `picked` are new tokens of the text.
+    hidden [1 + drafts, D] bf16: the trunk's hidden state of each row, after the final norm.
+    logits [1 + drafts, V] bf16: the logits of each row.
+    report [2 + drafts] int32: fresh, then picked.
     """
 
     def __init__(self, model: Any, capacity: int, drafts: int, *, vocab: int | None = None) -> None:
@@ -63,35 +67,40 @@ class Step:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def begin(self, cache: Cache, token: int, hidden: Tensor) -> None:
-        """Take over a prompt's cache, its newest token, and the trunk's state [D] behind it."""
+        """Start from a prompt's cache, the first new token, and the trunk's hidden state [D] of the
+        prompt's last token."""
         self.state.take(cache)
         self.rows_ids[0] = self.picked[0] = token
         self.fresh.fill_(1)
         self.hidden[0] = hidden
 
     def take_over(self, other: "Step") -> None:
-        """Go on where another step of the same model and drafts stopped; it may have less room."""
+        """Continue where another step stopped, which has the same model and drafts and may have less
+        room."""
         self.state.take_over(other.state)
         for name in ("rows_ids", "picked", "fresh", "hidden"):
             getattr(self, name).copy_(getattr(other, name))
 
     def launches(self, choose: Sequence[Work] = (), after: Sequence[Work] = ()) -> list[Work]:
-        """A whole round. choose: what makes `picked` of `logits`, in place of the likeliest token; after:
-        what follows when the drafts are accepted."""
+        """A whole round.
+
+        choose: operations that make `picked` from `logits`, instead of taking the likeliest token.
+        after: operations that follow the acceptance.
+        """
         return [*self._draft(), *self._verify(pick=not choose), *choose, self._accept(), *after]
 
     def prepare(self) -> None:
-        """Compile every launch and capture the round, on a device; before `begin`, whose state it
-        spoils."""
+        """Compile every launch and capture the round as a graph, on a GPU; elsewhere do nothing.
+
+        It runs the round once, which overwrites the state: call it before `begin`.
+        """
         if self.table.device.type == "cuda" and self.graph is None:
             run(self.work, self.table.device)
             self.graph = captured(self.work)
 
     def round(self) -> list[int]:
-        """Run one round; returns its new tokens' number, then the choice after every row.
-
-        The captured graph is replayed where `prepare` made one.
-        """
+        """Run one round, as the captured graph if there is one. Returns `report` as a list: the number of
+        new tokens, then the model's own token after every row."""
         if self.graph is not None:
             self.graph.replay()
         else:
@@ -99,10 +108,10 @@ class Step:
         return self.report.tolist()
 
     def _draft(self) -> list[Work]:
-        """The MTP head guesses, one token after the other.
+        """The MTP head drafts, one token after the other.
 
-        Its first pass takes all rows of the last round: how many of them are new only the device knows.
-        What rows beyond them write into the cache is written again before it is read.
+        Its first pass takes all rows of the last round, since only the device knows how many of them were
+        accepted. What the other rows write into the cache is overwritten before it is read.
         """
         if not self.drafts:
             return []
@@ -125,6 +134,7 @@ class Step:
         return work
 
     def _verify(self, *, pick: bool) -> list[Work]:
+        """The trunk over the newest token and the drafts. pick: also choose the likeliest tokens."""
         layers, scratch = self.model.layers, self.scratch
         first, x = embedded(
             self.table, self.rows_ids, layers[0].input_layernorm, self.target, scratch
@@ -136,7 +146,7 @@ class Step:
         return [first, *trunk, norm, head, *([choice] if pick else [])]
 
     def _norm(self, norm: Norm, x: Tensor, out: Tensor, count: Tensor | None) -> Launch:
-        """The norm of all rows, or of row count[0] - 1 alone."""
+        """The norm of all rows of x; with a count [1] int32, of row count[0] - 1 alone."""
         from fast.kernels import norm as kernels
 
         D = x.shape[1]
@@ -153,7 +163,7 @@ class Step:
         )  # fmt: skip
 
     def _choose(self, x: Tensor, weight: Tensor, logits: Tensor, tokens: Tensor) -> list[Launch]:
-        """The vocabulary's product, and the likeliest token of each row."""
+        """The product with the head's weight, and the choice of each row's likeliest token."""
         from fast.kernels import head as kernels
 
         rows, K = x.shape
@@ -203,15 +213,15 @@ class Step:
 
 
 def is_fast(model: Any, drafts: int) -> bool:
-    """Whether all that a round with so many drafts needs of a model is fast."""
+    """Whether all layers are fast, and the MTP head too where there are drafts."""
     layers = all(isinstance(layer, DecoderLayer) for layer in model.layers)
     return layers and (not drafts or isinstance(model.mtp, MTP))
 
 
 def captured(work: Sequence[Work]) -> torch.cuda.CUDAGraph:
-    """A graph of work that has run once before, so that everything is compiled.
+    """A captured graph of some work. The work has to have run once, so that everything is compiled.
 
-    An older graph that is collected meanwhile would end the capture with an error.
+    The garbage collector is off meanwhile: if it freed an older graph, the capture would fail.
     """
     graph = torch.cuda.CUDAGraph()
     gc.collect()

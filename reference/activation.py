@@ -1,8 +1,8 @@
 """Sigmoid, SiLU and softplus from exp alone, so that an element's bits do not depend on its neighbours.
 
-The library's own kernels of these three use other instructions for the last few elements of a tensor
-than for the others: one row in a pass of four may then differ from the same row alone. Its exp does not.
-All compute in float32 (float64 in a float64 model) and return x's dtype.
+torch's own sigmoid, SiLU and softplus use other instructions for the last few elements of a tensor than
+for the rest, so a row in a pass of four may get other bits than the same row alone. Its exp does not do
+this. All functions compute in float32 (in float64 for a float64 model) and return x's dtype and shape.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in the accumulating dtype: float32, or float64 when x already is."""
+    """x in the accumulating dtype: float64 where x is float64, else float32."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
@@ -26,6 +26,6 @@ def silu(x: Tensor) -> Tensor:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x), taken as x above 20, where the two agree to float32."""
+    """log(1 + e^x). Above 20 it returns x, which is the same number in float32."""
     x_wide = wide(x)
     return torch.where(x_wide > 20, x_wide, torch.log1p(torch.exp(x_wide))).to(x.dtype)

@@ -12,13 +12,13 @@ from reference.rope import apply_rope, rope_table
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention in which the last query sees every key. Scale K^-1/2, all in float32.
+    """Causal softmax attention with scale K^-1/2, computed in float32; the last query sees every key.
 
     q: [B, H, T, K]; k, v: [B, G, P, K] with P >= T, H a multiple of G; query head h reads kv head
     h // (H / G). Returns [B, H, T, K] in q's dtype.
 
-    Queries are taken GRID rows at a time, one at a time in a decode pass, and a tile sees just the keys
-    up to its last row: then what a query computes depends only on its own position.
+    Queries are computed in tiles of GRID rows, in a decode pass one at a time, and a tile reads only the
+    keys up to its last row. So the bits of a query's output depend on its own position alone.
     """
     B, H, T, K = q.shape
     G, P = k.shape[1:3]
@@ -40,7 +40,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class GatedAttention(nn.Module):
-    """x: [B, T, D] at positions cache.length .. cache.length + T - 1 -> [B, T, D]."""
+    """x: [B, T, D] at positions cache.length .. cache.length + T - 1 -> [B, T, D]; appends to `cache`."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class GatedAttention(nn.Module):
         self.head_dim = config.head_dim
         self.rotary_dim = config.rotary_dim
         self.rope_theta = config.rope_theta
-        self.q_proj = Linear(D, H * 2 * self.head_dim)  # of each head: the query, then its gate
+        self.q_proj = Linear(D, H * 2 * self.head_dim)  # each head's query, then its gate
         self.k_proj = Linear(D, G * self.head_dim)
         self.v_proj = Linear(D, G * self.head_dim)
         self.o_proj = Linear(H * self.head_dim, D)

@@ -1,8 +1,8 @@
 """Gated delta net: linear attention whose memory is a matrix a head, decayed and corrected by each token.
 
-Per value head, with state S [K, V]: the memory decays by exp(g), the value it would return for key k is
-compared with v, and the difference is written with strength beta. `recurrent` says exactly that, token
-by token; `chunk` computes the same from 64 tokens at once (Yang et al. 2024, arXiv 2412.06464).
+Each value head has a state S [K, V]. A token multiplies it by exp(g), compares the value that it then
+returns for key k with v, and writes the difference with strength beta. `recurrent` does this token by
+token; `chunk` computes the same from 64 tokens at once (Yang et al. 2024, arXiv 2412.06464).
 """
 
 import torch
@@ -42,7 +42,8 @@ def recurrent(
 def chunk(
     q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """The same rule from GRID tokens at a time; arguments as in `recurrent`, states after each chunk.
+    """The gated delta rule, GRID tokens at a time. Arguments and read-outs are those of `recurrent`; the
+    states are those after each chunk.
 
     Inside a chunk the corrections of earlier tokens enter those of later ones through a unit lower
     triangular system (the WY form); only the state passes from chunk to chunk.
@@ -56,9 +57,10 @@ def chunk(
         strength = beta_c[..., None]  # [B, HV, C, 1]
         k_t = k_c.transpose(2, 3)
 
-        overlap = (strength * k_c) @ k_t * decay  # its strict lower part is used
+        overlap = (strength * k_c) @ k_t * decay  # only what is below the diagonal counts
         from_start = log_decay.exp()
-        wanted = strength * (v_c - from_start * (k_c @ state))  # corrections if tokens were alone
+        # Each token's correction, if no token of the chunk came before it.
+        wanted = strength * (v_c - from_start * (k_c @ state))
         delta = torch.linalg.solve_triangular(overlap, wanted, upper=False, unitriangular=True)
 
         inner = q_c @ k_t * decay  # [B, HV, C, C]
@@ -72,9 +74,9 @@ def chunk(
 def causal_conv1d(rows: Tensor, weight: Tensor) -> Tensor:
     """Depthwise causal convolution over time, then SiLU, in float32.
 
-    rows: [B, taps - 1 + T, C], the raw inputs with those before the pass in front; weight:
-    [C, 1, taps], the last tap for the current token. Returns [B, T, C]. One tap after the other, since
-    a library's convolution may sum in another order for another T.
+    rows: [B, taps - 1 + T, C], the last taps - 1 inputs before the pass, then its own; weight:
+    [C, 1, taps], whose last tap is the current token's. Returns [B, T, C]. The taps are added one after
+    the other, since a library's convolution may sum in another order for another T.
     """
     taps = wide(weight)[:, 0].unbind(-1)  # [C] each
     rows_wide = wide(rows)
@@ -91,9 +93,10 @@ def l2norm(x: Tensor) -> Tensor:
 
 
 class GatedDeltaNet(nn.Module):
-    """x: [B, T, D] after the tokens that `state` has seen -> [B, T, D]; updates `state`.
+    """x: [B, T, D], the tokens after those that `state` has seen -> [B, T, D]; updates `state`.
 
-    A decode pass (T <= DECODE_ROWS) goes token by token, and any of its tokens can be taken back.
+    A decode pass (T <= DECODE_ROWS) runs token by token and leaves the state after each token, so that
+    rejected drafts can be rolled back.
     """
 
     def __init__(self, config: Config) -> None:
@@ -132,9 +135,7 @@ class GatedDeltaNet(nn.Module):
         qk = l2norm(qk_flat.unflatten(-1, (2, -1, self.head_k_dim)))  # [B, T, 2, H, K]
         # A key head serves HV / H consecutive value heads.
         shared = self.num_v_heads // self.num_k_heads
-        q, k = repeat(
-            qk, "B T two H K -> two B T (H shared) K", shared=shared
-        )  # [B, T, HV, K] each
+        q, k = repeat(qk, "B T two H K -> two B T (H shared) K", shared=shared)  # [B, T, HV, K]
 
         rule = recurrent if T <= DECODE_ROWS else chunk
         scaled_q = q * self.head_k_dim**-0.5

@@ -1,21 +1,21 @@
 """The matrix product, with bits per row that do not depend on the rows beside it.
 
-A library's product of M rows may pick another kernel, hence another order of summation, for another M.
-A pass therefore feeds it one of two row counts only, and pads to it: DECODE_ROWS when the pass has at
-most that many rows (decode, and the verification of drafts), GRID otherwise (prefill). So the logits
-behind a token cannot depend on how many drafts were verified beside it, nor on how a prompt was cut.
+A library may choose another kernel, and so another order of summation, for another number of rows. A pass
+therefore gives it one of two row counts and pads to it: DECODE_ROWS when the pass has at most that many
+rows (decode, and the verification of drafts), else GRID (prefill). So the logits behind a token do not
+depend on how many drafts were verified beside it, nor on how a prompt was cut into passes.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-DECODE_ROWS = 4  # most rows of a decode pass: one token and three drafts
-GRID = 64  # tokens: prompts are computed on an absolute grid of it; also the delta rule's chunk
+DECODE_ROWS = 4  # the most rows of a decode pass: one token and three drafts
+GRID = 64  # tokens: prompts are cut at multiples of it, and the delta rule's chunk is as long
 
 
 def row_tile(rows: int) -> int:
-    """Rows of each product in a pass over `rows` rows."""
+    """The number of rows that each product has in a pass over `rows` rows."""
     return DECODE_ROWS if rows <= DECODE_ROWS else GRID
 
 
@@ -33,9 +33,9 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """`linear` with a weight [N, K] of its own, uninitialised, and no bias: a model's file has it.
+    """y = x W^T, x [..., K] -> [..., N], with a weight [N, K] that a checkpoint fills, and no bias.
 
-    The weight may be kept in another dtype than the activations (a mapped checkpoint's own).
+    The weight may have another dtype than the activations: a mapped checkpoint keeps its own.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:

@@ -26,8 +26,8 @@ class Model(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.folder: Path | None = None  # that it was loaded from, with its tokenizer
-        self.kv_cache_dtype = "auto"  # of new caches, one of qwen35.cache.KV_CACHE_DTYPES
+        self.folder: Path | None = None  # the checkpoint's folder, with the tokenizer
+        self.kv_cache_dtype = "auto"  # new caches': one of qwen35.cache.KV_CACHE_DTYPES
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, kind, config.is_sparse(i))
@@ -47,7 +47,8 @@ class Model(nn.Module):
         return self.norm(hidden)
 
     def draft(self, ids: Tensor, hidden: Tensor, cache: Cache) -> Tensor:
-        """One MTP pass: ids [B, T] are the tokens that follow those of hidden [B, T, D]."""
+        """One MTP pass, which updates `cache` -> [B, T, D]. ids [B, T]: row by row the token that follows
+        that of hidden [B, T, D]."""
         assert self.mtp is not None and cache.mtp is not None, "this model has no MTP head"
         return self.mtp(self.embed_tokens(ids), hidden, cache.mtp)
 
@@ -58,5 +59,5 @@ class Model(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations."""
+        """The activations' dtype."""
         return self.embed_tokens.weight.dtype

@@ -10,7 +10,7 @@ from reference.linear import Linear, linear, row_tile
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), [..., D] -> [..., D]: a dense layer, the shared or a routed expert."""
+    """down(silu(gate(x)) * up(x)), [..., D] -> [..., D]: a dense layer's feed-forward, or an expert."""
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
@@ -25,8 +25,8 @@ class MLP(nn.Module):
 class Router(nn.Module):
     """x [N, D] -> the chosen experts [N, k] (int64), best first, and their weights [N, k] in float32.
 
-    Softmax over all experts, in float32. Ties go to the lower index (a stable sort), so that the choice
-    is defined.
+    The softmax runs over all experts, in float32. Ties go to the lower index (a stable sort), so that the
+    choice is defined.
     """
 
     def __init__(self, config: Config) -> None:
@@ -50,7 +50,7 @@ class Router(nn.Module):
 class Experts(nn.ModuleList):
     """x [N, D], experts [N, k], weights [N, k] -> the weighted sum of each row's experts, [N, D].
 
-    A row's sum runs over its own experts in the order of `experts`, whatever the other rows chose.
+    A row's sum runs over its own experts in the order of `experts`, whichever the other rows chose.
     """
 
     def __init__(self, config: Config) -> None:
@@ -58,27 +58,24 @@ class Experts(nn.ModuleList):
         super().__init__(MLP(*sizes) for _ in range(config.num_experts))
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        tile = row_tile(
-            len(x)
-        )  # every product has the pass's row count, however few rows an expert has
+        # Every product has the row count of the whole pass, however few rows an expert has.
+        tile = row_tile(len(x))
         outputs = x.new_empty(*experts.shape, x.shape[1])  # [N, k, D]
         for hit in experts.unique():
             rows, slots = torch.where(experts == hit)  # [n] each
             padded = F.pad(x[rows], (0, 0, 0, -len(rows) % tile))  # [n rounded up, D]
             outputs[rows, slots] = self[hit](padded)[: len(rows)]
-        first, *others = (outputs * weights.to(x.dtype)[..., None]).unbind(
-            1
-        )  # [N, D] each, by slot
+        first, *others = (outputs * weights.to(x.dtype)[..., None]).unbind(1)  # [N, D] each
         return sum(others, start=first)
 
 
 class GroupedExperts(Experts):
-    """The same, bit for bit, in fewer and larger steps: rows are sorted by expert, and one activation
-    serves all of them. This is the form that runs."""
+    """The same function as `Experts`, bit for bit, in fewer and larger steps: rows are sorted by expert,
+    and one call of the activation serves all of them. This is the form that runs."""
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         N, k = experts.shape
-        tile = row_tile(N)  # an expert's rows are padded to it
+        tile = row_tile(N)  # each expert's rows are padded to a multiple of it
         chosen, pairs = experts.flatten().sort(stable=True)  # [N * k], grouped by expert
         counts = chosen.bincount(minlength=len(self))  # [E]
         padding = -counts % tile

@@ -1,4 +1,4 @@
-"""The two RMS norms: around zero with weight 1 + w, and the delta net's gated one with a plain weight."""
+"""The two RMS norms: the model's, which multiplies by 1 + w, and the delta net's, which has a gate."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from reference.activation import sigmoid, silu, wide
 class RMSNorm(nn.Module):
     """y = x / rms(x) * (1 + w) over the last axis, in float32, with one cast at the end.
 
-    The checkpoint stores w around zero: a plain weight would silence every layer.
+    The checkpoint stores w around zero: multiplying by w instead of 1 + w would silence every layer.
     """
 
     def __init__(self, dim: int, eps: float) -> None:
@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
 
 class RMSNormGated(nn.Module):
-    """y = w * x / rms(x) * act(gate), norm first, gate after. x, gate: [..., V]; w plain, around one.
+    """y = w * x / rms(x) * act(gate), x and gate [..., V]: the norm comes before the gate; w is around 1.
 
     gate_type: "swish" or "silu" (the same function), or "sigmoid".
     """

@@ -1,7 +1,7 @@
 """Linear layers whose weight stays in its file's format and is decoded at each use.
 
-The loader puts them where a routed expert is quantised: an expert is hit seldom, and 512 of them decoded
-would be four times the file. The numbers are those of a model whose weights were decoded beforehand.
+The loader uses them for routed experts that are quantised: an expert is hit seldom, and 512 decoded ones
+would take four times the file's memory. Results are those of a model whose weights were decoded before.
 """
 
 from torch import Tensor, nn
@@ -52,9 +52,7 @@ class FP8Linear(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = decode(
-            "fp8", self.weight, self.weight_scale, x.dtype, self.stored_as, self.block
-        )  # [N, K]
+        weight = decode("fp8", self.weight, self.weight_scale, x.dtype, self.stored_as, self.block)
         return linear(x, weight)
 
     def extra_repr(self) -> str:

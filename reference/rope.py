@@ -12,8 +12,8 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, [T, rotary_dim / 2] each, for integer positions [T].
 
-    Computed in float32 (the angle of position p and channel i is p * theta^(-2i / rotary_dim), and
-    implementations agree on float32 angles), then cast to `dtype`.
+    The angle of position p and channel i is p * theta^(-2i / rotary_dim). It is computed in float32, as
+    in other implementations; its cosine and sine are then cast to `dtype`.
     """
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions.device)
     frequencies = 1.0 / theta ** (exponents / rotary_dim)
@@ -22,7 +22,8 @@ def rope_table(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [B, H, T, K]. Channel j pairs with j + rotary_dim / 2 (half-split, not interleaved)."""
+    """x [B, H, T, K] rotated by the angles of `rope_table`. Channel j is paired with channel
+    j + rotary_dim / 2 (half-split, not interleaved)."""
     half = cos.shape[-1]
     first, second, passed = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, passed), dim=-1)

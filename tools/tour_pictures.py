@@ -118,9 +118,9 @@ def round_() -> Picture:
     p.box(20, 162, 500, 40, "the model's own token after each row")
     p.arrow((522, 182), (566, 182))
     p.box(568, 146, 170, 72, "keep the drafts up to\nthe first that is not\nthe model's own", STATE)
-    p.arrow((653, 220), (653, 242), (75, 242), (75, 204))
+    p.arrow((653, 220), (653, 242), (8, 242), (8, 40), (18, 40))
     p.words(
-        130, 236, "the last kept row's own token is the next round's newest; states go back to it"
+        24, 232, "the model's token after the last kept row begins the next round, as do its states"
     )
     return p
 

@@ -1,4 +1,4 @@
-"""What several kernels need: safe indices, stores that other programs may read, sums of parts."""
+"""Functions of several kernels: safe indices, stores that other programs may read, sums of parts."""
 
 import triton
 import triton.language as tl
@@ -7,15 +7,15 @@ from triton.language.target_info import is_hip
 
 @triton.jit
 def bounded(index, count):
-    """An index that was read from memory, made one of `count`, so that no address leaves an array."""
+    """An index from memory, limited to 0 .. count - 1, so that no address leaves an array."""
     return tl.minimum(tl.maximum(index, 0), count - 1)
 
 
 @triton.jit
 def stored():
-    """A barrier behind which all that this program stored is where other programs can be told of it.
+    """A barrier after which other programs may be told to read what this program has stored.
 
-    On gfx950 the compiler lets only the wave that tells them wait for its stores, not the others.
+    On gfx950 the compiler makes only the wave that tells them wait for its stores; here all waves wait.
     """
     if is_hip():
         tl.inline_asm_elementwise(
@@ -27,7 +27,7 @@ def stored():
 
 @triton.jit
 def summed(parts, row, column, mask, rows, N, SPLITS: tl.constexpr):
-    """Columns of rows of parts [SPLITS, rows, N] fp32, added in order."""
+    """The sum over SPLITS, in order, of some rows and columns of parts [SPLITS, rows, N] fp32."""
     total = tl.load(parts + row * N + column, mask=mask, other=0.0, cache_modifier=".cg")
     for split in tl.range(1, SPLITS):  # pyright: ignore
         pointers = parts + (split * rows + row) * N + column

@@ -1,4 +1,4 @@
-"""All of the gated delta net that lies between its two projections, in one launch."""
+"""Everything between the two projections of the gated delta net, in one launch."""
 
 import triton
 import triton.language as tl
@@ -8,10 +8,11 @@ from fast.kernels.common import stored
 
 @triton.jit
 def _mixed(rows, taps, column, position, M, RING: tl.constexpr, TAPS: tl.constexpr):
-    """Causal convolution over the last TAPS positions, then SiLU, of some columns [C]; fp32.
+    """Causal convolution of some columns over the last TAPS positions, then SiLU, in fp32.
 
-    rows [RING, M] bf16, position p at p modulo RING; before position 0 there are zeros. taps [C, TAPS].
-    All taps are one load: of single rows Triton would make many narrow ones, in the layout of the state.
+    rows [RING, M] bf16; the row of position p lies at p modulo RING, and rows before position 0 are zero.
+    taps [columns, TAPS]. All taps are one load: if each row were loaded by itself, Triton would use the
+    layout of the state and split each load into many narrow ones.
     """
     tap = tl.arange(0, triton.next_power_of_2(TAPS))[:, None]
     at = position - (TAPS - 1) + tap
@@ -24,7 +25,7 @@ def _mixed(rows, taps, column, position, M, RING: tl.constexpr, TAPS: tl.constex
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e^x), to float32's precision also where e^x is small."""
+    """log(1 + e^x), with the full precision of float32 even where e^x is small."""
     power = tl.exp(tl.minimum(x, 20.0))
     sum = 1 + power
     small = tl.where(sum == 1, power, tl.log(sum) * (power / tl.where(sum == 1, 1.0, sum - 1)))
@@ -40,16 +41,17 @@ def delta(
 ):  # fmt: skip
     """out[row, head] = the gated norm of what the delta rule reads at a row.
 
-    A program works on BLOCK_V columns of a value head. The one that arrives last at a head divides by the
-    head's rms.
+    A program works on BLOCK_V columns of a value head. The program that finishes last at a head divides
+    by the head's rms. Grid (HV, V / BLOCK_V).
 
     projected [RING, M] bf16, with columns q (H * K), k (H * K), v (HV * V), z (HV * V), b (HV), a (HV);
-    the row of position p lies at p modulo RING. taps [2 H K + HV V, TAPS] bf16; decay_log (A_log) and
-    decay_bias (dt_bias) [HV] fp32; norm [V] fp32. states [slots, HV, K, V] fp32: the state after position
-    p lies at p modulo slots; that before start is read, those after each row are written. gated [rows,
-    HV * V] and squares [HV, V / BLOCK_V, 8] fp32 are scratch; arrived [HV] int32 holds zeros, and zeros
-    again at the end. -> out [rows, HV * V] bf16. SIGMOID: the gate is sigmoid(z), not silu(z).
-    Grid (HV, V / BLOCK_V).
+    the row of position p lies at p modulo RING.
+    taps [2 H K + HV V, TAPS] bf16; decay_log (A_log) and decay_bias (dt_bias) [HV] fp32; norm [V] fp32.
+    states [slots, HV, K, V] fp32: the state after position p lies at p modulo slots. The state before
+    position `start` is read, and the state after each row is written.
+    gated [rows, HV * V] and squares [HV, V / BLOCK_V, 8] fp32 are scratch. arrived [HV] int32 has to be
+    zero, and is zero again at the end.
+    SIGMOID: the gate is sigmoid(z), not silu(z). Written: out [rows, HV * V] bf16.
     """
     head, block = tl.program_id(0), tl.program_id(1)
     key_head = head // (HV // H)
@@ -74,12 +76,12 @@ def delta(
         step = tl.load(line + C + HV * V + HV + head).to(tl.float32) + bias
         gate = tl.load(line + C + head * V + v).to(tl.float32)
         decayed = state * tl.exp(-rate * _softplus(step))
-        # What the memory holds for this key, [BLOCK_V].
+        # The value that the memory holds for this key, [BLOCK_V].
         recalled = tl.sum(key[:, None] * decayed, 0)
         correction = strength * (value - recalled)
-        # The compiler computes the state twice, in the layout of the sums and in that of the store. A
-        # product and a sum it might fuse in two ways: then what the next row reads here would have other
-        # bits than what the next pass reads from memory.
+        # The compiler computes the state twice, in the layout of the sums and in that of the store. It
+        # might fuse a separate product and sum in one of them alone; the next row would then read other
+        # bits here than the next pass reads from memory. So the product and sum are one fma.
         state = tl.fma(key[:, None], correction[None, :], decayed)
         read = tl.sum(query[:, None] * state, 0)  # [BLOCK_V]
         tl.store(states + (position & (slots - 1)) * SIZE + place, state)

@@ -1,4 +1,4 @@
-"""From token ids to the rows that the trunk, and the MTP head, begin with."""
+"""From token ids to the first rows of the trunk and of the MTP head."""
 
 import triton
 import triton.language as tl
@@ -8,8 +8,7 @@ from fast.kernels.common import bounded
 
 @triton.jit
 def _token(ids, row, vocab):
-    """An id that was read from memory, made one of the vocabulary, so that no address leaves the
-    table."""
+    """A token id from memory, limited to the vocabulary, so that no address leaves the table."""
     return bounded(tl.load(ids + row), vocab).to(tl.int64)
 
 
@@ -18,10 +17,11 @@ def embed(
     table, ids, out, next_norm, scaled, squares, vocab,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = table[ids[row]], and what the norm that follows needs (kernels/linear.py).
+    """out[row] = table[ids[row]], and its scaled rows and squares for the norm that follows
+    (kernels/linear.py).
 
-    table [vocab, D] bf16, ids [rows] int32, next_norm [D] bf16 -> out and scaled [rows, D] bf16, squares
-    [1, ROWS] fp32. Grid (rows).
+    table [vocab, D] bf16, ids [rows] int32, next_norm [D] bf16. Written: out and scaled [rows, D] bf16,
+    squares [1, ROWS] fp32. Grid (rows).
     """
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
@@ -38,9 +38,10 @@ def embed(
 def mtp_input(
     table, ids, hidden, embedding_norm, hidden_norm, out, vocab, eps, D: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """out[row] = the normalised embedding of ids[row], then the normalised hidden[row]. [rows, 2 D] bf16.
+    """out[row] = the normalised embedding of ids[row], followed by the normalised hidden[row].
 
-    Both norms have weights [D] bf16 around zero. Grid (rows, 2): one program a half.
+    table [vocab, D] bf16, ids [rows] int32, hidden [rows, D] bf16; both norms multiply by 1 + weight,
+    [D] bf16. Written: out [rows, 2 D] bf16. Grid (rows, 2), a program for each half.
     """
     row, half = tl.program_id(0), tl.program_id(1)
     column = tl.arange(0, BLOCK)

@@ -1,9 +1,9 @@
-"""From hidden states to tokens: the vocabulary's product, the likeliest token, and which drafts hold."""
+"""From hidden states to tokens: the logits, the likeliest token, and which drafts are accepted."""
 
 import triton
 import triton.language as tl
 
-NOT_FINITE = tl.constexpr(-1)  # the place of a block in which a logit is NaN or plus infinity
+NOT_FINITE = tl.constexpr(-1)  # the `place` of a block in which a logit is NaN or plus infinity
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -11,11 +11,11 @@ def head(
     x, weight, logits, best, place, rows, N, vocab,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """logits[row, n] = x[row] * weight[n], and of each block of BLOCK_N logits the largest.
+    """logits[row, n] = sum over k of x[row, k] * weight[n, k], and the largest logit of each block.
 
-    x [rows, K] bf16, weight [N, K] bf16 -> logits [rows, N] bf16, best [blocks, ROWS] fp32 and place
-    [blocks, ROWS] int32: the largest logit below `vocab` and the lowest id that has it, or NOT_FINITE.
-    Grid (N / BLOCK_N rounded up).
+    x [rows, K] bf16, weight [N, K] bf16. Written: logits [rows, N] bf16; best [blocks, ROWS] fp32, the
+    largest logit of a block's BLOCK_N ids, those from `vocab` on left out; place [blocks, ROWS] int32,
+    the lowest id that has it, or NOT_FINITE. Grid (N / BLOCK_N rounded up).
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row, k = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)
@@ -40,8 +40,8 @@ def head(
 
 @triton.jit
 def pick(best, place, tokens, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """tokens[row] = the id of the row's largest logit, the lowest if several have it; NOT_FINITE where a
-    logit is NaN or plus infinity. best, place [blocks, ROWS] as `head` leaves them. Grid (rows)."""
+    """tokens[row] = the lowest id that has the row's largest logit, or NOT_FINITE where a logit is NaN or
+    plus infinity. best, place: [blocks, ROWS], as `head` writes them. Grid (rows)."""
     row = tl.program_id(0)
     block = tl.arange(0, BLOCK)
     value = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -53,7 +53,7 @@ def pick(best, place, tokens, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         other = tl.load(best + at, mask=there, other=float("-inf"))
         found = tl.load(place + at, mask=there, other=0)
         wrong |= (found == NOT_FINITE).to(tl.int32)
-        higher = other > value  # of equal ones the earlier block stays
+        higher = other > value  # where two are equal, the earlier block's id stays
         value = tl.where(higher, other, value)
         token = tl.where(higher, found, token)
     largest = tl.max(value, 0)
@@ -63,12 +63,12 @@ def pick(best, place, tokens, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def accept(rows_ids, picked, fresh, starts, report, DRAFTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Keep the drafts that are the model's own tokens, and set out for the next round. One program.
+    """Keep the drafts that are the model's own tokens, and prepare the next round. One program.
 
-    rows_ids [1 + DRAFTS] int32: the newest token, then the drafts; picked [1 + DRAFTS] int32: the token
-    that the model chooses after each. Written: fresh [1], how many of `picked` are new tokens; starts:
-    where the next passes begin, first that of the trunk, then those of the MTP head; rows_ids[0];
-    report [2 + DRAFTS]: fresh, then picked.
+    rows_ids [1 + DRAFTS] int32: the newest token, then the drafts. picked [1 + DRAFTS] int32: the token
+    that the model chooses after each of them. Written: fresh [1], how many of `picked` are new tokens;
+    starts [1 + DRAFTS], where the next passes begin, first the trunk's, then the MTP head's; rows_ids[0],
+    the newest token; report [2 + DRAFTS], fresh and then picked.
     """
     i = tl.arange(0, BLOCK)
     own = tl.load(picked + i, mask=i <= DRAFTS, other=0)
@@ -77,7 +77,7 @@ def accept(rows_ids, picked, fresh, starts, report, DRAFTS: tl.constexpr, BLOCK:
     before = tl.load(starts)
     after = before + count
     tl.debug_barrier()
-    # The MTP head stays a row behind: its first pass takes the new tokens at the rows before them.
+    # The MTP head stays one row behind: its first pass pairs each new token with the row before it.
     follows = tl.where(i == 0, after, tl.where(i == 1, before, after + i - 2))
     tl.store(starts + i, follows, mask=i <= DRAFTS)
     tl.store(rows_ids, tl.sum(tl.where(i == count - 1, own, 0), 0))

@@ -1,8 +1,8 @@
 """Products of a few rows with a matrix, with the norm before them and the residual after them.
 
-A norm costs no pass of its own. Whatever writes rows x that are normalised next also writes them scaled,
-x * (1 + w) of that norm in bf16, and of each block of columns the sum of x^2. A product takes the scaled
-rows, and multiplies its sums by 1 / rms(x) at the end.
+A norm has no launch of its own. A kernel that writes rows x for a norm also writes them scaled, x * (1 +
+w) in bf16, and the sum of x^2 of each block of columns. The product that follows reads the scaled rows
+and multiplies its sums by 1 / rms(x) at the end.
 """
 
 import triton
@@ -11,8 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def inverse_rms(squares, width, eps, PARTS: tl.constexpr, ROWS: tl.constexpr):
-    """1 / sqrt(mean of x^2 + eps) of rows of `width` numbers, from squares [PARTS, ROWS] fp32. [ROWS]
-    fp32."""
+    """1 / sqrt(mean of x^2 + eps) for rows of `width` numbers, [ROWS] fp32. squares [PARTS, ROWS] fp32:
+    the rows' sums of x^2 over parts of the columns."""
     part = tl.arange(0, triton.next_power_of_2(PARTS))[:, None]
     place = part * ROWS + tl.arange(0, ROWS)[None, :]
     sums = tl.load(squares + place, mask=part < PARTS, other=0.0, cache_modifier=".cg")
@@ -21,8 +21,8 @@ def inverse_rms(squares, width, eps, PARTS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def store_scaled(value, next_norm, scaled, squares, block, row, n, inside, N, ROWS: tl.constexpr):
-    """Write what a following norm needs of value [BLOCK_N, ROWS] fp32, columns n [BLOCK_N, 1] of rows
-    of N."""
+    """Write the scaled rows and the squares that a norm needs. value [BLOCK_N, ROWS] fp32: columns n
+    [BLOCK_N, 1] of rows of N."""
     kept = tl.where(inside, value.to(tl.bfloat16).to(tl.float32), 0.0)
     factor = 1 + tl.load(next_norm + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(scaled + row * N + n, (kept * factor).to(tl.bfloat16), mask=inside)
@@ -38,17 +38,18 @@ def linear(
 ):  # fmt: skip
     """out[row, n] = (residual[row, n] +) sum over k of x[row, k] * weight[n, k].
 
-    x [rows, K] bf16, weight [N, K] bf16, residual [rows, N] bf16 -> out [rows, N] bf16. PARTS > 0: x is
-    scaled, and squares [PARTS, ROWS] fp32 tells its norm. HAS_NEXT: scaled [rows, N] bf16 and
-    out_squares [N / BLOCK_N, ROWS] are written for a norm of weight next_norm [N] bf16 that follows.
-    ACTIVATED: rows 2 i and 2 i + 1 of weight are a gate and an up, and out [rows, N / 2] is silu(gate)
-    * up. RING > 0: out is [RING, N], and a row lies where its position, start + row, falls modulo RING.
-    Grid (N / BLOCK_N rounded up). A row's bits do not depend on the other rows.
+    x [rows, K] bf16, weight [N, K] bf16, residual [rows, N] bf16. Written: out [rows, N] bf16.
+    PARTS > 0: x is the scaled rows of a norm, and squares [PARTS, ROWS] fp32 are their sums of x^2.
+    HAS_NEXT: scaled [rows, N] bf16 and out_squares [N / BLOCK_N, ROWS] fp32 are written for the norm that
+    follows, whose weight is next_norm [N] bf16.
+    ACTIVATED: rows 2 i and 2 i + 1 of weight are a gate and an up; out [rows, N / 2] is silu(gate) * up.
+    RING > 0: out is [RING, N], and a row is written at (start[0] + row) modulo RING.
+    A row's bits do not depend on the other rows. Grid (N / BLOCK_N rounded up).
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
-    # A last block that is not full reads the last row again, and drops what comes of it.
+    # A last block that is not full reads the last row again, and does not store that result.
     weights = weight + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K + k[None, :]
     inputs = x + row[None, :] * K + k[:, None]
     acc = tl.zeros((BLOCK_N, ROWS), tl.float32)

@@ -1,9 +1,9 @@
 """The experts in two launches: gate-up with SiLU, then down with the sum over a row's experts.
 
-A program works for one pair (row, slot) of the router's choice, and does nothing when an earlier pair
-chose the same expert: the first computes all rows, so that an expert's weights are read once. The rows
-beside a row decide none of its bits: each is a column of its own in the matrix unit, and its sum runs
-over its own slots.
+A program works for one pair (row, slot) of the router's choice. The first pair that chose an expert
+computes all rows, and later pairs with the same expert do nothing, so that its weights are read once. A
+row's bits do not depend on the rows beside it: each row is a column of its own in the matrix unit, and
+its sum runs over its own slots.
 """
 
 import triton
@@ -31,7 +31,7 @@ def _dot_bf16(
 ):  # fmt: skip
     """acc [BLOCK_N, ROWS] fp32 + weight @ x^T over elements k to k + BLOCK_K of K.
 
-    weight [..., K] bf16, of which rows n [BLOCK_N, 1] (int64) are meant; x [rows, K] bf16.
+    weight [..., K] bf16, of which rows n [BLOCK_N, 1] (int64) are read; x [rows, K] bf16.
     """
     along = tl.arange(0, BLOCK_K)
     m = tl.arange(0, ROWS)[None, :]
@@ -44,7 +44,7 @@ def _activate(
     parts, shared, rows, width, E: tl.constexpr, I: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """shared[row, i] = silu(gate) * up, of the shared expert's columns in the router's parts."""
+    """shared[row, i] = silu(gate) * up, from the shared expert's columns of the router's parts."""
     row = tl.arange(0, ROWS)[:, None]
     for first in tl.range(tl.program_id(0) * BLOCK, I, tl.num_programs(0) * BLOCK):  # pyright: ignore
         i = first + tl.arange(0, BLOCK)[None, :]
@@ -64,14 +64,16 @@ def gate_up(
 ):  # fmt: skip
     """hidden[pair, row] = silu(gate(x[row])) * up(x[row]), for the first pair of each expert.
 
-    x [rows, D] bf16; PARTS > 0: it is scaled, and squares [PARTS, ROWS] fp32 tells its norm
-    (kernels/linear.py). experts [rows * k] int32. FP4: weight [E, 2 I, D/2] uint8 (gate row 0, up row
-    0, gate row 1, ...) and scale [E, 2 I, D/32] uint8, both in tiles of TILE_N rows by TILE_K elements;
-    otherwise weight [E, 2 I, D] bf16. -> hidden [rows * k, 8, I] bf16, first [rows * k] int32: the
-    first pair of each pair's expert. An id that is none of E experts gives NaN. Grid (2 I / BLOCK_N,
-    rows * k), and one more than rows * k where SHARED_I > 0: of parts [SPLITS, rows, shared_width]
-    fp32, as `route` leaves them, with columns E logits, 1 gate of the shared expert, SHARED_I gates and
-    SHARED_I ups, these programs make the shared expert's activation shared [rows, SHARED_I] bf16.
+    x [rows, D] bf16; PARTS > 0: the scaled rows of a norm, and squares [PARTS, ROWS] fp32 are their sums
+    of x^2 (kernels/linear.py). experts [rows * k] int32; an id that is not one of E experts gives NaN.
+    FP4: weight [E, 2 I, D/2] uint8 (gate row 0, up row 0, gate row 1, ...) and scale [E, 2 I, D/32]
+    uint8, both in tiles of TILE_N rows by TILE_K elements; otherwise weight [E, 2 I, D] bf16.
+    Written: hidden [rows * k, 8, I] bf16; first [rows * k] int32, the first pair of each pair's expert.
+    Grid (2 I / BLOCK_N, rows * k).
+
+    SHARED_I > 0: the grid's second size is one more, and these programs write the shared expert's
+    activation shared [rows, SHARED_I] bf16. They read parts [SPLITS, rows, shared_width] fp32 as `route`
+    writes them, whose columns are E logits, the shared expert's gate, SHARED_I gates and SHARED_I ups.
     """
     if OVERLAP:
         gdc_launch_dependents()  # `down` may fetch its weights as soon as there is room
@@ -118,14 +120,15 @@ def down(
     """out[row] = sum over slots of weights[row, slot] * down(hidden of the slot's expert)
     (+ the shared expert of the row) (+ residual[row]).
 
-    hidden and first as `gate_up` leaves them, weights [rows * k] fp32. FP4: weight [E, D, I/2] and
-    scale [E, D, I/32] uint8; otherwise weight [E, D, I] bf16. The shared expert, where SHARED_I > 0:
-    its activation shared [rows, SHARED_I] bf16 and parts as in `gate_up`, of which the gate is read;
-    shared_weight [D, SHARED_I] bf16. residual [rows, D] bf16. HAS_NEXT: as in kernels/linear.py.
-    partial [rows * k + 1, 8, D] fp32 is scratch; arrived [D / BLOCK_N] int32 holds zeros, and zeros
-    again at the end. -> out [rows, D] bf16. Grid (D / BLOCK_N, rows * k, and one more for the shared
-    expert). The program that arrives last at a block of columns adds it up, always in the order of the
-    slots.
+    hidden and first as `gate_up` writes them, weights [rows * k] fp32. FP4: weight [E, D, I/2] and scale
+    [E, D, I/32] uint8; otherwise weight [E, D, I] bf16. residual [rows, D] bf16.
+    SHARED_I > 0: shared [rows, SHARED_I] bf16 and parts as in `gate_up`, from which the shared expert's
+    gate is read; shared_weight [D, SHARED_I] bf16.
+    HAS_NEXT: as in kernels/linear.py.
+    partial [rows * k + 1, 8, D] fp32 is scratch. arrived [D / BLOCK_N] int32 has to be zero, and is zero
+    again at the end. Written: out [rows, D] bf16.
+    Grid (D / BLOCK_N, rows * k), or rows * k + 1 with a shared expert. The program that finishes last at
+    a block of columns adds the slots up, always in their order.
     """
     pair = tl.program_id(1)
     row = tl.arange(0, ROWS)[None, :]
@@ -143,8 +146,9 @@ def down(
     else:
         n = bounded(tl.load(experts + pair), E).to(tl.int64) * D + column
         earliest = _first(experts, pair)
-        # What is before the wait does not need `gate_up`, and overlaps with its end: the weights too, if
-        # they are one block. Of several, to fetch the first by itself costs more than it saves.
+        # Loads before the wait do not need the results of `gate_up` and overlap with its end. They
+        # include the weights if these are a single block; to fetch the first of several costs more than
+        # it saves.
         WHOLE: tl.constexpr = FP4 and I == BLOCK_K
         if OVERLAP and (not WHOLE or earliest < pair):
             gdc_wait()

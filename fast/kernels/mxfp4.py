@@ -1,8 +1,9 @@
 """MXFP4 weights times bf16 activations, decoded in registers on the way into the matrix unit.
 
-Two ways, chosen when the kernel is compiled. gfx950 converts by itself (v_cvt_scalef32_pk_bf16_fp4) and
-takes the checkpoint's own order. NVIDIA's Hopper has no such instruction; there the weights lie in the
-order of weights/words.py, made so that an and, at most two turns and a product decode two of them.
+There are two ways, one of which is chosen when the kernel is compiled. gfx950 has an instruction for it
+(v_cvt_scalef32_pk_bf16_fp4) and reads the checkpoint's own order. NVIDIA's Hopper has none; its weights
+are in the order of weights/words.py, in which an AND, at most two rotations or shifts and a product
+decode two of them.
 """
 
 import triton
@@ -14,11 +15,13 @@ SPAN = tl.constexpr(128)  # elements along K that weights/words.py permutes amon
 
 @triton.jit
 def _decode_words(words, multiplier):
-    """Bytes of words of eight codes -> bf16: of each word elements 0 to 3, and elements 4 to 7.
+    """Words of four bytes, with eight codes each -> two bf16 tensors [N, K/2]: elements 0 to 3 of each
+    word, and elements 4 to 7.
 
-    words [N, K/2] uint8, as weights/words.py encodes them; multiplier [N, K/2] int32: bf16 2^(scale - 1),
-    twice. A code's magnitude at the bottom of a bf16's exponent is 2^-126 times it, subnormal or not.
-    Which four bytes are packed is up to the layout; `launch.check_packing` wants those of a word.
+    words [N, K/2] uint8, as weights/words.py encodes them. multiplier [N, K/2] int32: 2^(scale - 1) as a
+    bf16, in both halves. A code's magnitude bits at the bottom of a bf16's exponent are the code's value
+    times 2^-126, subnormal or not. The layout decides which four bytes the instructions get together;
+    `launch.check_packing` ensures that they are those of one word.
     """
     return tl.inline_asm_elementwise(
         """
@@ -49,10 +52,8 @@ def _decode_words(words, multiplier):
 
 @triton.jit
 def place(n, j, LENGTH: tl.constexpr, WIDTH: tl.constexpr, TILE_N: tl.constexpr):
-    """Where row n, column j lies in a matrix [..., LENGTH] of contiguous tiles, TILE_N rows by WIDTH.
-
-    With TILE_N = 1 that is row-major order.
-    """
+    """The offset of row n, column j in a matrix [..., LENGTH] that is stored in contiguous tiles of
+    TILE_N rows by WIDTH columns. TILE_N = 1 is row-major order."""
     inside = n % TILE_N * WIDTH + j % WIDTH
     return n // TILE_N * (TILE_N * LENGTH) + j // WIDTH * (TILE_N * WIDTH) + inside
 
@@ -64,23 +65,23 @@ def dot(
 ):  # fmt: skip
     """acc [BLOCK_N, ROWS] fp32 + weight @ x^T, over BLOCK_K elements of K.
 
-    weight [BLOCK_N, BLOCK_K/2] and scale [BLOCK_N, BLOCK_K/32] uint8 are values; x points to the first of
-    these elements in bf16 rows of K. Rows from `rows` on are zeros.
+    weight [BLOCK_N, BLOCK_K/2] and scale [BLOCK_N, BLOCK_K/32] uint8 are loaded values. x points to the
+    first of the BLOCK_K elements in row 0 of a matrix [rows, K] bf16; rows from `rows` on count as zeros.
     """
     m = tl.arange(0, ROWS)[None, :]
     if is_hip_cdna4():
         k = tl.arange(0, BLOCK_K)[:, None]
         x_block = tl.load(x + m * K + k, mask=m < rows, other=0.0)  # [BLOCK_K, ROWS]
-        # fast_math: no select for scales that are NaN; packing refuses them.
+        # fast_math leaves out a select for scales that are NaN; packing refuses those.
         acc = tl.dot_scaled(weight, scale, "e2m1", x_block, None, "bf16", acc, fast_math=True)
     else:
-        # Byte 16 c + 8 t + 4 u + i of a span holds element 64 t + 16 c + 4 u + i, and the one 8 further.
+        # Byte 16 c + 8 t + 4 u + i of a span holds the elements 64 t + 16 c + 4 u + i and that plus 8.
         byte = tl.arange(0, BLOCK_K // 2)[:, None]
         k = byte // 64 * SPAN + byte // 8 % 2 * 64 + byte // 16 % 4 * 16 + byte % 8
         pointers = x + m * K + k
         first = tl.load(pointers, mask=m < rows, other=0.0)  # [BLOCK_K/2, ROWS]
         second = tl.load(pointers + 8, mask=m < rows, other=0.0)
-        # A group is (t, c / 2): its bf16 2^(scale - 1), in both halves, for each byte.
+        # A group of 32 is (t, c / 2). Each of its bytes gets 2^(scale - 1) as a bf16, in both halves.
         SPANS: tl.constexpr = BLOCK_K // SPAN
         twice = (scale.to(tl.int32) + 126) * 0x00800080
         by_group = twice.reshape(BLOCK_N, SPANS, 2, 2).permute(0, 1, 3, 2)

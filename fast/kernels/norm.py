@@ -1,4 +1,4 @@
-"""The RMS norm by itself, where what follows it is more than one product."""
+"""The RMS norm as a launch of its own, for rows that more than one product reads."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ import triton.language as tl
 def norm(x, weight, out, count, eps, D: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr):
     """out[row] = x[row] / rms(x[row]) * (1 + weight), x [rows, D] bf16, weight [D] bf16, out bf16.
 
-    Grid (rows). LAST: out has one row, that of row count - 1 of x; count [1] int32, grid (1).
+    Grid (rows). LAST: out has a single row, the norm of row count[0] - 1 of x; count [1] int32, grid (1).
     """
     row = tl.program_id(0)
     source = row

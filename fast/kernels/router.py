@@ -1,7 +1,7 @@
-"""The router: its logits and the shared expert's gate-up as one product, and the choice, in one launch.
+"""The router in one launch: a product for its logits and the shared expert's gate-up, then the choice.
 
-The product is cut along K into SPLITS parts, so that a small matrix keeps the whole chip reading. The
-program that arrives last adds the parts in a fixed order and chooses.
+The product is cut along K into SPLITS parts, so that even a small matrix keeps the whole chip reading.
+The program that finishes last adds the parts in a fixed order and chooses the experts.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 from fast.kernels.common import stored, summed
 from fast.kernels.linear import inverse_rms
 
-TOGETHER = tl.constexpr(4)  # rows that are chosen for at once; whatever the pass has, this stays
+TOGETHER = tl.constexpr(4)  # rows that one step chooses for, however many the pass has
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -20,18 +20,18 @@ def route(
     NORM: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over E logits, the TOP_K largest, ties to the lower index, renormalised where NORM.
+    """Softmax over E logits, then the TOP_K largest; ties go to the lower index. NORM: renormalised.
 
-    x [rows, K] bf16; PARTS > 0: it is scaled, and squares [PARTS, ROWS] fp32 tells its norm
-    (kernels/linear.py). weight [N, K] bf16: E rows of logits, then those of the shared expert, which
-    the experts' second launch reads of parts [SPLITS, rows, N] fp32. arrived [1] int32 holds 0, and 0
-    again at the end. -> experts [rows, TOP_K] int32, weights [rows, TOP_K] fp32. Grid (N / BLOCK_N
-    rounded up, SPLITS).
+    x [rows, K] bf16; PARTS > 0: the scaled rows of a norm, and squares [PARTS, ROWS] fp32 are their sums
+    of x^2 (kernels/linear.py). weight [N, K] bf16: E rows for the logits, then the shared expert's rows.
+    Written: parts [SPLITS, rows, N] fp32, from which the experts' launches read the shared expert's
+    columns; experts [rows, TOP_K] int32; weights [rows, TOP_K] fp32. arrived [1] int32 has to be zero,
+    and is zero again at the end. Grid (N / BLOCK_N rounded up, SPLITS).
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
-    # A last block that is not full reads the last row again, and drops what comes of it.
+    # A last block that is not full reads the last row again, and does not store that result.
     lines = weight + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K + k[None, :]
     inputs = x + row[None, :] * K + k[:, None]
     PART: tl.constexpr = K // SPLITS
@@ -59,17 +59,17 @@ def _choose(
     parts, experts, weights, row, rows, N,
     E: tl.constexpr, TOP_K: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The experts of rows `row` [TOGETHER, 1] and their weights."""
+    """Choose and write the experts of rows `row` [TOGETHER, 1], and their weights."""
     index = tl.arange(0, BLOCK_E)[None, :]
     logits = summed(parts, row, index, (index < E) & (row < rows), rows, N, SPLITS)
-    # As the reference's product is rounded: what ties there ties here.
+    # The logits are rounded as the reference's are, so that the same ones tie.
     rounded = logits.to(tl.bfloat16).to(tl.float32)
     logits = tl.where(index < E, rounded, float("-inf"))
     exponentials = tl.exp(logits - tl.max(logits, 1)[:, None])
     probabilities = exponentials / tl.sum(exponentials, 1)[:, None]
-    # Of numbers that are not negative the bits have their order; -1 is below all of them. A NaN makes
-    # every probability of its row one, of either sign: as one key they tie, so the ids stay distinct
-    # and in range, and are the reference's; the weights are NaN.
+    # Numbers that are not negative are ordered as their bits are; -1 is below all of them. One NaN makes
+    # every probability of its row NaN, of either sign. All get the same key and tie, so the ids are the
+    # reference's: distinct and in range. The weights are NaN.
     bits = probabilities.to(tl.int32, bitcast=True)
     bits = tl.where(probabilities == probabilities, bits, 0x7FC00000)
     keys = tl.where(index < E, bits, -1)

@@ -21,13 +21,10 @@ from tools.gfx950.registry import Action, instruction
 from tools.gfx950.waves import LANES, M0, Waves
 
 U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
-CACHE_POLICY = (
-    "sc0",
-    "sc1",
-    "nt",
-)  # without effect here, but for sc0 of an atomic: return the old value
+# These have no effect here, except that sc0 makes an atomic return the old value.
+CACHE_POLICY = ("sc0", "sc1", "nt")
 
-# What the end of a mnemonic says: size in bytes, and whether a load extends the sign.
+# The last part of a mnemonic -> size in bytes, and whether a load extends the sign.
 SIZES = {
     "ubyte": (1, False),
     "byte": (1, False),
@@ -52,7 +49,10 @@ Addresses = Callable[[Waves], tuple[NDArray[np.uint64], NDArray[np.bool_]]]
 def to_registers(
     waves: Waves, destination: Operand, data: NDArray, lanes: NDArray, first: int = 0
 ) -> None:
-    """data: uint8 [n, 4 * k], into k registers of the n lanes that are True in lanes [W, 64]."""
+    """Write data, uint8 [n, 4 * k], into k registers of the n lanes that are True in lanes [W, 64].
+
+    first: the number of the operand's registers that are skipped.
+    """
     bank = waves.agpr if destination.kind == "a" else waves.vgpr
     dwords = np.ascontiguousarray(data).view(U32)
     whole = waves.all_active and len(dwords) == lanes.size
@@ -75,7 +75,8 @@ def from_registers(waves: Waves, operand: Operand, size: int, lanes: NDArray) ->
 def to_part(
     waves: Waves, destination: Operand, data: NDArray, lanes: NDArray, signed: bool, half: str
 ) -> None:
-    """One or two bytes into a register: extended to 32 bits, or into a half ("low", "high") of it."""
+    """Write one or two bytes a lane, uint8 [n, size], into a register: extended to 32 bits, or into one
+    half of it ("low" or "high"), of which the other half stays."""
     size = data.shape[1]
     value = np.ascontiguousarray(data).view(U8 if size == 1 else U16)[:, 0].astype(U32)
     if signed:
@@ -90,7 +91,7 @@ def to_part(
 
 
 def _half(ins: Instruction) -> str:
-    """Which half of the register a D16 instruction means; "" for the others."""
+    """The half of the register that a D16 instruction accesses; "" for other instructions."""
     if ins.mnemonic.endswith("_d16_hi"):
         return "high"
     return "low" if ins.mnemonic.endswith("_d16") else ""
@@ -102,8 +103,8 @@ def _half(ins: Instruction) -> str:
 def buffer_addresses(
     ins: Instruction, address: Operand, words: Operand, scalar: Operand
 ) -> Addresses:
-    """Base of the descriptor + offsets. A lane is outside if its offset, without the scalar one, is not
-    below the number of bytes in the descriptor, less the scalar offset."""
+    """The descriptor's base plus all offsets. A lane is outside of the buffer if the sum of its offsets
+    is not below the descriptor's number of bytes."""
     if "idxen" in ins.modifiers:
         raise EmulatorError("idxen is not emulated")
     immediate = U64(number(ins, "offset"))
@@ -126,7 +127,7 @@ def buffer_addresses(
 
 
 def global_addresses(ins: Instruction, address: Operand, base: Operand) -> Addresses:
-    """A pointer in two VGPRs, or a base in SGPRs plus 32 bits, unsigned, in a VGPR."""
+    """A pointer in two VGPRs, or a base in two SGPRs plus an unsigned offset of 32 bits in a VGPR."""
     immediate = np.int64(number(ins, "offset")).astype(U64)  # may be negative: modulo 2**64
     wide = source(address, "u64") if base.kind == "off" else None
     narrow = register(address)
@@ -177,7 +178,7 @@ def _operands(ins: Instruction, *, data: str) -> tuple[list[Operand], Addresses]
     *[f"global_load_lds_{size}" for size in ("dword", "dwordx3", "dwordx4")],
 )
 def load(ins: Instruction) -> Action:
-    """To VGPRs, or, with the modifier lds, to the LDS."""
+    """Load to VGPRs, or to the LDS where the mnemonic or a modifier says lds."""
     only_modifiers(ins, "offset", "offen", "idxen", "lds", *CACHE_POLICY)
     size, signed = SIZES[ins.mnemonic.removesuffix("_hi").removesuffix("_d16").rpartition("_")[2]]
     if "lds" in ins.modifiers or "_lds_" in ins.mnemonic:
@@ -196,8 +197,8 @@ def load(ins: Instruction) -> Action:
 
 
 def _fetch(waves: Waves, addresses: Addresses, size: int) -> tuple[NDArray, NDArray]:
-    """The bytes of the active lanes, uint8 [n, size], 0 for those outside of a buffer; and these
-    lanes."""
+    """The bytes that the active lanes load, uint8 [n, size], and a mask of these lanes [W, 64]. A lane
+    that is outside of its buffer loads 0."""
     where, within = addresses(waves)
     lanes = waves.active
     reads = within[lanes]
@@ -209,7 +210,8 @@ def _fetch(waves: Waves, addresses: Addresses, size: int) -> tuple[NDArray, NDAr
 
 
 def _load_to_lds(ins: Instruction, size: int) -> Action:
-    """The lanes' data lie one after another, from M0 plus the offset of the instruction on."""
+    """Load to the LDS: the lanes' data are stored one after another, beginning at M0 plus the
+    instruction's offset."""
     if size < 4:
         raise EmulatorError("loads of less than a dword to the LDS are not emulated")
     _, addresses = _operands(ins, data="none")
@@ -250,7 +252,7 @@ def store(ins: Instruction) -> Action:
 
 
 def _typed(operation: Callable, dtype: type) -> Callable[[NDArray, NDArray], NDArray]:
-    """An operation on values of a type, as one on bytes."""
+    """Make an operation on bytes from an operation on values of a type."""
 
     def apply(old: NDArray, operand: NDArray) -> NDArray:
         value = operation(old.view(dtype), operand.view(dtype)).astype(dtype)
@@ -295,8 +297,8 @@ INTEGER_ATOMICS: dict[str, tuple[Callable, str]] = {
     "inc": (_wrap_up, "u"),
     "dec": (_wrap_down, "u"),
 }
-# Name -> bytes of memory, bytes of the operand, what becomes of the bytes. Sums of floats depend on their
-# order, which on the card is any.
+# Name -> size in memory, size of the operand, and the function that gives the new bytes. A sum of floats
+# depends on the order of its lanes, which the card does not promise.
 ATOMICS: dict[str, tuple[int, int, Callable[[NDArray, NDArray], NDArray]]] = {
     "cmpswap": (4, 8, _compare_and_swap),
     "cmpswap_x2": (8, 16, _compare_and_swap),
@@ -311,7 +313,8 @@ for _name, (_operation, _sign) in INTEGER_ATOMICS.items():
 
 @instruction(*[f"{space}_atomic_{name}" for space in ("global", "buffer") for name in ATOMICS])
 def atomic(ins: Instruction) -> Action:
-    """Read, combine, write; with sc0 the old value goes to a VGPR (a buffer's: to the operand's own)."""
+    """Read, combine, write. With sc0 the old value goes to a VGPR: for a buffer, to that of the
+    operand."""
     only_modifiers(ins, "offset", "offen", "idxen", *CACHE_POLICY)
     size, operand_size, combine = ATOMICS[ins.mnemonic.partition("_atomic_")[2]]
     returns = "sc0" in ins.modifiers
@@ -348,7 +351,8 @@ def _owners(waves: Waves, lanes: NDArray) -> tuple[NDArray, NDArray]:
 
 
 def _lds_offsets(ins: Instruction, size: int) -> list[U32]:
-    """One offset in bytes; or two, in units of the element's size or of 64 of them."""
+    """The instruction's offsets in bytes: one, or two, which the text gives in units of an element or of
+    64 elements."""
     only_modifiers(ins, "offset", "offset0", "offset1")
     if not re.match(r"ds_(read|write)2", ins.mnemonic):
         return [U32(number(ins, "offset"))]
@@ -406,9 +410,10 @@ def lds_write(ins: Instruction) -> Action:
 
 @instruction("ds_read_b64_tr_b16", "ds_read_b64_tr_b8")
 def lds_read_transposed(ins: Instruction) -> Action:
-    """Each 16 lanes read a matrix of 16 columns, row by row, 8 bytes a lane; lane i gets column i.
+    """Every 16 lanes read a matrix of 16 columns row by row, 8 bytes a lane; then lane i gets column i.
 
-    It has 4 rows of 16-bit values, 4 lanes a row, or 8 rows of 8-bit values, 2 lanes a row.
+    The matrix has 4 rows of 16-bit values, which 4 lanes a row read, or 8 rows of 8-bit values, which 2
+    lanes a row read.
     """
     only_modifiers(ins, "offset")
     destination, address = operands_of(ins, 2)

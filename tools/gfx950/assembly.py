@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from qwen35.errors import InputError
 
-# Modifiers that stand alone. All others are `name:value`. What is neither is taken as an operand.
+# Modifiers that are a word alone. All others are written `name:value`; any other word is an operand.
 FLAGS = frozenset(
     [
         "clamp",
@@ -26,7 +26,7 @@ FLAGS = frozenset(
     ]
 )
 
-# Name in `Program.resources` -> the line that tells it.
+# Name in `Program.resources` -> its name in the assembly's metadata.
 _METADATA = {
     "vgpr": ".vgpr_count",
     "agpr": ".agpr_count",
@@ -41,15 +41,16 @@ _CODE = re.compile(r"\s+([a-z]\w*)\b(.*)")
 
 
 class EmulatorError(InputError):
-    """What a kernel does that the emulator, or the card, cannot; quotes the line of assembly."""
+    """A kernel does something that the emulator or the card cannot do. The message quotes the line."""
 
 
 @dataclass(frozen=True)
 class Instruction:
     """One instruction: `v_add_u32_e32 v0, 1, v1` has the operands ("v0", "1", "v1"), as they are written.
 
-    modifiers: what follows the operands. Flags are True (`offen`), the others text without the name:
-    `offset:16` is {"offset": "16"}, `op_sel:[1,0,0]` is {"op_sel": "[1,0,0]"}. line: without comments.
+    modifiers: the words after the operands. A flag such as `offen` is True, any other has its text:
+    `offset:16` is {"offset": "16"}, `op_sel:[1,0,0]` is {"op_sel": "[1,0,0]"}. line: the source line
+    without its comment.
     """
 
     mnemonic: str
@@ -71,9 +72,10 @@ class Parameter:
 class Program:
     """One kernel.
 
-    labels: label -> index into instructions (may equal their number). directives: the integer
-    `.amdhsa_*` values, without that prefix. resources: vgpr, agpr, sgpr, vgpr_spills, sgpr_spills,
-    scratch (bytes a lane) and code_bytes, as far as the text tells them. parameters: in order.
+    labels: label -> index into instructions; for a label at the end, their number. directives: the
+    integer `.amdhsa_*` values, without that prefix. resources: vgpr, agpr, sgpr, vgpr_spills,
+    sgpr_spills, scratch (bytes a lane) and code_bytes, those of them that the text has. parameters: in
+    order.
     """
 
     name: str
@@ -85,7 +87,7 @@ class Program:
 
 
 def parse(text: str, name: str) -> Program:
-    """The kernel `name` of an assembly file. EmulatorError if it holds none of that name."""
+    """The kernel `name` of an assembly file. EmulatorError if the file has no kernel of that name."""
     lines = text.splitlines()
     try:
         start = next(i for i, line in enumerate(lines) if line.startswith(f"{name}:"))
@@ -118,10 +120,11 @@ def parse(text: str, name: str) -> Program:
 
 
 def hot_loop(program: Program) -> tuple[Instruction, ...]:
-    """The instructions of the innermost loop that does the work, its branch back included; () if there
-    is no loop: the one with most decodes of FP4, then with most matrix products, then the longest.
+    """The instructions of the innermost loop that does the work, with its branch back; () if there is no
+    loop. It is the loop with the most decodes of FP4, then with the most matrix products, then the
+    longest.
 
-    A loop is the span of a branch backwards; innermost is one whose span contains no other's.
+    A loop is what a backward branch spans. An innermost loop contains no other loop.
     """
     spans: set[tuple[int, int]] = set()
     for i, instruction in enumerate(program.instructions):
@@ -148,7 +151,7 @@ def hot_loop(program: Program) -> tuple[Instruction, ...]:
 
 
 def _split(text: str) -> tuple[tuple[str, ...], dict[str, str | bool]]:
-    """Operands and modifiers of one instruction. Both end at a comma or a blank outside of brackets."""
+    """The operands and modifiers of an instruction. Each ends at a comma or blank outside of brackets."""
     words: list[str] = []
     depth, word = 0, ""
     for character in text + " ":
@@ -166,14 +169,14 @@ def _split(text: str) -> tuple[tuple[str, ...], dict[str, str | bool]]:
             modifiers[word] = True
         elif named := re.fullmatch(r"([a-z]\w*):(.+)", word):
             modifiers[named[1]] = named[2]
-        elif word != "&":  # s_waitcnt may join its counters by it
+        elif word != "&":  # s_waitcnt may join its counters with it
             operands.append(word)
     return tuple(operands), modifiers
 
 
 def _directives(text: str, name: str) -> dict[str, int]:
-    """The `.amdhsa_*` values between `.amdhsa_kernel name` and its end; those that are expressions
-    miss."""
+    """The `.amdhsa_*` values between `.amdhsa_kernel name` and its end, less those that are
+    expressions."""
     block = re.search(rf"\.amdhsa_kernel {re.escape(name)}\n(.*?)\.end_amdhsa_kernel", text, re.S)
     if block is None:
         return {}

@@ -1,8 +1,8 @@
 """Conversions from and to fp8, bf8 and fp4: with a scale, or into a part of the destination.
 
-A scale is the exponent of an f32 source, read as e8m0: values are multiplied by it on the way from the
-small format, and divided on the way to it. Conversions to fp8 and bf8 saturate, which is what the card
-does in the mode that Triton sets (FP16_OVFL); without it the card gives NaN or infinity.
+A scale is the exponent of an f32 source, read as e8m0. A conversion from a small format multiplies by it,
+a conversion to one divides by it. Conversions to fp8 and bf8 saturate, as on the card in the mode that
+Triton sets (FP16_OVFL); in the other mode the card gives NaN or infinity.
 """
 
 import re
@@ -33,13 +33,13 @@ PAIRS_TO_F16 = {"bf16": (bf16_to_f32, f32_to_bf16), "f16": (f16_to_f32, f32_to_f
     *[f"v_cvt_scalef32_pk_{wide}_{small}" for wide in ("f32", "f16", "bf16") for small in SMALL]
 )
 def widen_pair(ins: Instruction) -> Action:
-    """Two small values of the first source, chosen by op_sel, times the scale in the second."""
+    """Convert two small values of the first source, which op_sel chooses; the second is their scale."""
     only_modifiers(ins, "op_sel")
     destination, packed, scale = operands_of(ins, 3)
     wide, small = _formats(ins)
     select = bits_list(ins, "op_sel", [0, 0, 0])
     bits = MINIFLOATS[small].bits
-    # A pair of fp4 is one of 4 bytes, chosen by 2 bits; a pair of fp8 is one of 2 words.
+    # A pair of fp4 is one of four bytes, which two bits choose; a pair of fp8 is one of two words.
     shift = 8 * (select[0] + 2 * select[1]) if bits == 4 else 16 * select[0]
     mask = U32((1 << bits) - 1)
     read_packed, read_scale = register(packed), source(scale, "b32")
@@ -63,7 +63,7 @@ def widen_pair(ins: Instruction) -> Action:
 
 @instruction(*[f"v_cvt_scalef32_pk_{small}_f32" for small in SMALL])
 def narrow_pair(ins: Instruction) -> Action:
-    """Two f32, divided by the scale in the third source, into a part of the destination."""
+    """Convert two f32 into a part of the destination; the third source is their scale."""
     destination, low, high, scale = operands_of(ins, 4)
     readers = source(low, "f32"), source(high, "f32")
     small, _ = _formats(ins)
@@ -72,7 +72,7 @@ def narrow_pair(ins: Instruction) -> Action:
 
 @instruction(*[f"v_cvt_scalef32_pk_{small}_{wide}" for wide in ("f16", "bf16") for small in SMALL])
 def narrow_packed(ins: Instruction) -> Action:
-    """Two f16 or bf16 of the first source, divided by the scale, into a part of the destination."""
+    """Convert the two f16 or bf16 of the first source into a part of the destination, with a scale."""
     destination, pair, scale = operands_of(ins, 3)
     small, wide = _formats(ins)
     widen, _ = PAIRS_TO_F16[wide]
@@ -89,7 +89,7 @@ def narrow_packed(ins: Instruction) -> Action:
 
 @instruction("v_cvt_pk_fp8_f32", "v_cvt_pk_bf8_f32")
 def narrow_unscaled(ins: Instruction) -> Action:
-    """Two f32 into one half of the destination; the other half stays."""
+    """Convert two f32, without a scale, into one half of the destination; the other half stays."""
     destination, low, high = operands_of(ins, 3)
     small = ins.mnemonic.split("_")[3]
     return _narrow(ins, small, destination.index, (source(low, "f32"), source(high, "f32")), None)
@@ -102,16 +102,16 @@ def _narrow(
     readers: tuple[Reader, Reader],
     read_scale: Reader | None,
 ) -> Action:
-    """Two values, divided by the scale, into the part of a VGPR that op_sel chooses; the rest stays."""
+    """Convert two values, divided by the scale, into the part of a VGPR that op_sel chooses; the rest
+    stays."""
     only_modifiers(ins, "op_sel")
-    # The last two of four bits choose a byte (fp4) or, the last one, a word (fp8) of the destination.
+    # Of the four bits, the last two choose a byte of the destination (fp4), or the last a word (fp8).
     select = bits_list(ins, "op_sel", [0] * 4)
     bits = MINIFLOATS[small].bits
-    if (
-        str(ins.modifiers.get("op_sel", "")).count(",") == 2
-    ):  # with two sources only three are written
+    # With two sources the assembler writes only three bits.
+    if str(ins.modifiers.get("op_sel", "")).count(",") == 2:
         if bits == 4:
-            raise EmulatorError("op_sel with three bits where two of four choose a byte")
+            raise EmulatorError("op_sel has three bits; expected four, of which two choose a byte")
         select = [*select[:2], 0, select[2]]
     shift = 8 * (select[2] + 2 * select[3]) if bits == 4 else 16 * select[3]
     kept = U32(0xFFFFFFFF ^ (((1 << 2 * bits) - 1) << shift))
@@ -127,7 +127,7 @@ def _narrow(
 
 
 def _formats(ins: Instruction) -> tuple[str, str]:
-    """To which format, from which."""
+    """The formats that an instruction converts to and from."""
     match = re.match(r"v_cvt_scalef32_pk_(\w+?)_([a-z0-9]+)", ins.mnemonic)
     if match is None:
         raise EmulatorError("formats are not known")

@@ -1,11 +1,11 @@
 """Executes gfx950 kernels (MI355X, CDNA4) with numpy, from the compiler's text assembly.
 
-What it is for: to see whether a compiled kernel computes the right thing, on a machine without the
-card. It checks what the card would not tell: accesses outside of an array, LDS races, reads of what
-nothing wrote (garbage stands there). It does not know time, caches, hazards or the effect of s_waitcnt:
-every instruction completes before the next one. Not emulated, and refused by name: scratch, flat
-addresses, images, fp6, sparse and 4x4 matrix instructions, LDS atomics. `formats`, `vector_ops` and
-`matrix` state where rounding may differ.
+It shows whether a compiled kernel computes the right thing, on a machine without the card. It finds
+accesses outside of an array and LDS races, which the card does not report; registers and LDS hold garbage
+until they are written. It does not model time, caches, hazards or s_waitcnt: every instruction completes
+before the next one. Scratch, flat addresses, images, fp6, sparse and 4x4 matrix instructions and LDS
+atomics are not emulated, and are refused by name. `formats`, `vector_ops` and `matrix` say where rounding
+may differ from the card's.
 """
 
 import struct
@@ -37,17 +37,17 @@ BRANCHES = ("s_branch", "s_cbranch_scc0", "s_cbranch_scc1", "s_cbranch_vccz", "s
 BRANCHES += ("s_cbranch_execz", "s_cbranch_execnz")
 CONTROL = (*BRANCHES, "s_barrier", "s_endpgm")
 
-# Random order: a wave that has not met a barrier after so many instructions may be waiting for another
-# one.
+# In random order, a wave that meets no barrier for so many instructions may be waiting for another wave.
 PATIENCE = 20_000
 
 
 @dataclass
 class Statistics:
-    """What a run did.
+    """Counts of a run.
 
-    instructions: by waves, so one that four waves execute counts four times. bytes_read, bytes_written:
-    of global memory, by lanes. by_mnemonic: the instructions, by mnemonic without encoding suffix.
+    instructions: an instruction that four waves execute counts four times. bytes_read, bytes_written:
+    accesses of global memory; a byte that two lanes read counts twice. by_mnemonic: the instructions by
+    mnemonic, without the suffix of the encoding.
     """
 
     instructions: int = 0
@@ -67,7 +67,7 @@ class Statistics:
 class Kernel:
     """One kernel of an assembly file, ready to run.
 
-    Raises EmulatorError naming every instruction that is not known, by its line.
+    EmulatorError that quotes the line of every instruction that is not emulated.
     """
 
     def __init__(self, text: str, name: str) -> None:
@@ -100,15 +100,17 @@ class Kernel:
         """Run a grid of workgroups of num_warps waves; arrays are pointers and are written in place.
 
         arguments: numpy arrays, or scalars such as ("i32", 7); pointers that Triton appends for itself
-        may be left out. lds_bytes: that the launch adds to what the kernel declares. names: of the
-        arguments, for errors.
+        may be left out.
+        lds_bytes: LDS that the launch adds to what the kernel declares.
+        names: of the arguments, in their order, for errors.
+        seed: None runs waves in lockstep, which is fast; a number runs them one at a time up to the next
+        barrier, in random order.
+        batch: how many workgroups run at the same time. Batches follow one another in ascending order,
+        and within a batch all workgroups make progress, so a workgroup may wait for lower ones.
+        races: raise for LDS races, see `Lds`.
+        limit: the most instructions that all waves together may execute.
 
-        seed: None runs waves in lockstep, which is fast; a number runs them one at a time, in random
-        order up to the next barrier. batch: workgroups that run at the same time. Batches follow one
-        another in ascending order, and within a batch all make progress, so a workgroup may wait for
-        lower ones. races: raise for LDS races, see `Lds`. limit: of wave instructions.
-
-        EmulatorError quotes the line of assembly for any access outside of an array or of the LDS.
+        EmulatorError, with the line of assembly, for any access outside of an array or of the LDS.
         """
         arrays = [a for a in arguments if isinstance(a, np.ndarray)]
         named = [n for n, a in zip(names, arguments, strict=False) if isinstance(a, np.ndarray)]
@@ -137,11 +139,11 @@ class Kernel:
     def _build(self, instruction: Instruction) -> Action | None:
         mnemonic = plain(instruction.mnemonic)
         if mnemonic in BRANCHES and instruction.operands[0] not in self.program.labels:
-            raise EmulatorError("the label is not known")
+            raise EmulatorError("the branch's label is not in the kernel")
         if mnemonic in CONTROL:
             return None
         if mnemonic not in BUILDERS:
-            raise EmulatorError("instruction not known")
+            raise EmulatorError("the instruction is not known")
         return BUILDERS[mnemonic](instruction)
 
     def _registers(self) -> tuple[int, int]:
@@ -157,14 +159,14 @@ class Kernel:
                     if operand.kind in most:
                         end = operand.index + operand.count
                         most[operand.kind] = max(most[operand.kind], end)
-        # Instructions may write more registers than their operand names (a pair behind one name): leave
-        # room.
+        # One more, since an instruction may write a pair of registers whose operand names the first.
         return most["v"] + 1, most["a"]
 
     # ---- how a workgroup starts
 
     def _pointer_register(self) -> int:
-        """The SGPRs that point to the arguments come after those of what else the kernel asked for."""
+        """The first of the two SGPRs that point to the arguments. They follow the SGPRs of everything
+        else that the kernel asks for."""
         directives = self.program.directives
         if not directives.get("user_sgpr_kernarg_segment_ptr", 1):
             raise EmulatorError(f"{self.program.name} does not ask for its arguments")
@@ -185,7 +187,7 @@ class Kernel:
             if directives.get(f"system_sgpr_workgroup_id_{letter}", int(letter == "x")):
                 waves.sgpr[register] = np.array(workgroups)[owner, axis]
                 register += 1
-        # Three fields of 10 bits, of which y and z are 0: Triton's workgroups have one axis.
+        # A lane's number has three fields of 10 bits. y and z are 0: Triton's workgroups have one axis.
         waves.vgpr[0] = number[:, None] * LANES + np.arange(LANES)
         return waves
 
@@ -203,7 +205,8 @@ class Kernel:
         grid: tuple[int, int, int],
         num_warps: int,
     ) -> None:
-        """Write the arguments where the kernel's metadata says; in order of their sizes without any."""
+        """Write the arguments at the offsets of the kernel's metadata; without metadata one after the
+        other, each aligned to its size."""
         places = self.program.parameters
         explicit = [p for p in places if not p.kind.startswith("hidden_")]
         missing = explicit[len(arguments) :]
@@ -242,9 +245,9 @@ class Kernel:
 class _Run:
     """Schedules the waves of one batch of workgroups after another.
 
-    A group is a batch of waves at one place in the code. It runs until it ends, meets a barrier, or
-    branches back while others wait; then it goes to the end of the queue. So waves that spin cannot keep
-    the others from the work they wait for. Groups that are in the queue at one place become one again.
+    A group is a set of waves at the same instruction. It runs until it ends, meets a barrier, or branches
+    backwards while others wait; then it goes to the end of the queue. So waves that spin cannot keep
+    others from the work that they wait for. Groups in the queue at the same instruction are joined.
     """
 
     def __init__(
@@ -334,8 +337,9 @@ class _Run:
         raise EmulatorError("the code ends without s_endpgm")
 
     def _meet(self, waves: Waves, place: int | None) -> None:
-        """Waves are at a barrier, to go on at `place`, or, if that is None, have ended. Workgroups of
-        which no other wave runs any more leave the barrier; an ended wave is not waited for."""
+        """Waves have met a barrier, after which they go on at `place`; None: they have ended. A workgroup
+        leaves the barrier when none of its waves runs any more; nobody waits for waves that have
+        ended."""
         arrived = np.bincount(waves.workgroup, minlength=len(self._met))
         self._met += arrived
         if place is None:

@@ -16,7 +16,7 @@ U32 = np.uint32
 
 
 def bf16_to_f32(codes: NDArray) -> NDArray[np.float32]:
-    """The value of bf16 codes in the low halves; what lies in the high halves does not matter."""
+    """The values of bf16 codes in the low halves of numbers; the high halves are not read."""
     return (codes.astype(U32) << U32(16)).view(np.float32)
 
 
@@ -28,7 +28,7 @@ def f32_to_bf16(values: NDArray) -> NDArray[np.uint32]:
 
 
 def f16_to_f32(codes: NDArray) -> NDArray[np.float32]:
-    """The value of f16 codes in the low halves."""
+    """The values of f16 codes in the low halves of numbers; the high halves are not read."""
     return codes.astype(np.uint16).view(np.float16).astype(np.float32)
 
 
@@ -38,8 +38,7 @@ def f32_to_f16(values: NDArray) -> NDArray[np.uint32]:
 
 
 def f32_exponent(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The biased exponent field of f32 bits: an e8m0 code, where an instruction takes its scale from
-    it."""
+    """The biased exponent of f32 bits, which some instructions take as an e8m0 code."""
     return (bits >> U32(23)) & U32(0xFF)
 
 
@@ -61,7 +60,7 @@ class Minifloat:
     limit: int
 
     def decode(self, codes: NDArray) -> NDArray[np.float32]:
-        """codes: unsigned, below 2**bits."""
+        """The values of codes, which are unsigned and below 2**bits."""
         return self.values[codes]
 
     def encode(self, values: NDArray) -> NDArray[np.uint32]:
@@ -71,7 +70,7 @@ class Minifloat:
         middles = (magnitudes[1:] + magnitudes[:-1]) / 2  # exact in float64
         size = np.abs(np.asarray(values, np.float64))
         below = np.searchsorted(middles, size, side="left")
-        above = np.searchsorted(middles, size, side="right")  # another one only at a tie
+        above = np.searchsorted(middles, size, side="right")  # differs from `below` only at a tie
         sign_bit = 1 << (self.bits - 1)
         code = np.where(below % 2 == 0, below, above)
         code = np.where(np.isnan(size), sign_bit - 1, code)
@@ -79,8 +78,8 @@ class Minifloat:
 
 
 def _minifloat(exponent_bits: int, mantissa_bits: int, bias: int, special: str) -> Minifloat:
-    """special: which codes are not finite: "none", "fn" (all ones is NaN) or "ieee" (exponent all
-    ones)."""
+    """A format. special: the codes that are not finite: "none"; "fn", those of all ones, which are NaN;
+    or "ieee", those whose exponent is all ones."""
     bits = 1 + exponent_bits + mantissa_bits
     sign_bit, top = 1 << (bits - 1), (1 << exponent_bits) - 1
     values = np.zeros(1 << bits, np.float32)

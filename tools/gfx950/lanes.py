@@ -1,4 +1,4 @@
-"""Vector instructions that are not a function of one lane: across lanes, with VCC, with a table."""
+"""Vector instructions that need more than each lane's sources: other lanes, VCC or a table."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ LANE = np.arange(LANES)
 
 @instruction("v_readfirstlane_b32")
 def read_first_lane(ins: Instruction) -> Action:
-    """The lowest active lane's value, lane 0's if none is active."""
+    """Read the value of the lowest active lane, or of lane 0 if none is active."""
     only_modifiers(ins)
     destination, value = operands_of(ins, 2)
     read = register(value)
@@ -54,7 +54,7 @@ def read_lane(ins: Instruction) -> Action:
 
 @instruction("v_writelane_b32")
 def write_lane(ins: Instruction) -> Action:
-    """Writes one lane, whether it is active or not."""
+    """Write one lane, whether it is active or not."""
     only_modifiers(ins)
     destination, value, lane = operands_of(ins, 3)
     read, read_lane = register(value), register(lane)
@@ -68,7 +68,7 @@ def write_lane(ins: Instruction) -> Action:
 
 @instruction("v_mbcnt_lo_u32_b32", "v_mbcnt_hi_u32_b32")
 def count_lanes_below(ins: Instruction) -> Action:
-    """Ones of a mask's low (high) half at lanes below this one, plus a number."""
+    """Count the ones in the low (or high) half of a mask at lanes below this one, and add a number."""
     only_modifiers(ins)
     destination, mask, start = operands_of(ins, 3)
     first = 32 if ins.mnemonic.startswith("v_mbcnt_hi") else 0
@@ -85,8 +85,8 @@ def count_lanes_below(ins: Instruction) -> Action:
 
 @instruction("v_permlane16_swap_b32", "v_permlane32_swap_b32")
 def swap_lanes(ins: Instruction) -> Action:
-    """The upper half of the first register changes places with the lower half of the second, in the whole
-    wave (32) or in each half of it (16)."""
+    """Swap the upper half of the first register with the lower half of the second, in the whole wave (32)
+    or in each half of it (16)."""
     only_modifiers(ins)
     first, second = operands_of(ins, 2)
     size = 16 if "16" in ins.mnemonic else 32
@@ -94,7 +94,7 @@ def swap_lanes(ins: Instruction) -> Action:
 
     def run(waves: Waves) -> None:
         if not waves.all_active:
-            raise EmulatorError("a swap of lanes with inactive ones is not emulated")
+            raise EmulatorError("a swap of lanes with inactive lanes is not emulated")
         a, b = waves.vgpr[first.index], waves.vgpr[second.index]
         moved = a[:, lower + size]  # a copy
         a[:, lower + size] = b[:, lower]
@@ -118,7 +118,7 @@ def swap(ins: Instruction) -> Action:
 
 @instruction("v_div_fmas_f32")
 def scaled_fma(ins: Instruction) -> Action:
-    """fma, scaled back in lanes that VCC names: the end of a division."""
+    """The last step of a division: an fma, which is scaled back in the lanes that VCC names."""
     only_modifiers(ins)
     destination, *sources = operands_of(ins, 4)
     readers = [source(operand, "f32") for operand in sources]
@@ -133,7 +133,7 @@ def scaled_fma(ins: Instruction) -> Action:
 
 @instruction("v_bitop3_b32", "v_bitop3_b16")
 def any_bit_function(ins: Instruction) -> Action:
-    """Any function of three bits: bit 4a + 2b + c of the table bitop3."""
+    """Any function of three bits a, b and c: bit 4a + 2b + c of the number bitop3."""
     only_modifiers(ins, "bitop3")
     destination, *sources = operands_of(ins, 4)
     readers = [register(operand) for operand in sources]
@@ -154,7 +154,7 @@ def any_bit_function(ins: Instruction) -> Action:
 
 @instruction("v_dot2_f32_bf16", "v_dot2_f32_f16")
 def dot_of_pairs(ins: Instruction) -> Action:
-    """a.low * b.low + a.high * b.high + c; the modifiers of packed instructions are not emulated."""
+    """Compute a.low * b.low + a.high * b.high + c. Modifiers of packed instructions are not emulated."""
     only_modifiers(ins, "op_sel_hi")
     if bits_list(ins, "op_sel_hi", [1, 1, 1])[:2] != [1, 1]:
         raise EmulatorError("op_sel_hi of a dot product is not emulated")
@@ -171,7 +171,7 @@ def dot_of_pairs(ins: Instruction) -> Action:
 
 @instruction("v_pk_mov_b32")
 def move_pair(ins: Instruction) -> Action:
-    """op_sel[i] chooses the register of source i's pair that becomes half i of the destination."""
+    """Copy one register of each source's pair: op_sel[i] chooses the one that becomes half i."""
     only_modifiers(ins, "op_sel", "op_sel_hi")
     destination, *sources = operands_of(ins, 3)
     select = bits_list(ins, "op_sel", [0, 0])
@@ -190,7 +190,7 @@ def move_pair(ins: Instruction) -> Action:
 
 @instruction("v_fma_mix_f32", "v_fma_mixlo_f16", "v_fma_mixhi_f16")
 def mixed_fma(ins: Instruction) -> Action:
-    """fma in f32 of sources that are f32 or, where op_sel_hi is set, a half of a register in f16."""
+    """An fma in f32. Each source is an f32 or, where op_sel_hi is set, an f16 in half a register."""
     only_modifiers(ins, "op_sel", "op_sel_hi")
     destination, *sources = operands_of(ins, 4)
     halves, is_f16 = bits_list(ins, "op_sel", [0] * 3), bits_list(ins, "op_sel_hi", [0] * 3)
@@ -216,7 +216,7 @@ def mixed_fma(ins: Instruction) -> Action:
 
 @instruction("ds_bpermute_b32")
 def fetch_from_lane(ins: Instruction) -> Action:
-    """Each lane takes the value of the lane that its address names (in bytes); 0 from an inactive one."""
+    """Each lane takes the value of the lane at its address / 4; an inactive lane's value counts as 0."""
     only_modifiers(ins, "offset")
     destination, address, value = operands_of(ins, 3)
     offset = U32(number(ins, "offset"))
@@ -235,8 +235,8 @@ def fetch_from_lane(ins: Instruction) -> Action:
 
 @instruction("ds_permute_b32")
 def send_to_lane(ins: Instruction) -> Action:
-    """Each active lane sends its value to the lane that its address names; a later lane wins; 0 if
-    none."""
+    """Each active lane sends its value to the lane at its address / 4. If several send to one lane, the
+    last one's value stays; a lane that gets none gets 0."""
     only_modifiers(ins, "offset")
     destination, address, value = operands_of(ins, 3)
     offset = U32(number(ins, "offset"))
@@ -255,7 +255,7 @@ def send_to_lane(ins: Instruction) -> Action:
 
 @instruction("ds_swizzle_b32")
 def swizzle(ins: Instruction) -> Action:
-    """A fixed permutation, the same in both halves of the wave; 0 from an inactive lane."""
+    """Permute lanes in a fixed way, the same in both halves of the wave; an inactive lane gives 0."""
     only_modifiers(ins, "offset")
     destination, value = operands_of(ins, 2)
     lanes = _swizzled(str(ins.modifiers["offset"]))
@@ -269,7 +269,8 @@ def swizzle(ins: Instruction) -> Action:
 
 
 def _swizzled(pattern: str) -> NDArray[np.int64]:
-    """The source of each lane, from the assembler's macro or the number that it stands for."""
+    """Each lane's source lane. pattern: the assembler's macro, or the number that the macro stands
+    for."""
     if not pattern.startswith("swizzle("):
         code = int(pattern, 0)
         if code & 0x8000:  # a permutation of four

@@ -1,8 +1,8 @@
 """Matrix instructions (MFMA): D = A @ B^T + C, one M x M tile a wave.
 
-Lane l holds row l % M of A (and of B), of it the elements along K that belong to its group l // M. With
-M = 16 there are four groups, with M = 32 two. All sums are in float64 and rounded once; the card's
-order and rounding of the partial sums are its own. EXEC does not matter.
+Lane l holds a part of row l % M of A, and of B: the elements along K of group l // M. There are four
+groups with M = 16, two with M = 32. All sums are in float64 and are rounded once; the card may add in
+another order and round partial sums. EXEC has no effect.
 """
 
 import re
@@ -27,7 +27,7 @@ from tools.gfx950.waves import LANES, Waves
 
 U32 = np.uint32
 
-# Rows (and columns) of the tile, K, and the operands' type as the mnemonic's end has it.
+# Rows (and columns) of the tile, K, and the operands' type as it ends the mnemonic.
 EIGHTS = ("fp8_fp8", "fp8_bf8", "bf8_fp8", "bf8_bf8")
 HALVES = ("f16", "bf16")
 PLAIN = [
@@ -38,7 +38,7 @@ PLAIN = [
 ]
 ANY_SMALL = [(16, 128, "f8f6f4"), (32, 64, "f8f6f4")]
 INTEGER = [(16, 32, "i8"), (32, 16, "i8"), (16, 64, "i8"), (32, 32, "i8")]
-SMALL_CODES = {0: "fp8", 1: "bf8", 4: "fp4"}  # of cbsz (for A) and blgp (for B)
+SMALL_CODES = {0: "fp8", 1: "bf8", 4: "fp4"}  # the values of cbsz (for A) and blgp (for B)
 BLOCK = 32  # elements along K that share a scale
 
 
@@ -76,7 +76,7 @@ def mfma(ins: Instruction) -> Action:
         result = (
             (product + start).astype(np.int64).astype(np.int32) if integers else product + start
         )
-        if not integers:  # of two NaNs nothing is known, but that the result is one
+        if not integers:  # which NaN the card gives is not known
             result = np.where(np.isnan(result), no_value(result.dtype), result)
         bits = result.view(U32) if integers else result.astype(np.float32).view(U32)
         _bank(waves, destination)[destination.index : destination.index + count] = bits
@@ -87,7 +87,7 @@ def mfma(ins: Instruction) -> Action:
 def _shape(mnemonic: str) -> tuple[int, int, str]:
     match = re.search(r"_(\d+)x\d+x(\d+)_(\w+)$", mnemonic)
     if match is None:
-        raise EmulatorError("shape is not known")
+        raise EmulatorError("the shape is not known")
     return int(match[1]), int(match[2]), match[3]
 
 
@@ -102,8 +102,7 @@ def _bank(waves: Waves, operand: Operand) -> NDArray[np.uint32]:
 
 
 def _values(registers: NDArray[np.uint32], kind: str) -> NDArray[np.float64]:
-    """Registers [n, W, 64] -> the elements that they hold, float64 [W, 64, count]; low bits come
-    first."""
+    """Registers [n, W, 64] -> their elements, float64 [W, 64, count], those in low bits first."""
     words = np.moveaxis(registers, 0, -1)
     if kind == "f32":
         return words.view(np.float32).astype(np.float64)
@@ -124,8 +123,8 @@ def _values(registers: NDArray[np.uint32], kind: str) -> NDArray[np.float64]:
 def _matrix(waves: Waves, operand: Operand, kind: str, rows: int) -> NDArray[np.float64]:
     """An operand as matrices [W, rows, K].
 
-    A lane's elements are consecutive in K, and so are the groups' of lanes; but 32 elements of 8 bits are
-    two runs of 16, and all groups' first runs precede the second ones.
+    A lane's elements are consecutive in K, and one group of lanes follows the other. But 32 elements of 8
+    bits are two runs of 16, and the first runs of all groups precede the second runs.
     """
     bank = _bank(waves, operand)
     elements = _values(bank[operand.index : operand.index + operand.count], kind)
@@ -138,8 +137,8 @@ def _matrix(waves: Waves, operand: Operand, kind: str, rows: int) -> NDArray[np.
 def _to_lanes(tiles: NDArray[np.float64], rows: int) -> NDArray[np.float64]:
     """Tiles [W, rows, columns] -> registers [rows * columns / 64, W, 64].
 
-    Lane l holds column l % rows. Of the rows, 4 consecutive ones lie in 4 registers of one group of
-    lanes, the next 4 in the next group, and after the last group in the first one's next registers.
+    Lane l holds column l % rows. Four consecutive rows are in four registers of one group of lanes, the
+    next four in the next group; after the last group come the first group's next registers.
     """
     groups = LANES // rows
     split = tiles.reshape(-1, rows // (4 * groups), groups, 4, rows)
@@ -149,8 +148,8 @@ def _to_lanes(tiles: NDArray[np.float64], rows: int) -> NDArray[np.float64]:
 def _scales(ins: Instruction, operands: list[Operand], rows: int) -> list[Reader]:
     """Readers of the scales of A and B as matrices [W, rows, K].
 
-    A lane's scale is one byte of its register, chosen by op_sel and op_sel_hi, and is that of row l %
-    rows and of the block of 32 elements number l // rows.
+    Lane l's scale is one byte of its register, which op_sel and op_sel_hi choose. It belongs to row
+    l % rows and to block l // rows of 32 elements.
     """
     low, high = bits_list(ins, "op_sel", [0, 0, 0]), bits_list(ins, "op_sel_hi", [1, 1, 1])
     return [

@@ -1,4 +1,4 @@
-"""The memory that a kernel sees: the caller's arrays, each in a large hole, and every workgroup's LDS."""
+"""The memory that a kernel sees: the caller's arrays, with wide gaps between them, and the LDS."""
 
 import ctypes
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ class Memory:
     Arrays that overlap (views of one buffer) lie in one region, as they do on the card. Addresses are
     congruent to the host's modulo 256, since the compiler may rely on an alignment.
 
-    bytes_read, bytes_written: by lanes, so a byte that two lanes read counts twice. names: of the first
-    arrays, for errors.
+    bytes_read, bytes_written: accesses so far; a byte that two lanes read counts twice.
+    names: of the first arrays, in their order, for errors.
     """
 
     def __init__(self, arrays: Sequence[NDArray], names: Sequence[str] = ()) -> None:
@@ -59,7 +59,7 @@ class Memory:
                 self._addresses[i] = _BASE + (slot << _SLOT_BITS) + start + first - low
 
     def address(self, index: int) -> int:
-        """The device address of the first element of an array, by its place in the list."""
+        """The device address of the first element of array number `index`."""
         return self._addresses[index]
 
     def read(self, addresses: NDArray[np.uint64], size: int) -> NDArray[np.uint8]:
@@ -73,7 +73,9 @@ class Memory:
         return data
 
     def write(self, addresses: NDArray[np.uint64], data: NDArray[np.uint8]) -> None:
-        """[n] addresses, [n, size] bytes; of two lanes with one address the later one wins."""
+        """Write [n, size] bytes to [n] addresses. If two lanes write to one address, the later one's
+        value stays. EmulatorError if a byte lies outside of every array, or in an array that is
+        read-only."""
         size = data.shape[1]
         self.bytes_written += data.size
         packed = np.ascontiguousarray(data).view(f"V{size}")[:, 0]
@@ -85,7 +87,7 @@ class Memory:
     def _locate(
         self, addresses: NDArray[np.uint64], size: int, what: str
     ) -> list[tuple[int, NDArray | slice, NDArray[np.int64]]]:
-        """For every region that is accessed: its slot, which of the lanes, and their offsets in it."""
+        """For every region that is accessed: its slot, the lanes that access it, and their offsets."""
         if not addresses.size:
             return []
         places = addresses.astype(np.int64) - _BASE
@@ -113,17 +115,17 @@ class Memory:
 
 
 class Lds:
-    """The LDS of the workgroups of a batch: bytes [workgroups, size], 0xCC at the start.
+    """The LDS of the workgroups of a batch: bytes [workgroups, size], which are 0xCC at the start.
 
-    races: whether to raise EmulatorError when, with no barrier of the workgroup in between, one wave
-    writes a byte that another wave has read or written (with another value), or reads one that another
-    wave has written. Such a kernel works or not as the waves happen to be scheduled.
+    races: raise EmulatorError for a race. That is when, without a barrier of the workgroup in between,
+    one wave reads a byte that another wave has written, or writes a byte that another wave has read or
+    has written with another value. Whether such a kernel works depends on how its waves are scheduled.
     """
 
     def __init__(self, workgroups: int, size: int, *, races: bool) -> None:
         self.size = size
         self._bytes = np.full(workgroups * size, 0xCC, np.uint8)
-        # One bit for each wave of the workgroup that has read, or written, this byte since the barrier.
+        # For each byte, a bit for each wave that has read it, or written it, since the last barrier.
         self._races = races
         self._readers = np.zeros(workgroups * size if races else 0, np.uint32)
         self._writers = np.zeros_like(self._readers)
@@ -132,14 +134,15 @@ class Lds:
     def read(
         self, workgroups: NDArray, waves: NDArray, addresses: NDArray[np.uint32], size: int
     ) -> NDArray[np.uint8]:
-        """[n] workgroups, waves in them and byte addresses -> [n, size] bytes."""
+        """[n] workgroups, waves of these and byte addresses -> [n, size] bytes. EmulatorError outside of
+        the LDS, and for a race."""
         places = self._places(workgroups, addresses, size, "load")
         if self._races:
             self._touched[workgroups] = True
             spans, bits = self._spans(places, size), _wave_bits(waves)
             if (self._writers[spans] & ~bits).any():
                 raise EmulatorError(
-                    "LDS race: a load of what another wave has stored, with no barrier in between"
+                    "LDS race: a load of a byte that another wave has stored, with no barrier in between"
                 )
             for wave, chosen in _by_wave(waves):
                 self._readers[spans[chosen]] |= _ONE << wave
@@ -152,8 +155,8 @@ class Lds:
         addresses: NDArray[np.uint32],
         data: NDArray[np.uint8],
     ) -> None:
-        """[n] workgroups, waves and addresses, [n, size] bytes; of equal addresses the later lane
-        wins."""
+        """Write [n, size] bytes at [n] addresses, each by a wave of a workgroup. If two lanes write to
+        one address, the later one's value stays. EmulatorError as in `read`."""
         size = data.shape[1]
         places = self._places(workgroups, addresses, size, "store")
         if self._races:
@@ -163,7 +166,7 @@ class Lds:
         _window(self._bytes, size)[places] = packed
 
     def barrier(self, workgroups: NDArray) -> None:
-        """All waves of these workgroups have met: what they did so far is ordered before what follows."""
+        """All waves of these workgroups have met: accesses before this cannot race with later ones."""
         if self._races:
             for workgroup in np.unique(workgroups[self._touched[workgroups]]).tolist():
                 span = slice(workgroup * self.size, (workgroup + 1) * self.size)
@@ -177,7 +180,7 @@ class Lds:
             mine, bit = spans[chosen], _ONE << wave
             if (self._readers[mine] & ~bit).any():
                 raise EmulatorError(
-                    "LDS race: a store to what another wave has loaded, with no barrier in between"
+                    "LDS race: a store to a byte that another wave has loaded, with no barrier in between"
                 )
             # Waves that hold copies of one value may all store it.
             changes = self._bytes[mine] != data[chosen]
@@ -186,7 +189,7 @@ class Lds:
                     "LDS race: two waves store different values, with no barrier in between"
                 )
             self._writers[mine] |= bit
-            self._bytes[mine] = data[chosen]  # the next wave's comparison is with this one's value
+            self._bytes[mine] = data[chosen]  # the next wave's value is compared with this one
 
     def _places(
         self, workgroups: NDArray, addresses: NDArray[np.uint32], size: int, what: str
@@ -210,7 +213,7 @@ def _wave_bits(waves: NDArray) -> NDArray[np.uint32]:
 
 
 def _by_wave(waves: NDArray) -> list[tuple[np.uint32, NDArray | slice]]:
-    """Each wave's number in its workgroup, with the lanes that are of it."""
+    """The number of each wave in its workgroup, and the lanes that belong to it."""
     numbers = np.unique(waves)
     if numbers.size == 1:
         return [(np.uint32(numbers[0]), slice(None))]
@@ -218,6 +221,6 @@ def _by_wave(waves: NDArray) -> list[tuple[np.uint32, NDArray | slice]]:
 
 
 def _window(data: NDArray[np.uint8], size: int) -> NDArray:
-    """A view whose element i is the `size` bytes from byte i on, so that one index takes them all."""
+    """A view whose element i is the `size` bytes from byte i on, so that one index reads all of them."""
     count = max(len(data) - size + 1, 0)
     return np.ndarray((count,), f"V{size}", data, strides=(1,))

@@ -1,9 +1,9 @@
-"""Which NaN an operation gives, to the bit, and on any host.
+"""The NaN that an operation gives, to the bit, and the same on any host.
 
-AMD's text says it of some instructions (minimum, maximum, median, the fix-up of a division): these are
-written out. Of arithmetic it says nothing; there the first source that is a NaN is passed on, quiet,
-with its sign and payload, as IEEE 754 recommends, and an operation that has no value gives the one NaN
-that the text writes as a constant, for 0/0: negative, quiet, without a payload.
+AMD's documents define it for some instructions (minimum, maximum, median, the fix-up of a division),
+which follow them. They do not define it for arithmetic. There the result is the first source that is a
+NaN, made quiet, with its sign and payload, as IEEE 754 recommends. An operation without a value gives the
+NaN that the documents give for 0/0: negative, quiet, without a payload.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ LAYOUTS = {
 
 
 def quiet(x: NDArray) -> NDArray:
-    """The same values; a NaN that signals becomes quiet, with its sign and payload."""
+    """The same values, but a signaling NaN becomes quiet; it keeps its sign and payload."""
     kind, bit, _ = LAYOUTS[x.dtype]
     bits = np.ascontiguousarray(x).view(kind)
     return np.where(np.isnan(x), bits | kind(bit), bits).view(x.dtype)
@@ -32,13 +32,13 @@ def is_signaling(x: NDArray) -> NDArray:
 
 
 def no_value(dtype: np.dtype) -> NDArray:
-    """What 0/0 gives."""
+    """The NaN that 0/0 gives, as an array without axes."""
     kind, _, bits = LAYOUTS[np.dtype(dtype)]
     return np.array(bits, kind).view(dtype)
 
 
 def passing_on(function: Callable[..., NDArray | tuple]) -> Callable[..., NDArray | tuple]:
-    """The function, with its NaNs as said above. Results that are no floats stay as they are."""
+    """A function whose NaNs are replaced as this file's first lines say, if its result is a float."""
 
     def wrapped(*sources: NDArray) -> NDArray | tuple:
         found = function(*sources)

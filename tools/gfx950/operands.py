@@ -25,7 +25,7 @@ _NAMED = {
 _INLINE_FLOATS = ("0.5", "1.0", "2.0", "4.0")
 _INVERSE_2PI = re.compile(r"0\.1591549\d*")
 
-# Types of values: numpy dtype and bits in a register. b32: bits that may carry float modifiers.
+# Types of values -> numpy dtype and number of bits. b32: bits whose operand may have a float's modifiers.
 # mask: a lane mask in two SGPRs, read as bool.
 TYPES: dict[str, tuple[type[np.generic], int]] = {
     "u16": (np.uint16, 16),
@@ -69,7 +69,7 @@ class Operand:
 
 
 def parse_operand(text: str) -> Operand:
-    """One operand as the assembler writes it. EmulatorError for what is none."""
+    """One operand as the assembler writes it. EmulatorError if the text is no operand."""
     inner, negate, absolute, sign_extend = text, False, False, False
     if match := re.fullmatch(r"sext\((.+)\)", inner):
         inner, sign_extend = match[1], True
@@ -108,7 +108,7 @@ def operands_of(instruction: Instruction, count: int) -> list[Operand]:
 
 
 def only_modifiers(instruction: Instruction, *known: str) -> None:
-    """EmulatorError if the instruction has any other modifier: none is ignored."""
+    """EmulatorError if the instruction has a modifier that is not `known`, so that none is ignored."""
     for name in instruction.modifiers:
         if name not in known:
             raise EmulatorError(f"modifier {name!r} is not known here")
@@ -126,7 +126,7 @@ def number(instruction: Instruction, name: str, default: int = 0) -> int:
 
 
 def bits_list(instruction: Instruction, name: str, default: list[int]) -> list[int]:
-    """A modifier's list, as in op_sel:[1,0,0]; filled up with zeros to the default's length."""
+    """A modifier's list, as in op_sel:[1,0,0], with zeros appended up to the default's length."""
     value = instruction.modifiers.get(name)
     if value is None:
         return default
@@ -135,9 +135,9 @@ def bits_list(instruction: Instruction, name: str, default: list[int]) -> list[i
 
 
 def register(operand: Operand, part: int = 0) -> Reader:
-    """The 32 bits of one register of an operand (the first plus `part`), or of a constant.
+    """Reads the 32 bits of one register of an operand (the first plus `part`), or of a constant.
 
-    uint32, [W, 64] from a VGPR, [W, 1] from an SGPR, [1, 1] from a constant. Not a copy.
+    It returns uint32: [W, 64] from a VGPR, [W, 1] from an SGPR, [1, 1] from a constant. It does not copy.
     """
     index = operand.index + part
     if operand.kind == "v":
@@ -173,7 +173,8 @@ def register(operand: Operand, part: int = 0) -> Reader:
 
 
 def with_signs(read: Reader, operand: Operand, bits: int) -> Reader:
-    """The same bits after |x| and -x, which act on the sign bit alone, also on that of a NaN."""
+    """Reads the same bits with the operand's |x| and -x, which change the sign bit alone, even a
+    NaN's."""
     if not (operand.absolute or operand.negate):
         return read
     dtype = {16: np.uint16, 32: np.uint32, 64: np.uint64}[bits]
@@ -189,17 +190,17 @@ def with_signs(read: Reader, operand: Operand, bits: int) -> Reader:
 
 
 def source(operand: Operand, kind: str, base: Reader | None = None, word: int = 0) -> Reader:
-    """A vector source as values of a type, of shape [W, 64], [W, 1] or [1, 1].
+    """Reads a vector source as values of a type, [W, 64], [W, 1] or [1, 1].
 
-    kind: of `TYPES`. base: where its 32 bits come from, if not from the operand's own register (a lane
-    permutation, a selected byte). word: which half of the register holds a type of 16 bits.
+    kind: one of `TYPES`. base: reads the 32 bits, if they are not simply the operand's register (but a
+    permutation of lanes, or a selected byte). word: the half of the register that holds 16 bits.
     """
     dtype, bits = TYPES[kind]
     if (operand.negate or operand.absolute) and kind not in _TAKES_SIGNS:
         raise EmulatorError(f"operand {operand.text!r}: an integer cannot have a float's modifier")
     if kind == "mask":
         if operand.kind != "s":
-            raise EmulatorError(f"operand {operand.text!r}: a mask lies in SGPRs")
+            raise EmulatorError(f"operand {operand.text!r}: a mask must be in SGPRs")
 
         def read_mask(waves: Waves) -> NDArray:
             return lanes_of(waves.read_s64(operand.index))
@@ -215,7 +216,7 @@ def source(operand: Operand, kind: str, base: Reader | None = None, word: int = 
 
 
 def _unsigned(operand: Operand, bits: int, base: Reader | None, word: int) -> Reader:
-    """The bits of a source of 16, 32 or 64 bits as unsigned numbers; base, word: see `source`."""
+    """Reads a source of 16, 32 or 64 bits as unsigned numbers. base, word: as in `source`."""
     if operand.kind == "constant":
         dtype = {16: np.uint16, 32: np.uint32, 64: np.uint64}[bits]
         # The upper half of a constant of 16 bits is 0.
@@ -245,8 +246,7 @@ def _unsigned(operand: Operand, bits: int, base: Reader | None, word: int) -> Re
 
 
 def bits_of(values: NDArray, kind: str) -> NDArray:
-    """Results of a type as unsigned bits: uint64 for types of 64 bits, otherwise uint32; a mask as
-    bool."""
+    """The bits of results of a type: uint64 for types of 64 bits, bool for a mask, otherwise uint32."""
     dtype, bits = TYPES[kind]
     exact = np.asarray(values).astype(dtype, copy=False)
     if kind == "mask":

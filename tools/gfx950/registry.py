@@ -1,4 +1,4 @@
-"""From mnemonics to what executes them."""
+"""The table from mnemonics to the functions that execute them."""
 
 from collections.abc import Callable
 
@@ -8,15 +8,14 @@ from tools.gfx950.waves import Waves
 Action = Callable[[Waves], None]
 Builder = Callable[[Instruction], Action]
 
-# Mnemonic, without the suffixes _e32, _e64, _dpp and _sdwa of vector instructions' encodings -> its
-# builder. A builder looks at the text once, when the kernel is loaded; the action that it returns runs
-# many times.
+# Mnemonic -> its builder. Mnemonics of vector instructions are without the suffix of their encoding. A
+# builder reads the text once, when the kernel is loaded; the action that it returns runs many times.
 BUILDERS: dict[str, Builder] = {}
 ENCODINGS = ("_e32", "_e64", "_dpp", "_sdwa")
 
 
 def instruction(*mnemonics: str) -> Callable[[Builder], Builder]:
-    """Decorator: this function builds the instructions of these names."""
+    """Decorator that registers a function as the builder of these mnemonics."""
 
     def register(build: Builder) -> Builder:
         for mnemonic in mnemonics:
@@ -27,7 +26,7 @@ def instruction(*mnemonics: str) -> Callable[[Builder], Builder]:
 
 
 def plain(mnemonic: str) -> str:
-    """The mnemonic without the suffix that tells its encoding."""
+    """The mnemonic without the suffix of its encoding."""
     for suffix in ENCODINGS:
         if mnemonic.startswith("v_") and mnemonic.endswith(suffix):
             return mnemonic.removesuffix(suffix)

@@ -1,4 +1,4 @@
-"""Scalar instructions (SALU, SMEM): one value a wave, in SGPRs, with the condition code SCC."""
+"""Scalar instructions (SALU, SMEM), which work on one value a wave, in SGPRs, and on SCC."""
 
 import operator
 from collections.abc import Callable
@@ -33,11 +33,11 @@ U32, U64, I32, I64 = np.uint32, np.uint64, np.int32, np.int64
 
 
 def define(mnemonics: str, signature: str, function: Callable) -> None:
-    """Make instructions of a function over waves.
+    """Make instructions from a function over waves.
 
-    signature: "u32 scc = u32 i64", types of results and sources, in the order of the operands; scc is
-    bool and has no operand. A result `nonzero` is not the function's: SCC says whether the result is
-    not 0. A source +u32 is the old value of the destination.
+    signature: the types of results and sources in the order of the operands, as in "u32 scc = u32 i64".
+    scc is a bool without an operand. A last result `nonzero` does not come from the function: it sets SCC
+    to whether the result is not 0. A source +u32 is the old value of the destination.
     """
     results, sources = parse_signature(signature)
 
@@ -77,7 +77,7 @@ def define(mnemonics: str, signature: str, function: Callable) -> None:
 
 
 def scalar_source(operand: Operand, kind: str) -> Reader:
-    """Values [W] or [1] of a type."""
+    """Reads a scalar source as values of a type, [W] or [1]."""
     dtype, bits = TYPES[kind]
     if operand.kind == "constant":
         fixed = np.full(1, operand.constant(bits), U64 if bits == 64 else U32).view(dtype)
@@ -104,12 +104,12 @@ def _read_scc(waves: Waves) -> NDArray:
 
 
 def short(x: NDArray) -> NDArray:
-    """The 16 bits of an immediate, sign-extended; the assembler may print them either way."""
+    """A 16-bit immediate, sign-extended; the assembler may print it with or without a sign."""
     return x.astype(np.int16).astype(I32)
 
 
 def overflowing(operation: Callable) -> Callable[[NDArray, NDArray], tuple[NDArray, NDArray]]:
-    """A signed operation and whether the exact result does not fit."""
+    """A signed operation that also gives whether the exact result does not fit into 32 bits."""
 
     def compute(a: NDArray, b: NDArray) -> tuple[NDArray, NDArray]:
         exact = operation(a.astype(I64), b.astype(I64))
@@ -128,7 +128,7 @@ def shift_add(amount: int) -> Callable[[NDArray, NDArray], tuple[NDArray, NDArra
 
 
 def field(x: NDArray, place: NDArray) -> NDArray:
-    """bfe: the bits from place[4:0] on, place[22:16] of them."""
+    """bfe: a field of place[22:16] bits, which begins at bit place[4:0]."""
     start, width = place & U32(31), ((place >> U32(16)) & U32(127)).astype(U64)
     mask = (U64(1) << np.minimum(width, U64(32))) - U64(1)
     return (x.astype(U64) >> start.astype(U64) & mask).astype(U32)
@@ -242,7 +242,7 @@ define("s_cmp_lg_u64", "scc = u64 u64", operator.ne)
 
 @instruction(*[f"s_{name}_saveexec_b64" for name in BITWISE])
 def save_exec(ins: Instruction) -> Action:
-    """The destination keeps EXEC; EXEC becomes the source combined with it."""
+    """Copy EXEC to the destination, then combine EXEC with the source."""
     only_modifiers(ins)
     destination, mask = operands_of(ins, 2)
     combine = BITWISE[ins.mnemonic.split("_")[1]]
@@ -264,13 +264,13 @@ WIDTHS = {"": 1, "x2": 2, "x4": 4, "x8": 8, "x16": 16}
 @instruction(*[f"s_load_dword{width}" for width in WIDTHS])
 @instruction(*[f"s_buffer_load_dword{width}" for width in WIDTHS])
 def load(ins: Instruction) -> Action:
-    """Consecutive dwords from memory to SGPRs; the base is a pointer, or a buffer's descriptor."""
+    """Load consecutive dwords to SGPRs. The base is a pointer, or a buffer's descriptor."""
     only_modifiers(ins, "offset", "glc")
     destination, base, offset = operands_of(ins, 3)
     count = WIDTHS[ins.mnemonic.partition("dword")[2]]
     immediate = U64(number(ins, "offset"))
     read_offset = scalar_source(offset, "u32")
-    # A descriptor has 48 bits of address, then its stride.
+    # In a descriptor, the stride follows after 48 bits of address.
     address_bits = U64(0xFFFFFFFFFFFF if "buffer" in ins.mnemonic else 0xFFFFFFFFFFFFFFFF)
 
     def run(waves: Waves) -> None:
@@ -289,8 +289,8 @@ def load(ins: Instruction) -> Action:
     *["buffer_wbl2", "buffer_inv"],
 )
 def nothing(ins: Instruction) -> Action:
-    """Time, hazards, caches and modes are not emulated: every instruction completes before the next
-    one."""
+    """Do nothing. Time, hazards, caches and modes are not emulated: every instruction completes before
+    the next one."""
 
     def run(waves: Waves) -> None:
         pass

@@ -21,8 +21,8 @@ from tools.gfx950.emulator import Argument, Kernel, Statistics
 
 CPU = torch.device("cpu")
 
-# Name -> Triton's backend, its name of the architecture, lanes of a warp, names of the text and the
-# binary.
+# Name -> Triton's names of the backend and the architecture, lanes of a warp, and Triton's names of the
+# text and of the binary.
 TARGETS: dict[str, tuple[str, str | int, int, str, str]] = {
     "gfx950": ("hip", "gfx950", 64, "amdgcn", "hsaco"),
     "sm_90": ("cuda", 90, 32, "ptx", "cubin"),
@@ -36,10 +36,11 @@ SCALARS |= {f"{sign}{bits}": f"{sign}{bits}" for sign in "iu" for bits in (8, 16
 class CompiledKernel:
     """A kernel as the compiler made it for one launch.
 
-    name: of the function in the text. text: assembly (amdgcn), or ptx. binary: the code object (hsaco),
-    or cubin. shared: bytes of LDS (shared memory) that the launch adds. parameters: (name, type in
-    Triton's terms) of the arguments that are left at run time, in order: no constexpr, none folded into
-    a constant.
+    name: the function's name in the text.
+    text: assembly (amdgcn), or ptx. binary: the code object (hsaco), or cubin.
+    shared: bytes of LDS (shared memory) that the launch adds.
+    parameters: (name, Triton's type) of each argument that is left at run time, in order. Arguments that
+    are constexpr, or that Triton made constants, are not among them.
     """
 
     name: str
@@ -54,8 +55,8 @@ class CompiledKernel:
 def compile_launch(launch: Launch, target: str) -> CompiledKernel:
     """Compile for "gfx950" or "sm_90"; tensors of the launch may be on the CPU or on `meta`.
 
-    The driver that was active before is so afterwards. InputError for an unknown target, and of
-    `check_packing`; what Triton raises when it cannot compile goes through.
+    Triton's active driver is the same afterwards. InputError for an unknown target and where
+    `check_packing` raises it; Triton's own errors are passed on.
     """
     if target not in TARGETS:
         raise InputError(f"target {target!r} is none of {', '.join(TARGETS)}")
@@ -87,10 +88,11 @@ def emulate(
     """What `fast.launch.run` does on a card: launches one after the other, here on the CPU.
 
     Each is compiled for gfx950, and the emulator executes that machine code on the launch's own tensors,
-    in place. Returns what all of them did together. seed, batch, races: of `Kernel.run`. InputError with
-    the launch's name for a device or a tensor that is not the CPU's; EmulatorError, which is an
-    InputError, for what a kernel does wrong or the emulator does not know; what Triton raises when it
-    cannot compile goes through.
+    in place. Returns the counts of all launches together. seed, batch, races: as in `Kernel.run`.
+
+    InputError for a device or a tensor that is not on the CPU, and EmulatorError, which is an InputError,
+    for what a kernel does wrong or the emulator does not know, with the launch's name. Triton's own
+    errors are passed on.
     """
     if device.type != "cpu":
         raise InputError(f"the emulator runs on the CPU; this is {device}")
@@ -118,7 +120,7 @@ def emulate(
     return total
 
 
-_kernel = cache(Kernel)  # by text and name: the same kernel is often run on several inputs
+_kernel = cache(Kernel)  # the same kernel often runs on several inputs
 
 
 def _argument(name: str, kind: str, value: Any) -> Argument:
@@ -134,7 +136,7 @@ def _argument(name: str, kind: str, value: Any) -> Argument:
 
 
 def _bytes(x: Tensor) -> np.ndarray:
-    """The memory from a tensor's first element to its last one, uint8, shared with it; any strides."""
+    """The memory from a tensor's first element to its last one as uint8, shared with the tensor."""
     if not x.numel():
         return np.empty(0, np.uint8)
     storage = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
@@ -148,9 +150,8 @@ def _stand_in_driver(target: str) -> Iterator[None]:
     """While the block runs, Triton takes a card of this kind to be the current one."""
     from triton.runtime import driver
 
-    before = (
-        driver._active
-    )  # `driver.active` would look for a real one, and raise where there is none
+    # `driver.active` would look for a real one, and raise where there is none.
+    before = driver._active
     driver.set_active(_stand_in(target))
     try:
         yield
@@ -160,7 +161,7 @@ def _stand_in_driver(target: str) -> Iterator[None]:
 
 @cache
 def _stand_in(target: str) -> Any:
-    """A driver that answers what the JIT asks before it launches. Triton is imported only when needed."""
+    """A driver that answers the JIT's questions before a launch. Triton is imported only when needed."""
     from triton.backends.compiler import GPUTarget
 
     backend, architecture, lanes, *_ = TARGETS[target]
@@ -170,7 +171,7 @@ def _stand_in(target: str) -> Any:
             return GPUTarget(backend, architecture, lanes)
 
         def get_current_device(self) -> str:
-            return target  # the JIT keeps what it compiled by device: none of ours may meet a real one's
+            return target  # the JIT caches kernels by device: a real one's must not mix with ours
 
         def get_current_stream(self, device: str | None = None) -> int:
             return 0

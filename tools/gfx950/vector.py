@@ -1,8 +1,8 @@
-"""How a vector instruction (VALU) is put together: sources, a function over lanes, where the result goes.
+"""Vector instructions (VALU) are put together here from sources, a function over lanes and a destination.
 
-`define` and `define_packed` say all of it in a line; `vector_ops` is the list of what they define. The
+`define` and `define_packed` make instructions in a line each; `vector_ops` is the list of them. The
 encodings DPP (a permutation of the first source's lanes) and SDWA (bytes or words of sources and result)
-come with that: a definition does not know about them.
+are handled here, so that a definition does not know about them.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ DPP += ("row_half_mirror", "row_mask", "bank_mask", "bound_ctrl")
 SDWA = ("dst_sel", "dst_unused", "src0_sel", "src1_sel")
 
 Function = Callable[..., NDArray | tuple[NDArray, ...]]
-# What a permutation hands over: lanes that may write, or None for all active ones.
+# Writes bits to the destination of waves. The last argument: lanes that may write; None: all active ones.
 Writer = Callable[[Waves, NDArray, NDArray | None], None]
 
 
@@ -47,13 +47,13 @@ def define(
     clamped: Function | None = None,
     own_nans: bool = False,
 ) -> None:
-    """Make instructions of a function over lanes.
+    """Make instructions from a function over lanes.
 
-    signature: types of the results and of the sources, "u32 = f32 i32", in the order of the operands.
-    clamped: the function with the modifier clamp, for integers; for floats that is a range of 0 to 1.
-    own_nans: the function itself says which NaN it gives; else `nans.passing_on` does.
-    A source +f32 is the old value of the destination and has no operand of its own. Sources are arrays
-    that broadcast to [W, 64]; the function must not write into them.
+    signature: the types of results and sources in the order of the operands, as in "u32 = f32 i32". A
+    source +f32 is the old value of the destination and has no operand of its own.
+    function: takes sources as arrays that broadcast to [W, 64], and must not write into them.
+    clamped: the function for integers with the modifier clamp, which limits floats to 0 .. 1.
+    own_nans: the function gives the right NaN by itself; otherwise `nans.passing_on` does.
     """
     whole = function if own_nans else passing_on(function)
     for mnemonic in mnemonics.split():
@@ -65,7 +65,8 @@ def define(
 def define_packed(
     mnemonics: str, signature: str, function: Function, *, own_nans: bool = False
 ) -> None:
-    """Make instructions that apply a function to both halves: of 32 bits in types of 16, of 64 in f32.
+    """Make instructions that apply a function to both halves: of a register for types of 16 bits, of a
+    pair of registers for f32.
 
     op_sel and op_sel_hi choose the half of each source for the low and the high half of the result.
     """
@@ -156,7 +157,7 @@ def _packed_builder(signature: str, function: Function) -> Builder:
                 for half in halves
             )
             if wide:
-                high = np.array(high)  # may be a view of what the next line writes
+                high = np.array(high)  # it may be a view of the register that the next line writes
                 waves.write_v(destination.index, low)
                 waves.write_v(destination.index + 1, high)
             else:
@@ -168,7 +169,8 @@ def _packed_builder(signature: str, function: Function) -> Builder:
 
 
 def _half(operand: Operand, kind: str, word: int, negate: bool, wide: bool) -> Reader:
-    """One half of a packed source. A constant has only one; SGPRs and VGPRs come in pairs if wide."""
+    """Reads one half of a packed source. wide: a half is a register of a pair; a constant has only
+    one."""
     if wide:
         part = word if operand.kind != "constant" and operand.count > 1 else 0
         base = None if operand.kind == "constant" else register(operand, part)
@@ -187,7 +189,7 @@ def _half(operand: Operand, kind: str, word: int, negate: bool, wide: bool) -> R
 def _output_modifiers(
     instruction: Instruction, kind: str, *, clamp: bool
 ) -> Callable[[NDArray], NDArray]:
-    """mul:2, mul:4, div:2 and, unless the function does it, clamp of a float result."""
+    """Applies mul:2, mul:4, div:2 and, if `clamp`, the modifier clamp to a float result."""
     factor = number(instruction, "mul", 1) / number(instruction, "div", 1)
     clamp = clamp and "clamp" in instruction.modifiers
     if (factor != 1 or clamp) and kind not in ("f16", "f32", "f64"):
@@ -204,11 +206,11 @@ def _output_modifiers(
 
 
 def _destination(instruction: Instruction, operand: Operand, kind: str, word: int) -> Writer:
-    """Where bits of a type go. A mask has 0 for the lanes that are not active."""
+    """Writes bits of a type to a destination. A mask gets 0 for lanes that are not active."""
     index = operand.index
     if kind == "mask":
         if operand.kind != "s":
-            raise EmulatorError(f"operand {operand.text!r}: a mask goes to SGPRs")
+            raise EmulatorError(f"operand {operand.text!r}: a mask must go to SGPRs")
 
         def write(waves: Waves, bits: NDArray, mask: NDArray | None) -> None:
             lanes = _all_lanes(bits, waves)
@@ -222,7 +224,7 @@ def _destination(instruction: Instruction, operand: Operand, kind: str, word: in
 
         return write
     if operand.kind != "v":
-        raise EmulatorError(f"operand {operand.text!r}: the result goes to VGPRs")
+        raise EmulatorError(f"operand {operand.text!r}: the result must go to VGPRs")
     if TYPES[kind][1] == 64:
 
         def write(waves: Waves, bits: NDArray, mask: NDArray | None) -> None:
@@ -261,8 +263,7 @@ def _span(selection: str) -> tuple[int, int]:
 
 
 def _selected(operand: Operand, selection: str) -> Reader:
-    """A byte or word of a register, moved to the low end and extended by zeros or, in sext(), its
-    sign."""
+    """Reads a byte or word of a register, extended to 32 bits with zeros or, in sext(), with its sign."""
     whole = register(operand)
     shift, width = _span(selection)
     sign = U32((width + 1) >> 1)
@@ -278,7 +279,7 @@ def _selected(operand: Operand, selection: str) -> Reader:
 
 
 class Permutation:
-    """Where each lane of a DPP source comes from, and which lanes write.
+    """The lane that each lane of a DPP source comes from, and the lanes that write.
 
     lanes int [64]: the source of each lane. inside bool [64]: False where it would lie outside of the
     row. writable bool [64]: row_mask and bank_mask. zero_outside: bound_ctrl.
@@ -295,7 +296,7 @@ class Permutation:
         return self.inside & waves.active[:, self.lanes]
 
     def writes(self, waves: Waves) -> NDArray:
-        """Lanes that get a result: without bound_ctrl, one with no valid source keeps what it had."""
+        """Lanes that get a result. Without bound_ctrl, a lane without a valid source keeps its value."""
         lanes = waves.active & self.writable
         return lanes if self.zero_outside else lanes & self.valid(waves)
 
@@ -307,7 +308,7 @@ def dpp_permutation(instruction: Instruction) -> Permutation:
     modifiers = instruction.modifiers
     chosen = [name for name in modifiers if name in DPP[:8]]
     if len(chosen) != 1:
-        raise EmulatorError("DPP needs one permutation")
+        raise EmulatorError("DPP takes exactly one permutation")
     name = chosen[0]
     amount = (
         0 if name in ("quad_perm", "row_mirror", "row_half_mirror") else number(instruction, name)

@@ -1,6 +1,6 @@
-"""Vector instructions that convert: between types, to FP8, dot products of pairs, and packed ones.
+"""Vector instructions for conversions, for dot products of pairs, and for packed values.
 
-As `vector_ops`, whose notes on rounding hold here too.
+They are defined as in `vector_ops`, whose notes on rounding hold here too.
 """
 
 import operator
@@ -28,7 +28,7 @@ F32, F64 = np.float32, np.float64
 
 
 def to_integer(kind: type[np.integer]) -> Callable[[NDArray], NDArray]:
-    """Toward zero; saturates, NaN gives 0."""
+    """A conversion to integers that rounds toward zero and saturates; NaN gives 0."""
     limits = np.iinfo(kind)
 
     def convert(x: NDArray) -> NDArray:
@@ -46,7 +46,7 @@ def byte_to_f32(place: int) -> Callable[[NDArray], NDArray]:
 
 
 def packed(convert: Callable[[NDArray], NDArray]) -> Callable[[NDArray, NDArray], NDArray]:
-    """Two values, converted to 16 bits each, the first in the low half."""
+    """A conversion of two values to 16 bits each, of which the first goes into the low half."""
 
     def pack(a: NDArray, b: NDArray) -> NDArray:
         return convert(a) | (convert(b) << U32(16))
@@ -90,7 +90,7 @@ define("v_cvt_pk_f16_f32", "u32 = f32 f32", packed(f32_to_f16))
 define("v_cvt_pkrtz_f16_f32", "u32 = f32 f32", packed(f32_to_f16_toward_zero))
 define("v_pack_b32_f16", "u32 = f16 f16", packed(lambda x: x.view(U16).astype(U32)))
 
-# ---- fp8 without a scale; those that write a half of the destination, or take a scale: see converts.py
+# ---- fp8 without a scale; converts.py has those that take a scale or write a half of the destination
 
 
 def pair_from(name: str) -> Callable[[NDArray], NDArray]:

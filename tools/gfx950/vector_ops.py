@@ -1,4 +1,4 @@
-"""The vector instructions that are a function of each lane's sources, one definition each.
+"""Vector instructions that are a function of each lane's own sources, one definition each.
 
 Semantics follow AMD's published pseudocode (CDNA ISA documents). Known deviations: fma goes through
 float64, so one result in about 2**29 is rounded twice; exp, log, rcp, rsq, sqrt and sin are correctly
@@ -129,7 +129,7 @@ def multiply_high(a: NDArray, b: NDArray) -> NDArray:
 
 
 def low24(x: NDArray) -> NDArray:
-    """The low 24 bits, as a number of the source's sign."""
+    """The low 24 bits, as a signed or unsigned number like the source."""
     if x.dtype == I32:
         return (x << 8) >> 8
     return x & U32(0xFFFFFF)
@@ -156,7 +156,7 @@ def subtract_saturating(a: NDArray, b: NDArray) -> NDArray:
 
 
 def multiply_add_64(a: NDArray, b: NDArray, c: NDArray) -> tuple[NDArray, NDArray]:
-    """32 x 32 + 64 bits, and bit 64 of the exact sum: a carry, or the sign that did not fit."""
+    """32 x 32 + 64 bits, and bit 64 of the exact sum: the carry, or the sign that did not fit."""
     product = a.astype(c.dtype) * b.astype(c.dtype)
     total = product + c
     if c.dtype == U64:
@@ -232,14 +232,14 @@ maximum = picking(operator.ge, lambda negative: ~negative)
 
 
 def median(a: NDArray, b: NDArray, c: NDArray) -> NDArray:
-    """The middle one; the smallest one if one is a NaN."""
+    """The middle one of three numbers; the smallest one if one is a NaN."""
     least, most = minimum(minimum(a, b), c), maximum(maximum(a, b), c)
     rest = np.where(most == a, maximum(b, c), np.where(most == b, maximum(a, c), maximum(a, b)))
     return np.where(np.isnan(a) | np.isnan(b) | np.isnan(c), least, rest)
 
 
 def fma(a: NDArray, b: NDArray, c: NDArray) -> NDArray:
-    """a * b + c, rounded once; in float64, which holds the product of two float32 exactly."""
+    """a * b + c, computed in float64, which holds the product of two float32 exactly, then rounded."""
     return (a.astype(F64) * b.astype(F64) + c.astype(F64)).astype(a.dtype)
 
 
@@ -253,7 +253,7 @@ def in_f64(function: Callable[[NDArray], NDArray]) -> Callable[[NDArray], NDArra
 
 
 def scale_by_power(x: NDArray, exponent: NDArray) -> NDArray:
-    """ldexp; no exponent matters beyond what takes the smallest value to infinity or the largest to 0."""
+    """ldexp. Exponents beyond 400 have the same effect: any value becomes infinite, or 0."""
     return np.ldexp(x.astype(F64), np.clip(exponent.astype(I32), -400, 400)).astype(x.dtype)
 
 
@@ -283,7 +283,7 @@ for kind in FLOATS:
     define(f"v_sqrt_{kind}", one, np.sqrt)
     define(f"v_rcp_{kind}", one, in_f64(lambda x: 1 / x))
     define(f"v_rsq_{kind}", one, in_f64(lambda x: 1 / np.sqrt(x)))
-    if kind != "f64":  # of which numpy has no fma
+    if kind != "f64":  # numpy has no fma in float64
         define(f"v_fma_{kind}", three, fma)
         define(f"v_fmac_{kind}", f"{kind} = {kind} {kind} +{kind}", fma)
 define("v_rcp_iflag_f32", "f32 = f32", in_f64(lambda x: 1 / x))
@@ -333,7 +333,7 @@ def div_scale(x: NDArray, denominator: NDArray, numerator: NDArray) -> tuple[NDA
     small = is_denormal(denominator)
     inverse_small, quotient_small = is_denormal(inverse), is_denormal(quotient)
     if_denominator = np.where(x == denominator, up, x)
-    cases = [  # the first that holds
+    cases = [  # the first case that holds counts
         (zero, F32(np.nan)),
         (far, if_denominator),
         (small, up),
@@ -418,7 +418,7 @@ FLOAT_COMPARISONS = {
 
 
 def float_class(x: NDArray, wanted: NDArray) -> NDArray:
-    """Whether x is of one of the classes that `wanted` has a bit for."""
+    """Whether x belongs to one of the classes whose bit is set in `wanted`."""
     bits, negative = x.view(U32), np.signbit(x)
     exponent, mantissa = f32_exponent(bits), bits & U32(0x7FFFFF)
     sides = [(2, 9), (3, 8), (4, 7), (5, 6)]  # -inf, +inf; normal; denormal; zero

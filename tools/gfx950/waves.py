@@ -14,17 +14,19 @@ if TYPE_CHECKING:
     from tools.gfx950.memory import Lds, Memory
 
 LANES = 64
-GARBAGE = 0xDEADBEEF  # what registers hold before they are written
-VCC, M0, EXEC = 106, 124, 126  # numbers under which these registers lie among the SGPRs
+GARBAGE = 0xDEADBEEF  # the content of registers before they are written
+VCC, M0, EXEC = 106, 124, 126  # the numbers of these registers among the SGPRs
 
 
 class Waves:
     """W waves of 64 lanes.
 
-    vgpr, agpr uint32 [registers, W, 64]; sgpr uint32 [128, W], VCC, M0 and EXEC at their encodings;
-    scc bool [W]. active bool [W, 64]: EXEC by lanes, to be written by `write_s32`, `write_s64` only;
-    all_active: whether all of it is True. workgroup, wave int64 [W]: which workgroup of the batch,
-    which wave of the workgroup. memory, lds: shared by all waves that run at the time.
+    vgpr, agpr: uint32 [registers, W, 64].
+    sgpr: uint32 [128, W], with VCC, M0 and EXEC at their numbers. scc: bool [W].
+    active: bool [W, 64], EXEC by lanes; only `write_s32` and `write_s64` write it. all_active: whether
+    all of it is True.
+    workgroup, wave: int64 [W], the number of the workgroup in the batch and of the wave in the workgroup.
+    memory, lds: those of all waves that run at the time.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Waves:
         return len(self.wave)
 
     def select(self, chosen: NDArray) -> "Waves":
-        """A copy with some of the waves; chosen: bool [W] or indices."""
+        """A copy of some of the waves. chosen: bool [W], or indices."""
         part = object.__new__(Waves)
         part.vgpr, part.agpr = self.vgpr[:, chosen], self.agpr[:, chosen]
         part.sgpr, part.scc = self.sgpr[:, chosen], self.scc[chosen]
@@ -75,25 +77,26 @@ class Waves:
         return whole
 
     def read_s64(self, index: int) -> NDArray[np.uint64]:
-        """Two SGPRs as one number, [W]."""
+        """Two SGPRs as one number, uint64 [W]."""
         high = self.sgpr[index + 1].astype(np.uint64)
         return self.sgpr[index].astype(np.uint64) | (high << np.uint64(32))
 
     def write_s32(self, index: int, bits: NDArray) -> None:
-        """bits: uint32 [W] or [1]."""
+        """Write an SGPR. bits: uint32 [W] or [1]."""
         self.sgpr[index] = bits
         if index in (EXEC, EXEC + 1):
             self._update_active()
 
     def write_s64(self, index: int, bits: NDArray) -> None:
-        """bits: uint64 [W] or [1]."""
+        """Write two SGPRs. bits: uint64 [W] or [1]."""
         self.sgpr[index] = (bits & np.uint64(0xFFFFFFFF)).astype(np.uint32)
         self.sgpr[index + 1] = (bits >> np.uint64(32)).astype(np.uint32)
         if index == EXEC:
             self._update_active()
 
     def write_v(self, index: int, bits: NDArray, mask: NDArray | None = None) -> None:
-        """A VGPR of the active lanes, or of those in mask bool [W, 64]; bits: uint32, may broadcast."""
+        """Write a VGPR in the active lanes, or in those of mask, bool [W, 64]. bits: uint32, may
+        broadcast."""
         if mask is not None:
             np.copyto(self.vgpr[index], bits, where=mask)
         elif self.all_active:

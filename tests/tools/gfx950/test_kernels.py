@@ -184,13 +184,13 @@ def kernel(body: str) -> Kernel:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("v_frobnicate_b32 v0, v1", "instruction not known"),
-        ("scratch_load_dword v0, off, s0", "instruction not known"),
+        ("v_frobnicate_b32 v0, v1", "instruction is not known"),
+        ("scratch_load_dword v0, off, s0", "instruction is not known"),
         ("v_add3_u32 v0, v1, v2, v3 clamp", "an integer result with mul, div or clamp"),
         ("v_add_u32_e32 v0, v1", "2 operands, expected 3"),
         ("v_add_u32_e32 v0, w1, v2", "operand 'w1' is not known"),
         ("v_mov_b32_dpp v0, v1 row_xmask:1 row_mask:0xf bank_mask:0xf", "'row_xmask' is not known"),
-        ("s_cbranch_scc1 .L9", "the label is not known"),
+        ("s_cbranch_scc1 .L9", "the branch's label is not in the kernel"),
         ("v_and_b32_e64 v0, -v1, v2", "cannot have a float's modifier"),
         ("v_mfma_f32_16x16x128_f8f6f4 v[0:3], v[4:9], v[4:9], 0 cbsz:2", "operand format 2"),
     ],

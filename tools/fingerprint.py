@@ -1,0 +1,213 @@
+"""`python -m tools.fingerprint`: a SHA-256 of each kind of output, to check that a refactor changes none.
+
+Run it on both commits, on the same machine, and compare what it prints:
+
+    git worktree add ../before HEAD~1
+    python -m tools.fingerprint --checkout ../before > before.txt
+    python -m tools.fingerprint > after.txt
+    diff before.txt after.txt
+
+It calls the command lines of a checkout, each in a process of its own, and reads their documents and
+files, so a checkout may be older than this tool. No digest contains a time, a path or a version. Where a
+command fails, its line has the error instead of a digest, and the exit status is 1.
+
+text     tokens, accepted drafts and logits of four prompts, greedy and sampled
+trace    the output of every node
+locals   the named locals of every node's forward
+convert  all files of a conversion of the embedded checkpoint
+diff     the rows of a comparison of the embedded checkpoint with its MXFP4 conversion
+emulate  tokens and number of instructions of one decode round in gfx950 code
+compile  the table of all kernels for a target
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from qwen35.cli import Parser, one_line, print_json, run
+from qwen35.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "The whale had not been seen since the morning, and the old man stood at the rail. " * 6
+REQUESTS = (
+    {"prompt": "The whale"},
+    {"prompt": PROMPT},
+    {"prompt": "The whale", "temperature": 0.8, "top_k": 20, "seed": 5},
+    {"prompt": PROMPT, "temperature": 1.0, "top_p": 0.9, "seed": 6},
+)
+# The parts of a document that are the same on every run.
+TEXT = ("text", "token_ids", "prompt_tokens", "finish_reason", "draft", "logits_sha256")
+EMULATED = ("text", "token_ids", "rounds", "launches_a_round", "instructions")
+
+
+class CommandError(Exception):
+    """A command line of the checkout failed; the message is the last line that it printed."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs the command lines of a checkout. scratch: a folder for what they write."""
+
+    checkout: Path
+    scratch: Path
+
+    def __call__(self, module: str, *arguments: object, fine: tuple[int, ...] = (0,)) -> str:
+        """The standard output of `python -m MODULE ARGUMENTS`. fine: exit statuses without an error."""
+        ended = subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            capture_output=True, text=True, check=False, cwd=self.checkout,
+            env=os.environ | {"PYTHONPATH": str(self.checkout)},
+        )  # fmt: skip
+        if ended.returncode not in fine:
+            lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
+            raise CommandError(f"{module}: {lines[-1]}")
+        return ended.stdout
+
+    def converted(self, name: str, *options: object, source: object = "tiny") -> Path:
+        """The folder of a conversion, which is made once. source: what is converted."""
+        folder = self.scratch / name
+        if not folder.exists():
+            self("tools.convert", source, folder, *options)
+        return folder
+
+
+def text(runner: Runner, *options: object) -> str:
+    """The digest of what a set of prompts is continued with."""
+    requests = runner.scratch / "requests.jsonl"
+    requests.write_text("\n".join(map(json.dumps, REQUESTS)), encoding="utf-8")
+    out = runner(
+        "qwen35.generate", "--requests", requests, "--max-new-tokens", 24, "--digest", *options
+    )
+    return of_documents((json.loads(line) for line in out.splitlines()), TEXT)
+
+
+def trace(runner: Runner, *, locals_of_nodes: bool) -> str:
+    """The digest of every node's output, or of the named locals, which have a colon in their names."""
+    file = runner.scratch / "trace.safetensors"
+    if not file.exists():
+        ids = ",".join(str(7 * i % 1000) for i in range(70))
+        runner("tools.trace", "tiny", "--ids", ids, "--locals", "-o", file)
+    return of_tensors(file, lambda name: (":" in name) == locals_of_nodes)
+
+
+def mxfp4(runner: Runner) -> Path:
+    """The embedded checkpoint with MXFP4 experts."""
+    return runner.converted("mxfp4", "--to", "mxfp4")
+
+
+def in_bf16(runner: Runner, ranks: int) -> Path:
+    """The MXFP4 conversion in bf16 again, with a folder for each rank."""
+    return runner.converted(f"bf16-{ranks}", "--to", "bf16", "--tp", ranks, source=mxfp4(runner))
+
+
+def compared(runner: Runner) -> str:
+    """The digest of a comparison, which fails: MXFP4 experts err more than bf16's."""
+    out = runner("tools.diff", "tiny", "--against", mxfp4(runner), "--json", fine=(0, 1))
+    return of_documents([json.loads(out)], ("pass", "mode", "rows"))
+
+
+def emulated(runner: Runner) -> str:
+    """The digest of one decode round with MXFP4 experts in gfx950 code."""
+    options = "--model", mxfp4(runner), "--max-new-tokens", 2, "--json"
+    return of_documents([json.loads(runner("tools.emulate", "The whale", *options))], EMULATED)
+
+
+def compiled(runner: Runner, target: str) -> str:
+    """The digest of the table of all kernels for a target. A kernel that spills is still a row."""
+    out = runner("tools.compile", "--target", target, "--json", fine=(0, 1))
+    rows = sorted(json.loads(out)["kernels"], key=lambda row: row["name"])
+    return of_documents(rows, None)
+
+
+LINES: dict[str, Callable[[Runner], str]] = {
+    "text drafts=0": lambda runner: text(runner, "--draft-tokens", 0),
+    "text drafts=3": lambda runner: text(runner, "--draft-tokens", 3),
+    "text kv-cache=fp8": lambda runner: text(runner, "--kv-cache-dtype", "fp8"),
+    "trace": lambda runner: trace(runner, locals_of_nodes=False),
+    "locals": lambda runner: trace(runner, locals_of_nodes=True),
+    "convert to=mxfp4": lambda runner: of_folder(mxfp4(runner)),
+    "convert to=bf16": lambda runner: of_folder(in_bf16(runner, ranks=1)),
+    "convert to=fp8": lambda runner: of_folder(runner.converted("fp8", "--to", "fp8")),
+    "convert to=bf16 tp=2": lambda runner: of_folder(in_bf16(runner, ranks=2)),
+    "diff": compared,
+    "emulate": emulated,
+    "compile target=gfx950": lambda runner: compiled(runner, "gfx950"),
+    "compile target=sm_90": lambda runner: compiled(runner, "sm_90"),
+}
+KINDS = tuple(dict.fromkeys(name.split()[0] for name in LINES))
+
+
+def of_documents(documents: Iterable[dict[str, Any]], keys: Sequence[str] | None) -> str:
+    """The SHA-256 of JSON documents, in their order. keys: those that are taken (None: all)."""
+    total = hashlib.sha256()
+    for document in documents:
+        part = document if keys is None else {key: document[key] for key in keys}
+        total.update(json.dumps(part, sort_keys=True).encode() + b"\n")
+    return total.hexdigest()
+
+
+def of_tensors(file: Path, wanted: Callable[[str], bool]) -> str:
+    """The SHA-256 of the wanted tensors of a safetensors file, by name: dtype, shape and bytes."""
+    total = hashlib.sha256()
+    with safe_open(file, "pt") as held:
+        for name in sorted(filter(wanted, held.keys())):
+            tensor = held.get_tensor(name)
+            total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def of_folder(folder: Path) -> str:
+    """The SHA-256 of all files in a folder, by relative name."""
+    total = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        total.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
+    return total.hexdigest()
+
+
+def build_parser() -> Parser:
+    parser = Parser("python -m tools.fingerprint", "Print one SHA-256 for each kind of output.")
+    add = parser.add_argument
+    add("--checkout", type=Path, default=ROOT, metavar="DIR", help="default: this one")
+    add("--only", nargs="+", choices=KINDS, default=KINDS, help="kinds of output (default: all)")
+    add("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    checkout = args.checkout.resolve()
+    if not (checkout / "qwen35").is_dir():
+        raise InputError(f"{args.checkout} is no checkout of this project: it has no folder qwen35")
+    found: dict[str, str] = {}
+    failed = 0
+    names = [name for name in LINES if name.split()[0] in args.only]
+    with tempfile.TemporaryDirectory() as scratch:
+        runner = Runner(checkout, Path(scratch))
+        for name in tqdm(names, desc="outputs", leave=False, disable=None):
+            try:
+                found[name] = LINES[name](runner)
+            except CommandError as error:
+                found[name] = f"failed: {one_line(error)}"
+                failed += 1
+            if not args.json:
+                print(f"{name:24} {found[name]}", flush=True)
+    if args.json:
+        print_json(found)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run(build_parser(), main)
