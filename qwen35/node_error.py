@@ -100,12 +100,13 @@ def blaming(model: nn.Module, stage: str = "") -> Iterator[None]:
     """Turn an exception of a block that calls `model` into NodeError, where nodes were put into it.
 
     The exception is named with the node in whose forward it came up: one that was put in, or one that
-    could not go on with what such a node had returned. Exceptions of other models pass unchanged.
+    could not go on with what such a node had returned. Exceptions of other models pass unchanged, and so
+    does an InputError that no such node's forward raised.
     stage: the name of `model`, where it is a part of one.
     """
     try:
         yield
-    except InputError:
+    except NodeError:
         raise
     except Exception as error:
         message = _blame(error, model, stage)
@@ -126,6 +127,8 @@ def _blame(error: Exception, model: nn.Module, stage: str) -> str | None:
         if found := watched(module):
             text = told(error, type(module).__module__, found.where)
             return f"{names[id(module)]}: {text}"
+    if isinstance(error, InputError):
+        return None
     for module in reversed(called):
         inside = [found for part in module.modules() if (found := watched(part))]
         if inside:
