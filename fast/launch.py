@@ -113,7 +113,10 @@ def options(config: dict[str, int]) -> dict[str, int]:
 
 
 def run(work: Iterable[Work], device: torch.device) -> None:
-    """One after the other. InputError when the device is none that the kernels run on."""
+    """One after the other. InputError when the device is none that the kernels run on.
+
+    On the CPU `tools.gfx950.target.emulate` takes the same arguments: it executes gfx950 machine code.
+    """
     target_of(device)
     for one in work:
         one()

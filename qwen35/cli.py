@@ -4,15 +4,20 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qwen35.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,6 +71,27 @@ def size(text: str) -> int:
     return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
 
 
+def device(text: str) -> "torch.device":
+    """A device that can compute here, as `cpu` or `cuda:1`: the type of `--device`."""
+    import torch  # here: most command lines that read no device have no use for it
+
+    try:
+        found = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(
+            f"device {text!r} is unknown; expected cpu, cuda or cuda:N"
+        ) from None
+    try:
+        torch.zeros(1, device=found).item()  # a device without values, such as meta, fails here
+    except (RuntimeError, AssertionError, ImportError) as error:
+        # torch without the backend answers with a page; its other reasons begin with a sentence.
+        no_backend = isinstance(error, NotImplementedError | ImportError)
+        own = str(error).splitlines()[0].split(". ")[0]
+        reason = f"torch {torch.__version__} is built without it" if no_backend else own
+        raise argparse.ArgumentTypeError(f"device {text!r} cannot be used here: {reason}") from None
+    return found
+
+
 def read_text(file: str | Path) -> str:
     """A whole text file, `-` for standard input: UTF-8 whatever the locale, a byte-order mark dropped."""
     try:
@@ -89,35 +115,41 @@ def print_json(document: Any) -> None:
 def run(
     parser: Parser, main: Callable[[argparse.Namespace], int], argv: list[str] | None = None
 ) -> NoReturn:
-    """Parse, run, exit: 0 fine, 1 a check failed, 2 bad input, 130 interrupted."""
+    """Parse, run, exit: 0 fine, 1 a check failed, 2 bad input or a crash, 130 interrupted.
+
+    Main gets the whole command, as a shell takes it, as `args.command`.
+    """
     _never_fail_to_print()
     args = parser.parse_args(argv)
+    args.command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
     warnings.showwarning = lambda message, *_, **__: print(
         f"{parser.prog}: warning: {one_line(message)}", file=sys.stderr
     )
     try:
         status = main(args)
         sys.stdout.flush()
-    except InputError as error:
-        if args.debug:
-            raise
-        parser.exit(2, f"{parser.prog}: {one_line(error)}\n")
     except KeyboardInterrupt:
         parser.exit(130, "\n")
     except BrokenPipeError:  # the reader of stdout went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
-    except OSError as error:  # such as a name that is too long, or a folder that may not be read
-        if args.debug:
-            raise
-        reason = f"{error.filename or 'error'}: {error.strerror or error}"
-        parser.exit(2, f"{parser.prog}: {one_line(reason)}\n")
     except Exception as error:
-        if args.debug or not _is_out_of_memory(error):
-            raise
-        sentences = one_line(error).split(". ")[:3]  # then follows advice on allocators
-        parser.exit(2, f"{parser.prog}: {'. '.join(sentences)}\n")
+        reason = None if args.debug else _reason(error)
+        if reason is None:  # not left to the interpreter: it would exit with 1, "a check failed"
+            parser.exit(2, traceback.format_exc())
+        parser.exit(2, f"{parser.prog}: {one_line(reason)}\n")
     parser.exit(status)
+
+
+def _reason(error: Exception) -> str | None:
+    """What to say of an exception in one line; None for one that only its traceback explains."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError):  # a name that is too long, a folder that may not be read
+        return f"{error.filename or 'error'}: {error.strerror or error}"
+    if _is_out_of_memory(error):
+        return ". ".join(one_line(error).split(". ")[:3])  # then follows advice on allocators
+    return None
 
 
 def _is_out_of_memory(error: Exception) -> bool:

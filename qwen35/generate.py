@@ -6,11 +6,10 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-import torch
 from tqdm import tqdm
 
 from qwen35.cache import KV_CACHE_DTYPES
-from qwen35.cli import Parser, one_line, parse_ids, print_json, read_text, run, size
+from qwen35.cli import Parser, device, one_line, parse_ids, print_json, read_text, run, size
 from qwen35.completion import NEW_TOKENS, Completer, Completion, Settings
 from qwen35.config import Config
 from qwen35.debugger import break_in
@@ -56,7 +55,7 @@ def build_parser() -> Parser:
         help="fast: decoding as one graph of kernels on a GPU; auto: that where it can run")  # fmt: skip
     add("--swap", action="append", default=[], metavar="PATTERN=MODULE:CLASS",
         help="put another class in the place of nodes (may be given more than once)")  # fmt: skip
-    add("--device", default="cpu", metavar="D")
+    add("--device", type=device, default="cpu", metavar="D")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto",
         help="of keys and values: fp8 takes half the memory; auto: the model's own")  # fmt: skip
@@ -181,12 +180,12 @@ def _serve(file: str, completer: Completer, settings: Settings, load_s: float) -
 
 def _load(args: argparse.Namespace, folder: Path) -> Model:
     """The model, and a line on what runs in it where that is not the reference alone."""
-    device = _device(args.device)
     # On a CPU there is no fast path, which nobody has to be told again and again.
-    path = "reference" if args.path == "auto" and device.type == "cpu" else args.path
+    on_cpu = args.device.type == "cpu"
+    path = "reference" if args.path == "auto" and on_cpu else args.path
     swaps = [parse_swap(text) for text in args.swap]
     model = load(
-        folder, dtype=DTYPES.get(args.dtype), device=device, path=path, swaps=swaps,
+        folder, dtype=DTYPES.get(args.dtype), device=args.device, path=path, swaps=swaps,
         kv_cache_dtype=args.kv_cache_dtype,
     )  # fmt: skip
     fast = sum(type(layer).__module__.startswith("fast.") for layer in model.layers)
@@ -194,16 +193,6 @@ def _load(args: argparse.Namespace, folder: Path) -> Model:
         own = f"; {len(swaps)} patterns swapped" if swaps else ""
         _say(f"{fast} of {len(model.layers)} layers run on the fast path{own}")
     return model
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # a device without values, such as meta, fails here
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used here: {reason}") from None
-    return device
 
 
 def _show(completion: Completion, *, quiet: bool) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from qwen35.cache import Cache
 from qwen35.errors import InputError
 from qwen35.finite import NotFiniteError, check_finite, not_finite
+from qwen35.node_error import blaming
 from qwen35.prefix.cache import PrefixCache
 from qwen35.sampling import Sampling, Seen, pick
 from qwen35.speculative import Decoder, DraftStats
@@ -112,9 +113,11 @@ class Generation:
             )
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """InputError, naming the position and the node, where logits are NaN or infinite."""
+        """InputError, naming the position and the node, where logits are NaN or infinite.
+        NodeError where a node that was put in breaks."""
         try:
-            yield from self._tokens()
+            with blaming(self.model):
+                yield from self._tokens()
         except NotFiniteError as error:
             ids = self.prompt + self.token_ids[:-1] + error.ids
             raise InputError(f"{error}; {self._origin(ids)}") from None

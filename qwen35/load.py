@@ -15,7 +15,7 @@ from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.paths import choose_path
-from qwen35.swap import Replacement, matching, outermost, swap
+from qwen35.swap import Replacement, instead, matching, outermost
 from reference.model import Model
 from reference.quantized import FP8Linear, MXFP4Linear
 from reference.rope import rope_table
@@ -145,10 +145,10 @@ class Loader:
         last = ["mtp"] if self.skeleton.mtp is not None else []
         self.stages = ["embed_tokens", *layers, "norm", "lm_head", *last]
         self.swaps = self._nodes_of(swaps)
-        own_nodes = set(self.swaps)
+        self.swapped = set(self.swaps)  # by the caller; other nodes are the fast path's
         for node, replacement in self._nodes_of(self.path.swaps).items():
             # A layer in which the caller replaces a node stays the reference's around it.
-            if not any(other == node or other.startswith(f"{node}.") for other in own_nodes):
+            if not any(other == node or other.startswith(f"{node}.") for other in self.swapped):
                 self.swaps[node] = replacement
 
     @property
@@ -188,9 +188,12 @@ class Loader:
             self._assign(module, name, f"{stage}.{name}")
         for node, replacement in self.swaps.items():
             if node == stage:
-                module = replacement.from_reference(module)
+                is_own = node not in self.swapped  # whose errors are ours and keep their traceback
+                make = replacement.from_reference
+                module = make(module) if is_own else instead(node, module, replacement)
             elif node.startswith(f"{stage}."):
-                swap(module, node.removeprefix(f"{stage}."), replacement)
+                inner = node.removeprefix(f"{stage}.")
+                module.set_submodule(inner, instead(node, module.get_submodule(inner), replacement))
         return module
 
     def _assign(self, module: nn.Module, name: str, parameter: str) -> None:

@@ -17,6 +17,7 @@ from typing import Protocol
 from torch import nn
 
 from qwen35.errors import InputError
+from qwen35.node_error import NodeError, definition, told, watch
 
 
 class Replacement(Protocol):
@@ -73,11 +74,11 @@ def swap(model: nn.Module, pattern: str, replacement: Replacement) -> list[str]:
 
     One after the other, and each old node is let go before the next is packed. InputError when nothing
     fits, when `from_reference` refuses a node (those before it stay replaced), or when the new node's
-    forward has other parameters than the old one's.
+    forward has other parameters than the old one's; NodeError when `from_reference` breaks.
     """
     names = list(outermost(matching(model, pattern)))
     for name in names:
-        model.set_submodule(name, _instead(name, model.get_submodule(name), replacement))
+        model.set_submodule(name, instead(name, model.get_submodule(name), replacement))
     return names
 
 
@@ -103,14 +104,26 @@ def swapped(model: nn.Module, pattern: str, replacement: Replacement) -> Iterato
             model.set_submodule(name, module)
 
 
-def _instead(name: str, module: nn.Module, replacement: Replacement) -> nn.Module:
-    fresh = replacement.from_reference(module)
+def instead(name: str, module: nn.Module, replacement: Replacement) -> nn.Module:
+    """What `replacement` makes of one node, whose name in the model is `name`. Errors as of `swap`."""
+    make = replacement.from_reference
+    try:
+        fresh = make(module)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    except Exception as error:
+        text = told(error, replacement.__module__, definition(make))
+        raise NodeError(f"{name}: {text}") from error
+    if not isinstance(fresh, nn.Module):
+        kind = "None" if fresh is None else f"a {type(fresh).__name__}"
+        raise NodeError(f"{name}: from_reference returned {kind}; expected a torch module")
     old, new = (list(inspect.signature(m.forward).parameters) for m in (module, fresh))
     if old != new:
         raise InputError(
             f"{name}: {type(fresh).__name__}.forward takes ({', '.join(new)}), "
             f"{type(module).__name__}.forward ({', '.join(old)})"
         )
+    watch(name, fresh, module)
     return fresh
 
 
@@ -121,9 +134,12 @@ def parse_swap(text: str) -> tuple[str, Replacement]:
     if not (pattern and module and name):
         raise InputError(f"--swap {text!r}; expected PATTERN=MODULE:CLASS")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"--swap {text!r}: {error}") from None
+        imported = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # the module is somebody's program, which runs here
+        raise InputError(f"--swap {text!r}: {told(error, module)}") from error
+    found = getattr(imported, name, None)
+    if found is None:
+        raise InputError(f"--swap {text!r}: {module} has no {name}")
     if not hasattr(found, "from_reference"):
         raise InputError(f"--swap {text!r}: {name} has no from_reference")
     return pattern, found

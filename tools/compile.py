@@ -1,7 +1,8 @@
 """`python -m tools.compile`: every kernel compiled for cards that are not here, and what came of it.
 
 gfx950 (MI355X) and sm_90 (H100, H200); needs neither a GPU nor a driver. --check compares with the
-committed table, compile.json. Columns:
+committed table, compile.json. --kernel compiles launches of your own instead (docs/write-a-kernel.md).
+Columns:
 
 vgpr: a lane's vector registers, of which agpr are accumulation registers; sm_90: a thread's registers.
 scratch: bytes a lane. lds: bytes a program. occupancy: waves (warps) that a SIMD (scheduler) can hold.
@@ -45,6 +46,7 @@ from qwen35.cli import Parser, print_json, run
 from qwen35.errors import InputError
 from qwen35.load import lay_out
 from tools.gfx950.assembly import Instruction, hot_loop, parse
+from tools.kernel_file import launches_of
 from weights.storage import whole
 
 TARGETS = {"gfx950": "s", "sm_90": "sass"}  # and the suffix of their assembly
@@ -82,6 +84,11 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all"
     )
+    parser.add_argument(
+        "--kernel", metavar="FILE:NAME",
+        help="not the project's kernels but the launches that a function of a Python file gives for a "
+        "target; --check then exits 1 at spills and scratch",
+    )  # fmt: skip
     parser.add_argument("--match", metavar="GLOB", default="*", help="only kernels so named")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--asm", type=Path, metavar="DIR", help="write the assembly there")
@@ -392,12 +399,17 @@ def main(
     except ImportError:
         raise InputError("Triton is missing; pip install triton (needs no GPU)") from None
     version = triton.__version__
+    if args.kernel:
+        if args.update:
+            raise InputError(f"--update writes {TABLE.name}, which --kernel is not about")
+        launches = launches_of(args.kernel)
 
     def wanted(name: str, target: str) -> bool:
         return target in args.target and fnmatchcase(name, args.match)
 
     kept: list[Row] = []  # of the table, as this run is not about them
-    old = read_table(table) if args.check or (args.update and not _whole(args)) else None
+    compares = args.check and not args.kernel
+    old = read_table(table) if compares or (args.update and not _whole(args)) else None
     if old and args.update:
         if old["triton"] != version:
             raise InputError(f"{table.name} is of Triton {old['triton']}: update all of it")
@@ -423,7 +435,9 @@ def main(
 
     worse = [f"{one.name} {one.target}: {one.error}" for one in found if one.row is None]
     better: list[str] = []
-    if args.check and old:
+    if args.check and args.kernel:
+        worse += [f"{row['name']} {row['target']}: {line}" for row in rows for line in faults(row)]
+    if compares and old:
         if old["triton"] != version:
             print(
                 f"{table.name} is of Triton {old['triton']}, not {version}: occupancies, loads and "

@@ -12,20 +12,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qwen35.cli import Parser, parse_ids, print_json, run
+from qwen35.cli import Parser, device, parse_ids, print_json, run
 from qwen35.compare.diff import diff
-from qwen35.compare.judge import MOST, Report
+from qwen35.compare.judge import Report, table
 from qwen35.compare.trace_file import read_trace
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.load import DTYPES, locate
 from qwen35.swap import parse_swap
 from qwen35.tokenizer import Tokenizer
+from tools.environment import environment
 from tools.report import page
 from weights.quantization import PREFIX
 from weights.storage import whole
 
-SHOWN = 20  # rows printed for people; --json has all
+SHOWN = 20  # rows printed for people, twice as many where that many fail; --json has all
+LISTED = 8  # names of nodes of one class that are printed
+FACTS = ("qwen35", "torch", "triton", "python", "system", "processor", "GPU")  # told of a run
 
 
 def build_parser() -> Parser:
@@ -52,6 +55,7 @@ def build_parser() -> Parser:
     add("--decode", type=int, default=6, metavar="N", help="of the last ids, decoded (default: 6)")
     add("--mode", choices=("local", "free"), default="local")
     add("--oracle", choices=("float32", "float64"), default="float32")
+    add("--device", type=device, default="cpu", metavar="D", help="of all sides (default: cpu)")
     add("--layers", metavar="A-B", help="compare these layers only, as in 0-3")
     add("--report", type=Path, metavar="FILE", help="also write a page, as HTML")
     add("--json", action="store_true", help="print one JSON document")
@@ -108,39 +112,67 @@ def prompt_ids(args: argparse.Namespace, folder: Path) -> list[int]:
     return random.Random(args.seed).choices(range(vocabulary), k=count)
 
 
-def document(report: Report, title: str, mode: str) -> dict[str, Any]:
-    """What --json prints and --report shows."""
+def described(args: argparse.Namespace, ids: list[int]) -> dict[str, str]:
+    """What it takes to run a comparison again: the command, the tokens, versions and machine."""
+    found = environment()
+    is_drawn = args.ids is None and args.prompt is None and not _is_trace(args.against)
+    tokens = f"{len(ids)} random ids of seed {args.seed}" if is_drawn else f"{len(ids)} given ids"
+    own = {"command": args.command, "tokens": tokens, "device": str(args.device)}
+    return own | {name: found[name] for name in FACTS}
+
+
+def _is_trace(against: str | None) -> bool:
+    return bool(against) and str(against).endswith(".safetensors")
+
+
+def document(report: Report, title: str, mode: str, made: dict[str, str]) -> dict[str, Any]:
+    """What --json prints and --report shows. made: of `described`."""
     rows = [{**asdict(row), "pass": row.passed} for row in report.rows]
     for row in rows:
         del row["passed"]
     return {
         "pass": report.passed, "title": title, "mode": mode, "rows": rows,
         "tokens": asdict(report.tokens), "unmatched": report.unmatched,
+        "swapped": report.swapped, "run": made,
     }  # fmt: skip
 
 
-def print_rows(found: dict[str, Any]) -> None:
-    rows = found["rows"]
-    failing = sum(not row["pass"] for row in rows)
-    print(f"{'':4}  {'x bf16':>8}  {'max |d|':>8}  {'rel rms':>8}  node")
-    for row in rows[: max(SHOWN, min(failing, 2 * SHOWN))]:
-        times = "inf" if row["x_bf16"] >= MOST else f"{row['x_bf16']:.3g}"
-        name = row["node"] if row["tensor"] == "output" else f"{row['node']}/{row['tensor']}"
-        verdict = "ok" if row["pass"] else "DIFF"
-        figures = f"{times:>8}  {row['max_abs']:>8.2e}  {row['rel_rms']:>8.2e}"
-        where = f"{name} {row['shape']}, {row['phase']}, worst at {row['worst']}"
-        broken = f", {row['nonfinite']} not finite" if row["nonfinite"] else ""
-        flips = f", {row['flips']} tokens with other experts" if row["flips"] else ""
-        print(f"{verdict:4}  {figures}  {where}{broken}{flips}")
-    tokens = found["tokens"]
-    if tokens["compared"]:
-        first = "" if tokens["first"] is None else f"; the first other one is at {tokens['first']}"
-        margin = "" if tokens["margin"] is None else f", logits {tokens['margin']:.3g} apart"
-        print(f"most likely tokens: {tokens['equal']} of {tokens['compared']} equal{first}{margin}")
-    if found["unmatched"]:
-        count, first = len(found["unmatched"]), found["unmatched"][0]
+def print_rows(report: Report) -> None:
+    """The worst rows, and what the table does not say."""
+    failing, every = len(report.failing), len(report.rows)
+    shown = min(every, max(SHOWN, min(failing, 2 * SHOWN)))
+    print("\n".join(table(report.rows[:shown])))
+    tokens = report.tokens
+    if tokens.compared:
+        first = "" if tokens.first is None else f"; the first other one is at {tokens.first}"
+        margin = "" if tokens.margin is None else f", logits {tokens.margin:.3g} apart"
+        print(f"most likely tokens: {tokens.equal} of {tokens.compared} equal{first}{margin}")
+    for line in swapped_lines(report):
+        print(line)
+    if report.unmatched:
+        count, first = len(report.unmatched), report.unmatched[0]
         print(f"not compared, since the candidate has no such output: {count} nodes ({first}, ...)")
-    print(f"{failing} of {len(rows)} rows differ" if failing else f"all {len(rows)} rows pass")
+    if shown < failing:
+        print(f"{shown} of {failing} failing rows shown; --json and --report have all")
+    elif shown < every:
+        print(f"{shown} of {every} rows shown, worst first; --json and --report have all")
+    print(f"{failing} of {every} rows differ" if failing else f"all {every} rows pass")
+
+
+def swapped_lines(report: Report) -> list[str]:
+    """What was put in, a line for each class, and which of these nodes no row speaks of."""
+    compared = {row.node for row in report.rows}
+    lines: list[str] = []
+    for kind in dict.fromkeys(report.swapped.values()):
+        nodes = [node for node, other in report.swapped.items() if other == kind]
+        lines.append(f"{kind} stands for {_few(nodes)}")
+    unseen = [node for node in report.swapped if node not in compared]
+    return [*lines, *([f"not compared, though swapped: {_few(unseen)}"] if unseen else [])]
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 def main(args: argparse.Namespace) -> int:
@@ -153,7 +185,7 @@ def main(args: argparse.Namespace) -> int:
     if args.against == "transformers":
         ids = prompt_ids(args, folder)
         candidate = trace_of_transformers(folder, ids, DTYPES[args.dtype or "bfloat16"])
-    elif args.against and args.against.endswith(".safetensors"):
+    elif _is_trace(args.against):
         if args.prompt is not None or args.random is not None or args.swap or args.dtype:
             raise InputError("a trace goes with none of --prompt, --random, --swap and --dtype")
         candidate, ids = read_trace(Path(args.against), folder)
@@ -172,12 +204,12 @@ def main(args: argparse.Namespace) -> int:
         report = diff(
             folder, ids, candidate=candidate, swaps=swaps, dtype=DTYPES.get(args.dtype),
             mode=args.mode, oracle_dtype=DTYPES[args.oracle], decode=args.decode,
-            stages=chosen_stages(args.layers), progress=progress,
+            stages=chosen_stages(args.layers), device=args.device, progress=progress,
         )  # fmt: skip
     against = args.against or ", ".join(args.swap) or (args.dtype or "the checkpoint's own dtype")
     mode = "free" if isinstance(candidate, dict) else args.mode
     title = f"{args.model} against {against}: {mode}, {len(ids)} tokens"
-    found = document(report, title, mode)
+    found = document(report, title, mode, described(args, ids))
     if args.report:
         try:
             with whole(args.report) as unfinished:
@@ -187,7 +219,7 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print_json(found)
     else:
-        print_rows(found)
+        print_rows(report)
     return 0 if report.passed else 1
 
 

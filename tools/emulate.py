@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> int:
             step.work, desc=f"round {rounds}", unit="launch", leave=False, disable=None
         ):
             assert isinstance(work, Launch)
-            instructions += emulate(work, races=False).instructions
+            instructions += emulate([work], races=False).instructions
         fresh, *picked = step.report.tolist()
         tokens += picked[:fresh]
         token = tokens[-1]

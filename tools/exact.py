@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from qwen35.cache import KV_CACHE_DTYPES
-from qwen35.cli import Parser, print_json, run
+from qwen35.cli import Parser, device, print_json, run
 from qwen35.errors import InputError
 from qwen35.generation import Generation
 from qwen35.load import DTYPES, load, locate
@@ -63,7 +63,7 @@ def build_parser() -> Parser:
     add("--chunks", type=int, nargs="+", default=CHUNKS, metavar="N")
     add("--new-tokens", type=int, default=12, metavar="N")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
-    add("--device", default="cpu", metavar="D")
+    add("--device", type=device, default="cpu", metavar="D")
     add("--path", choices=PATHS, default="reference",
         help="fast: also list where its tokens leave the reference's")  # fmt: skip
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")

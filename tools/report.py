@@ -16,7 +16,8 @@ STYLE, SCRIPT, BODY, READING = (
 
 
 def page(document: dict[str, Any]) -> str:
-    """One HTML page of a report: {"pass", "title", "rows", "tokens"}, rows worst first."""
+    """One HTML page of a report: {"pass", "title", "rows", "tokens", "swapped", "run"}, rows worst
+    first."""
     title = escape(str(document["title"]))
     data = {"rows": _plain(document["rows"]), "most": MOST, "bins": BINS, "mode": document["mode"]}
     # No "<" in the data: neither </script> nor <!-- of a name may end or change its element.
@@ -34,6 +35,7 @@ def page(document: dict[str, Any]) -> str:
 </head>
 <body>
 {_summary(document, title)}
+{_made(document)}
 
 {READING}
 <noscript><p>The heat map and the table need JavaScript.</p></noscript>
@@ -79,6 +81,15 @@ def _summary(document: dict[str, Any], title: str) -> str:
 <p class="soft">{title}</p>
 </header>
 <dl class="facts">{listed}</dl>"""
+
+
+def _made(document: dict[str, Any]) -> str:
+    """What was put in, and what it takes to run the same again."""
+    swapped = [f"{node}={kind}" for node, kind in document["swapped"].items()]
+    facts = [*(("swapped", line) for line in swapped), *document["run"].items()]
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
+    return f"""<details class="made" open><summary>Run</summary>
+<dl>{listed}</dl></details>"""
 
 
 def _tokens(tokens: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qwen35.cli import Parser, parse_ids, print_json, run
+from qwen35.cli import Parser, device, parse_ids, print_json, run
 from qwen35.compare.trace import trace
 from qwen35.compare.trace_file import save_trace
 from qwen35.errors import InputError
@@ -26,6 +26,7 @@ def build_parser() -> Parser:
     )
     add("--locals", action="store_true", help="also the named locals of each node's forward")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("--device", type=device, default="cpu", metavar="D", help="where it runs (default: cpu)")
     add("-o", "--output", type=Path, required=True, metavar="FILE")
     add("--json", action="store_true", help="print what was written as one JSON document")
     return parser
@@ -38,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     if not args.output.parent.is_dir():
         raise InputError(f"{args.output}: {args.output.parent} is not a folder")
     ids = parse_ids(args.ids) if args.ids is not None else Tokenizer(folder).encode(args.prompt)
-    model = load(folder, dtype=DTYPES.get(args.dtype))
+    model = load(folder, dtype=DTYPES.get(args.dtype), device=args.device)
     outputs = trace(model, ids, args.pattern, named_locals=args.locals)
     save_trace(args.output, outputs, model, ids)
     if args.json:

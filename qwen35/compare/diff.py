@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from qwen35.cache import Cache, State
 from qwen35.compare.judge import Judge, Mode, Report
 from qwen35.errors import InputError
-from qwen35.load import Loader, Swaps
-from qwen35.swap import nodes
+from qwen35.load import Loader, Swaps, locate
+from qwen35.node_error import blaming, check_alike
+from qwen35.swap import nodes, replaced
 from reference.linear import DECODE_ROWS, GRID, linear
 from reference.model import Model
 from reference.moe import Router
@@ -56,25 +57,33 @@ def diff(
     oracle_dtype: torch.dtype = torch.float32,
     decode: int = 6,
     stages: Callable[[str], bool] = lambda stage: True,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Report:
-    """Compare a candidate with the reference of a checkpoint folder over `ids`, teacher-forced.
+    """Compare a candidate with the reference of a checkpoint over `ids`, teacher-forced.
 
-    candidate: a built model; another folder; a trace (node -> output of one pass over `ids`, compared
-    free); None: the same folder in `dtype` with `swaps`. decode: how many of the last ids are decoded.
-    stages: which are compared; those before the last of them are run, the rest is not.
+    reference: a folder, a hub id, or "tiny". candidate: a built model; another checkpoint; a trace (node
+    -> output of one pass over `ids`, compared free); None: the same checkpoint in `dtype` with `swaps`.
+    decode: how many of the last ids are decoded. stages: which are compared; those before the last of
+    them are run, the rest is not. device: where all sides run; None: where a built model is, and else the
+    CPU.
 
     InputError for bad folders, other shapes than the reference's, and ids that the model cannot take.
+    NodeError for a node that was put in and breaks, or returns another shape or kind of numbers.
     """
-    oracle = Loader(reference, dtype=oracle_dtype, device=device)
+    if device is None:
+        is_built = isinstance(candidate, Model)
+        device = candidate.embed_tokens.weight.device if is_built else "cpu"
+    folder = locate(reference)
+    oracle = Loader(folder, dtype=oracle_dtype, device=device)
     oracle.config.check_prompt(list(ids), new_tokens=0)
     sources: list[Loader | Model | dict[str, Tensor]] = [oracle]
-    sources.append(Loader(reference, dtype=torch.bfloat16, device=device))
+    sources.append(Loader(folder, dtype=torch.bfloat16, device=device))
     if isinstance(candidate, Model | dict):
         sources.append(candidate)
     else:
-        sources.append(Loader(candidate or reference, dtype=dtype, device=device, swaps=swaps))
+        other = locate(candidate) if candidate is not None else folder
+        sources.append(Loader(other, dtype=dtype, device=device, swaps=swaps))
     plan = passes(len(ids), min(decode, len(ids) - 1))
     if isinstance(candidate, dict):
         mode, plan = "free", [("prefill", 0, len(ids))]
@@ -89,9 +98,22 @@ def diff(
         run_stage(name, sides, judge, compared=name in chosen)
         progress(number + 1, last)
     report = judge.report()
+    report.swapped = swapped_nodes(sources[2])
     if not report.rows:
         raise InputError(f"the candidate has none of the nodes of {', '.join(chosen)}")
     return report
+
+
+def swapped_nodes(source: Loader | Model | dict[str, Tensor]) -> dict[str, str]:
+    """The nodes of a candidate that were put in, by name: `module:class`."""
+    if isinstance(source, Loader):
+        kinds = {node: kind for node, kind in source.swaps.items() if node in source.swapped}
+        return {
+            node: f"{kind.__module__}:{getattr(kind, '__qualname__', '')}"
+            for node, kind in kinds.items()
+        }
+    named = replaced(source) if isinstance(source, Model) else []
+    return dict(text.split("=", 1) for text in named)
 
 
 def passes(tokens: int, decode: int) -> list[Pass]:
@@ -154,9 +176,10 @@ class Side:
         calls: Calls = {}
         for node, m in _nodes_of(stage, module).items():
             if node in self.source:
-                calls[node] = Call((), self.source[node])
+                calls[node] = Call((), self.source[node].to(self.tokens.device))
             elif isinstance(m, Router) and f"{node}.1" in self.source:
-                chosen, weights = (self.source[f"{node}.{i}"] for i in range(2))
+                parts = [self.source[f"{node}.{i}"] for i in range(2)]
+                chosen, weights = (part.to(self.tokens.device) for part in parts)
                 if chosen.numel() and not 0 <= chosen.min() <= chosen.max() < len(m.weight):
                     span = f"{int(chosen.min())} to {int(chosen.max())}"
                     raise InputError(f"trace: {node} chose experts {span} of {len(m.weight)}")
@@ -171,31 +194,53 @@ def run_stage(stage: str, sides: list[Side], judge: Judge, *, compared: bool) ->
     modules, states = zip(*(side.stage(stage) for side in running), strict=True)
     arguments = [side.inputs(stage) for side in (running if free else sides[:1])]
     outputs: list[list[Tensor]] = [[] for _ in running]
-    for number, (phase, _, _) in enumerate(sides[0].plan[: len(arguments[0])]):
+    named = [_nodes_of(stage, module) for module in modules]
+    # Local: the oracle first, which says what a node has to return. Free: the candidate first, whose
+    # experts the others take.
+    order = list(range(len(running)))[:: -1 if free else 1]
+    for number, (phase, first, _) in enumerate(sides[0].plan[: len(arguments[0])]):
+        span = first, first + arguments[0][number][0].shape[1]
         before = [state.copy() for state in states[0]]
         calls: list[Calls] = [{} for _ in running]
         if free and running != sides:
             calls.append(sides[2].traced(stage, modules[0]))
-        for i in reversed(range(len(running))):  # the candidate first: the others take its experts
-            given, own = arguments[i if free else 0][number], states[i]
-            if not free and i:  # only to see with which dtypes this side calls each node
-                given = [_like(a, running[i].source) for a in given]
-                own = [held.copy(like=state) for held, state in zip(before, own, strict=True)]
-            with observed(stage, modules[i], calls[i], calls[2] if free and i < 2 else {}):
-                outputs[i].append(modules[i](*given, *own))
-        if compared:
-            compare([_nodes_of(stage, module) for module in modules], calls, phase, judge)
+        with blaming(modules[-1], stage):
+            for i in order:
+                given, own = arguments[i if free else 0][number], states[i]
+                if not free and i:  # only to see with which dtypes this side calls each node
+                    given = [_like(a, running[i].source) for a in given]
+                    own = [held.copy(like=state) for held, state in zip(before, own, strict=True)]
+                held = calls[2] if free and i < 2 else {}
+                with observed(named[i], calls[i], held, like=calls[0] if i == 2 else {}):
+                    outputs[i].append(modules[i](*given, *own))
+            if free and running == sides:
+                check_returns(named[2], calls[2], calls[0])
+            if compared:
+                compare(named, calls, phase, span, judge)
     for side, own in zip(running if free else sides[:1], outputs, strict=False):
         side.advance(stage, own)
     if compared and free and running == sides:
+        whole = 0, sides[0].plan[-1][2]
         for ended in zip(*states, strict=True):
-            judge.add_states(stage, "after all", ended)
+            judge.add_states(stage, "after all", ended, whole)
+
+
+def check_returns(nodes_: dict[str, nn.Module], calls: Calls, expected: Calls) -> None:
+    """NodeError for the first node that was put in and did not return what the oracle's returns."""
+    for node, call in calls.items():
+        if node in expected:
+            check_alike(nodes_[node], call.result, expected[node].result)
 
 
 def compare(
-    sides: list[dict[str, nn.Module]], calls: list[Calls], phase: str, judge: Judge
+    sides: list[dict[str, nn.Module]],
+    calls: list[Calls],
+    phase: str,
+    span: tuple[int, int],
+    judge: Judge,
 ) -> None:
-    """All nodes of a stage that every side has called in one pass. sides: modules by node."""
+    """All nodes of a stage that every side has called in one pass. sides: modules by node. span: the
+    pass's first token and the one after its last."""
     router = next((node for node, module in sides[0].items() if isinstance(module, Router)), "")
     given = [of_side[router].given[0] for of_side in calls[:2]] if router else []
     choice = _gaps(given, [side[router] for side in sides[:2]]) if router else None
@@ -210,13 +255,13 @@ def compare(
         if judge.mode == "local":
             results, states = _local([s[node] for s in sides], [c[node].given for c in calls])
         if choice and node == router:
-            judge.add_choice(node, phase, results, *choice)
+            judge.add_choice(node, phase, results, *choice, span)
             continue
         # Local, a node that holds the router chooses experts anew; free, all sides have the same.
         chooses = judge.mode == "local" and router.startswith(f"{node}.")
-        judge.add(node, "output", phase, results, choice[1] if choice and chooses else None)
+        judge.add(node, "output", phase, results, choice[1] if choice and chooses else None, span)
         if states and node in mixer:
-            judge.add_states(node, phase, states)
+            judge.add_states(node, phase, states, span)
         if node == "lm_head" and judge.mode == "free":
             judge.add_tokens(results[0], results[2])
 
@@ -263,22 +308,27 @@ def _nodes_of(stage: str, module: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def observed(stage: str, module: nn.Module, calls: Calls, held: Calls) -> Iterator[None]:
+def observed(
+    nodes_: dict[str, nn.Module], calls: Calls, held: Calls, like: Calls
+) -> Iterator[None]:
     """Put the calls of a stage's nodes into `calls` while the block runs. A router goes on with the
-    experts that it has in `held`, if it is there; what it chose itself is what `calls` has."""
+    experts that it has in `held`, if it is there; what it chose itself is what `calls` has. NodeError
+    when a node that was put in returns another form than the one that it has in `like`."""
 
     def before(node: str, given: tuple[Any, ...]) -> None:
         calls[node] = Call(tuple(v.copy() if isinstance(v, State) else v for v in given))
 
     def after(node: str, result: Any) -> Any:
         calls[node].result = result
+        if node in like:
+            check_alike(nodes_[node], result, like[node].result)
         if node not in held or not isinstance(result, tuple):
             return None
         chosen, weights = held[node].result
         return (chosen, _like(weights, result[1])) if len(chosen) == len(result[0]) else None
 
     handles = []
-    for node, m in _nodes_of(stage, module).items():
+    for node, m in nodes_.items():
         handles.append(
             m.register_forward_pre_hook(lambda _m, given, node=node: before(node, given))  # pyright: ignore
         )

@@ -6,6 +6,7 @@ the largest is luck: there it is the root of their mean square that must be at m
 plus half a unit in the last place; of fewer than 32 elements nothing is said but that they are finite.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,27 +17,33 @@ Mode = Literal["local", "free"]
 BINS = 24  # of a histogram: errors from 2^-16 to 2^7 times the yardstick's largest
 MOST = 1e300  # stands for infinity, which JSON lacks
 FEWEST = 32  # elements that a mean square is taken of
+PRINTED = 10  # rows that a report shows of itself
 
 
 @dataclass
 class Row:
     """One tensor of one node in one phase, over all its passes.
 
-    tensor: "output", or a field of the node's state. shape: in the last pass. elements: compared, in all
-    passes. max_abs: the largest error against the oracle; bf16: the yardstick's; floor: half a unit in
-    the last place of the largest output. rel_rms, bf16_rms: of the candidate's and of the yardstick's
-    errors, over that of the oracle. x_bf16: the multiple that is judged, of the largest errors (local) or
-    of the roots of mean squares (free). worst: index of max_abs in its pass. nonfinite: NaN and infinite
-    elements. flips: tokens whose experts are not the oracle's. margin: of such tokens, the widest gap
-    between the last expert chosen and the next, in the oracle's probabilities. unsure: tokens left out
-    because rounding alone may flip their experts. histogram: elements by log2(error / yardstick's
-    largest), from 2^-16.
+    tensor: "output", or a field of the node's state. elements: compared, in all passes. max_abs: the
+    largest error against the oracle; bf16: the yardstick's; floor: half a unit in the last place of the
+    largest output. rel_rms, bf16_rms: of the candidate's and of the yardstick's errors, over that of the
+    oracle. x_bf16: the multiple that is judged, of the largest errors (local) or of the roots of mean
+    squares (free).
+
+    Of the element with max_abs, span: the first token of its pass, and the one after the last; shape: of
+    the tensor in that pass; worst: the index in it; position: of its token in the sequence, None where it
+    has none, as in a recurrent state; channel: the other indices, that of a head first. A router's
+    channel is an expert, that of logits a token.
+
+    nonfinite: NaN and infinite elements. flips: tokens whose experts are not the oracle's. margin: of
+    such tokens, the widest gap between the last expert chosen and the next, in the oracle's
+    probabilities. unsure: tokens left out because rounding alone may flip their experts. histogram:
+    elements by log2(error / yardstick's largest), from 2^-16.
     """
 
     node: str
     tensor: str
     phase: str
-    shape: list[int] = field(default_factory=list)
     elements: int = 0
     max_abs: float = 0.0
     bf16: float = 0.0
@@ -44,13 +51,36 @@ class Row:
     rel_rms: float = 0.0
     bf16_rms: float = 0.0
     x_bf16: float = 0.0
+    span: list[int] = field(default_factory=list)
+    shape: list[int] = field(default_factory=list)
     worst: list[int] = field(default_factory=list)
+    position: int | None = None
+    channel: list[int] = field(default_factory=list)
     nonfinite: int = 0
     flips: int = 0
     margin: float = 0.0
     unsure: int = 0
     histogram: list[int] = field(default_factory=lambda: [0] * BINS)
     passed: bool = True
+
+    @property
+    def name(self) -> str:
+        """The node, and which tensor of its state."""
+        return self.node if self.tensor == "output" else f"{self.node}/{self.tensor}"
+
+    @property
+    def place(self) -> str:
+        """Where the largest error is: `prefill 128-193, worst at token 163, channel 140`."""
+        tokens = ""
+        if self.span:
+            first, end = self.span
+            tokens = f" {first}" if end - first == 1 else f" {first}-{end - 1}"
+        token = [] if self.position is None else [f"token {self.position}"]
+        heads = [f"head {self.channel[0]}"] if len(self.channel) > 1 else []
+        rest = self.channel[len(heads) :]
+        channel = [f"channel {rest[0] if len(rest) == 1 else rest}"] if rest else []
+        at = ", ".join([*token, *heads, *channel])
+        return f"{self.phase}{tokens}, worst at {at}" if at else f"{self.phase}{tokens}"
 
 
 @dataclass
@@ -64,18 +94,78 @@ class Tokens:
     margin: float | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """rows: worst first; of two failing nodes the inner one before the one that contains it. unmatched:
-    nodes that the candidate did not call, or that its trace lacks."""
+    nodes that the candidate did not call, or that its trace lacks. swapped: nodes of the candidate that
+    were put in, by name: `module:class`."""
 
     rows: list[Row]
     tokens: Tokens
     unmatched: list[str]
+    swapped: dict[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         return all(row.passed for row in self.rows)
+
+    @property
+    def failing(self) -> list[Row]:
+        """The rows that do not pass, which come first."""
+        return [row for row in self.rows if not row.passed]
+
+    def __repr__(self) -> str:
+        """A line when all rows pass, and else a table of the first failing ones."""
+        if self.passed:
+            worst = max(self.rows, key=lambda row: row.x_bf16, default=None)
+            most = f", at most {times(worst)} x bf16: {worst.name}, {worst.place}" if worst else ""
+            return f"pass: {len(self.rows)} rows{most}"
+        count = len(self.failing)
+        lines = [f"FAIL: {count} of {len(self.rows)} rows differ", *table(self.failing[:PRINTED])]
+        if count > PRINTED:
+            lines.append(f"{PRINTED} of {count} failing rows shown; all are in .failing")
+        return "\n".join(lines)
+
+
+def times(row: Row) -> str:
+    """A row's multiple of bfloat16's error, in three digits."""
+    return "inf" if row.x_bf16 >= MOST else f"{row.x_bf16:.3g}"
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lines for people: a head, then one for each row."""
+    lines = [f"{'':4}  {'x bf16':>8}  {'max |d|':>8}  {'rel rms':>8}  node, shape and place"]
+    for row in rows:
+        verdict = "ok" if row.passed else "DIFF"
+        most = "inf" if row.max_abs >= MOST else f"{row.max_abs:.2e}"
+        broken = f", {row.nonfinite} not finite" if row.nonfinite else ""
+        flips = f", {row.flips} tokens with other experts" if row.flips else ""
+        lines.append(
+            f"{verdict:4}  {times(row):>8}  {most:>8}  {row.rel_rms:>8.2e}  "
+            f"{row.name} {row.shape}, {row.place}{broken}{flips}"
+        )
+    return lines
+
+
+def place_of(
+    tensor: str, index: Sequence[int], shape: Sequence[int], span: Sequence[int]
+) -> tuple[int | None, list[int]]:
+    """The position in the sequence of one element of a node's tensor, and its other indices.
+
+    tensor, span: as of `Row`; without a span, a pass that begins with the first token. Outputs are
+    [N, ...] or [B, T, ...]; keys, values and their scales [B, G, P, ...], from the sequence's first
+    token; conv [B, taps - 1, C], up to the pass's last token; recurrent [B, HV, K, V].
+    """
+    first, end = span or (0, shape[1])
+    if tensor == "recurrent":
+        return None, list(index[1:])
+    if tensor == "conv":
+        position = end - shape[1] + index[1]
+        return position if position >= 0 else None, list(index[2:])  # before the first token: zeros
+    if tensor != "output":
+        return index[2], [index[1], *index[3:]]
+    axis = 0 if len(shape) == 2 else 1
+    return first + index[axis], list(index[axis + 1 :])
 
 
 class Judge:
@@ -90,20 +180,25 @@ class Judge:
         self.unmatched: set[str] = set()
 
     def add(
-        self, node: str, tensor: str, phase: str, results: list[Any], unsure: Tensor | None = None
+        self,
+        node: str,
+        tensor: str,
+        phase: str,
+        results: list[Any],
+        unsure: Tensor | None = None,
+        span: Sequence[int] = (),
     ) -> Row:
-        """One pass. results: three tensors of one shape. unsure [N]: tokens to leave out."""
+        """One pass. results: three tensors of one shape. unsure [N]: tokens to leave out. span: the
+        pass's first token and the one after its last."""
         key = node, tensor, phase
         row = self.rows.setdefault(key, Row(*key))
         oracle, rough, tested = (result.double() for result in results)
         if tested.numel() == oracle.numel():  # another library may not fold the same axes
             tested = tested.reshape(oracle.shape)
-        row.shape = list(tested.shape)
+        row.shape = row.shape or list(tested.shape)
         if tested.shape != oracle.shape:
-            row.max_abs = MOST
-        if (
-            tested.shape != oracle.shape or not oracle.numel()
-        ):  # empty: a state before its first token
+            row.max_abs, row.shape, row.span = MOST, list(tested.shape), list(span)
+        if tested.shape != oracle.shape or not oracle.numel():  # a state before its first token
             return row
         kept = torch.ones_like(oracle, dtype=torch.bool)
         if unsure is not None:
@@ -120,9 +215,10 @@ class Judge:
         of_bf16 = rough_error.max().item()
         row.bf16, row.floor = max(row.bf16, of_bf16), max(row.floor, floor)
         most, at = error.flatten().max(0)
-        if most.item() > row.max_abs or not row.worst:
-            row.max_abs = most.item()
+        if most.item() > row.max_abs or not (row.worst or row.max_abs):
+            row.max_abs, row.shape, row.span = most.item(), list(oracle.shape), list(span)
             row.worst = [int(i) for i in torch.unravel_index(at, oracle.shape)]
+            row.position, row.channel = place_of(tensor, row.worst, row.shape, span)
         unit = max(of_bf16, floor, torch.finfo(torch.float64).tiny)
         bins = (error / unit).log2().floor().clamp(-16, BINS - 17).add(16).long()
         counts = bins[kept].bincount(minlength=BINS).tolist()
@@ -133,7 +229,13 @@ class Judge:
         return row
 
     def add_choice(
-        self, node: str, phase: str, results: list[Any], gap: Tensor, unsure: Tensor
+        self,
+        node: str,
+        phase: str,
+        results: list[Any],
+        gap: Tensor,
+        unsure: Tensor,
+        span: Sequence[int] = (),
     ) -> None:
         """A router's outputs, experts [N, k] and weights [N, k] on each side, compared as weights of all
         experts [N, E]; tokens that chose others than the oracle are counted. gap [N]: `Row.margin`."""
@@ -141,7 +243,7 @@ class Judge:
             weights.new_zeros(len(weights), self.experts).scatter_(1, chosen, weights)
             for chosen, weights in results
         ]
-        row = self.add(node, "output", phase, dense, unsure)
+        row = self.add(node, "output", phase, dense, unsure, span)
         if dense[2].shape == dense[0].shape:
             _, k = results[0][0].shape
             row.elements -= int((~unsure).sum()) * (
@@ -151,11 +253,11 @@ class Judge:
             row.flips += int(flipped.sum())
             row.margin = max(row.margin, gap.where(flipped, 0.0).max().item())
 
-    def add_states(self, node: str, phase: str, states: Any) -> None:
+    def add_states(self, node: str, phase: str, states: Any, span: Sequence[int] = ()) -> None:
         """The tensors of one state on each side, by name."""
         of_sides: list[dict[str, Tensor]] = [state.tensors() for state in states]
         for name in of_sides[0]:
-            self.add(node, name, phase, [tensors[name] for tensors in of_sides])
+            self.add(node, name, phase, [tensors[name] for tensors in of_sides], span=span)
 
     def add_tokens(self, oracle: Tensor, tested: Tensor) -> None:
         """Logits [B, T, V] of the next positions."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from qwen35.errors import InputError
+from qwen35.node_error import blaming
 from qwen35.swap import nodes
 from qwen35.tokenizer import Tokenizer
 from reference.model import Model
@@ -25,7 +26,8 @@ def trace(
 
     `lm_head` holds the logits of all positions [B, T, vocab]. A node with several outputs gives
     name.0, name.1, ... (a router: the experts, their weights). An expert that no token reached has no
-    entry. The MTP head runs over ids[1:], as in a prefill. No hook stays behind.
+    entry. The MTP head runs over ids[1:], as in a prefill. No hook stays behind. NodeError where a node
+    that was put in breaks.
 
     named_locals: also the tensors that a node's forward, and the functions of the reference that it
     calls, had bound to names when they returned, as in `layers.0.linear_attn:beta` and
@@ -40,13 +42,14 @@ def trace(
     cache = model.new_cache()
     tokens = torch.tensor([ids], device=model.embed_tokens.weight.device)
     outputs: dict[str, Tensor] = {}
-    with recording({n: m for n, m in found.items() if not _is_mtp(n)}, outputs, named_locals):
-        hidden = model(tokens, cache)
-        model.lm_head(hidden)
-    mtp_nodes = {n: m for n, m in found.items() if _is_mtp(n)}
-    if mtp_nodes and len(ids) > 1:
-        with recording(mtp_nodes, outputs, named_locals):
-            model.draft(tokens[:, 1:], hidden[:, :-1], cache)
+    with blaming(model):
+        with recording({n: m for n, m in found.items() if not _is_mtp(n)}, outputs, named_locals):
+            hidden = model(tokens, cache)
+            model.lm_head(hidden)
+        mtp_nodes = {n: m for n, m in found.items() if _is_mtp(n)}
+        if mtp_nodes and len(ids) > 1:
+            with recording(mtp_nodes, outputs, named_locals):
+                model.draft(tokens[:, 1:], hidden[:, :-1], cache)
     return outputs
 
 

@@ -74,7 +74,7 @@ def rounds(step: Step, count: int) -> list[list[int]]:
             assert isinstance(work, Launch)
             if work.name.split()[0] not in ("accept", "norm", "pick"):  # these write what stays
                 poison([work])
-            emulate(work)
+            emulate([work])
             assert not counters([work])
         fresh, *picked = step.report.tolist()
         found.append(picked[:fresh])

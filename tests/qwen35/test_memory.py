@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -65,11 +64,3 @@ def test_memory_that_ends_meanwhile_is_one_line(
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.count("\n") == 1
     assert str(error).split(". ")[0] in said and "See a" not in said
-
-
-def test_another_error_keeps_its_traceback(tmp_path: Path) -> None:
-    def fails(args: argparse.Namespace) -> int:
-        raise RuntimeError("something else")
-
-    with pytest.raises(RuntimeError, match="something else"):
-        run(Parser("x", "y"), fails, [])

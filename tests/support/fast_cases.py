@@ -80,7 +80,7 @@ def emulated(
 ) -> list[Statistics]:
     """Run launches on poisoned memory. EmulatorError is passed on."""
     poison(launches)
-    return [emulate(launch, seed=seed, batch=batch) for launch in launches]
+    return [emulate([launch], seed=seed, batch=batch) for launch in launches]
 
 
 # ---- experts

@@ -1,5 +1,6 @@
 """`tools.diff` as a stranger uses it: what it prints, writes and returns, and one line for bad input."""
 
+import html
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from qwen35.cli import run
+from qwen35.compare.judge import Judge
 from qwen35.compare.trace import trace
 from qwen35.compare.trace_file import save_trace
 from qwen35.load import TINY, load
 from reference.moe import MLP
 from tests.support.checkpoints import QWEN3_5, write
-from tools.diff import build_parser, main
+from tools.diff import build_parser, main, print_rows
 from weights.convert import convert
 from weights.output import Options
 
@@ -37,6 +39,26 @@ class Swapped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = nn.functional.silu(self.mlp.up_proj(x)) * self.mlp.gate_proj(x)
         return self.mlp.down_proj(hidden)
+
+
+class Raises(Swapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ x[:, :3]
+
+
+class ReturnsAnotherShape(Swapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)[:, :-1]
+
+
+class ReturnsIntegers(Swapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x).int()
+
+
+class Healthy(Swapped):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -82,6 +104,92 @@ def test_a_swapped_node_is_the_first_row(
     text = page.read_text()
     assert "layers.2.mlp.shared_expert" in text and "layers.7.self_attn" in text
     assert "src=" not in text and "@import" not in text
+
+
+@pytest.mark.parametrize("mode", ["local", "free"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("Raises", ["test_diff.py:", "RuntimeError"]),
+        ("ReturnsAnotherShape", ["test_diff.py:", "returned bfloat16 [3, 63]"]),
+        ("ReturnsIntegers", ["test_diff.py:", "returned int32 [3, 64]"]),
+        ("NoSuchClass", [HERE]),
+    ],
+)
+def test_a_candidate_that_breaks_is_not_one_that_differs(
+    kind: str, words: list[str], mode: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit status 2 and a line with the node and the place in the file; --debug shows the rest."""
+    node = "layers.2.mlp.shared_expert"
+    arguments = [folder, "--ids", IDS, "--mode", mode, "--swap", f"{node}={HERE}:{kind}"]
+    status, out, err = command(capsys, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert not [word for word in [node, *words] if word not in err], err
+    status, out, err = command(capsys, *arguments, "--debug")
+    assert (status, out) == (2, "") and "Traceback" in err
+
+
+def test_a_swap_that_passes_is_listed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the table, in JSON and on the page, with what it takes to run it again."""
+    swap = f"layers.[26].mlp.shared_expert={HERE}:Healthy"
+    page = tmp_path / "out.html"
+    arguments = [folder, "--random", 9, "--seed", 3, "--swap", swap, "--layers", "1-2"]
+    status, out, _ = command(capsys, *arguments)
+    nodes = ["layers.2.mlp.shared_expert", "layers.6.mlp.shared_expert"]
+    assert status == 0
+    assert f"{HERE}:Healthy stands for {', '.join(nodes)}\n" in out
+    assert f"not compared, though swapped: {nodes[1]}\n" in out
+    status, out, _ = command(capsys, *arguments, "--json", "--report", page)
+    document = json.loads(out)
+    assert document["swapped"] == dict.fromkeys(nodes, f"{HERE}:Healthy")
+    made = document["run"]
+    assert made["tokens"] == "9 random ids of seed 3"
+    assert made["command"].startswith(f"python -m tools.diff {folder} --random 9 --seed 3 --swap ")
+    assert made["torch"] == torch.__version__.split("+")[0] or made["torch"] == torch.__version__
+    assert {"qwen35", "triton", "processor", "GPU", "device"} <= made.keys()
+    text = html.unescape(page.read_text())
+    assert not [value for value in made.values() if value.split(" --json")[0] not in text]
+    assert f"{nodes[0]}={HERE}:Healthy" in text
+
+
+def test_rows_say_where_the_worst_element_is(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Token, pass and channel, for people and for scripts."""
+    swap = f"layers.2.mlp.shared_expert={HERE}:Swapped"
+    arguments = [folder, "--random", 75, "--swap", swap, "--layers", "2"]
+    _, out, _ = command(capsys, *arguments, "--json")
+    row = json.loads(out)["rows"][0]
+    first, end = row["span"]
+    assert row["position"] == first + row["worst"][0] < end
+    assert row["channel"] == [row["worst"][1]] and row["shape"] == [end - first, 64]
+    _, out, _ = command(capsys, *arguments)
+    tokens = f"{first}-{end - 1}" if end - first > 1 else f"{first}"
+    at = f"worst at token {row['position']}, channel {row['channel'][0]}"
+    assert f"{row['shape']}, {row['phase']} {tokens}, {at}" in out.splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    ("failing", "words"),
+    [
+        (0, ["20 of 60 rows shown, worst first", "all 60 rows pass"]),
+        (30, ["30 of 60 rows shown, worst first", "30 of 60 rows differ"]),
+        (42, ["40 of 42 failing rows shown", "42 of 60 rows differ"]),
+    ],
+)
+def test_a_table_says_what_it_leaves_out(
+    failing: int, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge, exact = Judge(), torch.ones(1, 2, 4)
+    for i in range(60):
+        tested = exact + (9 if i < failing else 0)
+        judge.add(f"n{i}", "output", "prefill", [exact, exact + 0.01, tested])
+    print_rows(judge.report())
+    out = capsys.readouterr().out
+    assert not [word for word in words if word not in out], out
+    assert out.count("DIFF") == min(failing, 40)
 
 
 def test_layers_choose_what_is_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,6 +283,7 @@ def test_a_trace_of_a_model_without_mtp(tmp_path: Path, capsys: pytest.CaptureFi
         (("--ids", "1,99999999"), ["99999999"]),
         (("--against", TINY), ["in the reference", "in the candidate"]),
         (("--report", "nowhere/at/all.html"), ["nowhere/at/all.html"]),
+        (("--device", "cuda:99"), ["device", "cuda:99"]),
     ],
 )
 def test_bad_input_is_one_line(

@@ -83,3 +83,12 @@ def test_the_digest_is_of_every_bit() -> None:
         return result.logits_sha256
 
     assert digest(0.0) == digest(0.0) != digest(0.05)
+
+
+def test_a_device_that_is_not_there_is_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    """Status 2, since 1 says that a bit differs."""
+    with pytest.raises(SystemExit) as ended:
+        run(build_parser(), main, ["--device", "cuda:99"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
+    assert "cuda:99" in err

@@ -167,13 +167,8 @@ def weight_alone(sizes: router.Sizes, D: int, generator: torch.Generator) -> tor
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Small sizes, and each launch in the emulator of gfx950."""
-
-    def run(launches: Any, device: torch.device) -> None:
-        for launch in launches:
-            emulate(launch)
-
     for module in (tune, router):
-        monkeypatch.setattr(module, "run", run)
+        monkeypatch.setattr(module, "run", emulate)
     monkeypatch.setattr(moe, "target_of", lambda device: "gfx950")
     monkeypatch.setattr(gpu, "cache_bytes", lambda device: 1024)
     monkeypatch.setattr(tune, "HIDDEN", 256)
@@ -229,8 +224,8 @@ def test_subjects_of_the_router_launch_and_are_judged(
     assert calls[0].arguments["SPLITS"] == 2 and calls[0].options["num_warps"] == 2
 
     def falsified(launches: Any, device: torch.device) -> None:
+        emulate(launches, device)
         for launch in launches:
-            emulate(launch)
             launch.arguments["weights"].mul_(1.1)
 
     monkeypatch.setattr(router, "run", falsified)

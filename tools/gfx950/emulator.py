@@ -55,6 +55,14 @@ class Statistics:
     bytes_written: int = 0
     by_mnemonic: Counter[str] = field(default_factory=Counter)
 
+    def __add__(self, other: "Statistics") -> "Statistics":
+        return Statistics(
+            self.instructions + other.instructions,
+            self.bytes_read + other.bytes_read,
+            self.bytes_written + other.bytes_written,
+            self.by_mnemonic + other.by_mnemonic,
+        )
+
 
 class Kernel:
     """One kernel of an assembly file, ready to run.
@@ -83,6 +91,7 @@ class Kernel:
         num_warps: int,
         lds_bytes: int,
         *,
+        names: Sequence[str] = (),
         seed: int | None = None,
         batch: int = 32,
         races: bool = True,
@@ -93,6 +102,7 @@ class Kernel:
         arguments: numpy arrays, or scalars such as ("i32", 7); pointers that Triton appends for itself
         may be left out.
         lds_bytes: LDS that the launch adds to what the kernel declares.
+        names: of the arguments, in their order, for errors.
         seed: None runs waves in lockstep, which is fast; a number runs them one at a time up to the next
         barrier, in random order.
         batch: how many workgroups run at the same time. Batches follow one another in ascending order,
@@ -103,8 +113,9 @@ class Kernel:
         EmulatorError, with the line of assembly, for any access outside of an array or of the LDS.
         """
         arrays = [a for a in arguments if isinstance(a, np.ndarray)]
+        named = [n for n, a in zip(names, arguments, strict=False) if isinstance(a, np.ndarray)]
         segment = np.zeros(self._segment_size(arguments), np.uint8)
-        memory = Memory([*arrays, segment])
+        memory = Memory([*arrays, segment], named)
         self._fill(segment, arguments, memory, grid, num_warps)
         counts = np.zeros(len(self._actions), np.int64)
         run = _Run(

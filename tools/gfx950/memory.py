@@ -24,9 +24,10 @@ class Memory:
     congruent to the host's modulo 256, since the compiler may rely on an alignment.
 
     bytes_read, bytes_written: accesses so far; a byte that two lanes read counts twice.
+    names: of the first arrays, in their order, for errors.
     """
 
-    def __init__(self, arrays: Sequence[NDArray]) -> None:
+    def __init__(self, arrays: Sequence[NDArray], names: Sequence[str] = ()) -> None:
         spans = [np.lib.array_utils.byte_bounds(a) if a.size else (0, 0) for a in arrays]
         order = sorted(range(len(arrays)), key=lambda i: spans[i])
         self.bytes_read = self.bytes_written = 0
@@ -34,6 +35,7 @@ class Memory:
         self._regions: list[NDArray[np.uint8]] = []
         self._starts: list[int] = []  # offset of each region in its slot
         self._writable: list[bool] = []
+        self._names: list[str] = []  # of each region: those of its arrays
         self._addresses = [0] * len(arrays)  # an empty array is a null pointer
         groups: list[list[int]] = []
         end = -1
@@ -51,6 +53,7 @@ class Memory:
             self._regions.append(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(low)))
             self._starts.append(start)
             self._writable.append(all(arrays[i].flags.writeable for i in group))
+            self._names.append(", ".join(names[i] for i in group if i < len(names)))
             for i in group:
                 first = arrays[i].__array_interface__["data"][0]
                 self._addresses[i] = _BASE + (slot << _SLOT_BITS) + start + first - low
@@ -99,11 +102,10 @@ class Memory:
             outside = (offsets < 0) | (offsets > end)
             if outside.any():
                 first = int(addresses[lanes][outside][0])
-                near = (
-                    f"byte {offsets[outside][0]} of an array of {end + size}"
-                    if known
-                    else "nowhere"
-                )
+                near = "nowhere"
+                if known:
+                    name = f"{self._names[slot]}, " if self._names[slot] else ""
+                    near = f"byte {offsets[outside][0]} of {name}an array of {end + size}"
                 raise EmulatorError(
                     f"{what} of {size} bytes outside of every array by {int(outside.sum())} lanes, "
                     f"the first at {first:#x}: {near}"

@@ -5,7 +5,7 @@ arguments, so that it is specialised as it would be on the card: an int that is 
 pointer or an int that 16 divides is known to be so, a tensor below 2 GiB is read by buffer loads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +18,8 @@ from torch import Tensor
 from fast.launch import Launch, check_packing
 from qwen35.errors import InputError
 from tools.gfx950.emulator import Argument, Kernel, Statistics
+
+CPU = torch.device("cpu")
 
 # Name -> Triton's names of the backend and the architecture, lanes of a warp, and Triton's names of the
 # text and of the binary.
@@ -76,27 +78,46 @@ def compile_launch(launch: Launch, target: str) -> CompiledKernel:
 
 
 def emulate(
-    launch: Launch, *, seed: int | None = None, batch: int = 32, races: bool = True
+    launches: Iterable[Launch],
+    device: torch.device = CPU,
+    *,
+    seed: int | None = None,
+    batch: int = 32,
+    races: bool = True,
 ) -> Statistics:
-    """Compile a launch for gfx950 and run it on its own tensors, which are on the CPU, in place.
+    """What `fast.launch.run` does on a card: launches one after the other, here on the CPU.
 
-    seed, batch, races: as in `Kernel.run`. InputError for a tensor that is elsewhere. EmulatorError,
-    which is an InputError, for what the kernel does wrong or the emulator does not know.
+    Each is compiled for gfx950, and the emulator executes that machine code on the launch's own tensors,
+    in place. Returns the counts of all launches together. seed, batch, races: as in `Kernel.run`.
+
+    InputError for a device or a tensor that is not on the CPU, and EmulatorError, which is an InputError,
+    for what a kernel does wrong or the emulator does not know, with the launch's name. Triton's own
+    errors are passed on.
     """
-    compiled = compile_launch(launch, "gfx950")
-    kernel = _kernel(compiled.text, compiled.name)
-    arguments = [
-        _argument(name, kind, launch.arguments[name]) for name, kind in compiled.parameters
-    ]
-    return kernel.run(
-        arguments,
-        launch.grid,
-        compiled.num_warps,
-        compiled.shared,
-        seed=seed,
-        batch=batch,
-        races=races,
-    )
+    if device.type != "cpu":
+        raise InputError(f"the emulator runs on the CPU; this is {device}")
+    total = Statistics()
+    for launch in launches:
+        compiled = compile_launch(launch, "gfx950")
+        try:
+            kernel = _kernel(compiled.text, compiled.name)
+            arguments = {
+                name: _argument(name, kind, launch.arguments[name])
+                for name, kind in compiled.parameters
+            }
+            total += kernel.run(
+                list(arguments.values()),
+                launch.grid,
+                compiled.num_warps,
+                compiled.shared,
+                names=list(arguments),
+                seed=seed,
+                batch=batch,
+                races=races,
+            )
+        except InputError as error:
+            raise type(error)(f"{launch.name}: {error}") from None
+    return total
 
 
 _kernel = cache(Kernel)  # the same kernel often runs on several inputs

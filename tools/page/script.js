@@ -28,10 +28,16 @@ function number(value) {
 }
 const times = (row) => `${number(row.x_bf16)} × bf16`;
 const list = (values) => (values.length ? `[${values.join(", ")}]` : "–");
+const range = (first, end) => (end - first === 1 ? `${first}` : `${first}–${end - 1}`);
+const pass = (row) => (row.span.length ? range(...row.span) : "–");
+const token = (row) => row.position ?? "–";
+const channel = (row) => (row.channel.length === 1 ? row.channel[0] : list(row.channel));
 const size = (row) => row.shape.reduce((product, length) => product * length, 1);
 const flips = (row) => (row.flips ? `${row.flips} (≤ ${number(row.margin)})` : "0");
 const says = (row) => (row.pass ? "pass" : "✕ fail");
 const full = (row) => `${row.node} ${row.tensor}, ${row.phase}`;
+const at = (row) =>
+  (row.worst.length ? `, worst at token ${token(row)}, channel ${channel(row)}` : "");
 const worse = (a, b) => (a.pass !== b.pass ? !a.pass : (a.x_bf16 ?? MOST) > (b.x_bf16 ?? MOST));
 
 rows.forEach((row, rank) => {
@@ -113,7 +119,7 @@ function drawMap() {
       const cell = make("td", { tabindex: -1 });
       if (row) {
         paint(cell, row.x_bf16, row.pass);
-        cell.title = `${full(row)}: ${times(row)}, ${row.pass ? "pass" : "fail"}`;
+        cell.title = `${full(row)}: ${times(row)}, ${row.pass ? "pass" : "fail"}${at(row)}`;
         cell.setAttribute("aria-label", cell.title);
         cell.row = row;
       } else {
@@ -127,6 +133,19 @@ function drawMap() {
   $("map").replaceChildren(make("thead", {}, head), body);
   const first = body.querySelector(".fail") ?? body.querySelector("td");
   if (first) first.tabIndex = 0; // one stop for the tab key, arrows inside
+  showFailing(columns, body);
+}
+
+// On a narrow screen the first columns are often whole: begin with the leftmost one that fails.
+function showFailing(columns, body) {
+  const failing = (i) => [...body.rows].some((line) => line.cells[i + 1].classList.contains("fail"));
+  const first = columns.findIndex((_, i) => failing(i));
+  const cell = body.rows[0]?.cells[first + 1];
+  if (first < 0 || !cell) return;
+  const box = $("map").parentElement;
+  const names = body.rows[0].cells[0].offsetWidth; // the column that stays in place
+  const hidden = cell.offsetLeft + cell.offsetWidth > box.clientWidth;
+  box.scrollLeft = hidden ? cell.offsetLeft - names - 2 * cell.offsetWidth : 0;
 }
 
 function tell(cell) {
@@ -214,16 +233,21 @@ function name(row) {
 const COLUMNS = [
   ["#", "number", (row) => row.rank, (row) => row.rank, false],
   ["verdict", "says", (row) => (row.pass ? 1 : 0), says, false],
+  ["× bf16", "number", (row) => row.x_bf16, (row) => number(row.x_bf16), true],
   ["node", "node", (row) => row.node, name, false],
   ["tensor", "", (row) => row.tensor, (row) => row.tensor, false],
   ["phase", "", (row) => row.phase, (row) => row.phase, false],
-  ["× bf16", "number", (row) => row.x_bf16, (row) => number(row.x_bf16), true],
+  ["token", "number", (row) => row.position ?? -1, token, false,
+    "position in the sequence of the largest error; a recurrent state has none"],
+  ["channel", "number", (row) => row.channel.join("."), channel, false,
+    "of the largest error; that of a head first; a router's is an expert, that of logits a token"],
   ["errors", "", (row) => row.histogram.findLastIndex((n) => n > 0), chart, true,
     "elements by error: 2^-16 to 2^7 times bf16's largest, heights logarithmic, dashed: limit"],
   ["max |error|", "number", (row) => row.max_abs, (row) => number(row.max_abs), true],
   ["rel RMS", "number", (row) => row.rel_rms, (row) => number(row.rel_rms), true],
-  ["shape", "", size, (row) => list(row.shape), true],
-  ["worst index", "", (row) => row.worst.join("."), (row) => list(row.worst), false],
+  ["pass", "number", (row) => row.span[0] ?? -1, pass, false,
+    "tokens of the pass with the largest error"],
+  ["shape", "", size, (row) => list(row.shape), true, "of the tensor in that pass"],
   ["NaN/Inf", "number", (row) => row.nonfinite, (row) => row.nonfinite, true],
   ["flips (margin)", "number", (row) => row.flips + Math.min(row.margin, 0.9), flips, true,
     "tokens whose experts differ, and the widest gap between the last chosen and the next"],

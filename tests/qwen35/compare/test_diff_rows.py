@@ -1,6 +1,7 @@
 """What a row of a diff says of shapes, places and counts."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qwen35.cache import DeltaState, KVCache
 from qwen35.compare.diff import diff, passes
 from qwen35.compare.judge import MOST, Judge, Report, Row
 from qwen35.compare.trace import trace
 from qwen35.load import load
+from reference.attention import GatedAttention
+from reference.deltanet import GatedDeltaNet
 from reference.moe import Router
 from tests.support.checkpoints import (
     edit_tensors,
@@ -58,10 +62,122 @@ def test_the_worst_element(folder: Path) -> None:
     report = diff(folder, IDS[:20], swaps=swaps)
     row = row_of(report, "lm_head")
     assert report.rows[0] is row and row.worst == [0, 7, 42]
-    assert row.shape == [1, 14, VOCABULARY]
+    assert row.shape == [1, 14, VOCABULARY] and row.span == [0, 14]
+    assert (row.position, row.channel) == (7, [42])
     assert 990 < row.max_abs < 1010 and row.rel_rms > 1
     assert row.x_bf16 == pytest.approx(row.max_abs / max(row.bf16, row.floor))
     assert row_of(report, "lm_head", phase="decode").passed
+
+
+def in_the_second_pass(index: Sequence[int]) -> Forward:
+    """A node whose output has one wrong element in the pass of tokens 64 to 68."""
+
+    def forward(self: nn.Module, *arguments: Any) -> Tensor:
+        out = type(self).forward(self, *arguments).clone()
+        if out.shape[0 if out.dim() == 2 else 1] == 5:
+            out[tuple(index)] = 1000.0
+        return out
+
+    return forward
+
+
+@pytest.mark.parametrize("mode", ["local", "free"])
+@pytest.mark.parametrize(
+    ("node", "index", "channel"),
+    [
+        ("layers.1.self_attn", (0, 3, 42), [42]),
+        ("layers.0.mlp.shared_expert", (3, 42), [42]),  # of rows
+        (f"{ATTENTION}.q_norm", (0, 3, 5, 21), [5, 21]),  # of heads
+        ("embed_tokens", (0, 3, 42), [42]),
+        ("mtp.fc", (0, 3, 42), [42]),
+    ],
+)
+def test_a_place_is_of_the_whole_sequence(
+    node: str, index: Sequence[int], channel: list[int], mode: Any, folder: Path
+) -> None:
+    """The fourth token of the pass from 64 on is the one at position 67; the shape is that pass's."""
+    report = diff(folder, IDS, swaps=[(node, standing_in(in_the_second_pass(index)))], mode=mode)
+    row = row_of(report, node)
+    assert not row.passed
+    assert (row.position, row.channel) == (67, channel)
+    assert row.worst == list(index)
+    assert row.span == [64, 69] and 5 in row.shape
+    heads = "head 5, " if len(channel) > 1 else ""
+    assert row.place == f"prefill 64-68, worst at token 67, {heads}channel {channel[-1]}"
+
+
+def test_a_place_in_a_state(folder: Path) -> None:
+    """Keys count from the first token, the convolution's rows end with the pass, a matrix has none."""
+
+    def forgetful(self: GatedDeltaNet, x: Tensor, state: DeltaState) -> Tensor:
+        out = GatedDeltaNet.forward(self, x, state)
+        if x.shape[1] == 5:
+            state.conv[0, 1, 7] = 1000.0
+            state.recurrent = state.recurrent.clone()
+            state.recurrent[0, 3, 2, 1] = 1000.0
+        return out
+
+    def wrong_keys(self: GatedAttention, x: Tensor, cache: KVCache) -> Tensor:
+        out = GatedAttention.forward(self, x, cache)
+        if x.shape[1] == 5:
+            cache.v[0, 1, 67, 9] = 1000.0
+        return out
+
+    swaps = [(DELTA, standing_in(forgetful)), (ATTENTION, standing_in(wrong_keys))]
+    report = diff(folder, IDS, swaps=swaps, stages=["layers.0", "layers.1"].__contains__)
+    conv, recurrent = (row_of(report, DELTA, name) for name in ("conv", "recurrent"))
+    v = row_of(report, ATTENTION, "v")
+    assert (conv.position, conv.channel, conv.span) == (67, [7], [64, 69])
+    assert (recurrent.position, recurrent.channel) == (None, [3, 2, 1])
+    assert recurrent.place == "prefill 64-68, worst at head 3, channel [2, 1]"
+    assert (v.position, v.channel, v.shape) == (67, [1, 9], [1, 2, 69, 32])
+    assert not (conv.passed or recurrent.passed or v.passed)
+
+
+def test_a_place_in_a_decode_pass(folder: Path) -> None:
+    """Of one token, and of the last four."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        out = type(self).forward(self, x).clone()
+        if out.shape[1] == 4:
+            out[0, 2, 9] = 1000.0
+        return out
+
+    report = diff(folder, IDS, swaps=[("lm_head", standing_in(forward))], stages="lm_head".__eq__)
+    row = row_of(report, "lm_head", phase="decode")
+    assert (row.position, row.channel, row.span) == (73, [9], [71, 75])
+    assert row.place.startswith("decode 71-74, worst at token 73, ")
+    healthy = diff(folder, IDS[:3], decode=1, stages="lm_head".__eq__)
+    assert row_of(healthy, "lm_head", phase="decode").place.startswith("decode 2, worst at token 2")
+
+
+def test_another_shape_stays_a_failure() -> None:
+    """Also when a later pass has the right one."""
+    judge = Judge()
+    for tested in (torch.ones(1, 3, 4), torch.ones(1, 2, 4), torch.ones(1, 3, 4)):
+        judge.add("a", "output", "prefill", [torch.ones(1, 3, 4), torch.ones(1, 3, 4), tested])
+    (row,) = judge.report().rows
+    assert not row.passed and row.max_abs == MOST and row.shape == [1, 2, 4]
+
+
+def test_a_report_is_short() -> None:
+    """A line when all pass, and a table of at most ten rows when not."""
+    exact, rough = torch.ones(1, 2, 4), torch.full((1, 2, 4), 1.01)
+    judge = Judge()
+    for i in range(40):
+        judge.add(f"good.{i}", "output", "prefill", [exact, rough, exact + 0.001 * i / 40])
+    assert re.fullmatch(
+        r"pass: 40 rows, at most 0\.0975 x bf16: good\.39, .*", repr(judge.report())
+    )
+    judge.add("bad", "output", "prefill", [exact, rough, exact + 9], span=(64, 66))
+    lines = str(judge.report()).splitlines()
+    assert len(lines) == 3 and lines[0] == "FAIL: 1 of 41 rows differ"
+    assert "bad [1, 2, 4], prefill 64-65, worst at token 64, channel 0" in lines[2]
+    for i in range(29):
+        judge.add(f"bad{i}", "output", "prefill", [exact, rough, exact + 9])
+    lines = str(judge.report()).splitlines()
+    assert len(lines) == 13 and lines[-1].startswith("10 of 30 failing rows shown")
+    assert repr(Judge().report()) == "pass: 0 rows"
 
 
 def test_nan_is_counted(folder: Path) -> None:
@@ -139,8 +255,10 @@ def test_state_rows(folder: Path) -> None:
             row_of(free, ".".join(node.split(".")[:2]), tensor, "after all")
     assert row_of(local, DELTA, "recurrent").shape == [1, 8, 16, 24]
     assert row_of(local, DELTA, "conv").shape == [1, 3, 256]
-    assert row_of(local, ATTENTION, "k", "decode").shape == [1, 2, 75, 32]
-    assert row_of(local, "mtp.layers.0.self_attn", "v", "decode").shape == [1, 2, 74, 32]
+    keys = row_of(local, ATTENTION, "k", "decode")
+    assert keys.shape == [1, 2, keys.span[1], 32]
+    values = row_of(local, "mtp.layers.0.self_attn", "v", "decode")
+    assert values.shape == [1, 2, values.span[1], 32]
     assert row_of(free, "mtp", "k", "after all").shape == [1, 2, 74, 32]
     assert {r.node for r in local.rows if r.tensor != "output"} == {
         DELTA, ATTENTION, "mtp.layers.0.self_attn"

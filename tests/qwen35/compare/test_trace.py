@@ -84,6 +84,7 @@ def test_the_file_has_named_locals_when_asked(
         (["tiny", "--ids", "1", "-o", "missing/t"], ["missing"]),
         (["tiny", "--ids", "1", "--pattern", "layer.0", "-o", "t"], ["layer.0"]),
         (["nowhere", "--ids", "1", "-o", "t"], ["nowhere"]),
+        (["tiny", "--ids", "1", "--device", "cuda:99", "-o", "t"], ["device", "cuda:99"]),
     ],
 )
 def test_bad_input(

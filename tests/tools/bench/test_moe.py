@@ -197,18 +197,13 @@ def test_a_peer_that_fails_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "a peer: AttributeError: no such thing\n"
 
 
-def emulate_all(launches: Any, device: torch.device) -> None:
-    for launch in launches:
-        emulate(launch)
-
-
 @pytest.mark.filterwarnings("ignore:.*is not in configs.json")
 def test_ours_passes_the_check_in_the_emulator_of_gfx950(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two launches, whose buffers serve every call of one prepared case."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(moe, "run", emulate_all)
+    monkeypatch.setattr(moe, "run", emulate)
     monkeypatch.setattr(fast.moe, "target_of", lambda device: "gfx950")
     weights = mixture.random_weights(8, 128, 128, generator)
     cases = mixture.check_cases(3, 128, 8, 2, generator)
@@ -230,7 +225,7 @@ def test_our_router_passes_the_check_in_the_emulator_of_gfx950(
 ) -> None:
     """With a shared expert and without; what is timed is the one launch that is checked."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(router, "run", emulate_all)
+    monkeypatch.setattr(router, "run", emulate)
     weight = router.random_weight(sizes, 256, generator)
     x = torch.randn(3, 256, generator=generator).bfloat16()
     with torch.inference_mode():
@@ -238,7 +233,7 @@ def test_our_router_passes_the_check_in_the_emulator_of_gfx950(
         worst, failed = router.check(choose, weight, x, sizes)
         assert not failed and 0 < worst <= 2
         timed = router.launch(weight, x, sizes, "gfx950")
-        emulate(timed)
+        emulate([timed])
         assert torch.equal(timed.arguments["experts"], choose(x).experts)
     assert timed.name.split()[0] == "route"
 

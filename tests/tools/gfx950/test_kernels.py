@@ -24,7 +24,7 @@ from tools.gfx950.memory import Memory
 
 def run_sample(name: str, seed: int | None = None, data: int = 0) -> None:
     sample = SAMPLES[name](np.random.default_rng(data))
-    target.emulate(sample.launch, seed=seed)
+    target.emulate([sample.launch], seed=seed)
     got = sample.output.double().numpy()
     error = np.abs(got - sample.expected).max() / np.abs(sample.expected).max()
     assert error <= sample.tolerance, f"{name}: {error}"
@@ -53,9 +53,43 @@ def test_compiling_needs_no_data_and_leaves_the_driver(name: str):
     assert ".target sm_90" in nvidia.text and "gfx950" in amd.text
     assert parse(amd.text, amd.name).resources["vgpr_spills"] == 0
     with pytest.raises(InputError, match="expected a tensor on the CPU"):
-        target.emulate(launch)
+        target.emulate([launch])
     with pytest.raises(InputError, match="'gfx1' is none of gfx950, sm_90"):
         target.compile_launch(launch, "gfx1")
+
+
+def test_launches_run_one_after_the_other_and_count_together():
+    """As `fast.launch.run` takes them: the second one reads what the first one wrote."""
+    sample = SAMPLES["softmax"](np.random.default_rng(0))
+    first, between = sample.launch, sample.output
+    out = torch.empty_like(between)
+    second = replace(first, arguments=first.arguments | {"x": between, "o": out})
+    both = target.emulate([first, second], CPU)
+    torch.testing.assert_close(out, between.softmax(-1))
+    alone = [target.emulate([launch]) for launch in (first, second)]
+    assert both.instructions == sum(one.instructions for one in alone)
+    assert both.bytes_read == sum(one.bytes_read for one in alone) > 0
+    assert both.bytes_written == sum(one.bytes_written for one in alone) > 0
+    assert both.by_mnemonic == alone[0].by_mnemonic + alone[1].by_mnemonic
+    with pytest.raises(InputError, match="the emulator runs on the CPU; this is meta"):
+        target.emulate([first], torch.device("meta"))
+
+
+def test_an_error_names_the_launch_and_the_array():
+    launch = SAMPLES["softmax"](np.random.default_rng(0)).launch
+    beyond = replace(launch, name="one too many", grid=(launch.grid[0] + 1, 1, 1))
+    source = next(iter(launch.arguments))
+    nbytes = launch.arguments[source].nbytes
+    said = rf"^one too many: load .* of {source}, an array of {nbytes}, at: buffer_load"
+    with pytest.raises(EmulatorError, match=said):
+        target.emulate([launch, beyond])
+    absent = replace(
+        launch, arguments=launch.arguments | {source: launch.arguments[source].to("meta")}
+    )
+    with pytest.raises(
+        InputError, match=f": argument {source}: meta, expected a tensor on the CPU"
+    ):
+        target.emulate([absent])
 
 
 def test_the_hot_loop_is_the_longest_of_the_innermost_where_none_has_products():

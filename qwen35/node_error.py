@@ -1,0 +1,180 @@
+"""When a node that somebody put in breaks: which node, what happened, and where in their file."""
+
+import inspect
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen35.errors import InputError
+
+LONGEST = 300  # characters of an exception's message that fit into one line
+
+
+class NodeError(InputError):
+    """A node that was put in is broken: it raised an exception, which is the cause of this one, or it
+    returned what cannot stand for the output of the node that it replaces."""
+
+
+class Watch:
+    """A forward hook of a node that was put in: what it returned last, and that it returned tensors.
+
+    name: of the node in its model. returned: in words. where: its forward is written.
+    """
+
+    def __init__(self, name: str, where: str) -> None:
+        self.name, self.where, self.returned = name, where, "nothing yet"
+
+    def __call__(self, module: nn.Module, _: object, output: object) -> None:
+        self.returned = described(output)
+        parts = output if isinstance(output, tuple) else (output,)
+        if not parts or not all(isinstance(part, Tensor) for part in parts):
+            raise self.refused(module, "a tensor, or a tuple of them")
+        # Only a router returns integers, and weights with them.
+        if isinstance(output, Tensor) and not output.is_floating_point():
+            raise self.refused(module, "floats")
+
+    def refused(self, module: nn.Module, expected: str) -> NodeError:
+        """The error for an output that is not what was expected."""
+        return NodeError(
+            f"{self.name}: {self.where}: {type(module).__name__}.forward returned {self.returned}; "
+            f"expected {expected}"
+        )
+
+
+def watch(name: str, module: nn.Module, replaced: nn.Module) -> None:
+    """Keep an eye on a node that stands for `replaced` from now on."""
+    if module._forward_hooks is replaced._forward_hooks:  # after copy.copy, which shares them
+        module._forward_hooks = OrderedDict(module._forward_hooks)
+    module.register_forward_hook(Watch(name, definition(module.forward)))
+
+
+def watched(module: nn.Module) -> Watch | None:
+    """The watch of a node that was put in; None of other nodes."""
+    return next((hook for hook in module._forward_hooks.values() if isinstance(hook, Watch)), None)
+
+
+def check_alike(module: nn.Module, output: Any, expected: Any) -> None:
+    """NodeError when a node that was put in returned other shapes, or another kind of numbers (floats,
+    integers), than the node that it replaces."""
+    found = watched(module)
+    if found and _forms(output) != _forms(expected):
+        found.returned = described(output)
+        raise found.refused(module, described(expected, with_dtype=_kinds_differ(output, expected)))
+
+
+def _parts(output: Any) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _kind(tensor: Tensor) -> str:
+    return "floats" if tensor.is_floating_point() else str(tensor.dtype).rstrip("0123456789")
+
+
+def _forms(output: Any) -> list[tuple[torch.Size, str]]:
+    return [(part.shape, _kind(part)) for part in _parts(output)]
+
+
+def _kinds_differ(output: Any, expected: Any) -> bool:
+    return [_kind(part) for part in _parts(output)] != [_kind(part) for part in _parts(expected)]
+
+
+def described(output: object, *, with_dtype: bool = True) -> str:
+    """What a forward returned, in a few words: `bfloat16 [1, 64, 256]`."""
+    if isinstance(output, tuple):
+        return f"({', '.join(described(part, with_dtype=with_dtype) for part in output)})"
+    if not isinstance(output, Tensor):
+        return "None" if output is None else f"a {type(output).__name__}"
+    dtype = str(output.dtype).removeprefix("torch.")
+    return f"{dtype} {list(output.shape)}" if with_dtype else str(list(output.shape))
+
+
+@contextmanager
+def blaming(model: nn.Module, stage: str = "") -> Iterator[None]:
+    """Turn an exception of a block that calls `model` into NodeError, where nodes were put into it.
+
+    The exception is named with the node in whose forward it came up: one that was put in, or one that
+    could not go on with what such a node had returned. Exceptions of other models pass unchanged, and so
+    does an InputError that no such node's forward raised.
+    stage: the name of `model`, where it is a part of one.
+    """
+    try:
+        yield
+    except NodeError:
+        raise
+    except Exception as error:
+        message = _blame(error, model, stage)
+        if message is None:
+            raise
+        raise NodeError(message) from error
+
+
+def _blame(error: Exception, model: nn.Module, stage: str) -> str | None:
+    """The message of a NodeError; None where no node that was put in had a part in it."""
+    prefix = f"{stage}." if stage else ""
+    names = {id(module): f"{prefix}{name}" for name, module in model.named_modules()}
+    names[id(model)] = stage or "the model"
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [f.f_locals.get("self") for f in frames if f.f_code.co_name == "_call_impl"]
+    called = [m for m in modules if isinstance(m, nn.Module) and id(m) in names]
+    for module in reversed(called):
+        if found := watched(module):
+            text = told(error, type(module).__module__, found.where)
+            return f"{names[id(module)]}: {text}"
+    if isinstance(error, InputError):
+        return None
+    for module in reversed(called):
+        inside = [found for part in module.modules() if (found := watched(part))]
+        if inside:
+            returned = [f"{w.name} ({w.where}) had returned {w.returned}" for w in inside[:3]]
+            more = [f"{len(inside) - 3} more were put in"] if len(inside) > 3 else []
+            where = names[id(called[-1])]
+            return f"{where}: {told(error)}; put in: {', '.join([*returned, *more])}"
+    return None
+
+
+def told(error: BaseException, module: str | None = None, otherwise: str = "") -> str:
+    """An exception in one line: `my_kernels.py:23: ValueError: ...`.
+
+    The place is the innermost line of the Python module of that name, or `otherwise`, where the exception
+    did not get there, as when arguments do not fit; None: the innermost line outside of torch.
+    """
+    text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+    short = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    where = _place(error, module) or otherwise
+    return ": ".join(part for part in (where, type(error).__name__, short) if part)
+
+
+def _place(error: BaseException, module: str | None) -> str:
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{_shown(error.filename)}:{error.lineno}"
+    lines = [
+        f"{_shown(frame.f_code.co_filename)}:{number}"
+        for frame, number in traceback.walk_tb(error.__traceback__)
+        if (frame.f_globals.get("__name__") == module if module else not _is_torch(frame))
+    ]
+    return lines[-1] if lines else ""
+
+
+def _is_torch(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).split(".")[0] == "torch"
+
+
+def definition(function: Callable[..., Any]) -> str:
+    """Where a function is written."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{_shown(code.co_filename)}:{code.co_firstlineno}" if isinstance(code, CodeType) else ""
+
+
+def _shown(file: str) -> str:
+    """A path, relative where it lies below the folder that the command runs in."""
+    try:
+        return str(Path(file).relative_to(Path.cwd()))
+    except ValueError:
+        return file

@@ -1,0 +1,57 @@
+"""Launches of a user's own, from a function of a Python file."""
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fast.launch import Launch
+from qwen35.errors import InputError
+
+
+def launches_of(kernel: str) -> Callable[[str], Iterable[Launch]]:
+    """`FILE:NAME` -> that function of a Python file, which takes a target and gives launches.
+
+    InputError when there is none, and, with the line of the file, for what the file raises.
+    """
+    file, _, name = kernel.rpartition(":")
+    path = Path(file)
+    if not (name.isidentifier() and path.suffix == ".py" and path.is_file()):
+        raise InputError(f"--kernel {kernel!r}; expected FILE.py:NAME, of a file that exists")
+    spec = importlib.util.spec_from_file_location(f"kernels in {path.name}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    with _blamed(kernel, path):
+        spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"--kernel {kernel!r}: {path} has no function {name}")
+
+    call: Any = function  # what it gives is checked
+
+    def launches(target: str) -> list[Launch]:
+        with _blamed(kernel, path):
+            found: list[Any] = list(call(target))
+        if strange := [one for one in found if not isinstance(one, Launch)]:
+            kind = type(strange[0]).__name__
+            raise InputError(f"--kernel {kernel!r} gives a {kind}; expected fast.launch.Launch")
+        return found
+
+    return launches
+
+
+@contextmanager
+def _blamed(kernel: str, path: Path) -> Iterator[None]:
+    """What a user's file raises, as one line with the place in it."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path.absolute())]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+        where = f" at line {line} of {path}" if line else ""
+        raise InputError(f"--kernel {kernel!r}: {type(error).__name__}{where}: {error}") from error
