@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qwen35.load import TINY, load
 from qwen35.paths import choose_path
 from qwen35.step_decoder import runs_as_step
 from qwen35.swap import replaced
-from tests.support.prefill_nodes import carried_out
+from tools.gfx950.target import emulate
 
 TINY_CONFIG = Config.from_file(TINY / "config.json")
 CPU = torch.device("cpu")
@@ -160,9 +161,7 @@ def test_prefill_of_a_fast_model_is_at_most_twice_as_far_off_as_the_references(
     """Every layer's launches for 64 rows and for 9, as gfx950 code in the emulator."""
     for module in ("qwen35.paths", "fast.layer", "fast.mtp"):
         monkeypatch.setattr(f"{module}.target_of", lambda device: "gfx950")
-    monkeypatch.setattr(
-        "fast.prefill.layer.run", lambda work, device: carried_out(work, races=False)
-    )
+    monkeypatch.setattr("fast.prefill.layer.run", partial(emulate, races=False))
     slow, quick = load("tiny"), load("tiny", path="fast")
     wide = load("tiny", dtype=torch.float32)
     ids = torch.arange(100, 164)[None]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fast.launch import Launch, Scratch, Work
+from fast.launch import Scratch, Work
 from fast.prefill import attention, deltanet, layer
 from qwen35.cache import DeltaState, FP8KVCache, KVCache
 from tests.support.fast_cases import CPU, NOWHERE
@@ -30,15 +30,6 @@ class Poisoned(Scratch):
     def __call__(self, name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         buffer = super().__call__(name, *shape, dtype=dtype)
         return buffer.fill_(torch.nan if dtype.is_floating_point else NOWHERE)
-
-
-def carried_out(work: Sequence[Work], **settings: Any) -> None:
-    """Execute launches by the emulator, and torch's operations as they are."""
-    for one in work:
-        if isinstance(one, Launch):
-            emulate(one, **settings)
-        else:
-            one()
 
 
 def state_of(what: Pass, dtype: torch.dtype) -> DeltaState | KVCache:
@@ -77,7 +68,7 @@ def prefilled(
     outputs: list[Tensor] = []
     for first, last in zip([0, *cuts], [*cuts, len(what.x)], strict=True):
         work, out = WORK[what.kind](node, what.x[first:last], state, Poisoned(CPU))
-        carried_out(work, batch=batch, seed=seed)
+        emulate(work, batch=batch, seed=seed)
         outputs.append(out)
     return Outcome(torch.cat(outputs), left(what, state))
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fast.launch import Launch, check_packing
+from fast.launch import Launch, Work, check_packing
 from qwen35.errors import InputError
 from tools.gfx950.emulator import Argument, Kernel, Statistics
 
@@ -78,7 +78,7 @@ def compile_launch(launch: Launch, target: str) -> CompiledKernel:
 
 
 def emulate(
-    launches: Iterable[Launch],
+    work: Iterable[Work],
     device: torch.device = CPU,
     *,
     seed: int | None = None,
@@ -88,7 +88,8 @@ def emulate(
     """What `fast.launch.run` does on a card: launches one after the other, here on the CPU.
 
     Each is compiled for gfx950, and the emulator executes that machine code on the launch's own tensors,
-    in place. Returns the counts of all launches together. seed, batch, races: as in `Kernel.run`.
+    in place; operations of torch between them are done as they are. Returns the counts of all launches
+    together. seed, batch, races: as in `Kernel.run`.
 
     InputError for a device or a tensor that is not on the CPU, and EmulatorError, which is an InputError,
     for what a kernel does wrong or the emulator does not know, with the launch's name. Triton's own
@@ -97,7 +98,10 @@ def emulate(
     if device.type != "cpu":
         raise InputError(f"the emulator runs on the CPU; this is {device}")
     total = Statistics()
-    for launch in launches:
+    for launch in work:
+        if not isinstance(launch, Launch):
+            launch()
+            continue
         compiled = compile_launch(launch, "gfx950")
         try:
             kernel = _kernel(compiled.text, compiled.name)

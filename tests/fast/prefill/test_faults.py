@@ -24,11 +24,11 @@ from tests.support.fast_nodes import a_pass
 from tests.support.prefill_nodes import (
     CPU,
     Poisoned,
-    carried_out,
     cut_findings,
     prefill_findings,
 )
 from tools.gfx950.emulator import EmulatorError
+from tools.gfx950.target import emulate
 
 FAULTS = Faults()
 fault = FAULTS.add
@@ -71,7 +71,7 @@ def block() -> list[str]:
     slow, x = slow_block(16, 1024, 128, 4, 256), exact_rows(3, 20, 1024)
     work, out = moe.block(fast_block(slow), x, Poisoned(CPU))
     try:
-        carried_out(work)
+        emulate(work)
     except EmulatorError as error:
         return [f"memory: {error}"]
     return too_far(out, slow(x[None])[0], wide_block(slow, x.double()))

@@ -22,7 +22,8 @@ from tests.support.fast_cases import (
     wide_block,
 )
 from tests.support.fast_nodes import a_pass
-from tests.support.prefill_nodes import CPU, Poisoned, carried_out, cut_findings, prefill_findings
+from tests.support.prefill_nodes import CPU, Poisoned, cut_findings, prefill_findings
+from tools.gfx950.target import emulate
 
 
 def output(chosen: Case) -> Tensor:
@@ -31,7 +32,7 @@ def output(chosen: Case) -> Tensor:
         node, chosen.x, chosen.experts.int(), chosen.weights, Poisoned(CPU),
         residual=chosen.residual,
     )  # fmt: skip
-    carried_out(work)
+    emulate(work)
     return out
 
 
@@ -64,7 +65,7 @@ def test_a_block_chooses_and_adds_as_the_reference_does(shared: int):
     slow = slow_block(16, 1024, 128, 4, shared)
     x = exact_rows(3, 20, 1024)
     work, out = moe.block(fast_block(slow), x, Poisoned(CPU))
-    carried_out(work)
+    emulate(work)
     assert not too_far(out, slow(x[None])[0], wide_block(slow, x.double()))
 
 
