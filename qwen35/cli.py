@@ -19,17 +19,52 @@ from qwen35.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+CHECKPOINT = "a checkpoint: a folder, a hub id, or `tiny`, the embedded one (default)"
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and a `--debug` switch."""
+    """argparse with one-line errors, `--debug` and `--version`; where something is computed, `--threads`,
+    which `run` obeys and to which `set_defaults(threads=...)` gives a default."""
 
-    def __init__(self, prog: str, description: str) -> None:
+    def __init__(self, prog: str, description: str, *, computes: bool = True) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
         self.add_argument("--version", action="version", version=f"qwen35 {installed('qwen35')}")
+        if computes:
+            self.add_argument("--threads", type=at_least_one, metavar="N",
+                              help="torch threads (default: what torch chooses)")  # fmt: skip
+
+    def add_model(
+        self, help: str = CHECKPOINT, *, alone: bool = True, default: str | None = "tiny"
+    ) -> None:
+        """`--model`, the name that every command has for its checkpoint. alone: MODEL without the option
+        means the same, as no text stands there."""
+        if alone:
+            self.add_argument("model", metavar="MODEL", nargs="?", action=_Once, default=default,
+                              help=help)  # fmt: skip
+        self.add_argument("--model", metavar="MODEL", action=_Once, default=default,
+                          help="the same" if alone else help)  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {one_line(message)}\n")
+
+
+class _Once(argparse.Action):
+    """Keeps a value that two arguments can give, and refuses two."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        before = getattr(namespace, self.dest, None)
+        if values == self.default:
+            return  # as the positional one says where it is not given
+        if before not in (self.default, values):
+            parser.error(f"two models are given, {before} and {values}; one is expected")
+        setattr(namespace, self.dest, values)
 
 
 def installed(package: str) -> str:
@@ -115,13 +150,17 @@ def print_json(document: Any) -> None:
 def run(
     parser: Parser, main: Callable[[argparse.Namespace], int], argv: list[str] | None = None
 ) -> NoReturn:
-    """Parse, run, exit: 0 fine, 1 a check failed, 2 bad input or a crash, 130 interrupted.
+    """Parse, set the threads, run, exit: 0 fine, 1 a check failed, 2 bad input or a crash, 130 interrupted.
 
     Main gets the whole command, as a shell takes it, as `args.command`.
     """
     _never_fail_to_print()
     args = parser.parse_args(argv)
     args.command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
+    if getattr(args, "threads", None) is not None:
+        import torch  # here: not every command needs it
+
+        torch.set_num_threads(args.threads)
     warnings.showwarning = lambda message, *_, **__: print(
         f"{parser.prog}: warning: {one_line(message)}", file=sys.stderr
     )

@@ -33,7 +33,7 @@ def build_parser() -> Parser:
     add("prompt", nargs="?", help="the text to continue (with --chat: the first message)")
     add("--prompt-file", metavar="FILE", help="read the prompt from FILE, - for standard input")
     add("--prompt-ids", metavar="IDS", help="the prompt as token ids: 1,2,3")
-    add("--model", metavar="DIR|HUB_ID", help="a checkpoint (default: the embedded one, `tiny`)")
+    parser.add_model(alone=False)
     add("--max-new-tokens", type=int, metavar="N",
         help=f"default: {NEW_TOKENS}; in a conversation all that the context holds")  # fmt: skip
     add("--temperature", type=float, metavar="T", help="0 is greedy, the default without --chat")

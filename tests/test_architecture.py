@@ -212,3 +212,36 @@ def test_no_file_names_a_place_on_one_machine() -> None:
         if path.search(line)
     ]
     assert not found
+
+
+def bound_again(function: ast.AST) -> set[str]:
+    """Names that a function binds a second time outside of a loop and of a condition; `_` aside."""
+    seen: set[str] = set()
+    found: set[str] = set()
+
+    def visit(node: ast.AST, carried: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.Lambda, ast.ClassDef)):
+                continue
+            if isinstance(child, (ast.arg, ast.Name)):
+                name = child.arg if isinstance(child, ast.arg) else child.id
+                if not (isinstance(child, ast.Name) and isinstance(child.ctx, ast.Load)):
+                    found.update({name} & seen - {"_"} if not carried else ())
+                    seen.add(name)
+            visit(child, carried or isinstance(child, (ast.For, ast.While, ast.If)))
+
+    visit(function, False)
+    return found
+
+
+@pytest.mark.parametrize("file", sources("reference"), ids=lambda f: f.name)
+def test_a_name_is_bound_once(file: Path) -> None:
+    """Only a loop carries one on, and only a condition masks one, as CONTRIBUTING.md says."""
+    kinds = (ast.FunctionDef,)
+    wrong = {f.name: bound_again(f) for f in ast.walk(parse(file)) if isinstance(f, kinds)}
+    assert not {name: names for name, names in wrong.items() if names}
+
+
+def test_a_name_that_is_bound_twice_is_seen() -> None:
+    assert bound_again(ast.parse("def f(x):\n    y = x\n    x = y").body[0]) == {"x"}
+    assert not bound_again(ast.parse("def f(x):\n    for _ in x:\n        x = x").body[0])

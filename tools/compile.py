@@ -45,6 +45,7 @@ from fast.launch import Launch
 from qwen35.cli import Parser, print_json, run
 from qwen35.errors import InputError
 from qwen35.load import lay_out
+from qwen35.progress import steps
 from tools.gfx950.assembly import Instruction, hot_loop, parse
 from tools.kernel_file import launches_of
 from weights.storage import whole
@@ -80,6 +81,7 @@ def build_parser() -> Parser:
     parser = Parser(
         "python -m tools.compile",
         "Compile every kernel, with no GPU, and tell registers, spills and the instructions that count.",
+        computes=False,
     )
     parser.add_argument(
         "--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all"
@@ -105,7 +107,8 @@ def compile_all(jobs: list[tuple[Launch, str]]) -> list[Compiled]:
     pool = ProcessPoolExecutor(PROCESSES, get_context("fork"), _inherit, (jobs,))
     try:
         with pool:
-            return list(pool.map(_compile_job, range(len(jobs))))
+            found = pool.map(_compile_job, range(len(jobs)))  # forks, before there is a thread
+            return list(steps(found, "kernels", len(jobs)))
     except BrokenProcessPool:
         raise InputError("the compiler crashed; --match tells at which kernel") from None
 

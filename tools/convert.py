@@ -4,11 +4,10 @@ import argparse
 import copy
 from pathlib import Path
 
-from tqdm import tqdm
-
 from qwen35.cli import Parser, print_json, run
 from qwen35.errors import InputError
 from qwen35.load import COPIES, TINY, lay_out, shapes, text_model, warn_of_problems
+from qwen35.progress import Progress
 from weights.checkpoint import Checkpoint
 from weights.convert import convert
 from weights.hub import is_hub_id
@@ -72,15 +71,10 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"--activations {args.activations} goes with --to mxfp4, not {args.to}")
     what = args.what or ("all-linear" if args.to == "fp8" else "experts")
     options = Options(args.to, what, args.activations or "mxfp4", args.tp, args.shard_bytes)
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None, desc="converted") as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with Progress("converted", is_bytes=True) as bar:
         report = convert(
             args.source if is_hub else folder, args.target, options,
-            keep_source=args.keep_source, check=check, progress=progress,
+            keep_source=args.keep_source, check=check, progress=bar.at,
         )  # fmt: skip
     if args.json:
         print_json(report)

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from qwen35.cli import Parser, device, parse_ids, print_json, run
+from qwen35.cli import CHECKPOINT, Parser, device, parse_ids, print_json, run
 from qwen35.compare.diff import diff
 from qwen35.compare.judge import Report, table
 from qwen35.compare.trace_file import read_trace
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.load import DTYPES, locate
+from qwen35.progress import Progress
 from qwen35.swap import parse_swap
 from qwen35.tokenizer import Tokenizer
 from tools.environment import environment
@@ -38,7 +38,7 @@ def build_parser() -> Parser:
         "Exit status 1 when a node differs.",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="the reference: a checkpoint folder, a hub id, or `tiny`")
+    parser.add_model(f"the reference: {CHECKPOINT}")
     candidate = parser.add_argument_group("candidate (default: MODEL itself, in --dtype)")
     candidate.add_argument(
         "--swap", action="append", default=[], metavar="PATTERN=MODULE:CLASS",
@@ -195,16 +195,11 @@ def main(args: argparse.Namespace) -> int:
         candidate = locate(args.against) if args.against else None
         ids = prompt_ids(args, folder)
     swaps = [parse_swap(text) for text in args.swap]
-    with tqdm(desc="stages", unit="", disable=None, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with Progress("stages") as bar:
         report = diff(
             folder, ids, candidate=candidate, swaps=swaps, dtype=DTYPES.get(args.dtype),
             mode=args.mode, oracle_dtype=DTYPES[args.oracle], decode=args.decode,
-            stages=chosen_stages(args.layers), device=args.device, progress=progress,
+            stages=chosen_stages(args.layers), device=args.device, progress=bar.at,
         )  # fmt: skip
     against = args.against or ", ".join(args.swap) or (args.dtype or "the checkpoint's own dtype")
     mode = "free" if isinstance(candidate, dict) else args.mode

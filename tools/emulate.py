@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fast.launch import Launch
 from fast.layer import DecoderLayer
 from fast.mtp import MTP
 from fast.shapes import check_shapes
 from fast.step import Step
-from qwen35.cli import Parser, one_line, print_json, run
+from qwen35.cli import CHECKPOINT, Parser, one_line, print_json, run
 from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import load, locate
+from qwen35.progress import steps
 from qwen35.sampling import Sampling
 from qwen35.swap import swap
 from qwen35.tokenizer import Tokenizer
@@ -46,11 +46,7 @@ def build_parser() -> Parser:
     parser = Parser("python -m tools.emulate", __doc__ or "")
     add = parser.add_argument
     add("prompt", help="the text to continue")
-    add(
-        "--model",
-        metavar="DIR|HUB_ID",
-        help="a small checkpoint (default: the embedded one, `tiny`)",
-    )
+    parser.add_model(f"{CHECKPOINT}; a small one", alone=False)
     add("--max-new-tokens", type=int, default=8, metavar="N")
     add("--draft-tokens", type=int, default=3, metavar="K", help="drafts of the MTP head a round")
     add("--check", action="store_true", help="also run the reference, and compare the tokens")
@@ -88,9 +84,7 @@ def main(args: argparse.Namespace) -> int:
     tokens = [token]
     while len(tokens) < args.max_new_tokens and token not in model.config.eos_token_id:
         rounds += 1
-        for work in tqdm(
-            step.work, desc=f"round {rounds}", unit="launch", leave=False, disable=None
-        ):
+        for work in steps(step.work, f"launches of round {rounds}"):
             assert isinstance(work, Launch)
             instructions += emulate([work], races=False).instructions
         fresh, *picked = step.report.tolist()

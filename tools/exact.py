@@ -2,7 +2,8 @@
 
 Each prompt is continued in many ways: drafting depths, prefill chunks, and what a prefix cache had of it
 (nothing, each possible length, in memory, on disk in another process, after eviction). All have to
-give the same tokens and the same bits of logits; at one depth, also the same drafts.
+give the same tokens and the same bits of logits; at one depth, also the same drafts. Without an option
+one prompt is walked, in less than a minute for the embedded model.
 """
 
 import argparse
@@ -10,13 +11,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.cli import Parser, device, print_json, run
@@ -26,13 +27,17 @@ from qwen35.load import DTYPES, load, locate
 from qwen35.paths import PATHS
 from qwen35.prefix.cache import PrefixCache
 from qwen35.prefix.store import Memory
+from qwen35.progress import Progress
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer
 from reference.linear import GRID
 from reference.model import Model
 
 LENGTHS = (1, 63, 64, 65, 127, 128, 129, 700, 3000)
+DEPTHS = (0, 1, 2, 3)
 CHUNKS = (64, 128, 512, 4096)
+FEW_LENGTHS = (130,)  # without --all
+FEW_WAYS = ((0, 64), (3, 512))  # depths, each with a chunk
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=0.8, top_k=20, seed=5)}
 AMPLE = 1 << 40  # a budget that nothing exceeds
 
@@ -57,10 +62,17 @@ def build_parser() -> Parser:
         "Continue prompts in many ways and compare bits. Exit status 1 when a bit differs.",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", nargs="?", default="tiny", help="a folder, a hub id, or `tiny`")
-    add("--lengths", type=int, nargs="+", default=LENGTHS, metavar="T", help="of prompts")
-    add("--depths", type=int, nargs="+", default=(0, 1, 2, 3), metavar="K")
-    add("--chunks", type=int, nargs="+", default=CHUNKS, metavar="N")
+    parser.add_model()
+    add("--all", action="store_true",
+        help="all lengths, depths and chunks: 3,616 continuations, which take an hour")  # fmt: skip
+    for name, few, every, what in (
+        ("--lengths", FEW_LENGTHS, LENGTHS, "of prompts"),
+        ("--depths", [depth for depth, _ in FEW_WAYS], DEPTHS, "of drafting"),
+        ("--chunks", [chunk for _, chunk in FEW_WAYS], CHUNKS, "prompt tokens a pass"),
+    ):
+        few, every = (", ".join(map(str, numbers)) for numbers in (few, every))
+        add(name, type=int, nargs="+", metavar="N",
+            help=f"{what} (default: {few}; with --all: {every})")  # fmt: skip
     add("--new-tokens", type=int, default=12, metavar="N")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--device", type=device, default="cpu", metavar="D")
@@ -69,6 +81,15 @@ def build_parser() -> Parser:
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--json", action="store_true", help="print one JSON document")
     return parser
+
+
+def walk(args: argparse.Namespace) -> tuple[Sequence[int], list[tuple[int, int]]]:
+    """The lengths of prompts, and the depths and chunks by which each is continued. Depths or chunks that
+    are asked for are combined with all of the others."""
+    lengths = args.lengths or (LENGTHS if args.all else FEW_LENGTHS)
+    if not (args.all or args.depths or args.chunks):
+        return lengths, list(FEW_WAYS)
+    return lengths, list(product(args.depths or DEPTHS, args.chunks or CHUNKS))
 
 
 def prompt_of(length: int, vocabulary: int) -> list[int]:
@@ -118,7 +139,7 @@ def cells(
     tokens: int,
     vocab: int | None = None,
 ) -> Iterator[Cell]:
-    """One prompt in all states of a cache in memory."""
+    """One prompt in all states of a cache in memory: as many as `states` says."""
     go = continued(model, prompt, name, depth, chunk, tokens, vocab)
     whole = len(prompt) // GRID * GRID
     yield go("none", None, 0)
@@ -141,10 +162,16 @@ def cells(
         yield go("refilled", small, whole)
 
 
+def states(length: int) -> int:
+    """Of a cache, for a prompt of this length: none, miss, each hit, evicted and refilled."""
+    hits = length // GRID
+    return 2 + hits + (2 if hits else 0)
+
+
 def in_another_process(
     folder: Path, args: argparse.Namespace, prompts: list[list[int]], depth: int, chunk: int
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Two processes over one cache folder, one after the other; the documents of each."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Two processes over one cache folder, one after the other; each document as it comes."""
     with tempfile.TemporaryDirectory() as scratch:
         requests = Path(scratch) / "requests"
         lines = [
@@ -159,14 +186,40 @@ def in_another_process(
             "--prefill-chunk", chunk, "--max-new-tokens", args.new_tokens, "--device", args.device,
             "--path", args.path, "--kv-cache-dtype", args.kv_cache_dtype,
             *(["--dtype", args.dtype] if args.dtype else []),
+            *(["--threads", args.threads] if args.threads else []),
         ]  # fmt: skip
         for label in ("first process", "from disk"):
-            ended = subprocess.run(
-                [*map(str, command)], capture_output=True, text=True, check=False
-            )
-            if ended.returncode:
-                raise InputError(ended.stderr.strip())
-            yield label, [json.loads(line) for line in ended.stdout.splitlines()]
+            with (Path(scratch) / "errors").open("w+", encoding="utf-8") as errors:
+                with subprocess.Popen(
+                    [*map(str, command)], stdout=subprocess.PIPE, stderr=errors, text=True
+                ) as process:
+                    for line in process.stdout or ():
+                        yield label, json.loads(line)
+                errors.seek(0)
+                if process.returncode:
+                    raise InputError(errors.read().strip())
+
+
+def continuations(
+    model: Model,
+    folder: Path,
+    args: argparse.Namespace,
+    prompts: list[list[int]],
+    depth: int,
+    chunk: int,
+    vocab: int | None,
+) -> Iterator[Cell]:
+    """All prompts at one depth and chunk: here, then in two processes over a folder."""
+    for prompt in prompts:
+        for name in SAMPLINGS:
+            yield from cells(model, prompt, name, depth, chunk, args.new_tokens, vocab)
+    for label, document in in_another_process(folder, args, prompts, depth, chunk):
+        (name, length), draft = document["id"], document["draft"]
+        if label == "from disk" and document["cached_tokens"] < length // GRID * GRID:
+            raise AssertionError(f"{length} tokens: {document['cache_reason']}")
+        drafts = tuple(draft["proposed"]), tuple(draft["accepted"])
+        tokens, digest = tuple(document["token_ids"]), document["logits_sha256"]
+        yield Cell(length, name, depth, chunk, label, tokens, digest, drafts)
 
 
 def differing(found: list[Cell]) -> list[Cell]:
@@ -188,10 +241,6 @@ def _load(args: argparse.Namespace, folder: Path, path: str) -> Model:
         folder, dtype=DTYPES.get(args.dtype), device=args.device, path=path,
         kv_cache_dtype=args.kv_cache_dtype,
     )  # fmt: skip
-
-
-def _so_far(found: list[Cell]) -> str:
-    return f"{len(found)} continuations, {len(differing(found))} differ"
 
 
 def departures(
@@ -228,28 +277,16 @@ def main(args: argparse.Namespace) -> int:
     model = _load(args, folder, args.path)
     vocabulary = model.config.vocab_size
     vocab = Tokenizer(folder).size if (folder / "tokenizer.json").exists() else None
-    prompts = [prompt_of(length, vocabulary) for length in args.lengths]
+    lengths, ways = walk(args)
+    prompts = [prompt_of(length, vocabulary) for length in lengths]
     found: list[Cell] = []
-    parts = len(args.depths) * len(args.chunks) * (len(prompts) * len(SAMPLINGS) + 1)
-    bar = tqdm(total=parts, desc="prompts", disable=None, leave=False)
-    for depth in args.depths:
-        for chunk in args.chunks:
-            for prompt in prompts:
-                for name in SAMPLINGS:
-                    found += cells(model, prompt, name, depth, chunk, args.new_tokens, vocab)
-                    bar.update()
-            bar.update()
-            ways = in_another_process(folder, args, prompts, depth, chunk)
-            for label, documents in ways:
-                for document in documents:
-                    (name, length), draft = document["id"], document["draft"]
-                    if label == "from disk" and document["cached_tokens"] < length // GRID * GRID:
-                        raise AssertionError(f"{length} tokens: {document['cache_reason']}")
-                    drafts = tuple(draft["proposed"]), tuple(draft["accepted"])
-                    tokens, digest = tuple(document["token_ids"]), document["logits_sha256"]
-                    found.append(Cell(length, name, depth, chunk, label, tokens, digest, drafts))
-            print(f"depth {depth}, chunk {chunk}: {_so_far(found)}", file=sys.stderr, flush=True)
-    bar.close()
+    of_a_way = sum(len(SAMPLINGS) * (states(length) + 2) for length in lengths)
+    with Progress("continuations", len(ways) * of_a_way) as progress:
+        for depth, chunk in ways:
+            progress.note = f"depth {depth}, chunk {chunk}; {len(differing(found))} differ so far"
+            for cell in continuations(model, folder, args, prompts, depth, chunk, vocab):
+                found.append(cell)
+                progress.update()
     wrong = differing(found)
     left = departures(args, folder, prompts, found, vocab) if args.path == "fast" else []
     if args.json:

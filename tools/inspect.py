@@ -67,12 +67,13 @@ class Group:
 
 
 def build_parser() -> Parser:
-    parser = Parser("python -m tools.inspect", "Say what is in a checkpoint, from headers alone.")
-    parser.add_argument(
-        "model", metavar="MODEL", nargs="?",
-        help="a folder (config.json alone will do), a hub id, `tiny`, or a published size, as in "
+    about = "Say what is in a checkpoint, from headers alone."
+    parser = Parser("python -m tools.inspect", about, computes=False)
+    parser.add_model(
+        "a folder (config.json alone will do), a hub id, `tiny`, or a published size, as in "
         f"{', '.join(PUBLISHED)}",
-    )  # fmt: skip
+        default=None,
+    )
     parser.add_argument(
         "--prefix-cache", type=Path, metavar="DIR",
         help="instead of MODEL: the folder of a prefix cache, and what it holds",

@@ -151,7 +151,7 @@ PICTURES = {
 
 
 def build_parser() -> Parser:
-    parser = Parser("python -m tools.tour_pictures", __doc__ or "")
+    parser = Parser("python -m tools.tour_pictures", __doc__ or "", computes=False)
     parser.add_argument("--check", action="store_true", help="compare with the files in docs/")
     return parser
 

@@ -14,7 +14,7 @@ from qwen35.tokenizer import Tokenizer
 def build_parser() -> Parser:
     parser = Parser("python -m tools.trace", "Write the outputs of a model's nodes to a file.")
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a checkpoint folder, a hub id, or `tiny`")
+    parser.add_model()
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--ids", metavar="IDS", help="token ids: 1,2,3")

@@ -37,6 +37,7 @@ from qwen35 import cli
 from qwen35.cli import Parser
 from qwen35.config import Config
 from qwen35.errors import InputError
+from qwen35.progress import steps
 from tools.bench import gpu, mixture, report, router
 from tools.bench.mixture import HIDDEN
 from tools.bench.step import begun, random_model
@@ -396,7 +397,7 @@ def main(args: argparse.Namespace) -> int:
     device, target = gpu.find()
     rows: list[report.Row] = []
     with torch.inference_mode():
-        for subject in subjects(args.op, args.tp, target, device):
+        for subject in steps(subjects(args.op, args.tp, target, device), "kernels tuned"):
             row, config = tune(subject, target, args.repeats, args.debug)
             write(args.output, target, subject.op, subject.shape, config)
             rows.append(row)

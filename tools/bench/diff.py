@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from qwen35.cli import Parser, at_least_one
+from qwen35.cli import Parser
 from qwen35.compare.trace import trace
 from qwen35.load import TINY, load
+from qwen35.progress import steps
 from tools.bench import report
 from tools.bench.mapped import write_sparse
 
@@ -24,7 +25,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--layers", type=int, nargs="*", default=[4, 40])
     parser.add_argument("--intermediate", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--threads", type=at_least_one, default=1, help="torch threads")
+    parser.set_defaults(threads=1)
 
 
 def tracing(lengths: list[int], repeats: int) -> list[report.Row]:
@@ -39,7 +40,7 @@ def tracing(lengths: list[int], repeats: int) -> list[report.Row]:
         model.draft(tokens[:, 1:], hidden[:, :-1], cache)
 
     rows: list[report.Row] = []
-    for length in lengths:
+    for length in steps(lengths, "lengths"):
         ids = [i % 1000 for i in range(length)]
         runs = {"plain": lambda ids=ids: plain(ids), "traced": lambda ids=ids: trace(model, ids)}
         seconds = report.alternate(runs, repeats)
@@ -78,9 +79,8 @@ def memory(layers: int, intermediate: int) -> report.Row:
 
 
 def main(args: argparse.Namespace) -> int:
-    torch.set_num_threads(args.threads)
     rows = tracing(args.lengths, args.repeats)
-    rows += [memory(layers, args.intermediate) for layers in args.layers]
+    rows += [memory(layers, args.intermediate) for layers in steps(args.layers, "models compared")]
     described = {"repeats": args.repeats, "threads": args.threads}
     report.emit("diff", described, rows, only_json=args.json)
     return 0

@@ -12,9 +12,10 @@ import torch
 
 import reference.linear
 import reference.moe
-from qwen35.cli import Parser, at_least_one
+from qwen35.cli import Parser
 from qwen35.generation import Generation, prefill
 from qwen35.load import DTYPES, TINY, load
+from qwen35.progress import steps
 from qwen35.sampling import Sampling
 from tools.bench import report
 
@@ -24,7 +25,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=2048)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=at_least_one, default=2, help="torch threads")
+    parser.set_defaults(threads=2)
 
 
 def unpadded(run: Callable[[], object]) -> Callable[[], object]:
@@ -41,7 +42,6 @@ def unpadded(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def main(args: argparse.Namespace) -> int:
-    torch.set_num_threads(args.threads)
     model = load(TINY, dtype=DTYPES[args.dtype])
     ids = [i % 1000 for i in range(args.prompt_tokens)]
 
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> int:
         f"{args.new_tokens} tokens, three drafts": lambda: decode(3),
     }
     rows: list[report.Row] = []
-    for name, run in ways.items():
+    for name, run in steps(ways.items(), "measurements"):
         seconds = report.alternate({"exact": run, "unpadded": unpadded(run)}, args.repeats)
         for path, taken in seconds.items():
             rows.append({"what": name, "products": path} | report.spread(taken))

@@ -5,10 +5,11 @@ import statistics
 
 import torch
 
-from qwen35.cli import Parser, at_least_one
+from qwen35.cli import Parser
 from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import DTYPES, load, locate
+from qwen35.progress import steps
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer
 from reference.model import Model
@@ -18,7 +19,7 @@ from tools.bench.language import HELDOUT, SEPARATOR
 
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add("--model", metavar="DIR|HUB_ID", help="default: the embedded checkpoint")
+    parser.add_model()
     add("--dtype", choices=DTYPES, help="of both sides (default: the checkpoint's own)")
     add("--prefill-tokens", type=int, default=2048)
     add("--prompt-tokens", type=int, default=64, help="of each text whose continuation is timed")
@@ -26,7 +27,7 @@ def add_arguments(parser: Parser) -> None:
     add("--prompts", type=int, default=5, help="held-out documents that are continued")
     add("--draft-tokens", type=int, default=3)
     add("--repeats", type=int, default=5)
-    add("--threads", type=at_least_one, default=2, help="torch threads, on both sides")
+    parser.set_defaults(threads=2)
 
 
 def _transformers(folder: str, model: Model) -> torch.nn.Module:
@@ -43,7 +44,6 @@ def _transformers(folder: str, model: Model) -> torch.nn.Module:
 
 
 def main(args: argparse.Namespace) -> int:
-    torch.set_num_threads(args.threads)
     folder = locate(args.model)
     model, tokenizer = load(folder, dtype=DTYPES.get(args.dtype)), Tokenizer(folder)
     theirs = _transformers(str(folder), model)
@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     ), args.prefill_tokens)  # fmt: skip
 
     forwards = tokens = 0
-    for number, ids in enumerate(prompts):
+    for number, ids in enumerate(steps(prompts, "prompts")):
         # A run that makes one token is taken off, so that what is timed is decode alone.
         def ours(new: int, ids: list[int] = ids) -> Generation:
             generation = Generation(
@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> int:
     ratios = [row["times_faster"] for row in rows if "times_faster" in row]
     rows.append({"name": "decode, geometric mean", "times_faster": _mean(ratios[1:])})
     config = {
-        "model": str(args.model or "embedded"),
+        "model": args.model,
         "dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
         "draft_tokens": args.draft_tokens,
         "tokens_per_forward": tokens / forwards,

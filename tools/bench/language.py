@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.cli import Parser
 from qwen35.errors import InputError
 from qwen35.generation import Generation
 from qwen35.load import DTYPES, TINY, load, locate
+from qwen35.progress import steps
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer
 from reference.linear import GRID
@@ -25,7 +25,7 @@ SEPARATOR = "<|endoftext|>"
 
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add("--model", metavar="DIR|HUB_ID", help="default: the embedded checkpoint")
+    parser.add_model()
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--text", type=Path, default=HELDOUT, help=f"documents with {SEPARATOR} lines between")
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     total_bits = total_bytes = predicted = forwards = tokens = 0
     sampling = Sampling(temperature=args.temperature, vocab=tokenizer.size)
     accepted, proposed = [0] * args.draft_tokens, [0] * args.draft_tokens
-    for document in tqdm(documents, desc="held-out documents", disable=None, leave=False):
+    for document in steps(documents, "held-out documents"):
         ids = start + tokenizer.encode(document)
         total_bits += bits(model, ids)
         total_bytes += len(document.encode())
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> int:
         ),
     ]
     config = {
-        "model": str(args.model or "embedded"),
+        "model": args.model,
         "bytes": total_bytes,
         "documents": len(documents),
         "draft_tokens": args.draft_tokens,

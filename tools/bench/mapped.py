@@ -16,6 +16,7 @@ import torch
 
 from qwen35.cli import Parser
 from qwen35.config import Config
+from qwen35.progress import steps
 from reference.model import Model
 from tools.bench import report
 
@@ -96,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
         size = write_sparse(large, config)
         first_token(large)
         runs: dict[str, list[tuple[float, int]]] = {}
-        for _ in range(args.repeats):
+        for _ in steps(range(args.repeats), "repeats"):
             runs.setdefault("embedded", []).append(first_token(None))
             evict(large / "model.safetensors")
             runs.setdefault("large, not in the page cache", []).append(first_token(large))

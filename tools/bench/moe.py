@@ -20,6 +20,7 @@ from torch import Tensor
 from fast.launch import Scratch, run
 from fast.moe import Experts
 from qwen35.cli import Parser
+from qwen35.progress import steps
 from tools.bench import gpu, mixture, report
 from tools.bench.mixture import Case, Run, Weights
 
@@ -164,7 +165,7 @@ def main(args: argparse.Namespace) -> int:
     read = gpu.read_gb_s(device)
     rows: list[report.Row] = []
     failed: list[str] = []
-    for tp in args.tp:
+    for tp in steps(args.tp, "sizes"):
         with torch.inference_mode():
             more, wrong = at_size(tp, args, device, read)
         rows, failed = rows + more, failed + wrong

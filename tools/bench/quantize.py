@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qwen35.cli import Parser, at_least_one
+from qwen35.cli import Parser
 from qwen35.errors import InputError
 from tools.bench import report
 from weights.mxfp4 import GROUP, dequantize, quantize
@@ -34,7 +34,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=at_least_one, default=2, help="torch threads, of all")
+    parser.set_defaults(threads=2)
 
 
 def _torchao() -> Quantizer:
@@ -103,7 +103,6 @@ def _compared(theirs: Quantizer, weight: Tensor) -> report.Row:
 
 
 def main(args: argparse.Namespace) -> int:
-    torch.set_num_threads(args.threads)
     peers = {"torchao": _torchao(), "compressed-tensors": _compressed_tensors()}
     generator = torch.Generator().manual_seed(0)
     weight = 0.02 * torch.randn(args.rows, args.columns, generator=generator)

@@ -1,6 +1,5 @@
-"""What all benchmarks print: a table for people, and one JSON document as the last line."""
+"""What all benchmarks print: a table for people, or with --json one document."""
 
-import json
 import platform
 import statistics
 import subprocess
@@ -12,7 +11,9 @@ from typing import Any
 
 import torch
 
+from qwen35.cli import print_json
 from qwen35.errors import InputError
+from qwen35.progress import Progress
 
 Row = dict[str, Any]
 
@@ -25,31 +26,45 @@ def device_name() -> str:
 
 
 def emit(op: str, config: dict[str, Any], rows: list[Row], *, only_json: bool, **more: Any) -> None:
-    """Print the table (unless only_json), then the document; more: of it, such as another device."""
-    if not only_json:
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        cells = [names, *([_shown(row.get(name, "")) for name in names] for row in rows)]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-        for line in cells:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    """Print a heading and the rows as a table, or the document that holds the same (only_json). more: of
+    the document, such as another device."""
     document = {"op": op, "config": config, "device": device_name(), **more, "rows": rows}
-    print(json.dumps(document), flush=True)
+    if only_json:
+        print_json(document)
+        return
+    for name, value in {**config, "device": document["device"], **more}.items():
+        print(f"{name}: {_shown(value)}")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([_shown(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    print()
+    for line in cells:
+        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join(padded).rstrip(), flush=True)
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """Four digits of a fraction, and all of a whole number."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value))
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each of `runs`, taken in turn `repeats` times after one warm-up each."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(repeats):
-        for name, run in runs.items():
-            started = time.perf_counter()
+    with Progress("runs", len(runs) * (repeats + 1)) as progress:
+        for run in runs.values():
             run()
-            seconds[name].append(time.perf_counter() - started)
+            progress.update()
+        for _ in range(repeats):
+            for name, run in runs.items():
+                started = time.perf_counter()
+                run()
+                seconds[name].append(time.perf_counter() - started)
+                progress.update()
     return seconds
 
 

@@ -20,6 +20,7 @@ from torch.nn.functional import pad, silu
 from fast.launch import Launch, Scratch, run
 from fast.router import Router
 from qwen35.cli import Parser
+from qwen35.progress import steps
 from tools.bench import gpu, mixture, report
 
 OURS = "ours"
@@ -236,7 +237,7 @@ def main(args: argparse.Namespace) -> int:
     read = gpu.read_gb_s(device)
     rows: list[report.Row] = []
     failed: list[str] = []
-    for tp in args.tp:
+    for tp in steps(args.tp, "sizes"):
         with torch.inference_mode():
             more, wrong = at_size(tp, args, device, target, read)
         rows, failed = rows + more, failed + wrong

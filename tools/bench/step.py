@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fast.catalogue import sliced
 from fast.launch import Launch
@@ -38,6 +37,7 @@ from qwen35.cli import Parser
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.load import TINY, lay_out
+from qwen35.progress import steps
 from reference.model import Model
 from tools.bench import gpu, report
 
@@ -94,7 +94,7 @@ class _Builder:
         model = lay_out(self.config)
         for name in ("embed_tokens", "norm", "lm_head"):
             self._fill(model.get_submodule(name))
-        for i, layer in enumerate(tqdm(model.layers, desc="layers", leave=False, disable=None)):
+        for i, layer in enumerate(steps(model.layers, "layers built")):
             model.layers[i] = DecoderLayer.from_reference(self._layer(layer))
         if model.mtp is not None:
             model.mtp.layers[0] = self._layer(model.mtp.layers[0])

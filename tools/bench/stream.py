@@ -18,6 +18,7 @@ from qwen35.errors import InputError
 from qwen35.generation import Generation
 from qwen35.load import DTYPES, load, locate
 from qwen35.paths import PATHS
+from qwen35.progress import steps
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer
 from tools.bench import report
@@ -26,7 +27,7 @@ from tools.bench.language import HELDOUT
 
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add("--model", metavar="DIR|HUB_ID", help="default: the embedded checkpoint")
+    parser.add_model()
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--device", default="cpu", metavar="D")
     add("--path", choices=PATHS, default="auto")
@@ -60,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
     waits: list[float] = []
     accepted = forwards = 0
     path = ""
-    for run, first in enumerate(starts):
+    for run, first in enumerate(steps(starts, "runs")):
         generation = Generation(
             model, text[first : first + args.prompt_tokens], args.new_tokens,
             Sampling(vocab=tokenizer.size), frozenset(), args.draft_tokens, args.prefill_chunk,
@@ -94,7 +95,7 @@ def main(args: argparse.Namespace) -> int:
         "runs",
     )
     config: dict[str, object] = {
-        "model": str(args.model or "embedded"),
+        "model": args.model,
         "path": path,
         "dtype": str(model.dtype),
     }

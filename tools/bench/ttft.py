@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from tqdm import tqdm
 
-from qwen35.cli import Parser, at_least_one
+from qwen35.cli import Parser
 from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import load, locate
 from qwen35.prefix.cache import PrefixCache
 from qwen35.prefix.folder import Folder
 from qwen35.prefix.keys import fingerprint, identity
+from qwen35.progress import steps
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer
 from reference.linear import GRID
@@ -57,12 +57,12 @@ Opener = Callable[[], PrefixCache | None]
 
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add("--model", metavar="DIR|HUB_ID", help="default: the embedded checkpoint")
+    parser.add_model()
     add("--lengths", type=int, nargs="+", default=[64, 256, 1024, 4096, 16384, 32000],
         metavar="N", help=f"of the prefix, in tokens: multiples of {GRID}")  # fmt: skip
     add("--repeats", type=int, default=5)
     add("--cold-repeats", type=int, default=2, help=f"of cold runs from {LONG} tokens on")
-    add("--threads", type=at_least_one, default=2, help="torch threads")
+    parser.set_defaults(threads=2)
     add("--plot", type=Path, metavar="FILE", help="also draw it: .svg or .png")
 
 
@@ -200,7 +200,6 @@ def main(args: argparse.Namespace) -> int:
     for name, count in (("repeats", args.repeats), ("cold-repeats", args.cold_repeats)):
         if count < 1:
             raise InputError(f"--{name} {count}; expected at least 1")
-    torch.set_num_threads(args.threads)
     folder = locate(args.model)
     model = load(folder)
     longest = (model.config.max_position_embeddings - TAIL - 1) // GRID * GRID
@@ -213,14 +212,14 @@ def main(args: argparse.Namespace) -> int:
     text = Tokenizer(folder).encode(HELDOUT.read_text(encoding="utf-8"))
     subject = Subject(model, fingerprint(folder))
     rows: list[report.Row] = []
-    for length in tqdm(args.lengths, desc="lengths", disable=None, leave=False):
+    for length in steps(args.lengths, "lengths"):
         ids = [text[i % len(text)] for i in range(length + TAIL)]
         fewer = min(args.repeats, args.cold_repeats) if length >= LONG else args.repeats
         rows += at_length(subject, ids, repeats=args.repeats, cold_repeats=fewer)
     for length, quoted in QUOTED.items():
         rows.append({"name": ARTICLE, "prefix_tokens": length, "median_ms": quoted, "quoted": True})
     config = {
-        "model": str(args.model or "embedded"),
+        "model": args.model,
         "dtype": str(model.dtype).removeprefix("torch."),
         "tail_tokens": TAIL,
         "draft_tokens": DRAFTS,
@@ -230,7 +229,8 @@ def main(args: argparse.Namespace) -> int:
     }
     report.emit("ttft", config, rows, only_json=args.json)
     if args.plot:
-        plot(rows, args.plot, Path(args.model).name if args.model else "the embedded model")
+        label = "the embedded model" if args.model == "tiny" else Path(args.model).name
+        plot(rows, args.plot, label)
     return 0
 
 

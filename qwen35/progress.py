@@ -1,0 +1,92 @@
+"""How far a command is: a bar on a terminal, a line now and then where standard error goes elsewhere."""
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sized
+from threading import Event, Thread
+from types import TracebackType
+from typing import Self, TypeVar
+
+from tqdm import tqdm
+
+EVERY = 10.0  # seconds between two lines, or between two looks at a bar that stands still
+T = TypeVar("T")
+
+
+class Progress:
+    """Counts to `total`. Whoever is done within ten seconds sees no line in a pipe.
+
+    what: "kernels", "documents", ...: the plural of what is counted. total: None where nobody knows it
+    yet; `at` may tell it later. note: set it to words that each line ends with.
+    """
+
+    def __init__(self, what: str, total: int | None = None, *, is_bytes: bool = False) -> None:
+        self.what, self.is_bytes, self.note = what, is_bytes, ""
+        self._is_terminal = sys.stderr.isatty()
+        units = {"unit": "B", "unit_scale": True, "unit_divisor": 1000} if is_bytes else {}
+        # A bar that is delayed for ever counts and shows nothing.
+        self._bar = tqdm(
+            desc=what, total=total, leave=False, delay=0 if self._is_terminal else math.inf, **units
+        )  # fmt: skip
+        self._ended = Event()
+        self._thread = Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def update(self, count: int = 1) -> None:
+        """So many more are done."""
+        self._bar.update(count)
+
+    def at(self, done: int, total: int) -> None:
+        """So many of so many are done."""
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Take the bar away. A second time does nothing."""
+        self._ended.set()
+        self._thread.join()
+        self._bar.close()
+
+    def line(self) -> str:
+        """Such as "kernels: 30 of 121 after 00:40, about 02:01 left"."""
+        found = self._bar.format_dict
+        done, total, elapsed = found["n"], found["total"], found["elapsed"]
+        words = f"{self.what}: {self._count(done)}"
+        if total:
+            words += f" of {self._count(total)}"
+        words += f" after {tqdm.format_interval(elapsed)}"
+        if total and done:
+            words += f", about {tqdm.format_interval(elapsed / done * (total - done))} left"
+        return f"{words}; {self.note}" if self.note else words
+
+    def _count(self, number: int) -> str:
+        return f"{tqdm.format_sizeof(number)}B" if self.is_bytes else f"{number:,}"
+
+    def _look(self) -> None:
+        while not self._ended.wait(EVERY):
+            if self._is_terminal:
+                self._bar.set_postfix_str(self.note)
+            else:
+                print(self.line(), file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def steps(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """The items, one after the other, with the progress of whoever takes them. total: of items that have
+    no length."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with Progress(what, total) as progress:
+        for item in items:
+            yield item
+            progress.update()

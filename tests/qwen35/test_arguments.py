@@ -1,0 +1,51 @@
+"""Arguments that every command has in the same form: the model, and the number of threads."""
+
+import pytest
+import torch
+
+from qwen35.cli import Parser, run
+
+
+@pytest.mark.parametrize(
+    ("words", "model"),
+    [
+        ((), "tiny"), (("a",), "a"), (("--model", "a"), "a"), (("tiny",), "tiny"),
+        (("a", "--model", "a"), "a"),
+    ],
+)  # fmt: skip
+def test_a_model_has_two_ways_of_being_named(words: tuple[str, ...], model: str) -> None:
+    parser = Parser("x", "y")
+    parser.add_model()
+    assert parser.parse_args(words).model == model
+
+
+@pytest.mark.parametrize("words", [("a", "--model", "b"), ("--model", "a", "b")])
+def test_two_models_are_refused(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser("x", "y")
+    parser.add_model()
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(words)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "x: two models are given, a and b; one is expected\n"
+
+
+def test_where_a_text_stands_the_model_is_an_option() -> None:
+    parser = Parser("x", "y")
+    parser.add_argument("prompt")
+    parser.add_model(alone=False)
+    found = parser.parse_args(["In the beginning", "--model", "a"])
+    assert (found.prompt, found.model) == ("In the beginning", "a")
+
+
+def test_threads_are_set_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for words in ([], ["--threads", "3"]):
+        with pytest.raises(SystemExit):
+            run(Parser("x", "y"), lambda args: 0, words)
+    assert asked == [3]
+
+
+def test_a_command_that_computes_nothing_has_no_threads() -> None:
+    with pytest.raises(SystemExit):
+        Parser("x", "y", computes=False).parse_args(["--threads", "3"])

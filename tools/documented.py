@@ -1,0 +1,292 @@
+"""`python -m tools.documented`: the commands and Python examples of README and docs, and how each is run.
+
+All are listed, with the page and the kind. `small` ones are run by the tests, in the order of their page.
+The others are in `ELSEWHERE`, with the reason; `--run KIND` runs those too, after the small ones of their
+page, which may write what they read.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from qwen35.cli import Parser, print_json, run
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = ("python", "pytest", "pip", "qwen35", ".ci/run", "echo", "printf", "cat", "git")
+SHELL = {"|", ">", "<", ";"}  # words that only a shell obeys
+KINDS = {
+    "small": "a few seconds on a CPU",
+    "minutes": "longer, on a CPU",
+    "gpu": "needs one",
+    "setup": "installs packages, or runs all checks",
+}
+SMALL = "small"
+
+# Commands, and lines of Python examples, that are not small: kind and reason.
+ELSEWHERE: dict[str, tuple[str, str]] = {
+    "pip install torch==2.13.0 -e .": ("setup", "installs; the next line of the README includes it"),
+    "pip install torch==2.13.0 -e '.[test]'": ("setup", "installs; .ci/run does it"),
+    "pytest": ("setup", "all checks, 8 minutes; .ci/run does it"),
+    ".ci/run": ("setup", "all checks after an installation"),
+    "python -m tools.exact": ("minutes", "one minute; tests/tools/test_exact.py has a part"),
+    "python -m tools.exact --all": ("minutes", "an hour: 3,616 continuations"),
+    "python -m tools.compile": ("minutes", "2 minutes; tests/tools/test_compile.py has a part"),
+    "python -m tools.emulate 'The whale' --max-new-tokens 8": (
+        "minutes", "half a minute; tests/tools/test_emulate.py has a shorter text"),
+    "python -m tools.emulate 'In the beginning' --check": (
+        "minutes", "half a minute; tests/tools/test_emulate.py has a shorter text"),
+    "pytest tests/fast": ("minutes", "90 s; a part of all checks"),
+    "python -m tools.bench language": ("minutes", "3 minutes: 146 documents"),
+    "python -m tools.bench language tiny-mxfp4": ("minutes", "3 minutes: 146 documents"),
+    "python -m tools.bench language --kv-cache-dtype fp8": ("minutes", "3 minutes: 146 documents"),
+    "python -m tools.bench exactness": ("minutes", "a minute: repeated"),
+    "python -m tools.bench generate": ("minutes", "5 minutes, beside transformers"),
+    "python -m tools.bench mapped": ("minutes", "a minute: a file of 8 GB, with holes"),
+    "python -m tools.bench ttft --plot FILE": ("minutes", "5 minutes; needs matplotlib"),
+    "python -m tools.corpus corpus": ("setup", "fetches packages from Debian"),
+    "python -m tools.documented --run minutes": ("minutes", "this command itself"),
+    "python -m tools.train_tiny corpus trained": ("gpu", "8 minutes of training, after tools.corpus"),
+    "python -m qwen35.generate 'The whale' --device cuda": ("gpu", "a GPU is asked for"),
+    "python -m qwen35.generate 'In the beginning' --device cuda": ("gpu", "a GPU is asked for"),
+    "python -m tools.exact --path fast --device cuda": ("gpu", "a minute"),
+    "python -m tools.bench step": ("gpu", "20 GB of random weights, a minute"),
+    "python -m tools.bench stream --device cuda": ("gpu", "a minute"),
+    "python -m tools.bench moe": ("gpu", "a minute"),
+    "python -m tools.tune": ("gpu", "an hour: writes fast/configs.json"),
+    'model = qwen35.load("path/to/Qwen3.5-35B-A3B", device="cuda", path="fast")': (
+        "gpu", "a GPU is asked for"),
+}  # fmt: skip
+
+# Exit statuses other than 0 that a page promises.
+STATUSES = {
+    "python -m tools.diff tiny --against tiny-mxfp4 --report diff.html": 1,  # experts differ
+}
+
+# What a page speaks of and does not make: commands before its first one, and files.
+BEFORE = {"docs/diff.md": ["python -m tools.convert tiny tiny-mxfp4 --to mxfp4"]}
+FILES = {
+    "docs/diff.md": {"my_kernels.py": "from reference.moe import Experts as Reference\n\n\n"
+                     "class Experts(Reference):\n    @classmethod\n"
+                     "    def from_reference(cls, node):\n        node.__class__ = cls\n"
+                     "        return node\n"},
+    "docs/generate.md": {"requests.jsonl": '{"prompt": "In the beginning", "max_new_tokens": 4}\n'},
+}  # fmt: skip
+
+# What stands for something of the reader's: a model, a folder, a file.
+PLACEHOLDERS = {"MODEL": "tiny", "DIR": "kept", "FILE": "plot.svg"}
+A_CHECKPOINT = re.compile(r"/?path/to/[\w.-]+")
+
+FENCE = re.compile(r" *```(\w*)")
+INLINE = re.compile(r"`([^`]+)`")
+NAMED = re.compile(r"# (\w+\.py)\n")  # first line of a Python example that is a file
+ANSWER = re.compile(r"(?:\(Pdb\)|>) (.*)")  # what a page types into a running command
+
+
+@dataclass(frozen=True)
+class Example:
+    """A command or a Python example of a page.
+
+    text: as it stands there. words: of a command, as a shell splits them, without comments. typed: lines
+    that the page types into it. inline: it stands in a sentence, which may name it again.
+    """
+
+    page: str
+    line: int
+    text: str
+    words: tuple[str, ...] = ()
+    typed: list[str] = field(default_factory=list)
+    inline: bool = False
+
+    @property
+    def is_python(self) -> bool:
+        return not self.words
+
+    @property
+    def known(self) -> str | None:
+        """The entry of ELSEWHERE that this is."""
+        if self.is_python:
+            return next((key for key in ELSEWHERE if key in self.text), None)
+        return next((key for key in ELSEWHERE if tuple(shlex.split(key)) == self.words), None)
+
+    @property
+    def kind(self) -> str:
+        return SMALL if self.known is None else ELSEWHERE[self.known][0]
+
+    @property
+    def status(self) -> int:
+        return STATUSES.get(shlex.join(self.words), 0)
+
+    @property
+    def file(self) -> str | None:
+        """The name that a Python example is to be stored under."""
+        found = NAMED.match(self.text)
+        return found[1] if found and self.is_python else None
+
+    @property
+    def input(self) -> str:
+        """Standard input: what the page types, or what ends a debugger or a conversation."""
+        if self.typed:
+            return "\n".join(self.typed) + "\n"
+        return "c\n" * 9 if "--break" in self.words else "\n"
+
+    def filled(self) -> "Example":
+        """With something that exists in the place of what is the reader's."""
+        words = (PLACEHOLDERS.get(w, A_CHECKPOINT.sub("tiny", w)) for w in self.words)
+        return replace(self, text=A_CHECKPOINT.sub("tiny", self.text), words=tuple(words))
+
+
+def pages() -> list[str]:
+    """README, CONTRIBUTING and docs, as paths from the checkout."""
+    docs = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").glob("*.md"))
+    return ["README.md", "CONTRIBUTING.md", *docs]
+
+
+def commands_of(page: str, line: int, text: str) -> Iterator[Example]:
+    """The commands of a line of a shell, which `&&` joins; none where it is no command."""
+    if text.split(" ")[0] not in PROGRAMS:
+        return
+    rest = shlex.split(text, comments=True)
+    while rest:
+        end = rest.index("&&") if "&&" in rest else len(rest)
+        yield Example(page, line, text, tuple(rest[:end]))
+        rest = rest[end + 1 :]
+
+
+def examples(page: str, text: str) -> list[Example]:
+    """All of a page, in its order: lines of indented and fenced blocks, Python blocks, inline code."""
+    found: list[Example] = []
+    language: str | None = None  # of the fenced block that is open
+    block: list[str] = []
+    prose: list[str] = []  # a paragraph, as inline code goes over line ends
+    joined = ""  # a command that goes on after a backslash
+    for number, line in enumerate([*text.splitlines(), ""], 1):
+        fence, stripped = FENCE.match(line), line.strip()
+        if fence:
+            if language == "python":
+                found.append(Example(page, number - len(block), "\n".join(block) + "\n"))
+            language = None if language is not None else fence[1]
+            block = []
+        elif language == "python":
+            block.append(line)
+        elif language is not None or line.startswith("    "):
+            if answer := ANSWER.fullmatch(stripped):
+                found[-1].typed.append(answer[1].partition("   #")[0].rstrip())
+                continue
+            joined += stripped.removeprefix("$ ")
+            if joined.endswith("\\"):
+                joined = joined[:-1]
+                continue
+            found += commands_of(page, number, joined)
+            joined = ""
+        if fence or language is not None or line.startswith("    ") or not stripped:
+            for inline in INLINE.findall(" ".join(prose)):
+                start = number - len(prose)
+                named = commands_of(page, start, inline)
+                found += [replace(one, inline=True) for one in named]
+            prose = []
+        else:
+            prose.append(stripped)
+    return found
+
+
+def documented() -> list[Example]:
+    """Of all pages."""
+    return [
+        one for page in pages() for one in examples(page, (ROOT / page).read_text(encoding="utf-8"))
+    ]
+
+
+def stale(found: list[Example]) -> list[str]:
+    """Entries of the tables above that no page has any more."""
+    known = {one.known for one in found}
+    promised = {shlex.join(one.words) for one in found}
+    return [key for key in ELSEWHERE if key not in known] + [
+        key for key in STATUSES if key not in promised
+    ]
+
+
+def prepare(page: str, folder: Path) -> list[Example]:
+    """Put into an empty folder what a page speaks of. Returns the commands that come before its own."""
+    (folder / "docs").symlink_to(ROOT / "docs")
+    for name, text in FILES.get(page, {}).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [one for line in BEFORE.get(page, []) for one in commands_of(page, 0, line)]
+
+
+def process(one: Example) -> list[str]:
+    """What to start for an example."""
+    if one.is_python:
+        return [sys.executable, "-c", one.text]
+    if SHELL & {*one.words}:
+        return ["bash", "-c", f"set -euo pipefail; {one.text}"]
+    return [sys.executable, *one.words[1:]] if one.words[0] == "python" else list(one.words)
+
+
+def run_page(page: str, kinds: set[str]) -> list[str]:
+    """Run a page's examples of these kinds as processes. Returns a line for each that fails."""
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        own = [one for one in documented() if one.page == page and one.kind in kinds]
+        for example in [*prepare(page, folder), *own]:
+            one = example.filled()
+            if one.file:
+                (folder / one.file).write_text(one.text, encoding="utf-8")
+                continue
+            print(
+                f"{page}:{one.line}: {shlex.join(one.words) or 'Python'}",
+                file=sys.stderr,
+                flush=True,
+            )
+            is_ours = one.words[0:1] in ((), ("python",), ("qwen35",)) or SHELL & {*one.words}
+            ended = subprocess.run(
+                process(one), cwd=folder if is_ours else ROOT, input=one.input, text=True, check=False,
+                stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )  # fmt: skip
+            if ended.returncode != one.status:
+                failed.append(f"{page}:{one.line}: exit status {ended.returncode}: {one.text}")
+    return failed
+
+
+def build_parser() -> Parser:
+    parser = Parser("python -m tools.documented", __doc__ or "", computes=False)
+    add = parser.add_argument
+    add("--run", nargs="+", choices=KINDS, default=[], metavar="KIND",
+        help="; ".join(f"{kind}: {what}" for kind, what in KINDS.items()))  # fmt: skip
+    add("--page", choices=pages(), metavar="PAGE", help="as in docs/fast.md (default: all)")
+    add("--json", action="store_true", help="print one JSON document")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    chosen = [args.page] if args.page else pages()
+    wrong = stale(documented())
+    if args.run:
+        wrong += [line for page in chosen for line in run_page(page, {SMALL, *args.run})]
+    rows = [
+        {"page": one.page, "line": one.line, "kind": one.kind,
+         "example": shlex.join(one.words) or one.text,
+         "reason": ELSEWHERE[one.known][1] if one.known else ""}
+        for one in documented() if one.page in chosen
+    ]  # fmt: skip
+    if args.json:
+        print_json({"examples": rows, "wrong": wrong})
+    else:
+        for row in rows:
+            reason = f"  ({row['reason']})" if row["reason"] else ""
+            example = " ".join(row["example"].split())
+            print(f"{row['page']}:{row['line']}  {row['kind']:7}  {example}{reason}")
+    for line in wrong:
+        print(f"wrong: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    run(build_parser(), main)
