@@ -102,7 +102,7 @@ class Tokenizer:
 
     def written(self, token: int) -> str | None:
         """An id as the vocabulary has it, spelled in its own alphabet; None where there is no such id."""
-        return self._backend.id_to_token(token) if token >= 0 else None
+        return self._backend.id_to_token(token) if 0 <= token < self.size else None
 
     def is_control(self, token: int) -> bool:
         """Whether an id is an added token such as `<|im_end|>` or `<think>`; white space is text."""
