@@ -21,10 +21,8 @@ def show(file: Path, pattern: str, *, histograms: bool, as_json: bool) -> None:
     if as_json:
         print_json({"file": str(file), "nodes": [_described(one) for one in found]})
         return
-    rows = [
-        ("node", "shape", "dtype", "mean", "std", "|max|", "zeros", "non-finite", "min to max, log scale")
-    ]
-    rows += [_row(one) for one in found]
+    header = ("node", "shape", "dtype", "mean", "std", "|max|", "zeros", "non-finite", "histogram")
+    rows = [header, *map(_row, found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for node, shape, dtype, *numbers, bars in rows:
         texts = (text.ljust(width) for text, width in

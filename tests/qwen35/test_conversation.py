@@ -30,6 +30,7 @@ from tests.support.checkpoints import write_endless
 
 ROOT = Path(__file__).parents[2]
 CTRL_C = b"\x03"
+PATIENCE = 240  # seconds, on a busy machine
 MESSAGE = "a message of more than one block of the prefix cache, which has 64 tokens"
 
 
@@ -63,7 +64,7 @@ class Terminal:
 
     def wait_for(self, pattern: str) -> str:
         """Read until the pattern is shown; returns what was shown up to its end, and forgets it."""
-        until = time.monotonic() + 90
+        until = time.monotonic() + PATIENCE
         while not (found := re.search(pattern, self.shown)):
             assert time.monotonic() < until, (pattern, self.shown)
             if select.select([self.master], [], [], 1)[0]:
@@ -77,7 +78,7 @@ class Terminal:
     def close(self) -> int:
         """The status of the process, which is waited for. What it still shows is read, since otherwise it
         could not end."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE
         while self.process.poll() is None and time.monotonic() < until:
             if select.select([self.master], [], [], 0.1)[0]:
                 try:

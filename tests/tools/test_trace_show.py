@@ -53,7 +53,7 @@ def test_the_table(cli: Cli, saved: Path) -> None:
     status, out, _ = cli("--show", saved)
     assert status == 0
     assert out.splitlines() == [
-        "node           shape   dtype      mean   std  |max|  zeros  non-finite  min to max, log scale",
+        "node           shape   dtype      mean   std  |max|  zeros  non-finite  histogram",
         f"layers.2.mlp   [3]     bfloat16      1     0      1   0.0%           0  |█{' ' * 23}|",
         f"layers.10.mlp  [2, 4]  float32   0.143  1.81      4  25.0%        0.12  |▄{' ' * 15}▇   █  ▄|",
     ]
