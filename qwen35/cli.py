@@ -150,7 +150,8 @@ def print_json(document: Any) -> None:
 def run(
     parser: Parser, main: Callable[[argparse.Namespace], int], argv: list[str] | None = None
 ) -> NoReturn:
-    """Parse, set the threads, run, exit: 0 fine, 1 a check failed, 2 bad input or a crash, 130 interrupted.
+    """Parse, set the threads, run, exit: 0 fine, 1 a check failed, 2 bad input or a crash, 130
+    interrupted.
 
     Main gets the whole command, as a shell takes it, as `args.command`.
     """

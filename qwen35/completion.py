@@ -4,7 +4,7 @@
 gave come from the checkpoint's files; ids become text as they come, and a stop string ends them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
 from qwen35.generation import Generation
+from qwen35.logprobs import TokenLogprobs
 from qwen35.messages import Answer, parse_messages, parse_tools, split_reasoning
 from qwen35.prefix.cache import PrefixCache
 from qwen35.sampling import Sampling
@@ -37,6 +38,7 @@ class Settings:
     draft_tokens: drafts a round; None is 3 where the model has an MTP head.
     prefill_chunk: prompt tokens a pass, a multiple of 64.
     digest: hash the logits.
+    logprobs: give each token's log probability, and those of so many likeliest tokens; None: neither.
     thinking: of a conversation; None lets the chat template decide.
     chat_template_kwargs: further variables of the chat template.
     allow_special_tokens: let what a message contains become control tokens.
@@ -55,6 +57,7 @@ class Settings:
     draft_tokens: int | None = None
     prefill_chunk: int = 2048
     digest: bool = False
+    logprobs: int | None = None
     thinking: bool | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     allow_special_tokens: bool = False
@@ -90,7 +93,7 @@ class Completion:
     stop: Sequence[str] = ()
     text: str = ""
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Generator[str, None, None]:
         stream = self.tokenizer.stream() if self.tokenizer else None
         shown = UntilStop(self.stop)
         for token, _ in self.generation:
@@ -115,6 +118,11 @@ class Completion:
     @property
     def finish_reason(self) -> str:
         return self.generation.finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """One for each of `token_ids`; empty unless the setting `logprobs` asked for them."""
+        return self.generation.token_logprobs
 
     @property
     def answer(self) -> Answer | None:
@@ -154,6 +162,8 @@ class Completion:
             found["cache_reason"] = result.cache_reason
         if result.digest:
             found["logits_sha256"] = result.logits_sha256
+        if result.logprobs is not None:
+            found["logprobs"] = [row.document(self.tokenizer) for row in self.logprobs]
         return found
 
 
@@ -240,6 +250,7 @@ class Completer:
             settings.prefill_chunk,
             self.prefix_cache,
             settings.digest,
+            settings.logprobs,
         )
         return Completion(generation, self.tokenizer, prompt, stop)
 

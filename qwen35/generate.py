@@ -1,27 +1,25 @@
 """`python -m qwen35.generate`: the command line over completion.py."""
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import NoReturn
 
-from tqdm import tqdm
-
 from qwen35.cache import KV_CACHE_DTYPES
-from qwen35.cli import Parser, device, one_line, parse_ids, print_json, read_text, run, size
+from qwen35.cli import Parser, device, parse_ids, print_json, read_text, run, size
 from qwen35.completion import NEW_TOKENS, Completer, Completion, Settings
 from qwen35.config import Config
+from qwen35.conversation import converse
 from qwen35.debugger import break_in
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
 from qwen35.load import DTYPES, load, locate
-from qwen35.messages import Message
 from qwen35.paths import PATHS
 from qwen35.prefix.cache import PrefixCache
 from qwen35.prefix.keys import fingerprint, identity
 from qwen35.requests import parse_requests
 from qwen35.swap import parse_swap
+from qwen35.terminal import say, show
 from qwen35.tokenizer import Tokenizer
 from reference.model import Model
 
@@ -60,6 +58,7 @@ def build_parser() -> Parser:
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto",
         help="of keys and values: fp8 takes half the memory; auto: the model's own")  # fmt: skip
     add("--chat", action="store_true", help="a conversation; an empty line ends it")
+    add("--system", metavar="TEXT", help="with --chat: the system message, which comes first")
     add("--thinking", action=argparse.BooleanOptionalAction,
         help="whether to think before an answer (default: the chat template decides)")  # fmt: skip
     add("--allow-special-tokens", action="store_true",
@@ -77,6 +76,8 @@ def build_parser() -> Parser:
     add("--break-at", type=int, default=0, metavar="TOKEN",
         help="with --break: in the pass that computes this position (default 0)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON document instead of a stream")
+    add("--logprobs", type=int, metavar="N",
+        help="give the log probability of each token, and of the N likeliest in its place")  # fmt: skip
     add("--digest", action="store_true", help="also give the SHA-256 of all logits")
     return parser
 
@@ -100,19 +101,20 @@ def main(args: argparse.Namespace) -> int:
     if args.break_in is not None:
         break_in(model, args.break_in, args.break_at)
     if model.mtp is None and args.draft_tokens is None:
-        _say(f"{folder}: no MTP head in this checkpoint, drafting is off")
+        say(f"{folder}: no MTP head in this checkpoint, drafting is off")
     defaults = Defaults.of_folder(folder, model.config, tokenizer)
     if defaults.warning:
-        _say(f"{folder}: {defaults.warning}")
+        say(f"{folder}: {defaults.warning}")
     completer = Completer(model, tokenizer, defaults, _prefix_cache(args, model, folder))
     if args.requests:
         return _serve(args.requests, completer, settings, load_s)
+    opening = [] if args.system is None else [{"role": "system", "content": args.system}]
     if args.chat and not args.json:
-        _converse(completer, settings, prompt if isinstance(prompt, str) else None)
+        converse(completer, settings, opening, prompt if isinstance(prompt, str) else None)
         return 0
-    given = [{"role": "user", "content": prompt}] if args.chat else prompt
+    given = [*opening, {"role": "user", "content": prompt}] if args.chat else prompt
     completion = completer.complete(completer.prompt(given, settings), settings)
-    _show(completion, quiet=args.json)
+    show(completion, quiet=args.json)
     if args.json:
         print_json(_document(completion, load_s))
     return 0
@@ -133,6 +135,8 @@ def _prompt(args: argparse.Namespace) -> str | list[int] | None:
         raise InputError("--chat goes with neither --requests nor --prompt-ids")
     if args.chat and args.json and not given:
         raise InputError("--chat --json is one turn: give the message as PROMPT or --prompt-file")
+    if args.system is not None and not args.chat:
+        raise InputError("--system: only --chat has it; a request has a message of role system")
     if not (args.chat or args.requests):
         for option, value in (("--thinking, --no-thinking", args.thinking is not None),
                               ("--allow-special-tokens", args.allow_special_tokens)):  # fmt: skip
@@ -158,10 +162,10 @@ def _prefix_cache(args: argparse.Namespace, model: Model, folder: Path) -> Prefi
 
         store = Folder(args.prefix_cache, identity(model, mark))
         for line in store.problems():
-            _say(f"prefix cache: {line}")
+            say(f"prefix cache: {line}")
     return PrefixCache(
         model, budget=args.prefix_cache_bytes, store=store, checkpoint=mark,
-        warn=lambda line: _say(f"prefix cache: {line}"),
+        warn=lambda line: say(f"prefix cache: {line}"),
     )  # fmt: skip
 
 
@@ -172,7 +176,7 @@ def _serve(file: str, completer: Completer, settings: Settings, load_s: float) -
         (request.id, completer.complete(request.prompt, request.settings)) for request in requests
     ]
     for name, completion in queue:
-        _show(completion, quiet=True)
+        show(completion, quiet=True)
         found = _document(completion, load_s)
         print_json(found if name is None else {"id": name} | found)
     return 0
@@ -191,72 +195,14 @@ def _load(args: argparse.Namespace, folder: Path) -> Model:
     fast = sum(type(layer).__module__.startswith("fast.") for layer in model.layers)
     if fast or swaps:
         own = f"; {len(swaps)} patterns swapped" if swaps else ""
-        _say(f"{fast} of {len(model.layers)} layers run on the fast path{own}")
+        say(f"{fast} of {len(model.layers)} layers run on the fast path{own}")
     return model
-
-
-def _show(completion: Completion, *, quiet: bool) -> None:
-    """Print the text as it comes, and the closing line."""
-    result = completion.generation
-    bar = tqdm(total=len(result.prompt), desc="prefill", unit="tok", leave=False, disable=None)
-    result.progress = bar.update
-    try:
-        for piece in completion:
-            bar.close()
-            if not quiet:
-                print(piece, end="", flush=True)
-    finally:  # also when interrupted: what was printed stays, with its figures
-        bar.close()
-        if result.token_ids:
-            if not quiet:
-                print(flush=True)
-            _say(
-                f"{len(result.prompt)} prompt tokens ({result.cached_tokens} cached), first token after "
-                f"{result.ttft_s:.3f} s, {len(result.token_ids)} tokens at "
-                f"{result.tokens_per_s:.1f} tokens/s, "
-                f"{result.draft.tokens_per_forward:.2f} tokens/forward"
-            )
-            if result.prefix_cache:
-                _say(f"prefix cache: {result.cached_tokens} tokens; {result.cache_reason}")
-            if result.digest and not quiet:
-                _say(f"logits_sha256 {result.logits_sha256}")
-
-
-def _converse(completer: Completer, settings: Settings, message: str | None) -> None:
-    """Turns until an empty line or the end of the input."""
-    history: list[Message] = []
-    while message := message or _ask():
-        history.append({"role": "user", "content": message})
-        completion = completer.complete(completer.prompt(history, settings), settings)
-        _show(completion, quiet=False)
-        answer = completion.answer
-        assert answer is not None
-        if not answer.finished:
-            _say(
-                f"no answer: the limit of {len(completion.token_ids)} tokens cut the thought, which is "
-                "not part of the conversation"
-            )
-        thought = {"reasoning_content": answer.reasoning} if answer.finished else {}
-        history.append({"role": "assistant", "content": answer.content} | thought)
-        message = None
-
-
-def _ask() -> str:
-    print("> ", end="", file=sys.stderr, flush=True)
-    try:
-        return sys.stdin.readline().strip()
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not text: {error}") from None
 
 
 def _document(completion: Completion, load_s: float) -> dict[str, object]:
     document = completion.document()
     document["timing"] = {"load_s": round(load_s, 4)} | document["timing"]
     return document
-
-
-def _say(line: str) -> None:
-    print(one_line(line), file=sys.stderr, flush=True)
 
 
 def command() -> NoReturn:

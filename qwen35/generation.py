@@ -17,6 +17,7 @@ from torch import Tensor
 from qwen35.cache import Cache
 from qwen35.errors import InputError
 from qwen35.finite import NotFiniteError, check_finite, not_finite
+from qwen35.logprobs import TokenLogprobs, token_logprobs
 from qwen35.node_error import blaming
 from qwen35.prefix.cache import PrefixCache
 from qwen35.sampling import Sampling, Seen, pick
@@ -73,7 +74,11 @@ def prefill(
 
 @dataclass
 class Generation:
-    """One continuation of a prompt: iterate over it for (token, logits [V]); then read the figures."""
+    """One continuation of a prompt: iterate over it for (token, logits [V]); then read the figures.
+
+    logprobs: how many of the likeliest tokens `token_logprobs` has beside each chosen one; None: it stays
+    empty, and nothing is computed.
+    """
 
     model: Model
     prompt: list[int]
@@ -84,6 +89,7 @@ class Generation:
     prefill_chunk: int = 2048
     prefix_cache: PrefixCache | None = None
     digest: bool = False
+    logprobs: int | None = None
     progress: Callable[[int], object] = lambda tokens: None
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "interrupted"
@@ -91,6 +97,7 @@ class Generation:
     cached_tokens: int = 0
     cache_reason: str = ""
     logits_sha256: str = ""
+    token_logprobs: list[TokenLogprobs] = field(default_factory=list)
     prepare_s: float = (
         0.0  # of compiling and capturing the fast path's round, not part of the others
     )
@@ -111,6 +118,10 @@ class Generation:
             raise InputError(
                 f"draft_tokens = {self.draft_tokens}, but the checkpoint has no MTP head"
             )
+        rows = self.model.config.vocab_size
+        ids = min(self.sampling.vocab or rows, rows)
+        if self.logprobs is not None and not 0 <= self.logprobs <= ids:
+            raise InputError(f"logprobs = {self.logprobs}; expected 0 to {ids}, the vocabulary")
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """InputError, naming the position and the node, where logits are NaN or infinite.
@@ -124,7 +135,7 @@ class Generation:
 
     @torch.inference_mode()
     def _tokens(self) -> Iterator[tuple[int, Tensor]]:
-        self.token_ids = []
+        self.token_ids, self.token_logprobs = [], []
         room = self.model.config.max_position_embeddings - len(self.prompt)
         limit = min(self.max_new_tokens, room)
         at_once = min(limit, AT_ONCE)
@@ -168,6 +179,9 @@ class Generation:
     ) -> Iterator[tuple[int, Tensor]]:
         for token, logits in fresh:
             self.token_ids.append(token)
+            if self.logprobs is not None:
+                found = token_logprobs(logits, token, self.logprobs, self.sampling.vocab)
+                self.token_logprobs.append(found)
             if self.digest:
                 bits.update(logits.float().cpu().numpy().astype("<f4").tobytes())
                 self.logits_sha256 = bits.hexdigest()

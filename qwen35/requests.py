@@ -13,7 +13,7 @@ PROMPTS = ("prompt", "prompt_ids", "messages")
 SETTINGS: dict[str, type] = {
     "max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float,
     "repetition_penalty": float, "presence_penalty": float, "seed": int, "draft_tokens": int,
-    "ignore_eos": bool, "stop": list, "chat_template_kwargs": dict,
+    "logprobs": int, "ignore_eos": bool, "stop": list, "chat_template_kwargs": dict,
 }  # fmt: skip
 
 

@@ -100,6 +100,14 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return {number for number, token in added.items() if token.special}
 
+    def written(self, token: int) -> str | None:
+        """An id as the vocabulary has it, spelled in its own alphabet; None where there is no such id."""
+        return self._backend.id_to_token(token) if 0 <= token < self.size else None
+
+    def is_control(self, token: int) -> bool:
+        """Whether an id is an added token such as `<|im_end|>` or `<think>`; white space is text."""
+        return self.written(token) in self._added
+
     def stream(self) -> "TextStream":
         """A decoder to be fed one id at a time."""
         return TextStream(self)

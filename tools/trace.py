@@ -1,4 +1,5 @@
-"""`python -m tools.trace MODEL (--prompt TEXT | --ids 1,2,3) -o FILE`: node outputs as safetensors."""
+"""`python -m tools.trace MODEL (--prompt TEXT | --ids 1,2,3) -o FILE`: node outputs as safetensors. With
+--show FILE instead: statistics of such a file (trace_show.py)."""
 
 import argparse
 from pathlib import Path
@@ -9,15 +10,20 @@ from qwen35.compare.trace_file import save_trace
 from qwen35.errors import InputError
 from qwen35.load import DTYPES, load, locate
 from qwen35.tokenizer import Tokenizer
+from tools import trace_show
 
 
 def build_parser() -> Parser:
     parser = Parser("python -m tools.trace", "Write the outputs of a model's nodes to a file.")
     add = parser.add_argument
-    parser.add_model()
+    parser.add_model(default=None)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--ids", metavar="IDS", help="token ids: 1,2,3")
+    prompt.add_argument(
+        "--show", type=Path, metavar="FILE", help="statistics of a saved trace; no model is loaded"
+    )
+    add("--node", metavar="GLOB", help="with --show: only these nodes, each with a histogram")
     add(
         "--pattern",
         default="*",
@@ -27,12 +33,18 @@ def build_parser() -> Parser:
     add("--locals", action="store_true", help="also the named locals of each node's forward")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--device", type=device, default="cpu", metavar="D", help="where it runs (default: cpu)")
-    add("-o", "--output", type=Path, required=True, metavar="FILE")
+    add("-o", "--output", type=Path, metavar="FILE")
     add("--json", action="store_true", help="print what was written as one JSON document")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.show is not None:
+        return _show(args)
+    if args.output is None:
+        raise InputError("-o FILE is expected beside --prompt or --ids")
+    if args.node is not None:
+        raise InputError("--node goes with --show; --pattern chooses the nodes of a new trace")
     folder = locate(args.model)
     if args.output.is_dir():
         raise InputError(f"{args.output} is a folder; expected the name of a file")
@@ -47,6 +59,15 @@ def main(args: argparse.Namespace) -> int:
         print_json({"file": str(args.output), "ids": ids, "nodes": shapes})
     else:
         print(f"{len(outputs)} tensors for {len(ids)} tokens in {args.output}")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    if args.model is not None or args.output is not None:
+        given = args.model or f"-o {args.output}"
+        raise InputError(f"--show reads a file and loads no model; {given} is given")
+    pattern = args.node or args.pattern
+    trace_show.show(args.show, pattern, histograms=args.node is not None, as_json=args.json)
     return 0
 
 

@@ -24,7 +24,15 @@ from qwen35.generation import Generation
 from qwen35.load import TINY, load
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer
-from tests.support.checkpoints import QWEN3_5, TEXT_VOCAB, edit_json, edit_tensors, write
+from tests.support.checkpoints import (
+    QWEN3_5,
+    TEXT_VOCAB,
+    always,
+    edit_json,
+    edit_tensors,
+    write,
+    write_endless,
+)
 
 ROOT = Path(__file__).parents[2]
 FIGURES = re.compile(
@@ -169,22 +177,6 @@ def test_draft_tokens_change_no_token(cli: Cli, small: Path, depth: int) -> None
     found = document(cli, *common, "--draft-tokens", depth)
     assert found["token_ids"] == document(cli, *common)["token_ids"]
     assert len(found["draft"]["proposed"]) == depth
-
-
-def always(folder: Path, token: int) -> None:
-    """Let a tied model say one token for ever: its row of the head is the largest there is."""
-
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        embedding = tensors["model.language_model.embed_tokens.weight"]
-        embedding.zero_()
-        embedding[:, 0] = 1.0
-        embedding[token, 0] = 100.0
-        tensors["model.language_model.norm.weight"].zero_()
-        for name, tensor in tensors.items():
-            if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
-                tensor.zero_()
-
-    edit_tensors(folder, change)
 
 
 def test_stop_ids_and_ignore_eos(cli: Cli, tmp_path: Path) -> None:
@@ -500,10 +492,7 @@ def process() -> Iterator[Callable[..., subprocess.Popen]]:
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that says A for ever, with room for a long text."""
-    folder = tmp_path_factory.mktemp("endless")
-    write(folder, "0.8B", tokenizer=True, max_position_embeddings=200_000)
-    always(folder, Tokenizer(folder).encode("A")[0])
-    return folder
+    return write_endless(tmp_path_factory.mktemp("endless"))
 
 
 def test_the_real_command(process: Callable[..., subprocess.Popen], small: Path) -> None:

@@ -454,12 +454,37 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
 
 
+def always(folder: Path, token: int) -> None:
+    """Let a tied model say one token for ever: its row of the head is the largest there is."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        embedding = tensors["model.language_model.embed_tokens.weight"]
+        embedding.zero_()
+        embedding[:, 0] = 1.0
+        embedding[token, 0] = 100.0
+        tensors["model.language_model.norm.weight"].zero_()
+        for name, tensor in tensors.items():
+            if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+                tensor.zero_()
+
+    edit_tensors(folder, change)
+
+
 def edit_json(file: Path, **changes: Any) -> None:
     """Set keys of a JSON file; None takes a key out."""
     document = json.loads(file.read_text()) if file.exists() else {}
     document |= changes
     kept = {key: value for key, value in document.items() if value is not None}
     file.write_text(json.dumps(kept))
+
+
+def write_endless(folder: Path) -> Path:
+    """A checkpoint that says A for ever, with room for a long text."""
+    write(folder, "0.8B", tokenizer=True, max_position_embeddings=200_000)
+    token = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("A")
+    assert token is not None
+    always(folder, token)
+    return folder
 
 
 def write_tokenizer(folder: Path) -> None:

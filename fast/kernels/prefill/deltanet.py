@@ -85,7 +85,7 @@ def _inverse(lower, i, j):
     follows: of ((A, 0), (C, B)) it is ((A', 0), (-B' C A', B')) with the inverses A', B'.
     """
     inverse = tl.where(i == j, 1.0, 0.0)
-    for doubling in tl.range(0, DOUBLINGS):
+    for doubling in tl.range(0, DOUBLINGS):  # pyright: ignore
         half = 1 << doubling
         is_between = (i // (2 * half) == j // (2 * half)) & (i // half > j // half)
         between = tl.where(is_between, lower, 0.0)
@@ -211,7 +211,7 @@ def read(
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     # Triton 3.6 reads outside of the shared memory on Hopper where the matrices of a product have rows of
     # unequal length below 128 bytes.
-    WIDE: tl.constexpr = V if V > 64 else 64
+    WIDE: tl.constexpr = V if V > 64 else 64  # pyright: ignore
     k, v = tl.arange(0, K)[None, :], tl.arange(0, WIDE)[None, :]
     C: tl.constexpr = 2 * H * K + HV * V
     line = (chunk * CHUNK + i).to(tl.int64)

@@ -1,0 +1,94 @@
+"""`python -m qwen35.generate --chat`: turns in a terminal, and Ctrl-C that ends an answer alone."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from qwen35.completion import Completer, Completion, Settings
+from qwen35.errors import InputError
+from qwen35.messages import Message
+from qwen35.terminal import say, show
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, pressed once while an answer was computed, after the pass that it came in."""
+
+
+def converse(
+    completer: Completer, settings: Settings, opening: list[Message], message: str | None
+) -> None:
+    """Take turns until an empty line or the end of the input.
+
+    opening: messages before the first turn, such as a system message. message: the first one of the user;
+    None asks for it.
+
+    Ctrl-C during an answer ends the answer. What was printed of it is part of the conversation, as what
+    the user has read; a thought without an end never is. At the prompt, or a second time before the
+    answer has ended, it is a KeyboardInterrupt.
+    """
+    history = list(opening)
+    while message := message or _ask():
+        history.append({"role": "user", "content": message})
+        completion = completer.complete(completer.prompt(history, settings), settings)
+        stopped = False
+        try:
+            with first_interrupt_stops() as check:
+                show(completion, quiet=False, check=check)
+        except Stopped:
+            stopped = True
+        history.append(_said(completion, stopped=stopped))
+        message = None
+
+
+def _said(completion: Completion, *, stopped: bool) -> Message:
+    """The assistant's message for the next turns; a line says what is not in it, or was cut."""
+    answer = completion.answer
+    assert answer is not None
+    count = len(completion.token_ids)
+    cause = f"Ctrl-C after {count} tokens" if stopped else f"the limit of {count} tokens"
+    if not answer.finished:
+        say(f"no answer: {cause} cut the thought, which is not part of the conversation")
+        return {"role": "assistant", "content": ""}
+    if stopped and answer.content:
+        say(f"{cause}: the answer so far is part of the conversation; Ctrl-C here ends it")
+    elif stopped:
+        say("no answer: Ctrl-C came before it; the message is part of the conversation")
+    return {"role": "assistant", "content": answer.content, "reasoning_content": answer.reasoning}
+
+
+@contextmanager
+def first_interrupt_stops() -> Iterator[Callable[[], None]]:
+    """While the block runs, let the first Ctrl-C wait: the function that the block gets raises Stopped
+    when it is called after it.
+
+    So a pass, and what the prefix cache keeps of it, is never cut in the middle. A second Ctrl-C is a
+    KeyboardInterrupt at once. A process that ignores SIGINT goes on doing so.
+    """
+    pressed: list[int] = []
+
+    def press(number: int, _: FrameType | None) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def check() -> None:
+        if pressed:
+            raise Stopped
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield check
+        return
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _ask() -> str:
+    print("> ", end="", file=sys.stderr, flush=True)
+    try:
+        return sys.stdin.readline().strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not text: {error}") from None

@@ -1,0 +1,62 @@
+"""What `python -m qwen35.generate` shows in a terminal: the text on standard output as it comes, and on
+standard error all that is no text."""
+
+import sys
+from collections.abc import Callable
+from contextlib import closing
+
+from qwen35.cli import one_line
+from qwen35.completion import Completion
+from qwen35.logprobs import table
+from qwen35.progress import Progress
+
+
+def say(line: str) -> None:
+    """Print one line on standard error."""
+    print(one_line(line), file=sys.stderr, flush=True)
+
+
+def show(
+    completion: Completion, *, quiet: bool, check: Callable[[], object] = lambda: None
+) -> None:
+    """Print the text as it comes, then the figures.
+
+    quiet: no text, digest or log probabilities, since a document has them. check: called after each pass
+    of the prefill and each token; what it raises ends the text, whose figures are printed all the same.
+    """
+    result = completion.generation
+    bar = Progress("prompt tokens", len(result.prompt))
+
+    def progress(tokens: int) -> None:
+        bar.update(tokens)
+        check()
+
+    result.progress = progress
+    try:
+        with closing(iter(completion)) as pieces:
+            for piece in pieces:
+                bar.close()
+                if not quiet:
+                    print(piece, end="", flush=True)
+                check()
+    finally:  # also when interrupted: what was printed stays, with its figures
+        bar.close()
+        if result.token_ids:
+            if not quiet:
+                print(flush=True)
+            _show_figures(completion, quiet=quiet)
+
+
+def _show_figures(completion: Completion, *, quiet: bool) -> None:
+    result = completion.generation
+    if completion.logprobs and not quiet:
+        print(table(completion.logprobs, completion.tokenizer), file=sys.stderr, flush=True)
+    say(
+        f"{len(result.prompt)} prompt tokens ({result.cached_tokens} cached), first token after "
+        f"{result.ttft_s:.3f} s, {len(result.token_ids)} tokens at {result.tokens_per_s:.1f} tokens/s, "
+        f"{result.draft.tokens_per_forward:.2f} tokens/forward"
+    )
+    if result.prefix_cache:
+        say(f"prefix cache: {result.cached_tokens} tokens; {result.cache_reason}")
+    if result.digest and not quiet:
+        say(f"logits_sha256 {result.logits_sha256}")

@@ -1,0 +1,84 @@
+"""Statistics of a trace's tensors, against numpy, and of tensors that have none."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qwen35.compare.trace_file import BINS, save_trace, statistics_of, trace_statistics
+from qwen35.errors import InputError
+from tests.support.family import small_model
+
+X = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [X, X.bfloat16(), X * 1e38, (X * 100).long(), X.relu(), X > 0, X[0, 0]],
+    ids=["float32", "bfloat16", "large", "integers", "zeros", "bool", "scalar"],
+)
+def test_statistics_against_numpy(tensor: Tensor) -> None:
+    found = statistics_of("x", tensor)
+    wide = tensor.double().numpy().ravel()
+    assert found.shape == tuple(tensor.shape)
+    assert found.dtype == str(tensor.dtype).removeprefix("torch.")
+    figures = [found.mean, found.std, found.low, found.high, found.max_abs, found.zeros]
+    expected = [
+        wide.mean(),
+        wide.std(),
+        wide.min(),
+        wide.max(),
+        abs(wide).max(),
+        (wide == 0).mean(),
+    ]
+    assert figures == pytest.approx(expected, rel=1e-12)
+    assert found.not_finite == 0
+    assert sum(found.counts) == wide.size
+    if wide.min() < wide.max():
+        assert found.counts == np.histogram(wide, BINS)[0].tolist()
+
+
+def test_what_is_not_finite_is_counted_apart() -> None:
+    """The figures are those of the rest."""
+    spoiled = torch.cat([X.flatten(), torch.tensor([math.nan, math.inf, -math.inf, 0.0])])
+    found, clean = (
+        statistics_of("x", spoiled),
+        statistics_of("x", torch.cat([X.flatten(), X.new_zeros(1)])),
+    )
+    assert found.not_finite == 3 / 124
+    assert found.zeros == 1 / 124
+    for name in ("mean", "std", "low", "high", "max_abs", "counts"):
+        assert getattr(found, name) == getattr(clean, name)
+
+
+@pytest.mark.parametrize("tensor", [torch.full((3,), math.nan), torch.zeros(0, 4)])
+def test_nothing_to_describe(tensor: Tensor) -> None:
+    """All NaN, or empty: NaN, no error."""
+    found = statistics_of("x", tensor)
+    assert all(math.isnan(getattr(found, n)) for n in ("mean", "std", "low", "high", "max_abs"))
+    assert sum(found.counts) == 0
+    assert found.not_finite == (1 if tensor.numel() else 0)
+
+
+def test_one_value(tmp_path: Path) -> None:
+    """An interval without a width."""
+    found = statistics_of("x", torch.full((5,), 2.0))
+    assert (found.mean, found.std, found.low, found.high) == (2, 0, 2, 2)
+    assert found.counts == [5] + [0] * (BINS - 1)
+
+
+def test_nodes_come_in_the_order_of_layers(tmp_path: Path) -> None:
+    """Layer 10 after layer 2; a pattern chooses; one that fits nothing names the nearest."""
+    outputs = {f"layers.{i}": X for i in (10, 2, 1)} | {"lm_head": X}
+    save_trace(tmp_path / "t", outputs, small_model("0.8B"), [1])
+    names = [one.name for one in trace_statistics(tmp_path / "t")]
+    assert names == ["layers.1", "layers.2", "layers.10", "lm_head"]
+    assert [one.name for one in trace_statistics(tmp_path / "t", "*1*")] == [
+        "layers.1",
+        "layers.10",
+    ]
+    with pytest.raises(InputError, match=r"'layer\.2' matches no node; the nearest are layers\.2"):
+        list(trace_statistics(tmp_path / "t", "layer.2"))
