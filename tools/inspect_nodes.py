@@ -1,5 +1,5 @@
-"""Of `tools.inspect --nodes`: the tree of a model's nodes as loading would build it. Layers that are alike
-share their lines, and so do experts."""
+"""Of `tools.inspect --nodes`: the tree of a model's nodes as loading would build it. Layers that are
+alike share their lines, and so do experts."""
 
 from dataclasses import dataclass
 from itertools import pairwise

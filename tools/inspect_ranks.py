@@ -1,5 +1,5 @@
-"""Of `tools.inspect`: which tensor-parallel sizes fit a model, as it is and converted, and what the folder
-of one rank holds."""
+"""Of `tools.inspect`: which tensor-parallel sizes fit a model, as it is and converted, and what the
+folder of one rank holds."""
 
 from collections import Counter
 from collections.abc import Iterable

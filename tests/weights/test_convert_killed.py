@@ -305,6 +305,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, children: Children) -> None:
     status, out, err = children.run(*args, largest_file=24_000)
     assert (status, out, err.count("\n")) == (2, "", 1), err
     assert "File too large" in err
+    assert f"the same command continues it: python -m tools.convert {source} {target}" in err
     assert not list(target.rglob("*.partial"))
     assert not is_complete(target)
     assert children.run(*args)[0] == 0
