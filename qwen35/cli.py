@@ -98,12 +98,18 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+SIZE_RULE = "4GB is 4 x 1000^3 bytes, 4GiB and 4G are 4 x 1024^3; so for K, M and T"
+
+
 def size(text: str) -> int:
-    """Bytes, written as 1000000, 64M or 4G."""
-    match = re.fullmatch(r"(\d+)([KMGT]?)", text)
+    """Bytes, written as 4000000, 64M, 64MiB or 64MB, by SIZE_RULE."""
+    match = re.fullmatch(r"(\d+)(?:([KMGT])(iB|B)?)?", text, re.ASCII)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of bytes, as in 64M or 4G")
-    return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; expected a number of bytes, as in 4000000, 64M, 4GiB or 4GB"
+        )
+    base = 1000 if match[3] == "B" else 1024
+    return int(match[1]) * base ** " KMGT".index(match[2] or " ")
 
 
 def device(text: str) -> "torch.device":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from qwen35.cache import KV_CACHE_DTYPES
-from qwen35.cli import Parser, device, parse_ids, print_json, read_text, run, size
+from qwen35.cli import SIZE_RULE, Parser, device, parse_ids, print_json, read_text, run, size
 from qwen35.completion import NEW_TOKENS, Completer, Completion, Settings
 from qwen35.config import Config
 from qwen35.conversation import converse
@@ -70,7 +70,8 @@ def build_parser() -> Parser:
     )
     add("--prefix-cache", type=Path, metavar="DIR", help="keep the beginnings of prompts in DIR")
     add("--prefix-cache-bytes", type=size, metavar="N", default="4G",
-        help="budget of what is kept, in DIR or (--chat, --requests) in memory; 0 is off")  # fmt: skip
+        help="budget of what is kept, in DIR or (--chat, --requests) in memory; 0 is off. "
+        f"{SIZE_RULE}. Default: 4G")  # fmt: skip
     add("--break", dest="break_in", metavar="NODE",
         help="stop in pdb inside of this node's forward, as in layers.3.linear_attn")  # fmt: skip
     add("--break-at", type=int, default=0, metavar="TOKEN",

@@ -21,6 +21,7 @@ from reference.quantized import FP8Linear, MXFP4Linear
 from reference.rope import rope_table
 from weights.checkpoint import Checkpoint
 from weights.entry import PLAIN, Entry
+from weights.ranks import without_config
 from weights.storage import same_values, some
 
 TINY = Path(__file__).parent / "tiny"
@@ -34,7 +35,7 @@ def locate(model: str | Path | None) -> Path:
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise InputError(f"{path / 'config.json'}: no such file")
+            raise InputError(without_config(path))
         return path
     from weights.hub import is_hub_id, one_line  # here: the hub's client takes its time to import
 
@@ -135,11 +136,7 @@ class Loader:
             self.checkpoint.check(shapes(self.skeleton))
         finally:
             warn_of_problems(self.checkpoint, stacklevel=4)
-        embedding = self.checkpoint.entries["embed_tokens.weight"]
-        quantised = any(entry.format != "plain" for entry in self.checkpoint.entries.values())
-        # MXFP4 has no float16 form: its scales reach further.
-        own = torch.bfloat16 if quantised and embedding.dtype.itemsize < 4 else embedding.dtype
-        self.dtype, self.device = dtype or own, device
+        self.dtype, self.device = dtype or own_dtype(self.checkpoint), device
         self.path = choose_path(path, self.config, torch.device(device), self.dtype)
         layers = [f"layers.{i}" for i in range(self.config.num_hidden_layers)]
         last = ["mtp"] if self.skeleton.mtp is not None else []
@@ -363,6 +360,14 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
     return same_values(a, b)
 
 
+def own_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Of the activations and the dense weights, where nothing else is asked for."""
+    embedding = checkpoint.entries["embed_tokens.weight"]
+    quantised = any(entry.format != "plain" for entry in checkpoint.entries.values())
+    # MXFP4 has no float16 form: its scales reach further.
+    return torch.bfloat16 if quantised and embedding.dtype.itemsize < 4 else embedding.dtype
+
+
 def _kept_dtype(name: str, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
     if ".experts." in name:
         return stored
@@ -377,3 +382,8 @@ def _quantized_linear(entry: Entry) -> MXFP4Linear | FP8Linear:
     if entry.format == "mxfp4":
         return MXFP4Linear(weight, scale, entry.stored_as)
     return FP8Linear(weight, scale, entry.stored_as, entry.block)
+
+
+def built_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
+    """Of a parameter of the model that `load` builds. name: as in `checkpoint.entries`."""
+    return _kept_dtype(name, checkpoint.entries[name].dtype, own_dtype(checkpoint))

@@ -48,7 +48,7 @@ from qwen35.load import lay_out
 from qwen35.progress import steps
 from tools.gfx950.assembly import Instruction, hot_loop, parse
 from tools.kernel_file import launches_of
-from weights.storage import whole
+from weights.storage import whole, write_whole
 
 TARGETS = {"gfx950": "s", "sm_90": "sass"}  # and the suffix of their assembly
 TABLE = Path(__file__).with_suffix(".json")
@@ -380,9 +380,7 @@ def write_assembly(folder: Path, found: list[Compiled]) -> None:
         if one.row is None:
             continue
         name = re.sub(r"[^\w.=-]+", "_", one.name)
-        (folder / f"{name}.{one.target}.{TARGETS[one.target]}").write_text(
-            one.assembly, encoding="utf-8"
-        )
+        write_whole(folder / f"{name}.{one.target}.{TARGETS[one.target]}", one.assembly)
 
 
 def all_launches(target: str) -> Iterable[Launch]:

@@ -1,19 +1,31 @@
-"""`python -m tools.convert SRC DST --to mxfp4|bf16`: one checkpoint format into another, streaming."""
+"""`python -m tools.convert SRC DST --to mxfp4|fp8|bf16`: one checkpoint format into another, streaming;
+whole, in folders of ranks, or joined from those."""
 
 import argparse
-import copy
+import shutil
 from pathlib import Path
+from typing import Any
 
-from qwen35.cli import Parser, print_json, run
+from qwen35.cli import SIZE_RULE, Parser, print_json, run, size
 from qwen35.errors import InputError
 from qwen35.load import COPIES, TINY, lay_out, shapes, text_model, warn_of_problems
 from qwen35.progress import Progress
 from weights.checkpoint import Checkpoint
+from weights.command import SHARD_BYTES, USUAL_WHAT
 from weights.convert import convert
 from weights.hub import is_hub_id
-from weights.output import SHARD_BYTES, WHAT, Options
+from weights.output import WHAT, Options
 from weights.quantization import PREFIX
 from weights.shard import SIZES
+from weights.verify import dry_run, verify
+
+# What a parameter becomes, by `weights.output.To`.
+BECOMES = {
+    "copy": "copied",
+    "mxfp4": "quantised to MXFP4",
+    "fp8": "quantised to FP8",
+    "bf16": "decoded to BF16",
+}
 
 
 def build_parser() -> Parser:
@@ -22,7 +34,12 @@ def build_parser() -> Parser:
         "Convert a checkpoint. A conversion that was stopped is continued by the same command.",
     )
     add = parser.add_argument
-    add("source", metavar="SRC", help="a checkpoint folder, a hub id, or `tiny`; it is only read")
+    add(
+        "source",
+        metavar="SRC",
+        help="a checkpoint folder, a hub id, `tiny`, or a folder with those of all ranks, which are "
+        "joined; it is only read",
+    )
     add("target", metavar="DST", type=Path, help="a folder that is empty or not there yet")
     add("--to", choices=("mxfp4", "fp8", "bf16"), required=True)
     add("--what", choices=WHAT,
@@ -35,27 +52,84 @@ def build_parser() -> Parser:
     add(
         "--keep-source", action="store_true", help="of a hub id: keep what is fetched, in its cache"
     )
-    size = f"of an output file, at most (default: {SHARD_BYTES})"
-    add("--shard-bytes", type=int, default=SHARD_BYTES, metavar="N", help=size)
+    add("--shard-bytes", type=size, default=SHARD_BYTES, metavar="N",
+        help=f"of an output file, at most (default: 4GB). {SIZE_RULE}")  # fmt: skip
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true",
+        help="say what would be written, and touch nothing")  # fmt: skip
+    mode.add_argument("--verify", action="store_true",
+        help="compare a finished DST with what SRC gives, bit for bit; a difference exits 1")  # fmt: skip
     add("--json", action="store_true", help="print the report as one JSON document")
     return parser
 
 
 def check(checkpoint: Checkpoint) -> None:
     """Raise InputError unless a checkpoint's tensors make a model of its config; warn as loading does."""
-    as_a_model = copy.copy(checkpoint)  # what is no part of it is put aside here only
-    as_a_model.entries, as_a_model.ignored = dict(checkpoint.entries), dict(checkpoint.ignored)
-    as_a_model.notes, as_a_model.problems = [], list(checkpoint.problems)
+    as_a_model = checkpoint.copy()  # what is no part of it is put aside here only
     try:
         as_a_model.check_idle()
         as_a_model.check(shapes(lay_out(text_model(as_a_model))))
     finally:
         warn_of_problems(as_a_model, stacklevel=2)
+    leave_foreign(checkpoint, as_a_model)
+
+
+def leave_foreign(checkpoint: Checkpoint, as_a_model: Checkpoint) -> None:
+    """Put aside what a conversion does not carry along. as_a_model: a copy, checked as a model."""
     # What stands in a file that no index lists, and is no part of the model, is not carried along.
     foreign = checkpoint.unlisted & as_a_model.ignored.keys() - checkpoint.ignored.keys()
     if checkpoint.is_hollow:  # these were not compared: loading the output does it
         foreign = {name for name in foreign if PREFIX.sub("", name) not in COPIES}
     checkpoint.ignored |= {name: as_a_model.ignored[name] for name in foreign}
+
+
+def say_plan(args: argparse.Namespace, plan: dict[str, Any]) -> int:
+    """Print what a conversion would write."""
+    place = next(p for p in (args.target.absolute(), *args.target.absolute().parents) if p.exists())
+    document = {
+        "source": args.source,
+        "target": str(args.target),
+        **plan,
+        "free_bytes": shutil.disk_usage(place).free,
+    }
+    if args.json:
+        print_json(document)
+        return 0
+    files, folders = plan["files"], plan["folders"]
+    print(f"{args.target}: nothing is written, this is what would be")
+    if folders:
+        print(f"{len(folders)} folders, {folders[0]} to {folders[-1]}; each of them has")
+    for file in files:
+        print(f"  {file['file']}  {file['tensors']} tensors, {file['bytes']} bytes")
+    print(f"  {', '.join(plan['beside'])}")
+    if plan["done"]:
+        print(f"{plan['done']} of {len(files)} files are there, of a conversion that was stopped")
+    kinds = [f"{count} {BECOMES[to]}" for to, count in plan["parameters"].items()]
+    print(f"parameters: {', '.join(kinds)}")
+    dtypes = [f"{dtype} {nbytes}" for dtype, nbytes in plan["bytes_by_dtype"].items()]
+    ranks = f", of {len(folders)} ranks together" if folders else ""
+    print(f"bytes by dtype{ranks}: {', '.join(dtypes)}; together {plan['bytes']}")
+    print(f"disk: {plan['disk_bytes']} bytes are needed, {document['free_bytes']} are free")
+    return 0
+
+
+def say_verified(args: argparse.Namespace, source: Path | str, options: Options) -> int:
+    """Compare, and print what came out."""
+    with Progress("verified", is_bytes=True) as bar:
+        found = verify(source, args.target, options, check=check, progress=bar.at)
+    if args.json:
+        document = {
+            "tensors": found.tensors, "bytes": found.nbytes, "difference": found.difference
+        }  # fmt: skip
+        print_json(document)
+    elif found.difference is None:
+        print(
+            f"{args.target}: {found.tensors} tensors, {found.nbytes} bytes, config.json and the files "
+            f"beside it are what {args.source} gives, bit for bit"
+        )
+    else:
+        print(f"{found.difference}; {found.tensors} tensors before it are the same")
+    return 0 if found.difference is None else 1
 
 
 def main(args: argparse.Namespace) -> int:
@@ -69,11 +143,16 @@ def main(args: argparse.Namespace) -> int:
         )
     if args.activations and args.to != "mxfp4":
         raise InputError(f"--activations {args.activations} goes with --to mxfp4, not {args.to}")
-    what = args.what or ("all-linear" if args.to == "fp8" else "experts")
+    what = args.what or USUAL_WHAT[args.to]
     options = Options(args.to, what, args.activations or "mxfp4", args.tp, args.shard_bytes)
+    source = args.source if is_hub else folder
+    if args.dry_run:
+        return say_plan(args, dry_run(source, args.target, options, check))
+    if args.verify:
+        return say_verified(args, source, options)
     with Progress("converted", is_bytes=True) as bar:
         report = convert(
-            args.source if is_hub else folder, args.target, options,
+            source, args.target, options,
             keep_source=args.keep_source, check=check, progress=bar.at,
         )  # fmt: skip
     if args.json:
@@ -81,6 +160,8 @@ def main(args: argparse.Namespace) -> int:
         return 0
     print(f"{report['files']} files, {report['bytes'] / 1e9:.3f} GB in {args.target}")
     errors = report["errors"]
+    if not errors:
+        print(f"all tensors are copies: nothing of {args.source} was in another format")
     if errors:
         print("relative RMS  worst group  tensors  kind")
     for kind, error in errors.items():

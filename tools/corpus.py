@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
+from weights.storage import write_whole
+
 SEPARATOR = "<|endoftext|>"
 PART = 24_000  # a document longer than this is cut, so that the held-out share can be fine
 CAP = 12_000_000
@@ -457,8 +459,8 @@ def build(target: Path) -> None:
     texts["heldout"] = unshared(texts["heldout"], texts["train"])
     for kind, parts in texts.items():
         text = f"\n{SEPARATOR}\n".join(parts) + "\n"
-        (target / f"{kind}.txt").write_text(text, encoding="utf-8")
-    (target / "SOURCES.md").write_text("\n".join(table) + "\n", encoding="utf-8")
+        write_whole(target / f"{kind}.txt", text)
+    write_whole(target / "SOURCES.md", "\n".join(table) + "\n")
 
 
 def main() -> int:

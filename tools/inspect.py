@@ -1,5 +1,6 @@
 """`python -m tools.inspect MODEL`: what is in a checkpoint, from its headers alone. With --prefix-cache
-DIR instead: what the folder of a prefix cache holds (inspect_prefix.py)."""
+DIR instead: what the folder of a prefix cache holds (inspect_prefix.py). What ranks hold is in
+inspect_ranks.py, the tree of --nodes in inspect_nodes.py."""
 
 import argparse
 import math
@@ -20,12 +21,28 @@ from qwen35.defaults import GENERATION, Defaults
 from qwen35.errors import InputError
 from qwen35.load import TINY, lay_out, shapes, text_model
 from qwen35.tokenizer import Tokenizer, end_of_text, read_config
+from tools.convert import leave_foreign
+from tools.inspect_nodes import describe_nodes, print_nodes
 from tools.inspect_prefix import describe_segments, list_folder, print_segments
+from tools.inspect_ranks import (
+    Kinds,
+    conversion_rows,
+    converted_kinds,
+    describe_conversions,
+    describe_rank,
+    is_rank_folder,
+    planned_kinds,
+    print_rank,
+    rank_rows,
+    stored_kinds,
+)
 from weights.checkpoint import Checkpoint
+from weights.command import UNFINISHED
 from weights.entry import Entry
 from weights.hub import Repository, is_hub_id
 from weights.quantization import name_pattern
-from weights.shard import SIZES, Plan
+from weights.ranks import join_command, rank_folders
+from weights.shard import Plan
 from weights.storage import DTYPE_NAMES, INDEX, safetensors_files, some
 
 # Of a hub repository, beside the weights' headers. tokenizer.json is large: see open_model.
@@ -53,7 +70,6 @@ class Group:
     name: str  # of one of them
     shape: tuple[int, ...]
     format: str  # "mxfp4", "fp8" or the dtype
-    scale_block: tuple[int, int] | None  # rows and columns that share a scale
     count: int = 0
     nbytes: int = 0  # of all of them
 
@@ -77,6 +93,10 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--prefix-cache", type=Path, metavar="DIR",
         help="instead of MODEL: the folder of a prefix cache, and what it holds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--nodes", action="store_true",
+        help="instead: the tree of the nodes that loading builds, with classes, shapes and dtypes",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
@@ -117,33 +137,12 @@ def parameters(groups: list[Group], config: Config) -> dict[str, int]:
     }
 
 
-def per_rank(groups: list[Group], config: Config) -> list[dict[str, Any]]:
+def per_rank(stored: Kinds, config: Config) -> list[dict[str, Any]]:
     """Bytes that each rank holds, of weights and for each sequence, or why the model cannot be cut so."""
-    rows: list[dict[str, Any]] = []
-    for size in SIZES:
-        try:
-            plan = Plan(config, size)
-            held = sum(int(g.nbytes * plan.fraction(g.name, g.shape)) for g in groups)
-            for group in groups:
-                _check_blocks(plan, group)
-        except InputError as error:
-            rows.append({"tp": size, "problem": str(error)})
-        else:
-            rows.append({"tp": size, "weight_bytes": held, **state_bytes(plan.rank_config())})
-    return rows
-
-
-def _check_blocks(plan: Plan, group: Group) -> None:
-    """Raise InputError where a rank's part would split a block that shares a scale."""
-    shard = plan.shard(group.name, group.shape, 0)
-    if group.scale_block is None or shard.axis is None:
-        return
-    sizes = [-(-n // per) for n, per in zip(group.shape, group.scale_block, strict=True)]
-    try:
-        shard.cut(torch.empty(sizes, device="meta"), group.scale_block[shard.axis])
-    except InputError as error:
-        pattern = name_pattern(group.name)
-        raise InputError(f"scales of {pattern} ({group.format}): {error}") from None
+    return [
+        row if "problem" in row else {**row, **state_bytes(Plan(config, row["tp"]).rank_config())}
+        for row in rank_rows(stored)
+    ]
 
 
 def state_bytes(config: Config) -> dict[str, int]:
@@ -173,20 +172,24 @@ class Inspected:
     notes: list[str]
     ignored: dict[str, str]  # by name of a stored tensor, why it is not used
     defaults: Defaults
+    stored: Kinds  # what is to be cut for ranks
+    converted: list[Kinds]  # the same of its conversions, of which none is done here
+    checkpoint: Checkpoint | None = None
 
 
 def inspect_config(config: Config, folder: Path | None = None) -> Inspected:
     """A model of which only the shape is known, as if all of it were BF16. folder: its files, if any."""
+    named = shapes(lay_out(config))
     groups = groups_of(
-        (Group(name, shape, "BF16", None), 2 * math.prod(shape))
-        for name, shape in shapes(lay_out(config)).items()
+        (Group(name, shape, "BF16"), 2 * math.prod(shape)) for name, shape in named.items()
     )
+    kinds = planned_kinds(named, config, "the config" if folder is None else str(folder))
     if folder is None:
         defaults = Defaults(stop_ids={number: ["config.json"] for number in config.eos_token_id})
-        return Inspected(config, groups, {}, [], [], {}, defaults)
+        return Inspected(config, groups, {}, [], [], {}, defaults, *kinds)
     problems = disagreements(read_config(folder / "config.json"))
     defaults = _read_defaults(folder, config, problems)
-    return Inspected(config, groups, {}, problems, [], {}, defaults)
+    return Inspected(config, groups, {}, problems, [], {}, defaults, *kinds)
 
 
 def _read_defaults(folder: Path, config: Config, problems: list[str]) -> Defaults:
@@ -206,13 +209,17 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspected:
     """A checkpoint; its problems are those that keep it from loading, and where its files disagree."""
     config = checkpoint.config
     problems = checkpoint.problems
+    to_convert = checkpoint.copy()
+    refusal = ""
     try:
         config = text_model(checkpoint)
         checkpoint.check_idle()
         checkpoint.check(shapes(lay_out(config)))
     except InputError as error:
-        problems.append(str(error))
-    defaults = _read_defaults(checkpoint.folder, config, problems)
+        refusal = str(error)
+        problems.append(refusal)
+    leave_foreign(to_convert, checkpoint)
+    defaults = _read_defaults(checkpoint.beside, config, problems)
     ignored = set(checkpoint.ignored)
     stored = [name for name in checkpoint.stored if name not in ignored]
     vision = [checkpoint.stored[name] for name in checkpoint.ignored if ".visual." in name]
@@ -225,17 +232,23 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspected:
         "delta_projections": "grouped" if any("in_proj_qkvz" in n for n in stored) else "separate",
         "quantization": checkpoint.quantization and checkpoint.quantization.method,
         "files": len({tensor.file for tensor in checkpoint.stored.values()}),
+        "ranks": len(checkpoint.ranks),
         "tensors": len(checkpoint.stored),
         "vision_parameters": sum(math.prod(tensor.shape) for tensor in vision),
         "vision_bytes": sum(tensor.nbytes for tensor in vision),
     }
     groups = groups_of(
-        (Group(name, e.shape, _format(e), e.scale_block), e.nbytes)
-        for name, e in checkpoint.entries.items()
+        (Group(name, e.shape, _format(e)), e.nbytes) for name, e in checkpoint.entries.items()
     )
+    if checkpoint.ranks:
+        checkpoint.notes.append(
+            f"the folders of {len(checkpoint.ranks)} ranks, read as the checkpoint that was cut; they "
+            f"are joined by: {join_command(checkpoint.folder)}"
+        )
     return Inspected(
-        config, groups, names, problems, checkpoint.notes, checkpoint.ignored, defaults
-    )
+        config, groups, names, problems, checkpoint.notes, checkpoint.ignored, defaults,
+        stored_kinds(checkpoint, config), converted_kinds(to_convert, refusal), checkpoint,
+    )  # fmt: skip
 
 
 def _format(entry: Entry) -> str:
@@ -270,7 +283,8 @@ def open_model(model: str) -> Inspected:
 
 
 def _inspect_folder(folder: Path, *, is_hollow: bool = False) -> Inspected:
-    if (folder / INDEX).exists() or safetensors_files(folder):
+    is_checkpoint = (folder / INDEX).exists() or safetensors_files(folder)
+    if is_checkpoint or (folder / UNFINISHED).exists() or rank_folders(folder):
         return inspect_checkpoint(Checkpoint(folder, is_hollow=is_hollow))
     return inspect_config(Config.from_file(folder / "config.json"), folder)
 
@@ -303,7 +317,8 @@ def describe(found: Inspected) -> dict[str, Any]:
         "names": found.names,
         "parameters": parameters(found.groups, found.config),
         "parts": list(parts.values()),
-        "ranks": per_rank(found.groups, found.config),
+        "ranks": per_rank(found.stored, found.config),
+        "conversions": describe_conversions(found.converted),
         "stop_ids": {str(number): files for number, files in found.defaults.stop_ids.items()},
         "sampling": found.defaults.advice,
         "not_followed": found.defaults.not_followed,
@@ -338,7 +353,8 @@ def print_document(document: dict[str, Any]) -> None:
             experts += f", the MTP's {names['mtp_experts']}"
         claim = names["quantization"] or "none"
         print(
-            f"{names['tensors']} tensors in {names['files']} files, named {names['prefix']}*; {experts};"
+            f"{names['tensors']} tensors in {names['files']} files{' a rank' if names['ranks'] else ''}, "
+            f"named {names['prefix']}*; {experts};"
         )
         print(f"delta-net projections {names['delta_projections']}; quantization_config: {claim}")
         if names["vision_parameters"]:
@@ -374,6 +390,11 @@ def print_document(document: dict[str, Any]) -> None:
             for row in document["ranks"]
         ],
     )
+    print()
+    rows, reasons = conversion_rows(document, _gb)
+    _print_table(["converted --to", *(f"TP {row['tp']}" for row in document["ranks"])], rows)
+    for reason in reasons:
+        print(reason)
     print()
     stops = (f"{number} ({', '.join(files)})" for number, files in document["stop_ids"].items())
     print(f"ends of a text: {'; '.join(stops) or 'none'}")
@@ -416,6 +437,13 @@ def main(args: argparse.Namespace) -> int:
         listed = list_folder(args.prefix_cache)
         document, show = describe_segments(listed), print_segments
         failed = any(one.damaged for one in listed)
+    elif args.nodes:
+        found = open_model(args.model)
+        document, show = describe_nodes(found.config, found.checkpoint), print_nodes
+        failed = bool(found.problems)
+    elif is_rank_folder(Path(args.model)):
+        document, show = describe_rank(Path(args.model)), print_rank
+        failed = bool(document["problems"])
     else:
         document, show = describe(open_model(args.model)), print_document
         failed = bool(document["problems"])

@@ -31,6 +31,7 @@ from reference.model import Model
 from reference.moe import SparseMoeBlock
 from reference.rope import apply_rope, rope_table
 from tools.training_text import SPECIAL, encode_corpus, train_tokenizer
+from weights.storage import whole, write_whole
 
 # Qwen3.5's pre-tokenizer: contractions, words with their marks, single digits, punctuation, space.
 
@@ -389,8 +390,9 @@ def _file_name(name: str) -> str:
 def save(model: Model, backend: Tokenizer, folder: Path) -> None:
     """Write everything that a checkpoint folder holds."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(published(model), folder / "model.safetensors", metadata={"format": "pt"})
-    backend.save(str(folder / "tokenizer.json"))
+    with whole(folder / "model.safetensors") as unfinished:
+        save_file(published(model), unfinished, metadata={"format": "pt"})
+    write_whole(folder / "tokenizer.json", backend.to_str(pretty=True))
     end, _, turn_end, *_ = (backend.token_to_id(token) for token in SPECIAL)
     config = json.loads(json.dumps(CONFIG))
     config["text_config"]["eos_token_id"] = end
@@ -414,8 +416,8 @@ def save(model: Model, backend: Tokenizer, folder: Path) -> None:
         },
     }
     for name, document in documents.items():
-        (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+        write_whole(folder / name, json.dumps(document, indent=2) + "\n")
+    write_whole(folder / "chat_template.jinja", TEMPLATE)
 
 
 def build_parser() -> Parser:
@@ -457,10 +459,8 @@ def main(args: argparse.Namespace) -> int:
     bpb = bits_per_byte(model, held_ids.to(args.device), len(heldout.encode()))
     print(json.dumps({"heldout_bits_per_byte": round(bpb, 4)}), flush=True)
     save(model, backend, args.dst)
-    (args.dst / "training_log.json").write_text(
-        "\n".join(json.dumps(entry) for entry in [*log, {"heldout_bits_per_byte": bpb}]) + "\n",
-        encoding="utf-8",
-    )
+    lines = [json.dumps(entry) for entry in [*log, {"heldout_bits_per_byte": bpb}]]
+    write_whole(args.dst / "training_log.json", "\n".join(lines) + "\n")
     return 0
 
 

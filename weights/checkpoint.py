@@ -4,6 +4,7 @@ One name space: `Checkpoint.entries` is keyed by parameter names of `reference.m
 knows the format of its numbers, where they lie, and how to get them.
 """
 
+import copy
 import json
 import re
 from collections import Counter
@@ -17,6 +18,7 @@ from torch import Tensor
 from qwen35.config import Config, disagreements
 from qwen35.errors import InputError
 from weights import fp8
+from weights.command import UNFINISHED, continuing
 from weights.entry import (
     FUSED,
     PLAIN,
@@ -30,9 +32,9 @@ from weights.entry import (
 )
 from weights.expert_scales import expert_scales, is_unscaled
 from weights.quantization import PREFIX, Quantization, compare, name_pattern
+from weights.ranks import join_command, open_ranks, rank_folders, rank_of
 from weights.storage import DTYPE_NAMES, Stored, open_folder, same_values, some
 
-UNFINISHED = ".conversion"  # in a folder that weights/convert.py is still writing
 COMPUTED = re.compile(
     r"(^|\.)rotary_emb\.inv_freq$"
 )  # what older versions of transformers stored too
@@ -49,6 +51,9 @@ class Checkpoint:
     unlisted: names of what comes from files that no index lists; computed: buffers that follow from the
     config. is_hollow: only headers are there, so no numbers can be compared.
 
+    A folder that holds the folders of all ranks of a group (`tools.convert --tp`) is the checkpoint that
+    they were cut from. ranks: these folders. beside: the folder with config.json and the small files.
+
     InputError, one line, for a folder that is not such a checkpoint, or not whole.
     """
 
@@ -57,17 +62,19 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise InputError(f"{self.folder}: no such folder")
         if (self.folder / UNFINISHED).exists():
-            raise InputError(
-                f"{self.folder}: an unfinished conversion; the same command continues it"
-            )
-        config_file = self.folder / "config.json"
+            raise InputError(f"{self.folder}: an unfinished conversion; {continuing(self.folder)}")
+        self.ranks = rank_folders(self.folder)
+        self.beside = self.ranks[0] if self.ranks else self.folder
+        config_file = self.beside / "config.json"
         self.config = Config.from_file(config_file)
         self.document = json.loads(config_file.read_bytes())
-        if "tensor_parallel" in self.document:
+        part = rank_of(self.document, config_file)
+        if part is not None and not self.ranks:
             raise InputError(
-                f"{config_file}: one rank's part, {self.document['tensor_parallel']}; "
-                "whole checkpoints are read here"
+                f"{self.folder}: holds rank {part[0]} of {part[1]}, and whole checkpoints are read here; "
+                f"the ranks are joined by: {join_command(self.folder.parent)}"
             )
+        self.document.pop("tensor_parallel", None)
         try:
             self.quantization = Quantization.from_config(self.document)
         except InputError as error:
@@ -76,7 +83,8 @@ class Checkpoint:
         self.parts: dict[str, list[str]] = {}
         self.ignored: dict[str, str] = {}
         self.idle: dict[str, Stored] = {}  # by name of a scale the plain weight beside it
-        opened = open_folder(self.folder)
+        ranks = self.ranks
+        opened = open_ranks(ranks, self.config) if ranks else open_folder(self.folder)
         self.listed = {stored.name: stored for stored in opened.listed}
         self.stored = dict(self.listed)
         self.notes: list[str] = []
@@ -98,6 +106,13 @@ class Checkpoint:
         problems, notes = compare(self.quantization, formats)
         self.problems += [*disagreements(self.document), *problems]
         self.notes += notes
+
+    def copy(self) -> "Checkpoint":
+        """The same checkpoint, of which other tensors can be put aside, with notes and problems apart."""
+        other = copy.copy(self)
+        other.entries, other.ignored = dict(self.entries), dict(self.ignored)
+        other.notes, other.problems = list(self.notes), list(self.problems)
+        return other
 
     def _merge(self, unlisted: list[Stored]) -> None:
         """Take what no index lists where its name, less the prefix, is new."""

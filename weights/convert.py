@@ -20,28 +20,18 @@ from typing import Any
 from torch import Tensor
 
 from qwen35.errors import InputError
-from weights.checkpoint import UNFINISHED, Checkpoint
-from weights.hub import BESIDE, WEIGHTS
-from weights.output import Item, Options, OutputFile, arrange, convert_tensor, cut, items_of
-from weights.quantization import PREFIX, fp8_claim, mxfp4_claim, name_pattern
+from weights.checkpoint import Checkpoint
+from weights.command import TASK, UNFINISHED, continuing
+from weights.entry import Entry
+from weights.outline import Outline
+from weights.output import Item, Options, OutputFile, convert_tensor, cut
+from weights.quantization import PREFIX, name_pattern
+from weights.ranks import REPORT
 from weights.rounding import Rounding
-from weights.shard import Plan, Shard
-from weights.source import Folder, Hub
-from weights.storage import (
-    INDEX,
-    PARTIAL,
-    Stored,
-    header,
-    open_file,
-    read_json,
-    row_major,
-    same_values,
-    write_whole,
-)
+from weights.source import Hub, Source, folder_source
+from weights.storage import INDEX, PARTIAL, Stored, open_file, read_json, row_major, write_whole
 
 FINISHED = f"{UNFINISHED}.done"  # what is about to be removed
-TASK = "task.json"
-REPORT = "conversion.json"
 
 # --- the conversion ---------------------------------------------------------------------------------
 
@@ -72,9 +62,7 @@ def convert(
         work, finished = target / UNFINISHED, target / FINISHED
         if finished.exists():  # killed when all was done but to remove the traces
             return _finished(target, source, options)
-        is_new = not target.exists() or work.exists()
-        if not is_new and (not target.is_dir() or any(target.iterdir())):
-            raise InputError(f"{target}: there is something already; nothing is overwritten")
+        check_target(target)
         made = [folder for folder in (target, *target.parents) if not folder.exists()]
         work.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_locked(work / "lock", target))
@@ -89,6 +77,13 @@ def convert(
         except WeightError:  # the source has to change, so this cannot be continued
             _clear(target, made)
             raise
+
+
+def check_target(target: Path) -> None:
+    """InputError where a folder can neither be begun nor continued."""
+    is_new = not target.exists() or (target / UNFINISHED).exists()
+    if not is_new and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: there is something already; nothing is overwritten")
 
 
 class WeightError(InputError):
@@ -110,27 +105,26 @@ class _Conversion:
         self.work = target / UNFINISHED
         self.target, self.options, self.progress = target, options, progress
         is_folder = isinstance(source, Path)
-        self.source = Folder(source) if is_folder else Hub(source, self.work, keep=keep_source)
+        self.source: Source = (
+            folder_source(source) if is_folder else Hub(source, self.work, keep=keep_source)
+        )
         task = {"source": self.source.identity, "options": asdict(options)}
         _compare(target, read_json(self.work / TASK) or task, task)
-        self.checkpoint = Checkpoint(self.source.headers, is_hollow=self.source.is_hollow)
-        check(self.checkpoint)
-        self.ranks = Plan(self.checkpoint.config, options.tp)
-        items = items_of(self.checkpoint, options)
-        self.files = arrange(items, self.ranks, options.shard_bytes)
+        self.outline = Outline(self.source, options, check)
+        self.files = self.outline.files
         # After the last file that needs it, a source file is closed.
         self.last_use = {name: i for i, file in enumerate(self.files) for name in file.sources}
-        self.total = sum(file.nbytes for file in self.files) * options.tp
+        self.total = self.outline.total
         self.done = 0
         self.opened: dict[str, dict[str, Stored]] = {}
-        names = [f"rank-{rank}-of-{options.tp}" for rank in range(options.tp)]
-        self.folders = [target / name for name in names] if options.tp > 1 else [target]
+        self.folders = [target / folder for folder in self.outline.folders]
         for left_over in target.rglob(f"*{PARTIAL}"):
             left_over.unlink()
         self._check_space()
         for folder in self.folders:
             folder.mkdir(exist_ok=True)
-        write_whole(self.work / TASK, json.dumps(task))
+        asked = {"source": self.source.name, "keep_source": keep_source}
+        write_whole(self.work / TASK, json.dumps({**task, "asked": asked}))
 
     def run(self) -> dict[str, Any]:
         for number, file in enumerate(self.files):
@@ -142,45 +136,46 @@ class _Conversion:
             for name in [name for name in self.opened if self.last_use[name] <= number]:
                 del self.opened[name]
                 self.source.close(name)
-        report, is_tied = self._report(), self._is_tied()
+        homes = self.outline.homes()
+
+        def written(folder: str, name: str) -> Stored:
+            return open_file(self.target / folder / homes[name])[name]
+
+        report, is_tied = self._report(), self.outline.is_tied(written)
         for rank, folder in enumerate(self.folders):
             self._finish(folder, rank, report, is_tied=is_tied)
         finished = self.work.rename(self.target / FINISHED)  # at once: from here on it is whole
         shutil.rmtree(finished)
         return report
 
-    def _name(self, number: int) -> str:
-        return f"model-{number + 1:05d}-of-{len(self.files):05d}{WEIGHTS}"
+    def _is_done(self, number: int) -> bool:
+        return is_done(self.target, self.outline, number)
 
     def _errors_of(self, number: int) -> Path:
-        return self.work / f"{number + 1:05d}.json"
-
-    def _is_done(self, number: int) -> bool:
-        files = [folder / self._name(number) for folder in self.folders]
-        return self._errors_of(number).exists() and all(file.exists() for file in files)
+        return errors_of(self.target, number)
 
     def _check_space(self) -> None:
-        left = [file for number, file in enumerate(self.files) if not self._is_done(number)]
-        needed = sum(file.nbytes for file in left) * self.options.tp + self.source.room()
-        free = shutil.disk_usage(self.target).free
+        left = [number for number in range(len(self.files)) if not self._is_done(number)]
+        needed, free = self.outline.room(left), shutil.disk_usage(self.target).free
         if needed > free:
+            then = continuing(self.target) if (self.work / TASK).exists() else "nothing is written"
             raise InputError(
-                f"{self.target}: {needed} bytes are needed, {free} are free on the disk"
+                f"{self.target}: {needed} bytes are needed, {free} are free on the disk; {then}"
             )
 
     def _write(self, number: int, file: OutputFile) -> None:
         """One output file, for every rank: under another name first, then its errors, then its name."""
         errors: dict[str, Rounding] = {}
-        finals = [folder / self._name(number) for folder in self.folders]
+        finals = [folder / self.outline.name(number) for folder in self.folders]
         partials = [final.with_name(f"{final.name}{PARTIAL}") for final in finals]
         with ExitStack() as stack:
             handles = [stack.enter_context(partial.open("wb")) for partial in partials]
             for handle in handles:
-                handle.write(header([(slot.name, slot.dtype, slot.shape) for slot in file.slots]))
+                handle.write(self.outline.header(file))
             for item, slots in file.items:
                 tensors = self._convert(item, errors)
                 for rank, handle in enumerate(handles):
-                    shard = self._shard(item, rank)
+                    shard = self.outline.shard(item, rank)
                     for tensor, slot in zip(tensors, slots, strict=True):
                         handle.write(row_major(cut(tensor, shard, slot.per)))
                         self.done += slot.nbytes
@@ -193,15 +188,9 @@ class _Conversion:
         for partial, final in zip(partials, finals, strict=True):
             partial.replace(final)
 
-    def _shard(self, item: Item, rank: int) -> Shard:
-        if self.options.tp == 1:
-            return Shard(None)
-        return self.ranks.shard(item.name, item.entry.shape, rank)
-
     def _convert(self, item: Item, errors: dict[str, Rounding]) -> list[Tensor]:
         """The output tensors of an item, whole, in the order of its slots."""
-        weight, scale = item.entry.weight, item.entry.scale
-        entry = replace(item.entry, weight=self._real(weight), scale=scale and self._real(scale))
+        entry = with_stored(item.entry, self._real)
         error = Rounding()
         try:
             tensors = convert_tensor(entry, item.name, item.to, error)
@@ -230,80 +219,34 @@ class _Conversion:
             "errors": {name: error.summary() for name, error in errors.items()},
         }
 
-    def _is_tied(self) -> bool:
-        """Whether the config ties the head to the embedding, and the head that is written allows it."""
-        if not self.checkpoint.config.tie_word_embeddings:
-            return False
-        ends = ("embed_tokens.weight", "lm_head.weight")
-        written = [
-            (self._name(number), slot.name)
-            for number, file in enumerate(self.files)
-            for slot in file.slots
-            if PREFIX.sub("", slot.name) in ends
-        ]
-        if len(written) < len(ends):
-            return True
-        pairs = [
-            [open_file(folder / file)[name] for file, name in written] for folder in self.folders
-        ]
-        return all(same_values(one, other) for one, other in pairs)
-
     def _finish(self, folder: Path, rank: int, report: dict[str, Any], *, is_tied: bool) -> None:
         """What stands beside the weights; config.json, without which nothing loads, comes last."""
-        for file in self.source.headers.iterdir():
-            if not file.is_file():
-                continue
-            if file.name.endswith(BESIDE) and file.name not in ("config.json", INDEX, REPORT):
-                write_whole(folder / file.name, file.read_bytes())
-        weight_map = {
-            slot.name: self._name(number)
-            for number, file in enumerate(self.files)
-            for slot in file.slots
-        }
-        size = sum(file.nbytes for file in self.files)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        write_whole(folder / INDEX, json.dumps(index, indent=2))
+        for file in self.outline.beside:
+            write_whole(folder / file.name, file.read_bytes())
+        write_whole(folder / INDEX, self.outline.index())
         write_whole(folder / REPORT, json.dumps(report, indent=2))
-        write_whole(folder / "config.json", json.dumps(self._config(rank, is_tied), indent=2))
+        config = self.outline.config(rank, is_tied=is_tied)
+        write_whole(folder / "config.json", json.dumps(config, indent=2))
 
-    def _config(self, rank: int, is_tied: bool) -> dict[str, Any]:
-        """The source's config.json with what the output claims about its formats and its head."""
-        document = dict(self.checkpoint.document)
-        document.pop("quantization_config", None)
-        if isinstance(text := document.get("text_config"), dict):
-            document["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
-        if self.checkpoint.config.tie_word_embeddings and not is_tied:
-            document["tie_word_embeddings"] = False
-            if "tie_word_embeddings" in document.get("text_config", {}):
-                document["text_config"]["tie_word_embeddings"] = False
-        if self.options.to == "mxfp4":
-            claim = mxfp4_claim(self._excluded(), self.options.activations)
-            document["quantization_config"] = claim
-        elif self.options.to == "fp8":
-            document["quantization_config"] = fp8_claim(self._excluded())
-        if self.options.tp > 1:
-            document["tensor_parallel"] = {"rank": rank, "size": self.options.tp}
-        return document
 
-    def _excluded(self) -> list[str]:
-        """The modules with a matrix (or a filter) that is not quantised, by their names in the file; of
-        fused experts each by itself, since engines ask for each."""
-        excluded = ["lm_head"]
-        for item in (item for file in self.files for item, _ in file.items):
-            is_quantised = item.format == self.options.to
-            if is_quantised or len(item.entry.shape) < 2 or "embed_tokens" in item.name:
-                continue
-            bare = PREFIX.sub("", item.name)
-            if bare in self.checkpoint.run_time:
-                continue
-            is_fused = item.name == item.entry.stored_as and item.entry.is_fused_experts
-            names = self.checkpoint.parts[item.name] if is_fused else [bare]
-            prefix = item.name.removesuffix(bare)
-            excluded += [prefix + name.removesuffix(".weight") for name in names]
-        return list(dict.fromkeys(excluded))
+def with_stored(entry: Entry, real: Callable[[Stored], Stored]) -> Entry:
+    """An entry whose numbers lie where `real` says."""
+    scale = entry.scale
+    return replace(entry, weight=real(entry.weight), scale=real(scale) if scale else None)
 
 
 # --- the folder -------------------------------------------------------------------------------------
+
+
+def errors_of(target: Path, number: int) -> Path:
+    """The note on what the conversion of an output file lost, for as long as the whole is unfinished."""
+    return target / UNFINISHED / f"{number + 1:05d}.json"
+
+
+def is_done(target: Path, outline: Outline, number: int) -> bool:
+    """Whether an output file of an unfinished conversion is whole, for every rank."""
+    files = [target / folder / outline.name(number) for folder in outline.folders]
+    return errors_of(target, number).exists() and all(file.exists() for file in files)
 
 
 def _compare(target: Path, begun: dict[str, Any], task: dict[str, Any]) -> None:
@@ -336,7 +279,7 @@ def _finished(target: Path, source: Path | str, options: Options) -> dict[str, A
     traces = target / FINISHED
     begun = read_json(traces / TASK)
     if begun is not None:  # None: it was being removed already
-        now = Folder(source).identity if isinstance(source, Path) else {"repository": source}
+        now = folder_source(source).identity if isinstance(source, Path) else {"repository": source}
         before = {name: value for name, value in begun["source"].items() if name != "commit"}
         task = {"source": now, "options": asdict(options)}
         _compare(target, {"source": before, "options": begun["options"]}, task)
@@ -372,4 +315,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
         if (target / UNFINISHED).exists():  # else what ends so is somebody else's
             for partial in target.rglob(f"*{PARTIAL}"):
                 partial.unlink(missing_ok=True)
-        raise InputError(f"{error.filename or target}: {error.strerror or error}") from None
+        begun = (target / UNFINISHED / TASK).exists()
+        then = f"; what is whole stays, and {continuing(target)}" if begun else ""
+        reason = f"{error.filename or target}: {error.strerror or error}"
+        raise InputError(f"{reason}{then}") from None

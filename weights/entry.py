@@ -87,9 +87,14 @@ class Entry:
             return (1, mxfp4.GROUP)
         if self.scale is None or len(self.shape) != 2:
             return None
-        shape = self.scale.shape if self.slices is None else _shape_of(self.slices[1], self.scale)
         blocks = tuple(-(-size // per) for size, per in zip(self.shape, self.block, strict=True))
-        return self.block if shape == blocks else None
+        return self.block if self.scale_shape == blocks else None
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Of the scales of a quantised parameter, a part's own where it is one."""
+        assert self.scale is not None
+        return self.scale.shape if self.slices is None else _shape_of(self.slices[1], self.scale)
 
     @property
     def nbytes(self) -> int:

@@ -1,16 +1,19 @@
 """What a conversion writes, decided from headers: what becomes of each tensor, and in which file."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from qwen35.config import Config
 from qwen35.errors import InputError
 from weights import fp8, mxfp4
 from weights.checkpoint import Checkpoint
+from weights.command import SHARD_BYTES
 from weights.entry import (
     KEYS_AND_VALUES,
     PACKED,
@@ -21,13 +24,12 @@ from weights.entry import (
     owner_of,
     stem_of,
 )
-from weights.quantization import PREFIX
+from weights.quantization import PREFIX, name_pattern
 from weights.rounding import Rounding
 from weights.shard import Plan, Shard
 
 Target = Literal["mxfp4", "fp8", "bf16"]
 To = Literal["copy", "mxfp4", "fp8", "bf16"]
-SHARD_BYTES = 4_000_000_000
 LARGEST_SCALE = 252  # with the next one 4 and 6 are beyond float32 and bfloat16
 SCALE_NAMES = {"mxfp4": "_scale", "fp8": "_scale_inv"}  # after the weight's own name
 
@@ -70,7 +72,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the output. per: rows and columns of the parameter that one of its values is for."""
+    """One tensor of the output. per: rows and columns of the parameter that one of its values is for; 0
+    stands for all of them, so that there is nothing to be cut."""
 
     name: str
     dtype: torch.dtype
@@ -110,16 +113,34 @@ class Item:
         scale = self.name + SCALE_NAMES[self.format]
         N, K = shape
         if self.format == "fp8":
-            copied = self.entry.scale.dtype if self.to == "copy" and self.entry.scale else None
+            numbers = Slot(self.name, fp8.E4M3, shape)
+            if self.to == "copy" and self.entry.scale is not None:
+                served = self.entry.scale_shape, self._served()
+                return (numbers, Slot(scale, self.entry.scale.dtype, *served))
             blocks = (-(-N // fp8.BLOCK[0]), -(-K // fp8.BLOCK[1]))
-            return (
-                Slot(self.name, fp8.E4M3, shape),
-                Slot(scale, copied or torch.bfloat16, blocks, fp8.BLOCK),
+            return (numbers, Slot(scale, torch.bfloat16, blocks, fp8.BLOCK))
+        if K % mxfp4.GROUP:
+            raise InputError(
+                f"{self.name} has shape {list(shape)}; MXFP4 needs a multiple of {mxfp4.GROUP} on its "
+                "last axis"
             )
         return (
             Slot(self.name, torch.uint8, (N, K // 2), (1, 2)),
             Slot(scale, torch.uint8, (N, K // mxfp4.GROUP), (1, mxfp4.GROUP)),
         )
+
+    def _served(self) -> tuple[int, int]:
+        """Rows and columns that share a scale of the stored FP8 numbers; 0 for all of them."""
+        if (block := self.entry.scale_block) is not None:
+            return block
+        return (1, 0) if self.entry.scale_shape[:1] == self.entry.shape[:1] else (0, 0)
+
+
+def is_chosen(name: str, options: Options) -> bool:
+    """Whether a parameter becomes the target's format. name: with or without its prefix."""
+    module = PREFIX.sub("", name).removesuffix(".weight")
+    patterns = WHAT[options.what] if options.to != "bf16" else ()
+    return any(fnmatchcase(module, pattern) for pattern in patterns)
 
 
 def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
@@ -128,10 +149,8 @@ def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
     To MXFP4: what is chosen is quantised, fused experts one by one; what is MXFP4 already stays so; what
     is FP8 and not chosen becomes BF16. To FP8: the same with FP8 and MXFP4 exchanged, where FP8 that has
     other blocks than ours is quantised anew. To BF16: all that is quantised. The rest is copied as it is,
-    under its own name. InputError where nothing is to be done, or where 32 does not divide the K of a
-    matrix that becomes MXFP4.
+    under its own name. See `check_choice` for what is refused.
     """
-    chosen = WHAT[options.what] if options.to != "bf16" else ()
     ignored = set(checkpoint.ignored)
     items: list[Item] = []
     for stored in checkpoint.stored.values():
@@ -152,8 +171,7 @@ def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
         ]
         named = parts if whole.is_fused_experts else [(own_name, whole)]
         is_decoded = whole.format not in ("plain", options.to)
-        module = PREFIX.sub("", named[0][0]).removesuffix(".weight")
-        if any(fnmatchcase(module, pattern) for pattern in chosen):
+        if is_chosen(named[0][0], options):
             assert options.to != "bf16"
             items += [
                 Item(name, entry, "copy" if _is_already(entry, options.to) else options.to)
@@ -166,17 +184,19 @@ def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
             if whole.format == "fp8" and not is_decoded and not _is_already(whole, "fp8"):
                 kept, to = named, "fp8"
             items += [Item(name, entry, to) for name, entry in kept]
-    target = f"{options.to} ({options.what})" if chosen else options.to
-    is_change = any(item.to != "copy" for item in items) or options.tp > 1
-    if not is_change or (chosen and not any(item.format == options.to for item in items)):
-        raise InputError(f"{checkpoint.folder}: nothing to convert to {target}")
-    for item in items:
-        if item.to == "mxfp4" and item.entry.shape[-1] % mxfp4.GROUP:
-            raise InputError(
-                f"{item.name} has shape {list(item.entry.shape)}; MXFP4 needs a multiple of "
-                f"{mxfp4.GROUP} on its last axis"
-            )
+    check_choice(items, options, str(checkpoint.folder))
     return items
+
+
+def check_choice(items: Sequence[Item], options: Options, source: str) -> None:
+    """InputError where `options.what` chooses nothing of the model, so that the output would hold nothing
+    in the target's format. (Where all is in that format already, a conversion copies.)"""
+    if options.to != "bf16" and not any(item.format == options.to for item in items):
+        others = " or ".join(f"--what {what}" for what in WHAT if what != options.what)
+        raise InputError(
+            f"{source}: nothing to convert to {options.to} ({options.what}): the model has no such "
+            f"matrices; there is {others}"
+        )
 
 
 def _is_already(entry: Entry, target: Target) -> bool:
@@ -189,7 +209,61 @@ def _is_already(entry: Entry, target: Target) -> bool:
     return is_plain and entry.block == fp8.BLOCK and entry.scale_block == fp8.BLOCK
 
 
-# --- where it goes ----------------------------------------------------------------------------------
+# --- what a rank holds, and where it goes -----------------------------------------------------------
+
+Held = tuple[Item, tuple[Slot, ...]]  # an item, and what one rank has of it
+
+
+def fit(items: Sequence[Item], config: Config, size: int) -> list[Held]:
+    """Every item with the slots that one of `size` ranks has of it, which are the same for all ranks.
+
+    This alone decides what fits: `tools.inspect` lists by it, and a conversion writes by it. InputError
+    naming what is in the way: a count of the config that the size does not divide, a name that the plan
+    lacks, a range of rows or columns that would split what shares a scale, a K that 32 does not divide.
+    """
+    plan = Plan(config, size)
+    if size == 1:
+        return [(item, item.slots()) for item in items]
+    shapes: dict[tuple[object, ...], list[tuple[int, ...]]] = {}  # of a kind of parameter, cut once
+    held: list[Held] = []
+    for item in items:
+        slots = item.slots()
+        kind = (
+            name_pattern(item.name),
+            item.entry.shape,
+            *((slot.dtype, slot.shape, slot.per) for slot in slots),
+        )
+        if kind not in shapes:
+            shard = plan.shard(item.name, item.entry.shape, 0)
+            shapes[kind] = [_cut_shape(item, slot, shard) for slot in slots]
+        cut_slots = (
+            Slot(slot.name, slot.dtype, shape, slot.per)
+            for slot, shape in zip(slots, shapes[kind], strict=True)
+        )
+        held.append((item, tuple(cut_slots)))
+    return held
+
+
+def _cut_shape(item: Item, slot: Slot, shard: Shard) -> tuple[int, ...]:
+    try:
+        along, per = _along(shard, slot.per)
+        return along.shape_of(slot.shape, per)
+    except InputError as error:
+        raise InputError(f"{slot.name} ({item.format}): {error}") from None
+
+
+def _along(shard: Shard, per: tuple[int, int]) -> tuple[Shard, int]:
+    """The shard of a parameter as that of a tensor whose values are for `per` rows and columns each, and
+    how many elements a value stands for along its axis."""
+    if shard.axis is None or shard.axis >= len(per):
+        return shard, 1
+    return (shard, per[shard.axis]) if per[shard.axis] else (Shard(None), 1)
+
+
+def cut(tensor: Tensor, shard: Shard, per: tuple[int, int]) -> Tensor:
+    """A rank's part of a tensor whose values are for `per` rows and columns each; see `Slot`."""
+    along, count = _along(shard, per)
+    return along.cut(tensor, count)
 
 
 @dataclass(frozen=True)
@@ -197,7 +271,7 @@ class OutputFile:
     """Items of one source file that go into one file (one for each rank), with a rank's slots: the same
     names, sizes and places for all ranks."""
 
-    items: tuple[tuple[Item, tuple[Slot, ...]], ...]
+    items: tuple[Held, ...]
 
     @property
     def slots(self) -> list[Slot]:
@@ -212,17 +286,13 @@ class OutputFile:
         return list(dict.fromkeys(file for item, _ in self.items for file in item.files))
 
 
-def arrange(items: list[Item], ranks: Plan, limit: int) -> list[OutputFile]:
+def arrange(held: Sequence[Held], limit: int) -> list[OutputFile]:
     """Fill files of at most `limit` bytes (or one item) in order; no file takes from two source files
-    but for scales. InputError where a rank's part would split what shares a scale."""
+    but for scales."""
     files: list[OutputFile] = []
-    current: list[tuple[Item, tuple[Slot, ...]]] = []
+    current: list[Held] = []
     size = 0
-    for item in items:
-        slots = item.slots()
-        if ranks.size > 1:
-            shard = ranks.shard(item.name, item.entry.shape, 0)
-            slots = tuple(_cut_slot(slot, shard) for slot in slots)
+    for item, slots in held:
         nbytes = sum(slot.nbytes for slot in slots)
         changes_source = current and current[0][0].files[0] != item.files[0]
         if current and (changes_source or size + nbytes > limit):
@@ -231,19 +301,6 @@ def arrange(items: list[Item], ranks: Plan, limit: int) -> list[OutputFile]:
         current.append((item, slots))
         size += nbytes
     return [*files, OutputFile(tuple(current))]
-
-
-def _cut_slot(slot: Slot, shard: Shard) -> Slot:
-    try:
-        part = cut(torch.empty(slot.shape, device="meta"), shard, slot.per)
-    except InputError as error:
-        raise InputError(f"{slot.name}: {error}") from None
-    return replace(slot, shape=tuple(part.shape))
-
-
-def cut(tensor: Tensor, shard: Shard, per: tuple[int, int]) -> Tensor:
-    """A rank's part of a tensor whose values are for `per` rows and columns each."""
-    return shard.cut(tensor, per[shard.axis] if shard.axis is not None and shard.axis < 2 else 1)
 
 
 # --- the numbers ------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ zero), and the head gives vocabulary after vocabulary. What is whole on each ran
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -105,15 +104,16 @@ class Shard:
     axis: int | None
     ranges: tuple[tuple[int, int], ...] = ()
 
-    def cut(self, tensor: Tensor, per: int = 1) -> Tensor:
-        """The rank's part of `tensor`: a view if it is one range, else a copy.
+    def shape_of(self, shape: Sequence[int], per: int = 1) -> tuple[int, ...]:
+        """The shape of the rank's part of a tensor of this shape.
 
-        per: elements along `axis` that one entry of `tensor` stands for, if they are packed or grouped
-        along this axis: 2 for MXFP4's bytes, 32 for its scales, 128 for FP8's block scales.
+        per: elements along `axis` that one entry of the tensor stands for, if they are packed or grouped
+        along this axis: 2 for MXFP4's bytes, 32 for its scales, 128 for FP8's block scales. InputError
+        where a range would split such an entry, or does not lie in the tensor.
         """
         if self.axis is None:
-            return tensor
-        length = tensor.shape[self.axis] * per if self.axis < tensor.dim() else 0
+            return tuple(shape)
+        length = shape[self.axis] * per if self.axis < len(shape) else 0
         for first, end in self.ranges:
             if first % per or end % per:
                 raise InputError(
@@ -123,8 +123,17 @@ class Shard:
             if end > length:
                 raise InputError(
                     f"the range {first}..{end} of axis {self.axis} is not in a tensor of shape "
-                    f"{list(tensor.shape)} with {per} elements an entry"
+                    f"{list(shape)} with {per} elements an entry"
                 )
+        held = sum(end - first for first, end in self.ranges) // per
+        return (*shape[: self.axis], held, *shape[self.axis + 1 :])
+
+    def cut(self, tensor: Tensor, per: int = 1) -> Tensor:
+        """The rank's part of `tensor`: a view if it is one range, else a copy. per: see `shape_of`, which
+        refuses what cannot be cut."""
+        self.shape_of(tensor.shape, per)
+        if self.axis is None:
+            return tensor
         parts = [
             tensor.narrow(self.axis, first // per, (end - first) // per)
             for first, end in self.ranges
@@ -180,13 +189,7 @@ class Plan:
         axis, sections = self._rule(name)
         if axis is None:
             return Shard(None)
-        lengths = []
-        for section in sections:
-            if section.count not in self._counts:
-                raise InputError(
-                    f"{name} is cut along {section.count}, which this config has no use for"
-                )
-            lengths.append(self._counts[section.count] * section.width(self.config))
+        lengths = self._lengths(name, sections)
         if len(shape) <= axis or shape[axis] != sum(lengths):
             raise InputError(
                 f"{name} has shape {list(shape)}; the config needs {sum(lengths)} on axis {axis}"
@@ -201,17 +204,25 @@ class Plan:
             start += length
         return Shard(axis, tuple(ranges))
 
-    def fraction(self, name: str, shape: Sequence[int]) -> Fraction:
-        """The elements that one rank holds of a tensor, over all of its elements; equal for all ranks."""
-        shard = self.shard(name, shape, 0)
-        if shard.axis is None:
-            return Fraction(1)
-        return Fraction(sum(end - first for first, end in shard.ranges), shape[shard.axis])
+    def extent(self, name: str) -> tuple[int, int] | None:
+        """The axis along which a tensor is cut, and its elements on it; None for what is whole on each
+        rank. InputError as `shard` says."""
+        axis, sections = self._rule(name)
+        return None if axis is None else (axis, sum(self._lengths(name, sections)))
 
     def rank_config(self) -> Config:
         """The sizes of one rank's modules. Ids and prompts are still the whole config's to check."""
         held = {name: units(count, self.size, 0) for name, count in self._counts.items()}
         return replace(self.config, **{name: end - first for name, (first, end) in held.items()})
+
+    def _lengths(self, name: str, sections: tuple[Section, ...]) -> list[int]:
+        """The elements of each section."""
+        for section in sections:
+            if section.count not in self._counts:
+                raise InputError(
+                    f"{name} is cut along {section.count}, which this config has no use for"
+                )
+        return [self._counts[s.count] * s.width(self.config) for s in sections]
 
     def _rule(self, name: str) -> tuple[int | None, tuple[Section, ...]]:
         """The axis and its sections, from the first line of the table that matches."""

@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qwen35.errors import InputError
+from weights.checkpoint import Checkpoint
 from weights.hub import Repository
+from weights.ranks import rank_folders
 from weights.storage import Stored, open_file, read_json, write_whole
 
 
 class Source(Protocol):
-    """headers: a folder whose files may be hollow, with no more than their headers. identity: what must
-    not change until the end. open: the tensors of one file. close: they are not needed again. room: bytes
-    of disk that it takes meanwhile."""
+    """name: as it is asked for. folder: what is read as a checkpoint; its files may be hollow, with no
+    more than their headers. identity: what must not change until the end. open: the tensors of one file.
+    close: they are not needed again. room: bytes of disk that it takes meanwhile."""
 
-    headers: Path
+    name: str
+    folder: Path
     is_hollow: bool
     identity: dict[str, Any]
 
@@ -27,19 +30,43 @@ class Folder:
     """A checkpoint folder as a source; it is only read."""
 
     def __init__(self, folder: Path) -> None:
-        self.headers, self.is_hollow = folder, False
-        files = sorted(file for file in folder.glob("*") if file.is_file())
-        stats = {file.name: file.stat() for file in files}
-        self.identity = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        self.name, self.folder, self.is_hollow = str(folder.resolve()), folder, False
+        self.identity = _identity(folder, [folder])
 
     def open(self, file: str) -> dict[str, Stored]:
-        return open_file(self.headers / file)
+        return open_file(self.folder / file)
 
     def close(self, file: str) -> None:
         pass
 
     def room(self) -> int:
         return 0
+
+
+class Ranks(Folder):
+    """The folders of all ranks of a group as a source: the checkpoint that they were cut from."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.identity = _identity(folder, rank_folders(folder))
+        self.stored: list[Stored] | None = None
+
+    def open(self, file: str) -> dict[str, Stored]:
+        if self.stored is None:
+            self.stored = list(Checkpoint(self.folder).listed.values())
+        return {stored.name: stored for stored in self.stored if stored.file.name == file}
+
+
+def folder_source(folder: Path) -> Folder:
+    """A checkpoint's folder, or one with the folders of ranks."""
+    return Ranks(folder) if rank_folders(folder) else Folder(folder)
+
+
+def _identity(folder: Path, holders: list[Path]) -> dict[str, Any]:
+    """Size and time of change of each file in these folders, by its name below `folder`."""
+    files = sorted(file for holder in holders for file in holder.glob("*") if file.is_file())
+    stats = {str(file.relative_to(folder)): file.stat() for file in files}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 class Hub:
@@ -55,13 +82,13 @@ class Hub:
                 f"asked for is {name}"
             )
         self.repository = Repository(name, begun["commit"])
-        self.headers, self.is_hollow = work / "headers", True
+        self.name, self.folder, self.is_hollow = name, work / "headers", True
         self.files = None if keep else work / "files"
         self.identity = {"repository": name, "commit": self.repository.commit}
         write_whole(work / "source.json", json.dumps(self.identity))
         for cut_off in work.glob("files/**/*.incomplete"):  # of a process that was killed
             cut_off.unlink()
-        self.repository.fetch_headers(self.headers)
+        self.repository.fetch_headers(self.folder)
 
     def open(self, file: str) -> dict[str, Stored]:
         return open_file(self.repository.fetch(file, self.files))

@@ -230,14 +230,17 @@ def row_major(tensor: Tensor) -> memoryview:
 def whole(file: Path, partial: Path | None = None) -> Iterator[Path]:
     """Give a path to write to, which becomes `file` at once when the block ends, and goes when it fails.
 
-    partial: that path; by default a hidden name of this process beside the file.
+    partial: that path; by default a hidden name of this process beside the file. Every file that the
+    project writes is written so. An OSError names `file`, also where the disk is full.
     """
     path = partial or file.with_name(f".{file.name}.{os.getpid()}")
     try:
         yield path
         path.replace(file)
-    except BaseException:
+    except BaseException as error:
         path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(path), path):
+            error.filename = str(file)
         raise
 
 

@@ -11,7 +11,6 @@ import torch
 
 from qwen35.errors import InputError
 from tests.support.checkpoints import (
-    MXFP4,
     MXFP4_ATTENTION,
     QUANTIZED_SIZES,
     QWEN3_5,
@@ -78,17 +77,17 @@ def test_a_target_inside_the_source(little: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("member", "dialect", "args", "words"),
     [
-        (MEMBER, QWEN3_5, ("--to", "bf16"), ["nothing to convert", "bf16"]),
-        ("27B", QWEN3_5, ("--to", "mxfp4"), ["nothing to convert", "mxfp4", "experts"]),
-        (MEMBER, MXFP4, ("--to", "mxfp4"), ["nothing to convert", "mxfp4"]),
+        ("27B", QWEN3_5, ("--to", "mxfp4"), ["nothing to convert", "experts", "--what all-linear"]),
+        ("27B", QWEN3_5, ("--to", "fp8", "--what", "experts"), ["nothing to convert", "fp8"]),
+        ("27B", QWEN3_5, ("--to", "mxfp4", "--tp", "2"), ["nothing to convert", "mxfp4"]),
     ],
-    ids=["bf16 to bf16", "a dense model's experts", "mxfp4 to mxfp4"],
+    ids=["a dense model's experts", "the same to fp8", "the same for ranks"],
 )
 def test_nothing_to_convert(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], member: str, dialect: Dialect,
     args: tuple[str, ...], words: list[str],
 ) -> None:  # fmt: skip
-    """A copy was hardly meant."""
+    """The output would hold nothing in the format that was asked for."""
     write(tmp_path / "in", member, dialect)
     check_refused(capsys, tmp_path / "in", tmp_path / "out", *args, words=words)
 

@@ -374,7 +374,7 @@ def test_every_tensor_of_the_397b_has_one_place(size: int) -> None:
         times = max(1, size // 2) if is_kv else 1
         if size == 1 or kind in WHOLE_ON_EACH:
             assert shards == [Shard(None)] * size, name
-            assert plan.fraction(name, shape) == 1
+            assert plan.extent(name) is None or size == 1
             continue
         (axis,) = {shard.axis for shard in shards}
         assert axis is not None, name
@@ -382,7 +382,9 @@ def test_every_tensor_of_the_397b_has_one_place(size: int) -> None:
         for first, end in (found for shard in shards for found in shard.ranges):
             counts[first:end] += 1
         assert (counts == times).all(), name
-        assert plan.fraction(name, shape) == Fraction(times, size)
+        assert plan.extent(name) == (axis, shape[axis])
+        held = shards[0].shape_of(shape)
+        assert Fraction(held[axis], shape[axis]) == Fraction(times, size)
     assert by_kind.keys() >= WHOLE_ON_EACH
 
 

@@ -40,6 +40,7 @@ from qwen35.load import TINY, lay_out
 from qwen35.progress import steps
 from reference.model import Model
 from tools.bench import gpu, report
+from weights.storage import write_whole
 
 # Tokens that a round gives on average with 0 to 3 drafts: Qwen3.5-397B-A17B in NVFP4, thinking on,
 # SPEED-Bench's coding prompts (SemiAnalysisAI/InferenceX, golden_al_distribution/qwen3.5_mtp.yaml).
@@ -303,8 +304,8 @@ def _draw(path: Path, rows: Sequence[report.Row]) -> None:
     title = (
         '<text x="160" y="18">time a round by node; dark: its bytes at the read bandwidth</text>'
     )
-    path.write_text(
+    write_whole(
+        path,
         f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{40 + 22 * len(bars)}" '
         f'font-family="sans-serif" font-size="12">{title}{"".join(lines)}</svg>\n',
-        encoding="utf-8",
     )

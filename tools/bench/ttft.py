@@ -38,6 +38,7 @@ from reference.linear import GRID
 from reference.model import Model
 from tools.bench import report
 from tools.bench.language import HELDOUT
+from weights.storage import whole
 
 TAIL = 17  # tokens behind the prefix
 DRAFTS = 3
@@ -281,4 +282,5 @@ def plot(rows: list[report.Row], file: Path, model: str) -> None:
     axes.grid(which="major", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     figure.legend(frameon=False, loc="outside upper center", ncols=2)
-    figure.savefig(file, dpi=200)
+    with whole(file) as unfinished:
+        figure.savefig(unfinished, dpi=200, format=file.suffix.removeprefix("."))

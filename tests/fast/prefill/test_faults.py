@@ -86,7 +86,7 @@ fault("rows before the pass left out", DELTA, delta_net, "numbers",
       ("tl.where(at < 0, earlier, raw)", "tl.where(at < 0, 0.0, raw)"))  # fmt: skip
 fault("queries not scaled", DELTA, delta_net, "numbers", ("K**-0.5, 1.0)", "1.0, 1.0)"))
 fault("a triangular system solved in blocks alone", DELTA, delta_net, "numbers",
-      ("while half < CHUNK:", "while half < CHUNK // 2:"))  # fmt: skip
+      ("tl.range(0, DOUBLINGS)", "tl.range(0, DOUBLINGS - 1)"))  # fmt: skip
 fault("a system without the decay between its tokens", DELTA, delta_net, "numbers",
       (" * tl.exp(since), 0.0)\n    tl.store", ", 0.0)\n    tl.store"))  # fmt: skip
 fault(

@@ -1,0 +1,41 @@
+"""What a conversion was asked for, as a command line, and where it notes that while it runs."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from weights.storage import read_json
+
+UNFINISHED = ".conversion"  # in a folder that weights/convert.py is still writing
+TASK = "task.json"  # in UNFINISHED: what was asked for
+SHARD_BYTES = 4_000_000_000  # of an output file, at most, unless something else is asked for
+USUAL_WHAT = {"mxfp4": "experts", "fp8": "all-linear", "bf16": "experts"}  # by --to
+
+
+def command(
+    source: object, target: object, options: Mapping[str, Any], *, keep_source: bool = False
+) -> str:
+    """The command line of a conversion. options: the fields of `weights.output.Options`."""
+    words = ["python", "-m", "tools.convert", str(source), str(target), "--to", options["to"]]
+    if options["what"] != USUAL_WHAT[options["to"]]:
+        words += ["--what", options["what"]]
+    if options["activations"] != "mxfp4":
+        words += ["--activations", options["activations"]]
+    if options["tp"] != 1:
+        words += ["--tp", str(options["tp"])]
+    if options["shard_bytes"] != SHARD_BYTES:
+        words += ["--shard-bytes", str(options["shard_bytes"])]
+    return shlex.join([*words, "--keep-source"] if keep_source else words)
+
+
+def continuing(target: Path) -> str:
+    """How the unfinished conversion in a folder goes on: "the same command continues it", with the
+    command where it is known."""
+    same = "the same command continues it"
+    task = read_json(target / UNFINISHED / TASK)
+    if task is None or "asked" not in task:
+        return same
+    asked = task["asked"]
+    words = command(asked["source"], target, task["options"], keep_source=asked["keep_source"])
+    return f"{same}: {words}"
