@@ -29,7 +29,11 @@ def work(
     half = torch.float16
     qk = scratch("delta qk", chunks * GRID, 2, H, K, dtype=half)
     v = scratch("delta v", chunks * GRID, HV, V, dtype=half)
-    decays = scratch("delta decays", HV, chunks * GRID, dtype=torch.float32)
+    decays, strengths = (
+        scratch(f"delta {name}", HV, chunks * GRID, dtype=torch.float32)
+        for name in ("decays", "strengths")
+    )
+    solved = scratch("delta solved", HV, chunks * GRID, GRID, dtype=half)
     wanted = scratch("delta wanted", HV, chunks * GRID, V, dtype=half)
     erased = scratch("delta erased", HV, chunks * GRID, K, dtype=half)
     memories = scratch("delta memories", HV, chunks, K, V, dtype=half)
@@ -62,12 +66,27 @@ def work(
          "TOKENS": TOKENS},
         {"num_warps": 4},
     )  # fmt: skip
-    prepare = launch(
-        "prepare", (chunks, HV),
+    gates = {"decays": decays, "strengths": strengths, "solved": solved}
+    solve = launch(
+        "solve", (chunks, HV),
         {
-            **common, "qk": qk, "v": v, "decay_log": node.decay_log, "decay_bias": node.decay_bias,
-            "decays": decays, "wanted": wanted, "erased": erased,
+            **common, "qk": qk, "decay_log": node.decay_log, "decay_bias": node.decay_bias, **gates
         },
+    )  # fmt: skip
+    config = tiles(target, "write")
+    write, erase = (
+        Launch(
+            f"prefill {name} {shape}",
+            kernels.write,
+            (chunks, HV, 1),
+            {"source": source, **gates, "out": out, **places, **constants(config)},
+            options(config),
+        )
+        for name, source, out, places in (
+            ("write", v, wanted, {"HEADS": HV, "FIRST": 0, "SHARED": 1, "WIDTH": V, "DECAYED": False}),
+            ("erase", qk, erased,
+             {"HEADS": 2 * H, "FIRST": H, "SHARED": HV // H, "WIDTH": K, "DECAYED": True}),
+        )
     )  # fmt: skip
     scan = launch(
         "scan", (HV, V // tiles(target, "scan", BLOCK_V=V)["BLOCK_V"]),
@@ -84,4 +103,4 @@ def work(
         },
     )  # fmt: skip
     last, out = product(read, node.out_proj, target, scratch, name="delta_out", residual=residual)
-    return [first, mix, prepare, scan, reading, end, last], out
+    return [first, mix, solve, write, erase, scan, reading, end, last], out

@@ -82,10 +82,12 @@ def operations(launch: Launch, context: int) -> float:
     if kind == "attend":
         seen = a["rows"] * (context + (a["rows"] + 1) / 2)
         return 4.0 * a["H"] * a["K"] * seen
-    if kind in ("prepare", "scan", "read"):
+    if kind == "write":
+        return 2.0 * a["solved"].numel() * a["WIDTH"]
+    if kind in ("solve", "scan", "read"):
         chunks, K, V = a["qk"].shape[0] / 64, a["K"], a["V"]
         each = {
-            "prepare": 64 * 64 * (2 * K + V) + 10 * 64**3,
+            "solve": 64 * 64 * K + 12 * 64**3,
             "scan": 2 * 64 * K * V,
             "read": 64 * 64 * (K + V) + 64 * K * V,
         }[kind]

@@ -15,6 +15,7 @@ from triton.language.target_info import is_hip
 from fast.kernels.deltanet import softplus
 
 CHUNK = tl.constexpr(64)  # tokens; as reference.linear.GRID
+DOUBLINGS = tl.constexpr(6)  # from 1 to CHUNK
 
 
 @triton.jit
@@ -84,27 +85,25 @@ def _inverse(lower, i, j):
     follows: of ((A, 0), (C, B)) it is ((A', 0), (-B' C A', B')) with the inverses A', B'.
     """
     inverse = tl.where(i == j, 1.0, 0.0)
-    half = 1
-    while half < CHUNK:
+    for doubling in tl.range(0, DOUBLINGS):
+        half = 1 << doubling
         is_between = (i // (2 * half) == j // (2 * half)) & (i // half > j // half)
         between = tl.where(is_between, lower, 0.0)
         inverse -= _product(inverse, _product(between, inverse))
-        half *= 2
     return inverse
 
 
 @triton.jit(do_not_specialize=["rows"])
-def prepare(
-    projected, qk, v, decay_log, decay_bias, decays, wanted, erased, rows, M,
+def solve(
+    projected, qk, decay_log, decay_bias, decays, strengths, solved, rows, M,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk writes into the memory, up to what the memory holds before it.
+    """The inverse of a chunk's triangular system, and its gates.
 
-    projected [rows, M] bf16, whose columns end with z (HV * V), b (HV) and a (HV); qk and v as `mix`
-    leaves them; decay_log (A_log) and decay_bias (dt_bias) [HV] fp32. -> decays [HV, chunks * CHUNK]
-    fp32, the sum of the log decay since the chunk's start; wanted [HV, chunks * CHUNK, V] and erased
-    [HV, chunks * CHUNK, K] fp16: the corrections are wanted - erased @ memory.
-    Grid (chunks, HV).
+    projected [rows, M] bf16, whose columns end with z (HV * V), b (HV) and a (HV); qk as `mix` leaves it;
+    decay_log (A_log) and decay_bias (dt_bias) [HV] fp32. -> decays and strengths [HV, chunks * CHUNK]
+    fp32: the sum of the log decay since the chunk's start, and beta (0 from row `rows` on); solved
+    [HV, chunks * CHUNK, CHUNK] fp16. Grid (chunks, HV).
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     key_head = head // (HV // H)
@@ -114,7 +113,7 @@ def prepare(
     gates = projected + token.to(tl.int64) * M + C + HV * V + head
     is_row = token < rows
     opened = tl.load(gates, mask=is_row, other=float("-inf")).to(tl.float32)
-    strength = 1 / (1 + tl.exp(-opened))  # [CHUNK], 0 beyond the last row
+    strength = 1 / (1 + tl.exp(-opened))  # [CHUNK]
     step = tl.load(gates + HV, mask=is_row, other=0.0).to(tl.float32) + tl.load(decay_bias + head)
     log_decay = tl.where(is_row, -tl.exp(tl.load(decay_log + head)) * softplus(step), 0.0)
     # The sum of those up to i, once along the rows and once along the columns.
@@ -123,19 +122,42 @@ def prepare(
     along_i = tl.sum(tl.where(i >= j, log_decay[None, :], 0.0), 1)
     total = head.to(tl.int64) * tl.num_programs(0) * CHUNK
     tl.store(decays + total + token, along_j)
-    k, column = tl.arange(0, K)[None, :], tl.arange(0, V)[None, :]
-    rows_of = (chunk * CHUNK + i).to(tl.int64)
-    key = tl.load(qk + (rows_of * (2 * H) + H + key_head) * K + k)  # [CHUNK, K]
-    value = tl.load(v + (rows_of * HV + head) * V + column)
+    tl.store(strengths + total + token, strength)
+    line = (chunk * CHUNK + i).to(tl.int64)
+    key = tl.load(qk + (line * (2 * H) + H + key_head) * K + tl.arange(0, K)[None, :])  # [CHUNK, K]
     strong = tl.sum(tl.where(i == j, strength[None, :], 0.0), 1)[:, None]  # [CHUNK, 1]
     # Above the diagonal exp would overflow.
     since = tl.where(i > j, along_i[:, None] - along_j[None, :], 0.0)
     overlap = tl.where(i > j, strong * tl.dot(key, tl.trans(key)) * tl.exp(since), 0.0)
-    solved = _inverse(overlap, i, j).to(tl.float16)
-    own = (strong * value.to(tl.float32)).to(tl.float16)
-    tl.store(wanted + (total + rows_of) * V + column, tl.dot(solved, own).to(tl.float16))
-    seen = (strong * tl.exp(along_i)[:, None] * key.to(tl.float32)).to(tl.float16)
-    tl.store(erased + (total + rows_of) * K + k, tl.dot(solved, seen).to(tl.float16))
+    tl.store(solved + (total + line) * CHUNK + j, _inverse(overlap, i, j).to(tl.float16))
+
+
+@triton.jit
+def write(
+    source, decays, strengths, solved, out, HEADS: tl.constexpr, FIRST: tl.constexpr,
+    SHARED: tl.constexpr, WIDTH: tl.constexpr, DECAYED: tl.constexpr,
+):  # fmt: skip
+    """What a chunk writes into the memory, up to what the memory holds before it: one of two terms.
+
+    The corrections are wanted - erased @ memory. Of values, source v [chunks * CHUNK, HV, V], out is
+    wanted [HV, chunks * CHUNK, V] fp16; of keys that have decayed since the chunk's start, source qk
+    [chunks * CHUNK, 2 H, K], it is erased [HV, chunks * CHUNK, K] fp16. Of HEADS heads of WIDTH columns
+    in source, head FIRST + h / SHARED is that of value head h. The others as `solve` leaves them. Grid
+    (chunks, HV).
+
+    Two launches, for the reason that `read` gives for its WIDE.
+    """
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    i, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, WIDTH)[None, :]
+    line = (chunk * CHUNK + i).to(tl.int64)
+    own = head.to(tl.int64) * tl.num_programs(0) * CHUNK + line
+    inverse = tl.load(solved + own * CHUNK + tl.arange(0, CHUNK)[None, :])  # [CHUNK, CHUNK]
+    new = tl.load(source + (line * HEADS + FIRST + head // SHARED) * WIDTH + column).to(tl.float32)
+    new *= tl.load(strengths + own)
+    if DECAYED:
+        new *= tl.exp(tl.load(decays + own))
+    written = tl.dot(inverse, new.to(tl.float16))
+    tl.store(out + own * WIDTH + column, written.to(tl.float16))
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -145,8 +167,8 @@ def scan(
 ):  # fmt: skip
     """The memory from chunk to chunk, BLOCK_V columns of a value head.
 
-    Arguments as `prepare` leaves them; before, after [HV, K, V] fp32: the memory before and behind the
-    pass. -> memories [HV, chunks, K, V] fp16: the one before each chunk. wanted becomes the corrections.
+    Arguments as the launches before leave them; before, after [HV, K, V] fp32: the memory before and
+    behind the pass. -> memories [HV, chunks, K, V] fp16: the one before each chunk. wanted becomes the corrections.
     Grid (HV, V / BLOCK_V).
     """
     head = tl.program_id(0)
@@ -180,13 +202,16 @@ def read(
 ):  # fmt: skip
     """out[row, head] = the gated norm of what the memory gives for a row's query. [rows, HV * V] bf16.
 
-    Arguments as `prepare` and `scan` leave them; norm [V] fp32. SIGMOID: the gate is sigmoid(z), not
+    Arguments as the launches before leave them; norm [V] fp32. SIGMOID: the gate is sigmoid(z), not
     silu(z). Grid (chunks, HV).
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     key_head = head // (HV // H)
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    k, v = tl.arange(0, K)[None, :], tl.arange(0, V)[None, :]
+    # Triton 3.6 reads outside of the shared memory on Hopper where the matrices of a product have rows of
+    # unequal length below 128 bytes.
+    WIDE: tl.constexpr = V if V > 64 else 64
+    k, v = tl.arange(0, K)[None, :], tl.arange(0, WIDE)[None, :]
     C: tl.constexpr = 2 * H * K + HV * V
     line = (chunk * CHUNK + i).to(tl.int64)
     held = head.to(tl.int64) * tl.num_programs(0) + chunk
@@ -195,14 +220,17 @@ def read(
     since = tl.load(decays + held * CHUNK + i)  # [CHUNK, 1]
     between = tl.where(i >= j, since - tl.load(decays + held * CHUNK + j), 0.0)
     inner = tl.where(i >= j, tl.dot(query, tl.trans(key)) * tl.exp(between), 0.0)
-    memory = tl.load(memories + (held * K + tl.arange(0, K)[:, None]) * V + v)  # [K, V]
-    correction = tl.load(corrections + (held * CHUNK + i) * V + v)
-    got = tl.dot(query, memory) * tl.exp(since)
-    got = tl.dot(inner.to(tl.float16), correction, got)  # [CHUNK, V]
+    memory = tl.load(
+        memories + (held * K + tl.arange(0, K)[:, None]) * V + v, mask=v < V, other=0.0
+    )  # [K, WIDE]
+    correction = tl.load(corrections + (held * CHUNK + i) * V + v, mask=v < V, other=0.0)
+    decayed = (query.to(tl.float32) * tl.exp(since)).to(tl.float16)
+    got = tl.dot(inner.to(tl.float16), correction, tl.dot(decayed, memory))  # [CHUNK, WIDE]
     scale = tl.rsqrt(tl.sum(got * got, 1) / V + eps)[:, None]
-    gate = tl.load(projected + line * M + C + head * V + v, mask=line < rows, other=0.0)
+    inside = (line < rows) & (v < V)
+    gate = tl.load(projected + line * M + C + head * V + v, mask=inside, other=0.0)
     opened = 1 / (1 + tl.exp(-gate.to(tl.float32)))
     if not SIGMOID:
         opened *= gate.to(tl.float32)
-    gated = tl.load(norm + v) * (got * scale) * opened
-    tl.store(out + (line * HV + head) * V + v, gated.to(tl.bfloat16), mask=line < rows)
+    gated = tl.load(norm + v, mask=v < V, other=0.0) * (got * scale) * opened
+    tl.store(out + (line * HV + head) * V + v, gated.to(tl.bfloat16), mask=inside)

@@ -1,0 +1,160 @@
+"""Planted faults in the kernels for a prompt's rows: the checks must find each."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fast.prefill import moe
+from tests.fast.prefill.test_moe import output
+from tests.support.fast_cases import (
+    case,
+    exact_rows,
+    expected,
+    fast_block,
+    routing,
+    slow_block,
+    too_far,
+    wide_block,
+)
+from tests.support.fast_faults import Check, Faults, assert_found
+from tests.support.fast_nodes import a_pass
+from tests.support.prefill_nodes import (
+    CPU,
+    Poisoned,
+    carried_out,
+    cut_findings,
+    prefill_findings,
+)
+from tools.gfx950.emulator import EmulatorError
+
+FAULTS = Faults()
+fault = FAULTS.add
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+# ---- the checks
+
+
+def delta_net() -> list[str]:
+    return prefill_findings(a_pass("linear_attn", 130))
+
+
+def delta_net_in_parts() -> list[str]:
+    return cut_findings(a_pass("linear_attn", 140), (64, 128))
+
+
+def attention() -> list[str]:
+    return prefill_findings(a_pass("self_attn", 70, length=64))
+
+
+def attention_in_parts() -> list[str]:
+    return cut_findings(a_pass("self_attn", 140, length=64), (64,))
+
+
+def experts() -> list[str]:
+    chosen = case(routing("random", 40, 4, 24), residual=True)
+    try:
+        return too_far(output(chosen), *expected(chosen))
+    except EmulatorError as error:
+        return [f"memory: {error}"]
+
+
+def block() -> list[str]:
+    slow, x = slow_block(16, 1024, 128, 4, 256), exact_rows(3, 20, 1024)
+    work, out = moe.block(fast_block(slow), x, Poisoned(CPU))
+    try:
+        carried_out(work)
+    except EmulatorError as error:
+        return [f"memory: {error}"]
+    return too_far(out, slow(x[None])[0], wide_block(slow, x.double()))
+
+
+# ---- the faults
+
+DELTA = "prefill/deltanet"
+fault("a tap too late", DELTA, delta_net, "numbers",
+      ("at = token - (TAPS - 1) + tap", "at = token - (TAPS - 1) + tl.maximum(tap, 1)"))  # fmt: skip
+fault("rows before the pass left out", DELTA, delta_net, "numbers",
+      ("tl.where(at < 0, earlier, raw)", "tl.where(at < 0, 0.0, raw)"))  # fmt: skip
+fault("queries not scaled", DELTA, delta_net, "numbers", ("K**-0.5, 1.0)", "1.0, 1.0)"))
+fault("a triangular system solved in blocks alone", DELTA, delta_net, "numbers",
+      ("while half < CHUNK:", "while half < CHUNK // 2:"))  # fmt: skip
+fault("a system without the decay between its tokens", DELTA, delta_net, "numbers",
+      (" * tl.exp(since), 0.0)\n    tl.store", ", 0.0)\n    tl.store"))  # fmt: skip
+fault(
+    "keys not weakened by the decay",
+    DELTA,
+    delta_net,
+    "numbers",
+    ("    if DECAYED:", "    if False:"),
+)
+fault("a strength that is forgotten", DELTA, delta_net, "numbers",
+      ("new *= tl.load(strengths + own)", "new *= 1.0"))  # fmt: skip
+fault("tiled instead of interleaved key heads", DELTA, delta_net, "numbers",
+      ("FIRST + head // SHARED", "FIRST + head % (HEADS - FIRST)"))  # fmt: skip
+fault("a memory that does not decay", DELTA, delta_net, "numbers",
+      ("memory * tl.exp(whole))", "memory)"))  # fmt: skip
+fault("corrections that do not decay", DELTA, delta_net, "numbers",
+      ("tl.exp(whole - since)[:, None]", "tl.exp(whole - whole)"))  # fmt: skip
+fault("a query that sees its own chunk only before it", DELTA, delta_net, "numbers",
+      ("inner = tl.where(i >= j,", "inner = tl.where(i > j,"))  # fmt: skip
+fault("rows behind the last one not empty", DELTA, delta_net, "memory",
+      ('tl.load(gates, mask=is_row, other=float("-inf"))', "tl.load(gates)"))  # fmt: skip
+fault("a gate of another head", DELTA, delta_net, "numbers",
+      ("line * M + C + head * V + v", "line * M + C + key_head * V + v"))  # fmt: skip
+
+ATTENTION = "prefill/attention"
+fault("a query that sees the next key", ATTENTION, attention, "numbers",
+      ("p[None, :] <= position", "p[None, :] <= position + 1"))  # fmt: skip
+fault("scores in powers of e", ATTENTION, attention, "numbers", (" * 1.4426950408889634", ""))
+fault("a sum that does not fade", ATTENTION, attention, "numbers",
+      ("total * fade + tl.sum", "total + tl.sum"))  # fmt: skip
+fault("another head's keys", ATTENTION, attention, "numbers", ("(head // (H // G))", "(head % G)"))
+fault("keys from the block's own first tile", ATTENTION, attention, "numbers",
+      ("tl.range(0, end, TILE)", "tl.range(TILE, end, TILE)"))  # fmt: skip
+fault("a tile's edge at the pass's first row", ATTENTION, attention_in_parts, "bits",
+      ("for at in tl.range(0, end, TILE):\n        p = at + tile\n",
+       "for at in tl.range(start % TILE - TILE + 8 * (start == 64), end, TILE):\n"
+       "        p = tl.maximum(at + tile, 0)\n"))  # fmt: skip
+
+MOE = "prefill/moe"
+fault("the next expert's weights", MOE, experts, "numbers",
+      ("n = expert.to(tl.int64) * N +", "n = (expert.to(tl.int64) + 1) % E * N +"))  # fmt: skip
+fault("the pair for its row", MOE, experts, "numbers",
+      ("bounded(tl.load(order + line) // TOP_K,", "bounded(tl.load(order + line),"))  # fmt: skip
+fault("gate and up exchanged", MOE, experts, "numbers",
+      ("gate, up = acc.reshape(BLOCK_M, BLOCK_N // 2, 2).split()",
+       "up, gate = acc.reshape(BLOCK_M, BLOCK_N // 2, 2).split()"))  # fmt: skip
+fault("the places of other slots", MOE, experts, "numbers",
+      ("place_of_pair + line * TOP_K + slot", "place_of_pair + line * TOP_K + slot // 2"))  # fmt: skip
+fault("an expert's last row forgotten", MOE, experts, "unwritten",
+      ("tl.load(expert_first + expert + 1)", "tl.load(expert_first + expert + 1) - 1"))  # fmt: skip
+fault("no residual", MOE, experts, "numbers", ("    if HAS_RESIDUAL:", "    if False:"))
+fault("a shared expert that is always open", MOE, block, "numbers",
+      ("total += opened * tl.load(shared", "total += tl.load(shared"))  # fmt: skip
+fault("ups for gates in the shared expert", MOE, block, "numbers",
+      ("tl.load(gates + I, mask", "tl.load(gates, mask"))  # fmt: skip
+
+LINEAR = "prefill/linear"
+fault("the end of a row left out", LINEAR, delta_net, "numbers",
+      ("offset in tl.range(0, K, BLOCK_K)", "offset in tl.range(0, K // 2, BLOCK_K)"))  # fmt: skip
+fault("blocks of columns beyond the last one", LINEAR, delta_net, "memory",
+      ("inside = (line < rows) & (n[None, :] < N)", "inside = line < rows"))  # fmt: skip
+
+
+@pytest.mark.parametrize("check", FAULTS.checks, ids=lambda check: check.__name__)
+def test_without_a_fault_nothing_is_found(check: Check):
+    assert not check()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert_found(FAULTS[name], tmp_path, monkeypatch)
