@@ -9,7 +9,7 @@ TILES: dict[str, dict[str, Tiles]] = {
         "linear": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
         "grouped": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
         "attend": {"BLOCK_M": 64, "TILE": 32, "num_warps": 4, "num_stages": 1},
-        "solve": {"num_warps": 4, "num_stages": 1},
+        "solve": {"num_warps": 8, "num_stages": 1},
         "write": {"num_warps": 4, "num_stages": 1},
         "scan": {"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
         "read": {"num_warps": 4, "num_stages": 1},

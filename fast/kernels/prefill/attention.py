@@ -51,33 +51,43 @@ def attend(
     head = tl.program_id(0)
     # The last rows see most keys: they begin first.
     block = tl.num_programs(1) - 1 - tl.program_id(1)
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    m = tl.arange(0, BLOCK_M)[:, None]
+    row = block * BLOCK_M + m
     channel = tl.arange(0, K)[None, :]
-    line = row.to(tl.int64)
-    query = tl.load(q + (line * H + head) * K + channel, mask=row < rows, other=0.0)
+    # Scalars have 64 bits and blocks of offsets 32, or these would take all registers.
+    first = (block * BLOCK_M).to(tl.int64)
+    own = (first * H + head) * K
+    query = tl.load(q + own + (m * (H * K) + channel), mask=row < rows, other=0.0)
     position = start + row  # [BLOCK_M, 1]
-    held = (head // (H // G)).to(tl.int64) * capacity
+    held = (head // (H // G)).to(tl.int64) * capacity * K
     tile = tl.arange(0, TILE)
-    peak = tl.full((BLOCK_M, 1), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M, 1), tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, K), tl.float32)
     end = tl.minimum(start + (block + 1) * BLOCK_M, start + rows)
     for at in tl.range(0, end, TILE):
         p = at + tile
-        lines = held + tl.minimum(p, end - 1)  # what lies beyond the end is masked below
-        key = tl.load(keys + lines[None, :] * K + tl.arange(0, K)[:, None])  # [K, TILE]
-        value = tl.load(values + lines[:, None] * K + channel)  # [TILE, K]
+        lines = tl.minimum(p, end - 1) * K  # what lies beyond the end is masked below
+        key = tl.load(keys + held + (lines[:, None] + channel))  # [TILE, K]
+        value = tl.load(values + held + (lines[:, None] + channel))
         # In powers of two: exp(x) = 2^(x log2 e).
-        score = tl.dot(query, key) * (K**-0.5 * 1.4426950408889634)  # [BLOCK_M, TILE]
+        score = tl.dot(query, tl.trans(key)) * (K**-0.5 * 1.4426950408889634)  # [BLOCK_M, TILE]
         score = tl.where(p[None, :] <= position, score, float("-inf"))
-        higher = tl.maximum(peak, tl.max(score, 1)[:, None])
-        share = tl.exp2(score - higher)  # position 0 is seen by all, so no peak is infinite
+        higher = tl.maximum(peak, tl.max(score, 1))
+        share = tl.exp2(score - higher[:, None])  # position 0 is seen by all: no peak is infinite
         fade = tl.exp2(peak - higher)
-        total = total * fade + tl.sum(share, 1)[:, None]
-        acc = tl.dot(share.to(tl.bfloat16), value, acc * fade)
+        total = total * fade + tl.sum(share, 1)
+        acc = tl.dot(share.to(tl.bfloat16), value, acc * fade[:, None])
         peak = higher
     M: tl.constexpr = 2 * H * K + 2 * G * K
-    gates = projected + line * M + head * 2 * K + K + channel
-    gate = tl.load(gates, mask=row < rows, other=0.0).to(tl.float32)
-    read = acc / total / (1 + tl.exp(-gate))
-    tl.store(out + (line * H + head) * K + channel, read.to(tl.bfloat16), mask=row < rows)
+    gates = projected + first * M + head * 2 * K + K + m * M
+    read = (acc / total[:, None]).to(tl.bfloat16).reshape(BLOCK_M, 2, K // 2).permute(0, 2, 1)
+    low, high = read.split()  # halves, so that a thread's registers hold them and their gates
+    column = tl.arange(0, K // 2)[None, :]
+    lines = out + own + m * (H * K)
+    gate = tl.load(gates + column, mask=row < rows, other=0.0).to(tl.float32)
+    low = low.to(tl.float32) / (1 + tl.exp(-gate))
+    tl.store(lines + column, low.to(tl.bfloat16), mask=row < rows)
+    gate = tl.load(gates + K // 2 + column, mask=row < rows, other=0.0).to(tl.float32)
+    high = high.to(tl.float32) / (1 + tl.exp(-gate))
+    tl.store(lines + K // 2 + column, high.to(tl.bfloat16), mask=row < rows)

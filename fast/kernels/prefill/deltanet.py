@@ -86,9 +86,9 @@ def _inverse(lower, i, j):
     """
     inverse = tl.where(i == j, 1.0, 0.0)
     for doubling in tl.range(0, DOUBLINGS):  # pyright: ignore
-        half = 1 << doubling
-        is_between = (i // (2 * half) == j // (2 * half)) & (i // half > j // half)
-        between = tl.where(is_between, lower, 0.0)
+        # Below the diagonal block and inside of the one of twice its rows: the highest bit in which i and j
+        # differ is this one.
+        between = tl.where((i > j) & ((i ^ j) >> doubling == 1), lower, 0.0)
         inverse -= _product(inverse, _product(between, inverse))
     return inverse
 
