@@ -86,8 +86,8 @@ def _inverse(lower, i, j):
     """
     inverse = tl.where(i == j, 1.0, 0.0)
     for doubling in tl.range(0, DOUBLINGS):  # pyright: ignore
-        # Below the diagonal block and inside of the one of twice its rows: the highest bit in which i and j
-        # differ is this one.
+        # Outside of the blocks that are known but inside of those of twice as many: the highest bit in
+        # which i and j differ is this one.
         between = tl.where((i > j) & ((i ^ j) >> doubling == 1), lower, 0.0)
         inverse -= _product(inverse, _product(between, inverse))
     return inverse
