@@ -14,6 +14,8 @@ from torch import nn
 from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.config import Config
 from qwen35.errors import InputError
+from qwen35.parallel.nodes import Summed, VocabularyEmbedding, VocabularyHead
+from qwen35.parallel.ranks import ALONE, Ranks
 from qwen35.paths import choose_path
 from qwen35.swap import Replacement, matching, outermost, swap
 from reference.model import Model
@@ -21,18 +23,31 @@ from reference.quantized import FP8Linear, MXFP4Linear
 from reference.rope import rope_table
 from weights.checkpoint import Checkpoint
 from weights.entry import PLAIN, Entry
+from weights.output import cut
+from weights.shard import Plan, Shard
 from weights.storage import same_values, some
 
 TINY = Path(__file__).parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def locate(model: str | Path | None) -> Path:
-    """Find a model's folder: a path, "tiny" (or None) for the embedded one, or a hub id to download."""
+def locate(model: str | Path | None, ranks: Ranks = ALONE) -> Path:
+    """Find a model's folder: a path, "tiny" (or None) for the embedded one, or a hub id to download.
+
+    Of a folder that `tools.convert --tp` wrote: that of this rank.
+    """
     if model is None or str(model) == "tiny":
         return TINY
     path = Path(model)
     if path.is_dir():
+        parts = sorted(path.glob("rank-*-of-*"))
+        if parts and not (path / "config.json").exists():
+            own = path / f"rank-{ranks.rank}-of-{ranks.size}"
+            if own not in parts:
+                raise InputError(
+                    f"{path}: holds {parts[0].name} and others of its kind, and --tp is {ranks.size}"
+                )
+            return own
         if not (path / "config.json").exists():
             raise InputError(f"{path / 'config.json'}: no such file")
         return path
@@ -57,6 +72,7 @@ def load(
     path: str = "reference",
     swaps: Swaps = (),
     kv_cache_dtype: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> Model:
     """Build the reference model of a checkpoint, in eval mode, without gradients.
 
@@ -76,6 +92,9 @@ def load(
     kv_cache_dtype: "fp8" keeps keys and values in e4m3 (`qwen35.cache.FP8KVCache`), "auto" in the model's
     own dtype.
 
+    ranks: the group of which this process is one rank; then the model is its part, read from a whole
+    checkpoint or from the part that `tools.convert --tp` wrote, and has nodes that join the ranks' results.
+
     A checkpoint without MTP tensors gives a model with `mtp` None. Raises InputError when a tensor is
     missing, unknown or of another shape, and when a GPU has not the memory for the weights; warns when
     the file is not quantised as its config claims.
@@ -84,8 +103,8 @@ def load(
         raise InputError(
             f"kv_cache_dtype {kv_cache_dtype!r}; expected {' or '.join(KV_CACHE_DTYPES)}"
         )
-    folder = locate(model)
-    loader = Loader(folder, dtype=dtype, device=device, path=path, swaps=swaps)
+    folder = locate(model, ranks)
+    loader = Loader(folder, dtype=dtype, device=device, path=path, swaps=swaps, ranks=ranks)
     if loader.path.reason:
         warnings.warn(f"the reference path runs: {loader.path.reason}", stacklevel=2)
     check_memory(loader.nbytes, torch.device(device))
@@ -125,22 +144,35 @@ class Loader:
         device: torch.device | str = "cpu",
         path: str = "reference",
         swaps: Swaps = (),
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.checkpoint = Checkpoint(folder)
+        self.checkpoint = Checkpoint(folder, rank=ranks.rank, size=ranks.size)
         self.checkpoint.check_idle()
         try:
-            self.config = text_model(self.checkpoint)
-            _check_count(self.checkpoint, self.config)
-            self.skeleton = lay_out(self.config)
+            stored = text_model(self.checkpoint)
+            _check_count(self.checkpoint, stored)
+            self.skeleton = lay_out(stored)
             self.checkpoint.check(shapes(self.skeleton))
         finally:
             warn_of_problems(self.checkpoint, stacklevel=4)
+        self.whole = replace(
+            self.checkpoint.whole_config,
+            tie_word_embeddings=stored.tie_word_embeddings,
+            mtp_num_hidden_layers=stored.mtp_num_hidden_layers,
+        )
+        self.config, self.ranks, self.plan = self.whole, ranks, Plan(self.whole, ranks.size)
+        if ranks.size > 1:
+            # Embedding and head show the whole vocabulary, so ids are checked against it.
+            own = self.plan.rank_config()
+            self.config = replace(own, vocab_size=self.whole.vocab_size)
+            self.skeleton = lay_out(own)
+            self.skeleton.config = self.config
         embedding = self.checkpoint.entries["embed_tokens.weight"]
         quantised = any(entry.format != "plain" for entry in self.checkpoint.entries.values())
         # MXFP4 has no float16 form: its scales reach further.
         own = torch.bfloat16 if quantised and embedding.dtype.itemsize < 4 else embedding.dtype
         self.dtype, self.device = dtype or own, device
-        self.path = choose_path(path, self.config, torch.device(device), self.dtype)
+        self.path = choose_path(path, self.config, torch.device(device), self.dtype, ranks.size)
         layers = [f"layers.{i}" for i in range(self.config.num_hidden_layers)]
         last = ["mtp"] if self.skeleton.mtp is not None else []
         self.stages = ["embed_tokens", *layers, "norm", "lm_head", *last]
@@ -159,7 +191,7 @@ class Loader:
         for name, shape in shapes(self.skeleton).items():
             entry = self.checkpoint.entries[self._parameter(name)]
             if ".experts." in name:
-                total += entry.nbytes
+                total += entry.nbytes * math.prod(shape) // math.prod(entry.shape)
             else:
                 total += math.prod(shape) * _kept_dtype(name, entry.dtype, self.dtype).itemsize
         return total
@@ -191,16 +223,38 @@ class Loader:
                 module = replacement.from_reference(module)
             elif node.startswith(f"{stage}."):
                 swap(module, node.removeprefix(f"{stage}."), replacement)
+        return module if self.ranks.size == 1 else self._join(stage, module)
+
+    def _join(self, stage: str, module: nn.Module) -> nn.Module:
+        """Put the nodes in that join the ranks' results."""
+        if stage == "embed_tokens":
+            return VocabularyEmbedding(module, self.ranks)
+        if stage == "lm_head":
+            return VocabularyHead(module, self.ranks)
+        for name in [name for name, _ in module.named_modules()]:
+            if self.plan.is_summed(f"{stage}.{name}"):
+                swap(module, name, Summed.over(self.ranks))
         return module
 
     def _assign(self, module: nn.Module, name: str, parameter: str) -> None:
         entry = self.checkpoint.entries[self._parameter(parameter)]
+        shard = self._shard(parameter, entry)
         path, _, leaf = name.rpartition(".")
         if ".experts." in parameter and entry.format != "plain":
-            module.set_submodule(path, _quantized_linear(entry).to(self.device))
+            module.set_submodule(path, _quantized_linear(entry, shard).to(self.device))
             return
-        tensor = entry.read(_kept_dtype(parameter, entry.dtype, self.dtype)).to(self.device)
-        setattr(module.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
+        dtype = _kept_dtype(parameter, entry.dtype, self.dtype)
+        # A mapped tensor is cut first: of what other ranks hold no byte is read.
+        tensor = shard.cut(entry.read(None if entry.format == "plain" else dtype)).to(dtype)
+        if ".experts." not in parameter:  # these stay in the file, columns of it too
+            tensor = tensor.contiguous()
+        setattr(module.get_submodule(path), leaf, nn.Parameter(tensor.to(self.device), requires_grad=False))
+
+    def _shard(self, parameter: str, entry: Entry) -> Shard:
+        """What this rank takes of a parameter in the file."""
+        if self.ranks.size == 1 or self.checkpoint.is_part:
+            return Shard(None)
+        return self.plan.shard(parameter, entry.shape, self.ranks.rank)
 
 
 def warn_of_problems(checkpoint: Checkpoint, stacklevel: int) -> None:
@@ -368,9 +422,17 @@ def _kept_dtype(name: str, stored: torch.dtype, wanted: torch.dtype) -> torch.dt
     return wanted
 
 
-def _quantized_linear(entry: Entry) -> MXFP4Linear | FP8Linear:
+def _quantized_linear(entry: Entry, shard: Shard) -> MXFP4Linear | FP8Linear:
     assert entry.view is None  # experts are published whole, or as slices of a fused tensor
     weight, scale = entry.numbers()
+    try:
+        weight = cut(weight, shard, (1, 2) if entry.format == "mxfp4" else (1, 1))
+        if entry.scale_block is not None:
+            scale = cut(scale, shard, entry.scale_block)
+        elif scale.numel() > 1 and shard.axis == 0:  # one a row
+            scale = shard.cut(scale)
+    except InputError as error:
+        raise InputError(f"{entry.stored_as}: {error}; another --tp may fit") from None
     if entry.format == "mxfp4":
         return MXFP4Linear(weight, scale, entry.stored_as)
     return FP8Linear(weight, scale, entry.stored_as, entry.block)

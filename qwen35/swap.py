@@ -106,7 +106,7 @@ def swapped(model: nn.Module, pattern: str, replacement: Replacement) -> Iterato
 def _instead(name: str, module: nn.Module, replacement: Replacement) -> nn.Module:
     fresh = replacement.from_reference(module)
     old, new = (list(inspect.signature(m.forward).parameters) for m in (module, fresh))
-    if old != new:
+    if old != new and new != ["arguments"]:  # *arguments: whatever the node takes
         raise InputError(
             f"{name}: {type(fresh).__name__}.forward takes ({', '.join(new)}), "
             f"{type(module).__name__}.forward ({', '.join(old)})"

@@ -30,6 +30,7 @@ from weights.entry import (
 )
 from weights.expert_scales import expert_scales, is_unscaled
 from weights.quantization import PREFIX, Quantization, compare, name_pattern
+from weights.shard import Plan
 from weights.storage import DTYPE_NAMES, Stored, open_folder, same_values, some
 
 UNFINISHED = ".conversion"  # in a folder that weights/convert.py is still writing
@@ -43,6 +44,8 @@ class Checkpoint:
     """The dialects of Qwen3.5, 3.6 and 3-Next: BF16, FP8 and MXFP4, in one file or in shards.
 
     config: the shape that `config.json` states; document: that file as it is; quantization: its claim.
+    is_part: whether the folder is the part of one rank, which has to be `rank` of `size`; then `config` has
+    the sizes of that part, and `whole_config` those of the whole.
     stored: every tensor, by its name in the files. entries: by parameter name; parts: the parameters in a
     stored tensor. ignored: by stored name why a tensor is no part of the text model. problems: lines on
     what is not as the files claim, for a warning; notes: lines on what is merely good to know.
@@ -52,7 +55,9 @@ class Checkpoint:
     InputError, one line, for a folder that is not such a checkpoint, or not whole.
     """
 
-    def __init__(self, folder: str | Path, *, is_hollow: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, *, is_hollow: bool = False, rank: int = 0, size: int = 1
+    ) -> None:
         self.folder, self.is_hollow = Path(folder), is_hollow
         if not self.folder.is_dir():
             raise InputError(f"{self.folder}: no such folder")
@@ -63,11 +68,15 @@ class Checkpoint:
         config_file = self.folder / "config.json"
         self.config = Config.from_file(config_file)
         self.document = json.loads(config_file.read_bytes())
-        if "tensor_parallel" in self.document:
-            raise InputError(
-                f"{config_file}: one rank's part, {self.document['tensor_parallel']}; "
-                "whole checkpoints are read here"
-            )
+        self.whole_config = self.config
+        self.is_part = "tensor_parallel" in self.document
+        if self.is_part:
+            held, wanted = self.document["tensor_parallel"], {"rank": rank, "size": size}
+            if held != wanted or size == 1:
+                asked = wanted if size > 1 else "whole checkpoints"
+                verb = "is" if size > 1 else "are"
+                raise InputError(f"{config_file}: one rank's part, {held}; {asked} {verb} read here")
+            self.config = Plan(self.config, size).rank_config()
         try:
             self.quantization = Quantization.from_config(self.document)
         except InputError as error:
