@@ -100,6 +100,8 @@ def main(args: argparse.Namespace) -> int:
         Config.from_file(folder / "config.json").check_prompt(ids, new_tokens=1)
     model = _load(args, folder)
     load_s = time.perf_counter() - started
+    if args.break_in is not None and args.ranks.size > 1:
+        raise InputError(f"--break {args.break_in} stops one process; --tp is {args.tp}")
     if args.break_in is not None:
         break_in(model, args.break_in, args.break_at)
     if model.mtp is None and args.draft_tokens is None:
@@ -170,9 +172,7 @@ def _prefix_cache(args: argparse.Namespace, model: Model, folder: Path) -> Prefi
     )  # fmt: skip
 
 
-def _serve(
-    file: str, completer: Completer, settings: Settings, load_s: float, ranks: Ranks
-) -> int:
+def _serve(file: str, completer: Completer, settings: Settings, load_s: float, ranks: Ranks) -> int:
     """Every request of a file, in order. All are checked before the first one runs."""
     requests = parse_requests(ranks.share(lambda: read_text(file)), file, completer, settings)
     queue = [
@@ -195,6 +195,9 @@ def _load(args: argparse.Namespace, folder: Path) -> Model:
         folder, dtype=DTYPES.get(args.dtype), device=device, path=path, swaps=swaps,
         kv_cache_dtype=args.kv_cache_dtype, ranks=args.ranks,
     )  # fmt: skip
+    if args.ranks.size > 1:
+        held = args.ranks.exchange(sum(weight.nbytes for weight in model.parameters()))
+        _say(f"{len(held)} ranks, each with {max(held) / 1e6:,.1f} MB of weights")
     fast = sum(type(layer).__module__.startswith("fast.") for layer in model.layers)
     if fast or swaps:
         own = f"; {len(swaps)} patterns swapped" if swaps else ""
@@ -239,9 +242,7 @@ def _show(completion: Completion, *, quiet: bool) -> None:
                 _say(f"logits_sha256 {result.logits_sha256}")
 
 
-def _converse(
-    completer: Completer, settings: Settings, message: str | None, ranks: Ranks
-) -> None:
+def _converse(completer: Completer, settings: Settings, message: str | None, ranks: Ranks) -> None:
     """Turns until an empty line or the end of the input."""
     history: list[Message] = []
     while message := message or ranks.share(_ask):

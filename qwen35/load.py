@@ -14,6 +14,7 @@ from torch import nn
 from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.config import Config
 from qwen35.errors import InputError
+from qwen35.parallel.checkpoint import contents
 from qwen35.parallel.nodes import Summed, VocabularyEmbedding, VocabularyHead
 from qwen35.parallel.ranks import ALONE, Ranks
 from qwen35.paths import choose_path
@@ -92,8 +93,8 @@ def load(
     kv_cache_dtype: "fp8" keeps keys and values in e4m3 (`qwen35.cache.FP8KVCache`), "auto" in the model's
     own dtype.
 
-    ranks: the group of which this process is one rank; then the model is its part, read from a whole
-    checkpoint or from the part that `tools.convert --tp` wrote, and has nodes that join the ranks' results.
+    ranks: the group of which this process is one rank; then the model is its part, with nodes that join
+    the ranks' results. It is read from a whole checkpoint, or from the part that `tools.convert --tp` wrote.
 
     A checkpoint without MTP tensors gives a model with `mtp` None. Raises InputError when a tensor is
     missing, unknown or of another shape, and when a GPU has not the memory for the weights; warns when
@@ -167,6 +168,7 @@ class Loader:
             self.config = replace(own, vocab_size=self.whole.vocab_size)
             self.skeleton = lay_out(own)
             self.skeleton.config = self.config
+            ranks.agree(checkpoint=contents(self.checkpoint, self.plan))
         embedding = self.checkpoint.entries["embed_tokens.weight"]
         quantised = any(entry.format != "plain" for entry in self.checkpoint.entries.values())
         # MXFP4 has no float16 form: its scales reach further.
@@ -178,6 +180,12 @@ class Loader:
         self.stages = ["embed_tokens", *layers, "norm", "lm_head", *last]
         self.swaps = self._nodes_of(swaps)
         own_nodes = set(self.swaps)
+        for name, _ in self.skeleton.named_modules():
+            around = [node for node in own_nodes if name.startswith(f"{node}.")]
+            if around and self.plan.is_summed(name):
+                raise InputError(
+                    f"{around[0]} holds {name}, whose results the ranks add up; swap a node inside of it"
+                )
         for node, replacement in self._nodes_of(self.path.swaps).items():
             # A layer in which the caller replaces a node stays the reference's around it.
             if not any(other == node or other.startswith(f"{node}.") for other in own_nodes):
@@ -248,7 +256,8 @@ class Loader:
         tensor = shard.cut(entry.read(None if entry.format == "plain" else dtype)).to(dtype)
         if ".experts." not in parameter:  # these stay in the file, columns of it too
             tensor = tensor.contiguous()
-        setattr(module.get_submodule(path), leaf, nn.Parameter(tensor.to(self.device), requires_grad=False))
+        weight = nn.Parameter(tensor.to(self.device), requires_grad=False)
+        setattr(module.get_submodule(path), leaf, weight)
 
     def _shard(self, parameter: str, entry: Entry) -> Shard:
         """What this rank takes of a parameter in the file."""

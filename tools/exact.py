@@ -7,11 +7,13 @@ give the same tokens and the same bits of logits; at one depth, also the same dr
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from qwen35.cli import Parser, print_json, run
 from qwen35.errors import InputError
 from qwen35.generation import Generation
 from qwen35.load import DTYPES, load, locate
+from qwen35.parallel.ranks import ALONE, Ranks, add_ranks, on_ranks
 from qwen35.paths import PATHS
 from qwen35.prefix.cache import PrefixCache
 from qwen35.prefix.store import Memory
@@ -34,6 +37,10 @@ from reference.model import Model
 LENGTHS = (1, 63, 64, 65, 127, 128, 129, 700, 3000)
 CHUNKS = (64, 128, 512, 4096)
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=0.8, top_k=20, seed=5)}
+# What torchrun tells its processes, and what a group of another one must not see.
+OF_TORCHRUN = (
+    "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_",
+)  # fmt: skip
 AMPLE = 1 << 40  # a budget that nothing exceeds
 
 
@@ -66,6 +73,7 @@ def build_parser() -> Parser:
     add("--device", default="cpu", metavar="D")
     add("--path", choices=PATHS, default="reference",
         help="fast: also list where its tokens leave the reference's")  # fmt: skip
+    add_ranks(parser)
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--json", action="store_true", help="print one JSON document")
     return parser
@@ -141,10 +149,16 @@ def cells(
         yield go("refilled", small, whole)
 
 
-def in_another_process(
-    folder: Path, args: argparse.Namespace, prompts: list[list[int]], depth: int, chunk: int
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Two processes over one cache folder, one after the other; the documents of each."""
+def in_other_processes(
+    args: argparse.Namespace, prompts: list[list[int]], depth: int, chunk: int
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Two processes (with --tp: two groups of them) over one cache folder, one after the other; the
+    documents of each."""
+    launcher = [sys.executable]
+    if args.tp > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", args.tp]
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(OF_TORCHRUN)}
+    ways: list[tuple[str, list[dict[str, Any]]]] = []
     with tempfile.TemporaryDirectory() as scratch:
         requests = Path(scratch) / "requests"
         lines = [
@@ -154,19 +168,21 @@ def in_another_process(
         ]  # fmt: skip
         requests.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
         command = [
-            sys.executable, "-m", "qwen35.generate", "--model", folder, "--requests", requests,
+            *launcher, "-m", "qwen35.generate", "--model", args.model, "--requests", requests,
             "--prefix-cache", f"{scratch}/kept", "--draft-tokens", depth, "--digest", "--ignore-eos",
-            "--prefill-chunk", chunk, "--max-new-tokens", args.new_tokens, "--device", args.device,
-            "--path", args.path, "--kv-cache-dtype", args.kv_cache_dtype,
+            "--prefill-chunk", chunk, "--max-new-tokens", args.new_tokens,
+            "--device", args.device.partition(":")[0] if args.tp > 1 else args.device,
+            "--path", args.path, "--kv-cache-dtype", args.kv_cache_dtype, "--tp", args.tp,
             *(["--dtype", args.dtype] if args.dtype else []),
         ]  # fmt: skip
         for label in ("first process", "from disk"):
             ended = subprocess.run(
-                [*map(str, command)], capture_output=True, text=True, check=False
+                [*map(str, command)], capture_output=True, text=True, check=False, env=environment
             )
             if ended.returncode:
-                raise InputError(ended.stderr.strip())
-            yield label, [json.loads(line) for line in ended.stdout.splitlines()]
+                raise InputError(ended.stderr.strip().partition("\nW1")[0])
+            ways.append((label, [json.loads(line) for line in ended.stdout.splitlines()]))
+    return ways
 
 
 def differing(found: list[Cell]) -> list[Cell]:
@@ -183,10 +199,10 @@ def differing(found: list[Cell]) -> list[Cell]:
     return wrong
 
 
-def _load(args: argparse.Namespace, folder: Path, path: str) -> Model:
+def _load(args: argparse.Namespace, folder: Path, path: str, ranks: Ranks) -> Model:
     return load(
         folder, dtype=DTYPES.get(args.dtype), device=args.device, path=path,
-        kv_cache_dtype=args.kv_cache_dtype,
+        kv_cache_dtype=args.kv_cache_dtype, ranks=ranks,
     )  # fmt: skip
 
 
@@ -196,7 +212,6 @@ def _so_far(found: list[Cell]) -> str:
 
 def departures(
     args: argparse.Namespace,
-    folder: Path,
     prompts: list[list[int]],
     found: list[Cell],
     vocab: int | None,
@@ -204,7 +219,7 @@ def departures(
     """Where a greedy or sampled text first leaves the reference's, and how far apart the reference has
     the logits of the two tokens: a kernel that is right differs by rounding, so only where two nearly
     tie."""
-    model = _load(args, folder, "reference")
+    model = _load(args, locate(args.model), "reference", ALONE)
     rows: list[dict[str, Any]] = []
     for prompt in prompts:
         for name, sampling in SAMPLINGS.items():
@@ -224,8 +239,9 @@ def departures(
 
 
 def main(args: argparse.Namespace) -> int:
-    folder = locate(args.model)
-    model = _load(args, folder, args.path)
+    ranks: Ranks = args.ranks
+    folder = locate(args.model, ranks)
+    model = _load(args, folder, args.path, ranks)
     vocabulary = model.config.vocab_size
     vocab = Tokenizer(folder).size if (folder / "tokenizer.json").exists() else None
     prompts = [prompt_of(length, vocabulary) for length in args.lengths]
@@ -239,8 +255,8 @@ def main(args: argparse.Namespace) -> int:
                     found += cells(model, prompt, name, depth, chunk, args.new_tokens, vocab)
                     bar.update()
             bar.update()
-            ways = in_another_process(folder, args, prompts, depth, chunk)
-            for label, documents in ways:
+            ways = partial(in_other_processes, args, prompts, depth, chunk)
+            for label, documents in ranks.share(ways):
                 for document in documents:
                     (name, length), draft = document["id"], document["draft"]
                     if label == "from disk" and document["cached_tokens"] < length // GRID * GRID:
@@ -251,11 +267,15 @@ def main(args: argparse.Namespace) -> int:
             print(f"depth {depth}, chunk {chunk}: {_so_far(found)}", file=sys.stderr, flush=True)
     bar.close()
     wrong = differing(found)
-    left = departures(args, folder, prompts, found, vocab) if args.path == "fast" else []
+    everyone = ranks.exchange([[*cell.tokens, cell.digest] for cell in found])
+    apart = [any(other != same[0] for other in same) for same in zip(*everyone, strict=True)]
+    wrong += [cell for cell, is_apart in zip(found, apart, strict=True) if is_apart]
+    is_other = args.path == "fast" or ranks.size > 1  # rounds otherwise than the reference
+    left = ranks.share(partial(departures, args, prompts, found, vocab)) if is_other else []
     if args.json:
         rows = [vars(cell) for cell in wrong]
         document = {"pass": not wrong, "cells": len(found), "differ": rows}
-        print_json(document | ({"departures": left} if args.path == "fast" else {}))
+        print_json(document | ({"departures": left} if is_other else {}))
     else:
         for row in left:
             print(
@@ -272,4 +292,5 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run(build_parser(), main)
+    parser = build_parser()
+    run(parser, on_ranks(parser, main))

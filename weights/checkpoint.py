@@ -44,8 +44,8 @@ class Checkpoint:
     """The dialects of Qwen3.5, 3.6 and 3-Next: BF16, FP8 and MXFP4, in one file or in shards.
 
     config: the shape that `config.json` states; document: that file as it is; quantization: its claim.
-    is_part: whether the folder is the part of one rank, which has to be `rank` of `size`; then `config` has
-    the sizes of that part, and `whole_config` those of the whole.
+    is_part: whether the folder is the part of one rank, which has to be `rank` of `size`; then `config`
+    has the sizes of that part, and `whole_config` those of the whole.
     stored: every tensor, by its name in the files. entries: by parameter name; parts: the parameters in a
     stored tensor. ignored: by stored name why a tensor is no part of the text model. problems: lines on
     what is not as the files claim, for a warning; notes: lines on what is merely good to know.
@@ -75,7 +75,9 @@ class Checkpoint:
             if held != wanted or size == 1:
                 asked = wanted if size > 1 else "whole checkpoints"
                 verb = "is" if size > 1 else "are"
-                raise InputError(f"{config_file}: one rank's part, {held}; {asked} {verb} read here")
+                raise InputError(
+                    f"{config_file}: one rank's part, {held}; {asked} {verb} read here"
+                )
             self.config = Plan(self.config, size).rank_config()
         try:
             self.quantization = Quantization.from_config(self.document)

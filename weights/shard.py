@@ -231,6 +231,10 @@ class Plan:
         """Whether the ranks' results of a node of the model, each from its own part, add up."""
         return self.size > 1 and _compiled(SUMMED).fullmatch(node) is not None
 
+    def is_whole(self, name: str) -> bool:
+        """Whether each rank holds all of a tensor of the checkpoint."""
+        return self._rule(name)[0] is None
+
     def _rule(self, name: str) -> tuple[int | None, tuple[Section, ...]]:
         """The axis and its sections, from the first line of the table that matches."""
         bare = PREFIX.sub("", name)

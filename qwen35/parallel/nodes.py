@@ -1,5 +1,5 @@
-"""The nodes that join what the ranks computed. Each stands around a node of a rank's own model, under that
-node's name; `weights/shard.py` says where.
+"""The nodes that join what the ranks computed. Each stands around a node of a rank's own model, under
+that node's name; `weights/shard.py` says where.
 """
 
 from dataclasses import dataclass

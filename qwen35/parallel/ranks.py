@@ -1,8 +1,8 @@
 """The ranks of one model: started by torchrun, one process each.
 
-`on_ranks(main)` is a command line's main on each of them. Tensors go over torch.distributed (`reduce.py`);
-what the ranks have to agree on, in words, goes over its store as JSON, and `watch.py` ends all of them
-when one fails.
+`on_ranks` runs a command line's main on each of them. Tensors go over torch.distributed (`reduce.py`);
+what the ranks have to agree on, in words, goes over its store as JSON (`store.py`), and `watch.py` ends
+all of them when one fails.
 """
 
 import argparse
@@ -28,13 +28,15 @@ from qwen35.parallel.store import JOIN_S, Connection
 from qwen35.parallel.watch import RankLostError, Watch
 from weights.shard import SIZES
 
-COLLECTIVE = timedelta(minutes=10)  # for a rank that lives, and does not come to where the others wait
+COLLECTIVE = timedelta(
+    minutes=10
+)  # for a rank that lives, and does not come to where the others wait
 SOURCES = ("qwen35", "reference", "fast", "weights", "tools")
 T = TypeVar("T")
 
 
 class Ranks:
-    """One process's place in its group. `ALONE` is a group of one, for which nothing has to be started."""
+    """One process's place in its group. `ALONE` is a group of one, for which nothing is started."""
 
     def __init__(
         self, rank: int = 0, size: int = 1, transport: Transport | None = None,
@@ -125,7 +127,9 @@ def group(prog: str, size: int, args: argparse.Namespace) -> Iterator[Ranks]:
     rank = int(os.environ["RANK"])
     with Watch(prog, rank, debug=args.debug) as watch:
         if not dist.is_available():
-            raise InputError(f"torch {torch.__version__} has no torch.distributed, which --tp needs")
+            raise InputError(
+                f"torch {torch.__version__} has no torch.distributed, which --tp needs"
+            )
         connection = watch.start(lambda: connect(rank, size))
         ranks = Ranks(rank, size, None, connection)
         device = place(args)
@@ -161,7 +165,9 @@ def place(args: argparse.Namespace) -> torch.device:
         raise InputError(f"--device {name}: each rank takes a card of its own; give --device cuda")
     local, cards = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])), torch.cuda.device_count()
     if local >= cards:
-        raise InputError(f"--device cuda: local rank {local} needs cuda:{local}, {cards} cards are here")
+        raise InputError(
+            f"--device cuda: local rank {local} needs cuda:{local}, {cards} cards are here"
+        )
     args.device = f"cuda:{local}"
     torch.cuda.set_device(local)
     return torch.device(args.device)

@@ -18,7 +18,7 @@ JOIN_S = 60.0  # for all ranks to come
 class Connection:
     """One rank's connection to the store of its group of `size` ranks.
 
-    is_kept: whether torchrun keeps the store; else rank 0 does. InputError when nobody does within JOIN_S.
+    is_kept: whether torchrun keeps the store; else rank 0 does. InputError when none is there in JOIN_S.
     """
 
     def __init__(self, rank: int, size: int, host: str, port: int, *, is_kept: bool) -> None:
@@ -74,7 +74,9 @@ class Connection:
             key, pause = f"{name}/{rank}", 0.0005
             while not self._store.check([key]):
                 if wait_s is not None and time.monotonic() - started > wait_s:
-                    raise InputError(f"rank {rank} of {self.size} has not come within {wait_s:.0f} s")
+                    raise InputError(
+                        f"rank {rank} of {self.size} has not come within {wait_s:.0f} s"
+                    )
                 time.sleep(pause)
                 pause = min(2 * pause, 0.02)
             found.append(json.loads(self._store.get(key)))

@@ -1,7 +1,7 @@
 """When one rank fails, all end: with one line, which rank 0 prints, and one exit status.
 
-Each rank has a thread that gives signs of life in the group's store and looks at those of the others, over
-a connection of its own, so that the main thread may be in the middle of a collective, or wait for a
+Each rank has a thread that gives signs of life in the group's store and looks at those of the others,
+over a connection of its own, so that the main thread may be in the middle of a collective, or wait for a
 terminal. A rank that fails writes into the store what happened; the first to write is believed.
 """
 
@@ -58,7 +58,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if self.rank:
-            nothing = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+            nothing = open(os.devnull, "w", encoding="utf-8")  # until the process ends
             sys.stdout = sys.stderr = nothing
         return self
 
@@ -75,7 +75,9 @@ class Watch:
             return
         if isinstance(error, RankLostError):
             self.silence_s = BROKEN_S
-            time.sleep(SILENCE_S)  # meanwhile the thread finds out who it was, and ends this process
+            time.sleep(
+                SILENCE_S
+            )  # meanwhile the thread finds out who it was, and ends this process
         message, status = _told(error)
         if status == 1 or (self.debug and self.rank == 0):
             traceback.print_exception(error, file=self.stderr)
@@ -119,7 +121,9 @@ class Watch:
     def _look(self) -> None:
         assert self.connection is not None
         ranks = range(self.connection.size)
-        seen = [("", time.monotonic()) for _ in ranks]  # of each rank: its last sign, and when it came
+        seen = [
+            ("", time.monotonic()) for _ in ranks
+        ]  # of each rank: its last sign, and when it came
         beat = 0
         while not self.stopped.wait(PERIOD_S):
             beat += 1
