@@ -85,6 +85,8 @@ def build_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.break_in is not None and args.ranks.size > 1:
+        raise InputError(f"--break {args.break_in} stops one process; --tp is {args.tp}")
     prompt = _prompt(args)
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__
                            if name != "chat_template_kwargs"})  # fmt: skip
@@ -100,8 +102,6 @@ def main(args: argparse.Namespace) -> int:
         Config.from_file(folder / "config.json").check_prompt(ids, new_tokens=1)
     model = _load(args, folder)
     load_s = time.perf_counter() - started
-    if args.break_in is not None and args.ranks.size > 1:
-        raise InputError(f"--break {args.break_in} stops one process; --tp is {args.tp}")
     if args.break_in is not None:
         break_in(model, args.break_in, args.break_at)
     if model.mtp is None and args.draft_tokens is None:

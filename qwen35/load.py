@@ -94,7 +94,7 @@ def load(
     own dtype.
 
     ranks: the group of which this process is one rank; then the model is its part, with nodes that join
-    the ranks' results. It is read from a whole checkpoint, or from the part that `tools.convert --tp` wrote.
+    the ranks' results, of a whole checkpoint or of the part that `tools.convert --tp` wrote for it.
 
     A checkpoint without MTP tensors gives a model with `mtp` None. Raises InputError when a tensor is
     missing, unknown or of another shape, and when a GPU has not the memory for the weights; warns when

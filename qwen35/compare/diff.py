@@ -142,7 +142,8 @@ class Side:
 
     def held(self, state: State, like: State) -> State:
         """A copy of a whole state, or of what this side holds of it, in the dtypes of its own."""
-        return (state if self.parts is None else self.parts.cut(state)).copy(like=like)
+        own = state if self.parts is None else self.parts.cut(state)
+        return own.copy(like=like)  # pyright: ignore (of the same kind)
 
     def shown(self, state: State) -> State:
         """A state of this side as a whole."""

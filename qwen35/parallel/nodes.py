@@ -56,7 +56,7 @@ class VocabularyEmbedding(Joined):
     """ids [B, T] -> [B, T, D]. A rank has the rows of consecutive ids; what it lacks counts as zero."""
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = self.part.weight.shape[0]
+        rows = len(self.part.get_parameter("weight"))
         own = input - self.ranks.rank * rows
         held = (own >= 0) & (own < rows)  # [B, T]
         embedded = self.part(own.where(held, 0))  # [B, T, D]

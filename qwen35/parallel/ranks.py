@@ -70,8 +70,9 @@ class Ranks:
 
     def share(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, as JSON, on every rank: a text that only one of them can read."""
-        value = make() if self.rank == 0 else None
-        return value if self.connection is None else self.exchange(value)[0]
+        if self.connection is None:
+            return make()
+        return self.exchange(make() if self.rank == 0 else None)[0]
 
     def agree(self, **values: Any) -> None:
         """InputError, naming the first of these values that is not the same on every rank."""

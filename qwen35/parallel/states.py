@@ -45,4 +45,4 @@ def _each(state: State, change: Callable[[str, Tensor], Tensor]) -> State:
     changed = {name: change(name, tensor) for name, tensor in state.tensors().items()}
     if isinstance(state, KVCache):
         return type(state)(*changed.values(), length=state.length)
-    return DeltaState(**changed)
+    return DeltaState(changed["conv"], changed["recurrent"])

@@ -7,7 +7,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from torch import distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore (public all the same)
 
 from qwen35.cli import one_line
 from qwen35.errors import InputError
@@ -35,14 +35,14 @@ class Connection:
 
     def _connect(self, *, is_host: bool = False) -> Any:
         try:
-            store = dist.TCPStore(
+            store = TCPStore(
                 self.host, self.port, None, is_host, timedelta(seconds=JOIN_S),
                 wait_for_workers=False,
             )  # fmt: skip
         except RuntimeError as error:
             reason = one_line(error).partition(". ")[0]
             raise InputError(f"no store at {self.host}:{self.port}: {reason}") from None
-        return dist.PrefixStore("qwen35", store)
+        return PrefixStore("qwen35", store)
 
     def _wait_for_port(self) -> None:
         """The store's own attempts to connect print pages when there is nobody yet."""
@@ -56,7 +56,7 @@ class Connection:
 
     def part(self, name: str) -> Any:
         """A part of the store, for torch.distributed."""
-        return dist.PrefixStore(name, self._store)
+        return PrefixStore(name, self._store)
 
     def another(self) -> Any:
         """The store over a second connection, for a second thread."""

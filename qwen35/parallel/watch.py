@@ -35,7 +35,7 @@ class Watch:
 
     An exception that leaves the block is the error of all ranks: rank 0 prints it, unless it says nothing
     (a reader of stdout that went away), and each rank exits with its status. Other ranks print nothing,
-    but for the traceback of a bug.
+    but for the traceback of a bug. What libraries write to file descriptor 2 is seen with debug only.
     """
 
     def __init__(self, prog: str, rank: int, *, debug: bool) -> None:
@@ -57,6 +57,14 @@ class Watch:
         return connection
 
     def __enter__(self) -> "Watch":
+        if (
+            not self.debug
+        ):  # pages that libraries write when a connection breaks would hide the one line
+            own = os.dup(sys.stderr.fileno())
+            self.stderr = sys.stderr = open(
+                own, "w", buffering=1, errors="backslashreplace", encoding="utf-8"
+            )
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         if self.rank:
             nothing = open(os.devnull, "w", encoding="utf-8")  # until the process ends
             sys.stdout = sys.stderr = nothing
