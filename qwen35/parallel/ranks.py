@@ -164,7 +164,7 @@ def place(args: argparse.Namespace) -> torch.device:
         return torch.device("cpu")
     if name != "cuda":
         raise InputError(f"--device {name}: each rank takes a card of its own; give --device cuda")
-    local, cards = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])), torch.cuda.device_count()
+    local, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= cards:
         raise InputError(
             f"--device cuda: local rank {local} needs cuda:{local}, {cards} cards are here"

@@ -93,12 +93,13 @@ class Watch:
             self._post(message, status)
         if self.rank:  # the thread ends this process once rank 0 has printed
             time.sleep(GRACE_S + 2 * SHOWN_S)
-            raise SystemExit(status) from None
+            os._exit(status)
         with self.ending:
             self.stopped.set()
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
             self._say(message)
-            if message:
-                raise SystemExit(status) from None
+            os._exit(status)  # what else would run at exit may wait for ranks that are gone
 
     def _post(self, message: str, status: int) -> None:
         """Let all ranks know what happened, if nothing has happened before."""
