@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
     ranks: Ranks = args.ranks
     model = load(TINY, ranks=ranks)
     prompt = prompt_of(70, 2000)
-    found = [cell for way in WAYS for cell in cells(model, prompt, *way, tokens=6)]
+    found = [cell for way in WAYS for cell in cells(model, prompt, *way, tokens=4)]
     with torch.inference_mode():
         cache = model.new_cache()
         logits = model.lm_head(model(torch.tensor([prompt]), cache))

@@ -61,7 +61,7 @@ def test_torchrun_generates_from_converted_parts(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     document = json.loads(line)
-    assert document["text"] == " of the second" and document["path"] == "reference"
+    assert document["text"] == " of the second year of the re" and document["path"] == "reference"
     assert "layers.0.linear_attn=qwen35.parallel.nodes:Summed" in document["swaps"]
     assert done.stderr.count("2 ranks, each with ") == 1
     assert done.stderr.count("prompt tokens") == 1
