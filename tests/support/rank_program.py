@@ -2,11 +2,11 @@
 and writes what each rank found. With --do it fails in one of the ways that tests look at."""
 
 import argparse
-import itertools
 import json
 import os
 import signal
 import time
+from itertools import count, islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -63,7 +63,7 @@ FAILURES = {f.__name__: f for f in (die, hang, refuse, everywhere, bug, stop_rea
 
 def fail(args: argparse.Namespace) -> NoReturn:
     """In the middle of sums over the ranks."""
-    for number in itertools.count():
+    for number in count():
         args.ranks.sum(torch.ones(100))
         if number == 20 and args.on in (None, args.ranks.rank):
             FAILURES[args.do](args.ranks)
@@ -76,7 +76,8 @@ def main(args: argparse.Namespace) -> int:
     ranks: Ranks = args.ranks
     model = load(TINY, ranks=ranks)
     prompt = prompt_of(70, 2000)
-    found = [cell for way in WAYS for cell in cells(model, prompt, *way, tokens=4)]
+    # Without a cache, a miss, a hit of 64 tokens.
+    found = [cell for way in WAYS for cell in islice(cells(model, prompt, *way, tokens=4), 3)]
     with torch.inference_mode():
         cache = model.new_cache()
         logits = model.lm_head(model(torch.tensor([prompt]), cache))
