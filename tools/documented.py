@@ -19,7 +19,9 @@ from pathlib import Path
 from qwen35.cli import Parser, print_json, run
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("python", "torchrun", "pytest", "pip", "qwen35", ".ci/run", "echo", "printf", "cat", "git")
+PROGRAMS = (
+    "python", "torchrun", "pytest", "pip", "qwen35", ".ci/run", "echo", "printf", "cat", "git",
+)  # fmt: skip
 SHELL = {"|", ">", "<", ";"}  # words that only a shell obeys
 KINDS = {
     "small": "a few seconds on a CPU",
