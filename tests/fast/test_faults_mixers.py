@@ -128,7 +128,7 @@ fault(
     "deltanet",
     delta_net,
     "numbers",
-    ("_softplus(step))", "step)"),
+    ("softplus(step))", "(step))"),
 )
 fault("A_log without its exp", "deltanet", delta_net, "numbers",
     ("rate = tl.exp(tl.load(decay_log + head))", "rate = tl.load(decay_log + head)"))  # fmt: skip

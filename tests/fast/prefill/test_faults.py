@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
@@ -32,12 +31,6 @@ from tools.gfx950.target import emulate
 
 FAULTS = Faults()
 fault = FAULTS.add
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.inference_mode():
-        yield
 
 
 # ---- the checks

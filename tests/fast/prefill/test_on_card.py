@@ -1,0 +1,55 @@
+"""The nodes of a prompt's rows on a card, beside the reference there: sm_90 code has no emulator.
+
+Every pair of head sizes runs, since it was such a pair that Triton compiled wrongly.
+"""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fast.attention import GatedAttention
+from fast.deltanet import GatedDeltaNet
+from fast.layer import DecoderLayer
+from tests.support.fast_nodes import Pass, a_pass, judged
+from tests.support.prefill_nodes import slow, state_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no card")
+KINDS = {"linear_attn": GatedDeltaNet, "self_attn": GatedAttention, "layer": DecoderLayer}
+SIZES = (16, 32, 64, 128)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def findings(what: Pass) -> list[str]:
+    node = KINDS[what.kind].from_reference(copy.deepcopy(what.node).cuda())
+    state = state_of(what, torch.bfloat16)
+    for name, tensor in list(vars(state).items()):
+        if isinstance(tensor, torch.Tensor):
+            setattr(state, name, tensor.cuda())
+    out = node(what.x[None].cuda(), state)[0].cpu()
+    return judged("out", out, slow(what, torch.bfloat16).out, slow(what, torch.float64).out)
+
+
+@pytest.mark.parametrize("K", SIZES)
+@pytest.mark.parametrize("V", SIZES)
+def test_a_delta_net_of_any_head_sizes(K: int, V: int):
+    sizes = {"linear_key_head_dim": K, "linear_value_head_dim": V}
+    assert not findings(a_pass("linear_attn", 130, **sizes))
+
+
+@pytest.mark.parametrize("K", [32, 64, 128, 256])
+def test_attention_of_any_head_size(K: int):
+    assert not findings(a_pass("self_attn", 130, length=64, head_dim=K))
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_layer(linear: bool):
+    sizes = {"num_experts": 1, "num_experts_per_tok": 1}
+    assert not findings(a_pass("layer", 130, linear=linear, length=64, **sizes))
