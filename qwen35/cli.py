@@ -122,6 +122,8 @@ def device(text: str) -> "torch.device":
         raise argparse.ArgumentTypeError(
             f"device {text!r} is unknown; expected cpu, cuda or cuda:N"
         ) from None
+    if found.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return found  # torchrun started a process for each card: qwen35/parallel/ranks.py finds its own
     try:
         torch.zeros(1, device=found).item()  # a device without values, such as meta, fails here
     except (RuntimeError, AssertionError, ImportError) as error:

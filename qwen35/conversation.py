@@ -3,12 +3,13 @@
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 
 from qwen35.completion import Completer, Completion, Settings
 from qwen35.errors import InputError
 from qwen35.messages import Message
+from qwen35.parallel.ranks import ALONE, Ranks
 from qwen35.terminal import say, show
 
 
@@ -17,29 +18,38 @@ class Stopped(KeyboardInterrupt):
 
 
 def converse(
-    completer: Completer, settings: Settings, opening: list[Message], message: str | None
+    completer: Completer,
+    settings: Settings,
+    opening: list[Message],
+    message: str | None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Take turns until an empty line or the end of the input.
 
     opening: messages before the first turn, such as a system message. message: the first one of the user;
-    None asks for it.
+    None asks for it. ranks: the group that computes; rank 0 asks.
 
     Ctrl-C during an answer ends the answer. What was printed of it is part of the conversation, as what
     the user has read; a thought without an end never is. At the prompt, or a second time before the
-    answer has ended, it is a KeyboardInterrupt.
+    answer has ended, it is a KeyboardInterrupt. Over several ranks it always is: they would stop in
+    different passes.
     """
     history = list(opening)
-    while message := message or _ask():
+    while message := message or ranks.share(_ask):
         history.append({"role": "user", "content": message})
         completion = completer.complete(completer.prompt(history, settings), settings)
         stopped = False
         try:
-            with first_interrupt_stops() as check:
+            with first_interrupt_stops() if ranks.size == 1 else nullcontext(_go_on) as check:
                 show(completion, quiet=False, check=check)
         except Stopped:
             stopped = True
         history.append(_said(completion, stopped=stopped))
         message = None
+
+
+def _go_on() -> None:
+    """Stop nothing."""
 
 
 def _said(completion: Completion, *, stopped: bool) -> Message:

@@ -14,6 +14,7 @@ from qwen35.debugger import break_in
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
 from qwen35.load import DTYPES, load, locate
+from qwen35.parallel.ranks import Ranks, add_ranks, on_ranks
 from qwen35.paths import PATHS
 from qwen35.prefix.cache import PrefixCache
 from qwen35.prefix.keys import fingerprint, identity
@@ -76,6 +77,7 @@ def build_parser() -> Parser:
         help="stop in pdb inside of this node's forward, as in layers.3.linear_attn")  # fmt: skip
     add("--break-at", type=int, default=0, metavar="TOKEN",
         help="with --break: in the pass that computes this position (default 0)")  # fmt: skip
+    add_ranks(parser)
     add("--json", action="store_true", help="print one JSON document instead of a stream")
     add("--logprobs", type=int, metavar="N",
         help="give the log probability of each token, and of the N likeliest in its place")  # fmt: skip
@@ -84,11 +86,13 @@ def build_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.break_in is not None and args.ranks.size > 1:
+        raise InputError(f"--break {args.break_in} stops one process; --tp is {args.tp}")
     prompt = _prompt(args)
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__
                            if name != "chat_template_kwargs"})  # fmt: skip
     started = time.perf_counter()
-    folder = locate(args.model)
+    folder = locate(args.model, args.ranks)
     # Ids alone need no tokenizer: then ids are printed, and the head's padding cannot be told apart.
     needs_text = not (args.requests or isinstance(prompt, list))
     has_text = needs_text or (folder / "tokenizer.json").exists()
@@ -108,10 +112,11 @@ def main(args: argparse.Namespace) -> int:
         say(f"{folder}: {defaults.warning}")
     completer = Completer(model, tokenizer, defaults, _prefix_cache(args, model, folder))
     if args.requests:
-        return _serve(args.requests, completer, settings, load_s)
+        return _serve(args.requests, completer, settings, load_s, args.ranks)
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
     if args.chat and not args.json:
-        converse(completer, settings, opening, prompt if isinstance(prompt, str) else None)
+        message = prompt if isinstance(prompt, str) else None
+        converse(completer, settings, opening, message, args.ranks)
         return 0
     given = [*opening, {"role": "user", "content": prompt}] if args.chat else prompt
     completion = completer.complete(completer.prompt(given, settings), settings)
@@ -149,30 +154,31 @@ def _prompt(args: argparse.Namespace) -> str | list[int] | None:
         if args.prompt is None and not args.chat and not args.requests:
             raise InputError("no prompt: give PROMPT, --prompt-file or --prompt-ids")
         return args.prompt
-    return read_text(args.prompt_file)
+    return args.ranks.share(lambda: read_text(args.prompt_file))
 
 
 def _prefix_cache(args: argparse.Namespace, model: Model, folder: Path) -> PrefixCache | None:
     """In the folder asked for; in memory where several prompts come one after the other."""
     if not args.prefix_cache_bytes or not (args.prefix_cache or args.chat or args.requests):
         return None
-    store = None
+    store, ranks = None, args.ranks
     mark = fingerprint(folder) if args.prefix_cache else ""
     if args.prefix_cache:
         from qwen35.prefix.folder import Folder
 
-        store = Folder(args.prefix_cache, identity(model, mark))
+        own = f"rank-{ranks.rank}-of-{ranks.size}" if ranks.size > 1 else ""
+        store = Folder(args.prefix_cache / own, identity(model, mark))
         for line in store.problems():
             say(f"prefix cache: {line}")
     return PrefixCache(
-        model, budget=args.prefix_cache_bytes, store=store, checkpoint=mark,
+        model, budget=args.prefix_cache_bytes // ranks.size, store=store, checkpoint=mark,
         warn=lambda line: say(f"prefix cache: {line}"),
     )  # fmt: skip
 
 
-def _serve(file: str, completer: Completer, settings: Settings, load_s: float) -> int:
+def _serve(file: str, completer: Completer, settings: Settings, load_s: float, ranks: Ranks) -> int:
     """Every request of a file, in order. All are checked before the first one runs."""
-    requests = parse_requests(read_text(file), file, completer, settings)
+    requests = parse_requests(ranks.share(lambda: read_text(file)), file, completer, settings)
     queue = [
         (request.id, completer.complete(request.prompt, request.settings)) for request in requests
     ]
@@ -191,8 +197,11 @@ def _load(args: argparse.Namespace, folder: Path) -> Model:
     swaps = [parse_swap(text) for text in args.swap]
     model = load(
         folder, dtype=DTYPES.get(args.dtype), device=args.device, path=path, swaps=swaps,
-        kv_cache_dtype=args.kv_cache_dtype,
+        kv_cache_dtype=args.kv_cache_dtype, ranks=args.ranks,
     )  # fmt: skip
+    if args.ranks.size > 1:
+        held = args.ranks.exchange(sum(weight.nbytes for weight in model.parameters()))
+        say(f"{len(held)} ranks, each with {max(held) / 1e6:,.1f} MB of weights")
     fast = sum(type(layer).__module__.startswith("fast.") for layer in model.layers)
     if fast or swaps:
         own = f"; {len(swaps)} patterns swapped" if swaps else ""
@@ -208,7 +217,8 @@ def _document(completion: Completion, load_s: float) -> dict[str, object]:
 
 def command() -> NoReturn:
     """The console command `qwen35`."""
-    run(build_parser(), main)
+    parser = build_parser()
+    run(parser, on_ranks(parser, main))
 
 
 if __name__ == "__main__":

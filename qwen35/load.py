@@ -14,29 +14,44 @@ from torch import nn
 from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.config import Config
 from qwen35.errors import InputError
+from qwen35.parallel.checkpoint import contents
+from qwen35.parallel.nodes import Summed, VocabularyEmbedding, VocabularyHead
+from qwen35.parallel.ranks import ALONE, Ranks
 from qwen35.paths import choose_path
 from qwen35.swap import Replacement, instead, matching, outermost
 from reference.model import Model
 from reference.quantized import FP8Linear, MXFP4Linear
 from reference.rope import rope_table
 from weights.checkpoint import Checkpoint
+from weights.command import UNFINISHED
 from weights.entry import PLAIN, Entry
-from weights.ranks import without_config
+from weights.output import cut
+from weights.ranks import rank_folders, without_config
+from weights.shard import Plan, Shard
 from weights.storage import same_values, some
 
 TINY = Path(__file__).parent / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def locate(model: str | Path | None) -> Path:
-    """Find a model's folder: a path, "tiny" (or None) for the embedded one, or a hub id to download."""
+def locate(model: str | Path | None, ranks: Ranks = ALONE) -> Path:
+    """Find a model's folder: a path, "tiny" (or None) for the embedded one, or a hub id to download.
+
+    Of a folder that `tools.convert --tp` wrote: that of this rank.
+    """
     if model is None or str(model) == "tiny":
         return TINY
     path = Path(model)
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise InputError(without_config(path))
-        return path
+        if (path / "config.json").exists():
+            return path
+        if ranks.size > 1 and not (path / UNFINISHED).exists() and (parts := rank_folders(path)):
+            if len(parts) != ranks.size:
+                raise InputError(
+                    f"{path}: holds the folders of {len(parts)} ranks, and --tp is {ranks.size}"
+                )
+            return parts[ranks.rank]
+        raise InputError(without_config(path))
     from weights.hub import is_hub_id, one_line  # here: the hub's client takes its time to import
 
     if not is_hub_id(str(model)):
@@ -58,6 +73,7 @@ def load(
     path: str = "reference",
     swaps: Swaps = (),
     kv_cache_dtype: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> Model:
     """Build the reference model of a checkpoint, in eval mode, without gradients.
 
@@ -77,6 +93,9 @@ def load(
     kv_cache_dtype: "fp8" keeps keys and values in e4m3 (`qwen35.cache.FP8KVCache`), "auto" in the model's
     own dtype.
 
+    ranks: the group of which this process is one rank; then the model is its part, with nodes that join
+    the ranks' results, of a whole checkpoint or of the part that `tools.convert --tp` wrote for it.
+
     A checkpoint without MTP tensors gives a model with `mtp` None. Raises InputError when a tensor is
     missing, unknown or of another shape, and when a GPU has not the memory for the weights; warns when
     the file is not quantised as its config claims.
@@ -85,8 +104,8 @@ def load(
         raise InputError(
             f"kv_cache_dtype {kv_cache_dtype!r}; expected {' or '.join(KV_CACHE_DTYPES)}"
         )
-    folder = locate(model)
-    loader = Loader(folder, dtype=dtype, device=device, path=path, swaps=swaps)
+    folder = locate(model, ranks)
+    loader = Loader(folder, dtype=dtype, device=device, path=path, swaps=swaps, ranks=ranks)
     if loader.path.reason:
         warnings.warn(f"the reference path runs: {loader.path.reason}", stacklevel=2)
     check_memory(loader.nbytes, torch.device(device))
@@ -126,23 +145,43 @@ class Loader:
         device: torch.device | str = "cpu",
         path: str = "reference",
         swaps: Swaps = (),
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.checkpoint = Checkpoint(folder)
+        self.checkpoint = Checkpoint(folder, rank=ranks.rank, size=ranks.size)
         self.checkpoint.check_idle()
         try:
-            self.config = text_model(self.checkpoint)
-            _check_count(self.checkpoint, self.config)
-            self.skeleton = lay_out(self.config)
+            stored = text_model(self.checkpoint)
+            _check_count(self.checkpoint, stored)
+            self.skeleton = lay_out(stored)
             self.checkpoint.check(shapes(self.skeleton))
         finally:
             warn_of_problems(self.checkpoint, stacklevel=4)
+        self.whole = replace(
+            self.checkpoint.whole_config,
+            tie_word_embeddings=stored.tie_word_embeddings,
+            mtp_num_hidden_layers=stored.mtp_num_hidden_layers,
+        )
+        self.config, self.ranks, self.plan = self.whole, ranks, Plan(self.whole, ranks.size)
+        if ranks.size > 1:
+            # Embedding and head show the whole vocabulary, so ids are checked against it.
+            own = self.plan.rank_config()
+            self.config = replace(own, vocab_size=self.whole.vocab_size)
+            self.skeleton = lay_out(own)
+            self.skeleton.config = self.config
+            ranks.agree(checkpoint=contents(self.checkpoint, self.plan))
         self.dtype, self.device = dtype or own_dtype(self.checkpoint), device
-        self.path = choose_path(path, self.config, torch.device(device), self.dtype)
+        self.path = choose_path(path, self.config, torch.device(device), self.dtype, ranks.size)
         layers = [f"layers.{i}" for i in range(self.config.num_hidden_layers)]
         last = ["mtp"] if self.skeleton.mtp is not None else []
         self.stages = ["embed_tokens", *layers, "norm", "lm_head", *last]
         self.swaps = self._nodes_of(swaps)
         self.swapped = set(self.swaps)  # by the caller; other nodes are the fast path's
+        for name, _ in self.skeleton.named_modules():
+            around = [node for node in self.swapped if name.startswith(f"{node}.")]
+            if around and self.plan.is_summed(name):
+                raise InputError(
+                    f"{around[0]} holds {name}, whose results the ranks add up; swap a node inside of it"
+                )
         for node, replacement in self._nodes_of(self.path.swaps).items():
             # A layer in which the caller replaces a node stays the reference's around it.
             if not any(other == node or other.startswith(f"{node}.") for other in self.swapped):
@@ -156,7 +195,7 @@ class Loader:
         for name, shape in shapes(self.skeleton).items():
             entry = self.checkpoint.entries[self._parameter(name)]
             if ".experts." in name:
-                total += entry.nbytes
+                total += entry.nbytes * math.prod(shape) // math.prod(entry.shape)
             else:
                 total += math.prod(shape) * _kept_dtype(name, entry.dtype, self.dtype).itemsize
         return total
@@ -191,16 +230,39 @@ class Loader:
             elif node.startswith(f"{stage}."):
                 inner = node.removeprefix(f"{stage}.")
                 module.set_submodule(inner, instead(node, module.get_submodule(inner), replacement))
+        return module if self.ranks.size == 1 else self._join(stage, module)
+
+    def _join(self, stage: str, module: nn.Module) -> nn.Module:
+        """Put the nodes in that join the ranks' results."""
+        if stage == "embed_tokens":
+            return VocabularyEmbedding(module, self.ranks)
+        if stage == "lm_head":
+            return VocabularyHead(module, self.ranks)
+        for name in [name for name, _ in module.named_modules()]:
+            if self.plan.is_summed(f"{stage}.{name}"):
+                module.set_submodule(name, Summed(module.get_submodule(name), self.ranks))
         return module
 
     def _assign(self, module: nn.Module, name: str, parameter: str) -> None:
         entry = self.checkpoint.entries[self._parameter(parameter)]
+        shard = self._shard(parameter, entry)
         path, _, leaf = name.rpartition(".")
         if ".experts." in parameter and entry.format != "plain":
-            module.set_submodule(path, _quantized_linear(entry).to(self.device))
+            module.set_submodule(path, _quantized_linear(entry, shard).to(self.device))
             return
-        tensor = entry.read(_kept_dtype(parameter, entry.dtype, self.dtype)).to(self.device)
-        setattr(module.get_submodule(path), leaf, nn.Parameter(tensor, requires_grad=False))
+        dtype = _kept_dtype(parameter, entry.dtype, self.dtype)
+        # A mapped tensor is cut first: of what other ranks hold no byte is read.
+        tensor = shard.cut(entry.read(None if entry.format == "plain" else dtype)).to(dtype)
+        if ".experts." not in parameter:  # these stay in the file, columns of it too
+            tensor = tensor.contiguous()
+        weight = nn.Parameter(tensor.to(self.device), requires_grad=False)
+        setattr(module.get_submodule(path), leaf, weight)
+
+    def _shard(self, parameter: str, entry: Entry) -> Shard:
+        """What this rank takes of a parameter in the file."""
+        if self.ranks.size == 1 or self.checkpoint.is_part:
+            return Shard(None)
+        return self.plan.shard(parameter, entry.shape, self.ranks.rank)
 
 
 def warn_of_problems(checkpoint: Checkpoint, stacklevel: int) -> None:
@@ -376,9 +438,17 @@ def _kept_dtype(name: str, stored: torch.dtype, wanted: torch.dtype) -> torch.dt
     return wanted
 
 
-def _quantized_linear(entry: Entry) -> MXFP4Linear | FP8Linear:
+def _quantized_linear(entry: Entry, shard: Shard) -> MXFP4Linear | FP8Linear:
     assert entry.view is None  # experts are published whole, or as slices of a fused tensor
     weight, scale = entry.numbers()
+    try:
+        weight = cut(weight, shard, (1, 2) if entry.format == "mxfp4" else (1, 1))
+        if entry.scale_block is not None:
+            scale = cut(scale, shard, entry.scale_block)
+        elif scale.numel() > 1 and shard.axis == 0:  # one a row
+            scale = shard.cut(scale)
+    except InputError as error:
+        raise InputError(f"{entry.stored_as}: {error}; another --tp may fit") from None
     if entry.format == "mxfp4":
         return MXFP4Linear(weight, scale, entry.stored_as)
     return FP8Linear(weight, scale, entry.stored_as, entry.block)

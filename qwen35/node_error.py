@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen35.errors import InputError
+from qwen35.parallel.watch import RankLostError
 
 LONGEST = 300  # characters of an exception's message that fit into one line
 
@@ -101,12 +102,12 @@ def blaming(model: nn.Module, stage: str = "") -> Iterator[None]:
 
     The exception is named with the node in whose forward it came up: one that was put in, or one that
     could not go on with what such a node had returned. Exceptions of other models pass unchanged, and so
-    does an InputError that no such node's forward raised.
+    do an InputError that no such node's forward raised, and the loss of another rank.
     stage: the name of `model`, where it is a part of one.
     """
     try:
         yield
-    except NodeError:
+    except (NodeError, RankLostError):
         raise
     except Exception as error:
         message = _blame(error, model, stage)

@@ -30,13 +30,17 @@ class Choice:
         return [("layers.*", DecoderLayer), ("mtp", MTP)]  # pyright: ignore (classes with from_reference)
 
 
-def choose_path(wanted: str, config: Config, device: torch.device, dtype: torch.dtype) -> Choice:
+def choose_path(
+    wanted: str, config: Config, device: torch.device, dtype: torch.dtype, ranks: int = 1
+) -> Choice:
     """The path of a model of this shape. InputError for `fast` where it cannot run, naming the reason."""
     if wanted not in PATHS:
         raise InputError(f"path {wanted!r}; expected {', '.join(PATHS)}")
     if wanted == "reference":
         return Choice("reference")
     try:
+        if ranks > 1:
+            raise InputError(f"the fast path runs on one rank; --tp is {ranks}")
         target_of(device)
         check_shapes(config)
         if dtype != torch.bfloat16:

@@ -18,6 +18,7 @@ from qwen35.compare.trace_file import read_trace
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.load import DTYPES, locate
+from qwen35.parallel.ranks import add_ranks, on_ranks
 from qwen35.progress import Progress
 from qwen35.swap import parse_swap
 from qwen35.tokenizer import Tokenizer
@@ -58,6 +59,7 @@ def build_parser() -> Parser:
     add("--device", type=device, default="cpu", metavar="D", help="of all sides (default: cpu)")
     add("--layers", metavar="A-B", help="compare these layers only, as in 0-3")
     add("--report", type=Path, metavar="FILE", help="also write a page, as HTML")
+    add_ranks(parser)
     add("--json", action="store_true", help="print one JSON document")
     return parser
 
@@ -181,6 +183,9 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"{args.report}: {args.report.parent} is not a folder")
     if args.decode < 0:
         raise InputError(f"--decode {args.decode}; expected an integer >= 0")
+    is_folder = args.against != "transformers" and not (args.against or "").endswith(".safetensors")
+    if args.ranks.size > 1 and not is_folder:
+        raise InputError(f"--against {args.against} is not cut over ranks; --tp is {args.tp}")
     candidate: Path | dict[str, Tensor] | None = None
     if args.against == "transformers":
         ids = prompt_ids(args, folder)
@@ -192,7 +197,7 @@ def main(args: argparse.Namespace) -> int:
         if args.ids is not None and parse_ids(args.ids) != ids:
             raise InputError(f"{args.against}: traced with ids {ids}, asked for are {args.ids}")
     else:
-        candidate = locate(args.against) if args.against else None
+        candidate = locate(args.against, args.ranks) if args.against else None
         ids = prompt_ids(args, folder)
     swaps = [parse_swap(text) for text in args.swap]
     with Progress("stages") as bar:
@@ -200,12 +205,15 @@ def main(args: argparse.Namespace) -> int:
             folder, ids, candidate=candidate, swaps=swaps, dtype=DTYPES.get(args.dtype),
             mode=args.mode, oracle_dtype=DTYPES[args.oracle], decode=args.decode,
             stages=chosen_stages(args.layers), device=args.device, progress=bar.at,
+            ranks=args.ranks,
         )  # fmt: skip
     against = args.against or ", ".join(args.swap) or (args.dtype or "the checkpoint's own dtype")
+    if args.ranks.size > 1:
+        against += f", over {args.ranks.size} ranks"
     mode = "free" if isinstance(candidate, dict) else args.mode
     title = f"{args.model} against {against}: {mode}, {len(ids)} tokens"
     found = document(report, title, mode, described(args, ids))
-    if args.report:
+    if args.report and args.ranks.rank == 0:
         try:
             with whole(args.report) as unfinished:
                 unfinished.write_text(page(found), encoding="utf-8")
@@ -219,4 +227,5 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run(build_parser(), main)
+    parser = build_parser()
+    run(parser, on_ranks(parser, main))

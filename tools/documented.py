@@ -19,7 +19,9 @@ from pathlib import Path
 from qwen35.cli import Parser, print_json, run
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("python", "pytest", "pip", "qwen35", ".ci/run", "echo", "printf", "cat", "git")
+PROGRAMS = (
+    "python", "torchrun", "pytest", "pip", "qwen35", ".ci/run", "echo", "printf", "cat", "git",
+)  # fmt: skip
 SHELL = {"|", ">", "<", ";"}  # words that only a shell obeys
 KINDS = {
     "small": "a few seconds on a CPU",
@@ -50,6 +52,16 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "python -m tools.bench generate": ("minutes", "5 minutes, beside transformers"),
     "python -m tools.bench mapped": ("minutes", "a minute: a file of 8 GB, with holes"),
     "python -m tools.bench ttft --plot FILE": ("minutes", "5 minutes; needs matplotlib"),
+    "torchrun --nproc-per-node 2 -m qwen35.generate 'In the beginning' --tp 2": (
+        "minutes", "starts processes; tests/qwen35/parallel has it"),
+    "torchrun --nproc-per-node 4 -m qwen35.generate --tp 4 --chat": (
+        "minutes", "starts processes"),
+    "torchrun --nproc-per-node 2 -m qwen35.generate 'In the beginning' --model parts --tp 2": (
+        "minutes", "starts processes; tests/qwen35/parallel has it"),
+    "torchrun --nproc-per-node 2 -m tools.exact --tp 2": (
+        "minutes", "2 minutes; tests/tools/test_over_ranks.py has a part"),
+    "torchrun --nproc-per-node 2 -m tools.diff tiny --tp 2": (
+        "minutes", "starts processes; tests/tools/test_over_ranks.py has a part"),
     "python -m tools.corpus corpus": ("setup", "fetches packages from Debian"),
     "python -m tools.documented --run minutes": ("minutes", "this command itself"),
     "python -m tools.train_tiny corpus trained": ("gpu", "8 minutes of training, after tools.corpus"),
@@ -245,7 +257,8 @@ def run_page(page: str, kinds: set[str]) -> list[str]:
                 file=sys.stderr,
                 flush=True,
             )
-            is_ours = one.words[0:1] in ((), ("python",), ("qwen35",)) or SHELL & {*one.words}
+            ours = ((), ("python",), ("qwen35",), ("torchrun",))
+            is_ours = one.words[0:1] in ours or SHELL & {*one.words}
             ended = subprocess.run(
                 process(one), cwd=folder if is_ours else ROOT, input=one.input, text=True, check=False,
                 stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -8,11 +8,13 @@ one prompt is walked, in less than a minute for the embedded model.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from qwen35.cli import Parser, device, print_json, run
 from qwen35.errors import InputError
 from qwen35.generation import Generation
 from qwen35.load import DTYPES, load, locate
+from qwen35.parallel.ranks import ALONE, Ranks, add_ranks, on_ranks
 from qwen35.paths import PATHS
 from qwen35.prefix.cache import PrefixCache
 from qwen35.prefix.store import Memory
@@ -39,6 +42,10 @@ CHUNKS = (64, 128, 512, 4096)
 FEW_LENGTHS = (130,)  # without --all
 FEW_WAYS = ((0, 64), (3, 512))  # depths, each with a chunk
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=0.8, top_k=20, seed=5)}
+# What torchrun tells its processes, and what a group of another one must not see.
+OF_TORCHRUN = (
+    "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_",
+)  # fmt: skip
 AMPLE = 1 << 40  # a budget that nothing exceeds
 
 
@@ -78,6 +85,7 @@ def build_parser() -> Parser:
     add("--device", type=device, default="cpu", metavar="D")
     add("--path", choices=PATHS, default="reference",
         help="fast: also list where its tokens leave the reference's")  # fmt: skip
+    add_ranks(parser)
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--json", action="store_true", help="print one JSON document")
     return parser
@@ -168,10 +176,15 @@ def states(length: int) -> int:
     return 2 + hits + (2 if hits else 0)
 
 
-def in_another_process(
-    folder: Path, args: argparse.Namespace, prompts: list[list[int]], depth: int, chunk: int
+def in_other_processes(
+    args: argparse.Namespace, prompts: list[list[int]], depth: int, chunk: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Two processes over one cache folder, one after the other; each document as it comes."""
+    """Two processes (with --tp: two groups of them) over one cache folder, one after the other; each
+    document as it comes."""
+    launcher = [sys.executable]
+    if args.tp > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", args.tp]
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(OF_TORCHRUN)}
     with tempfile.TemporaryDirectory() as scratch:
         requests = Path(scratch) / "requests"
         lines = [
@@ -181,39 +194,49 @@ def in_another_process(
         ]  # fmt: skip
         requests.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
         command = [
-            sys.executable, "-m", "qwen35.generate", "--model", folder, "--requests", requests,
+            *launcher, "-m", "qwen35.generate", "--model", args.model, "--requests", requests,
             "--prefix-cache", f"{scratch}/kept", "--draft-tokens", depth, "--digest", "--ignore-eos",
-            "--prefill-chunk", chunk, "--max-new-tokens", args.new_tokens, "--device", args.device,
-            "--path", args.path, "--kv-cache-dtype", args.kv_cache_dtype,
+            "--prefill-chunk", chunk, "--max-new-tokens", args.new_tokens,
+            "--device", args.device.type if args.tp > 1 else args.device,
+            "--path", args.path, "--kv-cache-dtype", args.kv_cache_dtype, "--tp", args.tp,
             *(["--dtype", args.dtype] if args.dtype else []),
             *(["--threads", args.threads] if args.threads else []),
         ]  # fmt: skip
         for label in ("first process", "from disk"):
             with (Path(scratch) / "errors").open("w+", encoding="utf-8") as errors:
                 with subprocess.Popen(
-                    [*map(str, command)], stdout=subprocess.PIPE, stderr=errors, text=True
-                ) as process:
+                    [*map(str, command)], stdout=subprocess.PIPE, stderr=errors, text=True,
+                    env=environment,
+                ) as process:  # fmt: skip
                     for line in process.stdout or ():
                         yield label, json.loads(line)
                 errors.seek(0)
                 if process.returncode:
-                    raise InputError(errors.read().strip())
+                    raise InputError(own_error(errors.read()))
+
+
+def own_error(text: str) -> str:
+    """What a process that failed said, without what torchrun says around it."""
+    own = [line for line in text.splitlines() if line.startswith("python -m qwen35.generate: ")]
+    own = [line for line in own if ": warning: " not in line]
+    return own[-1] if own else text.strip()
 
 
 def continuations(
     model: Model,
-    folder: Path,
     args: argparse.Namespace,
     prompts: list[list[int]],
     depth: int,
     chunk: int,
     vocab: int | None,
 ) -> Iterator[Cell]:
-    """All prompts at one depth and chunk: here, then in two processes over a folder."""
+    """All prompts at one depth and chunk: here, then in two processes over a folder (rank 0's)."""
+    ranks: Ranks = args.ranks
     for prompt in prompts:
         for name in SAMPLINGS:
             yield from cells(model, prompt, name, depth, chunk, args.new_tokens, vocab)
-    for label, document in in_another_process(folder, args, prompts, depth, chunk):
+    others = partial(in_other_processes, args, prompts, depth, chunk)
+    for label, document in others() if ranks.size == 1 else ranks.share(lambda: list(others())):
         (name, length), draft = document["id"], document["draft"]
         if label == "from disk" and document["cached_tokens"] < length // GRID * GRID:
             raise AssertionError(f"{length} tokens: {document['cache_reason']}")
@@ -236,16 +259,15 @@ def differing(found: list[Cell]) -> list[Cell]:
     return wrong
 
 
-def _load(args: argparse.Namespace, folder: Path, path: str) -> Model:
+def _load(args: argparse.Namespace, folder: Path, path: str, ranks: Ranks) -> Model:
     return load(
         folder, dtype=DTYPES.get(args.dtype), device=args.device, path=path,
-        kv_cache_dtype=args.kv_cache_dtype,
+        kv_cache_dtype=args.kv_cache_dtype, ranks=ranks,
     )  # fmt: skip
 
 
 def departures(
     args: argparse.Namespace,
-    folder: Path,
     prompts: list[list[int]],
     found: list[Cell],
     vocab: int | None,
@@ -253,7 +275,7 @@ def departures(
     """Where a greedy or sampled text first leaves the reference's, and how far apart the reference has
     the logits of the two tokens: a kernel that is right differs by rounding, so only where two nearly
     tie."""
-    model = _load(args, folder, "reference")
+    model = _load(args, locate(args.model), "reference", ALONE)
     rows: list[dict[str, Any]] = []
     for prompt in prompts:
         for name, sampling in SAMPLINGS.items():
@@ -273,8 +295,9 @@ def departures(
 
 
 def main(args: argparse.Namespace) -> int:
-    folder = locate(args.model)
-    model = _load(args, folder, args.path)
+    ranks: Ranks = args.ranks
+    folder = locate(args.model, ranks)
+    model = _load(args, folder, args.path, ranks)
     vocabulary = model.config.vocab_size
     vocab = Tokenizer(folder).size if (folder / "tokenizer.json").exists() else None
     lengths, ways = walk(args)
@@ -284,15 +307,19 @@ def main(args: argparse.Namespace) -> int:
     with Progress("continuations", len(ways) * of_a_way) as progress:
         for depth, chunk in ways:
             progress.note = f"depth {depth}, chunk {chunk}; {len(differing(found))} differ so far"
-            for cell in continuations(model, folder, args, prompts, depth, chunk, vocab):
+            for cell in continuations(model, args, prompts, depth, chunk, vocab):
                 found.append(cell)
                 progress.update()
     wrong = differing(found)
-    left = departures(args, folder, prompts, found, vocab) if args.path == "fast" else []
+    everyone = ranks.exchange([[*cell.tokens, cell.digest] for cell in found])
+    apart = [any(other != same[0] for other in same) for same in zip(*everyone, strict=True)]
+    wrong += [cell for cell, is_apart in zip(found, apart, strict=True) if is_apart]
+    is_other = args.path == "fast" or ranks.size > 1  # rounds otherwise than the reference
+    left = ranks.share(partial(departures, args, prompts, found, vocab)) if is_other else []
     if args.json:
         rows = [vars(cell) for cell in wrong]
         document = {"pass": not wrong, "cells": len(found), "differ": rows}
-        print_json(document | ({"departures": left} if args.path == "fast" else {}))
+        print_json(document | ({"departures": left} if is_other else {}))
     else:
         for row in left:
             print(
@@ -309,4 +336,5 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run(build_parser(), main)
+    parser = build_parser()
+    run(parser, on_ranks(parser, main))

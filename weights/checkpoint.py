@@ -33,6 +33,7 @@ from weights.entry import (
 from weights.expert_scales import expert_scales, is_unscaled
 from weights.quantization import PREFIX, Quantization, compare, name_pattern
 from weights.ranks import join_command, open_ranks, rank_folders, rank_of
+from weights.shard import Plan
 from weights.storage import DTYPE_NAMES, Stored, open_folder, same_values, some
 
 COMPUTED = re.compile(
@@ -45,6 +46,8 @@ class Checkpoint:
     """The dialects of Qwen3.5, 3.6 and 3-Next: BF16, FP8 and MXFP4, in one file or in shards.
 
     config: the shape that `config.json` states; document: that file as it is; quantization: its claim.
+    is_part: whether the folder is the part of one rank, which has to be `rank` of `size`; then `config`
+    has the sizes of that part, and `whole_config` those of the whole.
     stored: every tensor, by its name in the files. entries: by parameter name; parts: the parameters in a
     stored tensor. ignored: by stored name why a tensor is no part of the text model. problems: lines on
     what is not as the files claim, for a warning; notes: lines on what is merely good to know.
@@ -57,7 +60,9 @@ class Checkpoint:
     InputError, one line, for a folder that is not such a checkpoint, or not whole.
     """
 
-    def __init__(self, folder: str | Path, *, is_hollow: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, *, is_hollow: bool = False, rank: int = 0, size: int = 1
+    ) -> None:
         self.folder, self.is_hollow = Path(folder), is_hollow
         if not self.folder.is_dir():
             raise InputError(f"{self.folder}: no such folder")
@@ -69,11 +74,17 @@ class Checkpoint:
         self.config = Config.from_file(config_file)
         self.document = json.loads(config_file.read_bytes())
         part = rank_of(self.document, config_file)
-        if part is not None and not self.ranks:
-            raise InputError(
-                f"{self.folder}: holds rank {part[0]} of {part[1]}, and whole checkpoints are read here; "
-                f"the ranks are joined by: {join_command(self.folder.parent)}"
-            )
+        self.is_part, self.whole_config = part is not None and not self.ranks, self.config
+        if part is not None and self.is_part:
+            held = f"{self.folder}: holds rank {part[0]} of {part[1]}"
+            if size == 1:
+                raise InputError(
+                    f"{held}, and whole checkpoints are read here; "
+                    f"the ranks are joined by: {join_command(self.folder.parent)}"
+                )
+            if part != (rank, size):
+                raise InputError(f"{held}, and rank {rank} of {size} is read here")
+            self.config = Plan(self.config, size).rank_config()
         self.document.pop("tensor_parallel", None)
         try:
             self.quantization = Quantization.from_config(self.document)

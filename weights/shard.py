@@ -36,7 +36,7 @@ def _value_heads_per_key_head(c: Config) -> int:
 
 
 VOCABULARY = Section("vocab_size")
-# Delta net. A key head and the value heads that it serves go to one rank.
+# Delta net. Value heads go to the rank that has the key head which serves them.
 KEYS = Section("linear_num_key_heads", lambda c: c.linear_key_head_dim)
 VALUES = Section("linear_num_value_heads", lambda c: c.linear_value_head_dim)
 VALUE_HEADS = Section("linear_num_value_heads")
@@ -89,10 +89,18 @@ TABLE: tuple[tuple[str, int | None, tuple[Section, ...]], ...] = (
     ("visual.*", None, ()),
 )
 
+# Nodes whose results the ranks add up, since a matrix of theirs is cut along the axis that its product
+# sums over; written as in TABLE.
+SUMMED = "layers.N.(linear_attn|self_attn|mlp)"
+
+# Heads that neighbouring ranks hold together where there are fewer of them than ranks: each computes
+# with the same keys.
+SHARED_HEADS = (KV.count, KEYS.count)
+
 
 def units(count: int, size: int, rank: int) -> tuple[int, int]:
     """(first, end) of the units that a rank holds: count / size of them, or, where there are fewer
-    units than ranks (KV heads), the one that it shares with its neighbours."""
+    units than ranks (SHARED_HEADS), the one that it shares with its neighbours."""
     first = rank * count // size
     return first, first - (-count // size)  # count / size, rounded up
 
@@ -168,10 +176,11 @@ class Plan:
         self.size = size
         self._counts = {name: getattr(config, name) for name in _counted(config)}
         for name, count in self._counts.items():
-            if name == KV.count and size % count == 0:
+            is_shared = name in SHARED_HEADS
+            if is_shared and size % count == 0:
                 continue
             if count % size:
-                or_else = f", nor does it divide {size}" if name == KV.count else ""
+                or_else = f", nor does it divide {size}" if is_shared else ""
                 raise InputError(
                     f"{name} = {count} is not divisible by tensor-parallel size {size}{or_else}"
                 )
@@ -198,8 +207,13 @@ class Plan:
             return Shard(None)
         ranges, start = [], 0
         for section, length in zip(sections, lengths, strict=True):
-            width = section.width(self.config)
-            first, end = units(self._counts[section.count], self.size, rank)
+            width, count = section.width(self.config), self._counts[section.count]
+            if section in (QKVZ_GROUPS, BA_GROUPS) and count < self.size:
+                raise InputError(
+                    f"{name} holds each key head beside its value heads; {section.count} = {count} is "
+                    f"not divisible by tensor-parallel size {self.size}"
+                )
+            first, end = units(count, self.size, rank)
             ranges.append((start + first * width, start + end * width))
             start += length
         return Shard(axis, tuple(ranges))
@@ -214,6 +228,14 @@ class Plan:
         """The sizes of one rank's modules. Ids and prompts are still the whole config's to check."""
         held = {name: units(count, self.size, 0) for name, count in self._counts.items()}
         return replace(self.config, **{name: end - first for name, (first, end) in held.items()})
+
+    def is_summed(self, node: str) -> bool:
+        """Whether the ranks' results of a node of the model, each from its own part, add up."""
+        return self.size > 1 and _compiled(SUMMED).fullmatch(node) is not None
+
+    def is_whole(self, name: str) -> bool:
+        """Whether each rank holds all of a tensor of the checkpoint."""
+        return self._rule(name)[0] is None
 
     def _lengths(self, name: str, sections: tuple[Section, ...]) -> list[int]:
         """The elements of each section."""

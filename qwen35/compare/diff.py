@@ -26,6 +26,9 @@ from qwen35.compare.judge import Judge, Mode, Report
 from qwen35.errors import InputError
 from qwen35.load import Loader, Swaps, locate
 from qwen35.node_error import blaming, check_alike
+from qwen35.parallel.nodes import Joined
+from qwen35.parallel.ranks import ALONE, Ranks
+from qwen35.parallel.states import Parts
 from qwen35.swap import nodes, replaced
 from reference.linear import DECODE_ROWS, GRID, linear
 from reference.model import Model
@@ -59,6 +62,7 @@ def diff(
     stages: Callable[[str], bool] = lambda stage: True,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Compare a candidate with the reference of a checkpoint over `ids`, teacher-forced.
 
@@ -66,7 +70,9 @@ def diff(
     -> output of one pass over `ids`, compared free); None: the same checkpoint in `dtype` with `swaps`.
     decode: how many of the last ids are decoded. stages: which are compared; those before the last of
     them are run, the rest is not. device: where all sides run; None: where a built model is, and else the
-    CPU.
+    CPU. ranks: the group over which a candidate that is a folder is cut; each rank calls this, and each
+    gets the report. What lies inside of a node whose results the ranks add up is not compared, but for
+    the router.
 
     InputError for bad folders, other shapes than the reference's, and ids that the model cannot take.
     NodeError for a node that was put in and breaks, or returns another shape or kind of numbers.
@@ -82,13 +88,13 @@ def diff(
     if isinstance(candidate, Model | dict):
         sources.append(candidate)
     else:
-        other = locate(candidate) if candidate is not None else folder
-        sources.append(Loader(other, dtype=dtype, device=device, swaps=swaps))
+        other = locate(candidate, ranks) if candidate is not None else folder
+        sources.append(Loader(other, dtype=dtype, device=device, swaps=swaps, ranks=ranks))
     plan = passes(len(ids), min(decode, len(ids) - 1))
     if isinstance(candidate, dict):
         mode, plan = "free", [("prefill", 0, len(ids))]
     sides = [Side(source, torch.tensor([list(ids)], device=device), plan) for source in sources]
-    oracle.config.check_same_shape(sides[2].config or oracle.config)
+    oracle.config.check_same_shape(sides[2].whole or oracle.config)
     chosen = [name for name in oracle.stages if stages(name)]
     if not chosen:
         raise InputError(f"no stage is chosen; there are {', '.join(oracle.stages)}")
@@ -137,6 +143,9 @@ class Side:
     ) -> None:
         self.source, self.tokens, self.plan = source, tokens, plan
         self.config = None if isinstance(source, dict) else source.config
+        self.whole, self.parts = self.config, None
+        if isinstance(source, Loader) and source.ranks.size > 1:
+            self.whole, self.parts = source.whole, Parts(source.plan, source.ranks)
         self.outputs: dict[str, list[Tensor]] = {}  # of the stages that a later one needs
 
     def stage(self, name: str) -> tuple[nn.Module, list[Any]]:
@@ -149,6 +158,15 @@ class Side:
             return module, [cache.mtp]
         is_layer = name.startswith("layers.")
         return module, [cache.layers[int(name.removeprefix("layers."))]] if is_layer else []
+
+    def held(self, state: State, like: State) -> State:
+        """A copy of a whole state, or of what this side holds of it, in the dtypes of its own."""
+        own = state if self.parts is None else self.parts.cut(state)
+        return own.copy(like=like)  # pyright: ignore (of the same kind)
+
+    def shown(self, state: State) -> State:
+        """A state of this side as a whole."""
+        return state if self.parts is None else self.parts.join(state)
 
     def inputs(self, stage: str) -> list[list[Tensor]]:
         """The arguments of a stage in each pass, but for the state. The MTP head takes the token that
@@ -209,20 +227,21 @@ def run_stage(stage: str, sides: list[Side], judge: Judge, *, compared: bool) ->
                 given, own = arguments[i if free else 0][number], states[i]
                 if not free and i:  # only to see with which dtypes this side calls each node
                     given = [_like(a, running[i].source) for a in given]
-                    own = [held.copy(like=state) for held, state in zip(before, own, strict=True)]
+                    own = [running[i].held(*pair) for pair in zip(before, own, strict=True)]
                 held = calls[2] if free and i < 2 else {}
                 with observed(named[i], calls[i], held, like=calls[0] if i == 2 else {}):
                     outputs[i].append(modules[i](*given, *own))
             if free and running == sides:
                 check_returns(named[2], calls[2], calls[0])
             if compared:
-                compare(named, calls, phase, span, judge)
+                compare(running, named, calls, phase, span, judge)
     for side, own in zip(running if free else sides[:1], outputs, strict=False):
         side.advance(stage, own)
     if compared and free and running == sides:
         whole = 0, sides[0].plan[-1][2]
         for ended in zip(*states, strict=True):
-            judge.add_states(stage, "after all", ended, whole)
+            shown = [side.shown(state) for side, state in zip(sides, ended, strict=True)]
+            judge.add_states(stage, "after all", shown, whole)
 
 
 def check_returns(nodes_: dict[str, nn.Module], calls: Calls, expected: Calls) -> None:
@@ -233,17 +252,18 @@ def check_returns(nodes_: dict[str, nn.Module], calls: Calls, expected: Calls) -
 
 
 def compare(
-    sides: list[dict[str, nn.Module]],
+    sides: list[Side],
+    modules: list[dict[str, nn.Module]],
     calls: list[Calls],
     phase: str,
     span: tuple[int, int],
     judge: Judge,
 ) -> None:
-    """All nodes of a stage that every side has called in one pass. sides: modules by node. span: the
-    pass's first token and the one after its last."""
-    router = next((node for node, module in sides[0].items() if isinstance(module, Router)), "")
+    """All nodes of a stage that every side has called in one pass. modules: of each side, by node. span:
+    the pass's first token and the one after its last."""
+    router = next((node for node, module in modules[0].items() if isinstance(module, Router)), "")
     given = [of_side[router].given[0] for of_side in calls[:2]] if router else []
-    choice = _gaps(given, [side[router] for side in sides[:2]]) if router else None
+    choice = _gaps(given, [own[router] for own in modules[:2]]) if router else None
     mixer = [
         node for node, call in calls[0].items() if any(isinstance(v, State) for v in call.given)
     ][-1:]
@@ -253,7 +273,8 @@ def compare(
             continue
         results, states = [of_side[node].result for of_side in calls], []
         if judge.mode == "local":
-            results, states = _local([s[node] for s in sides], [c[node].given for c in calls])
+            own = [own[node] for own in modules]
+            results, states = _local(sides, own, [c[node].given for c in calls])
         if choice and node == router:
             judge.add_choice(node, phase, results, *choice, span)
             continue
@@ -266,16 +287,21 @@ def compare(
             judge.add_tokens(results[0], results[2])
 
 
-def _local(modules: list[Any], given: list[tuple[Any, ...]]) -> tuple[list[Any], list[State]]:
+def _local(
+    sides: list[Side], modules: list[Any], given: list[tuple[Any, ...]]
+) -> tuple[list[Any], list[State]]:
     """One node on all sides: its results, and its state afterwards. The oracle's inputs are rounded to
     the yardstick's dtypes first, so that all sides have the same values, each in its own dtypes."""
     rounded = [_like(value, kind) for value, kind in zip(given[0], given[1], strict=True)]
     results: list[Any] = []
     states: list[State] = []
-    for module, kinds in zip(modules, given, strict=True):
-        own = [_like(value, kind) for value, kind in zip(rounded, kinds, strict=True)]
+    for side, module, kinds in zip(sides, modules, given, strict=True):
+        own = [
+            side.held(value, kind) if isinstance(value, State) else _like(value, kind)
+            for value, kind in zip(rounded, kinds, strict=True)
+        ]
         results.append(module(*own))
-        states += [value for value in own if isinstance(value, State)]
+        states += [side.shown(value) for value in own if isinstance(value, State)]
     return results, states
 
 
@@ -302,9 +328,15 @@ def _gaps(given: list[Tensor], routers: list[Any]) -> tuple[Tensor, Tensor]:
 
 
 def _nodes_of(stage: str, module: nn.Module) -> dict[str, nn.Module]:
-    """A stage and the nodes inside it, by their names in the model."""
+    """A stage and the nodes inside it, by their names in the model. Inside of a node that joins ranks,
+    only the router computes what the whole model does."""
     inner = nodes(module, "*") if next(module.children(), None) is not None else {}
-    return {stage: module} | {f"{stage}.{name}": node for name, node in inner.items()}
+    joined = tuple(f"{name}." for name, node in inner.items() if isinstance(node, Joined))
+    return {stage: module} | {
+        f"{stage}.{name}": node
+        for name, node in inner.items()
+        if not name.startswith(joined) or isinstance(node, Router)
+    }
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qwen35.cache import Cache, KVCache
+from qwen35.parallel.nodes import ranks_of
 from qwen35.prefix.keys import chained, identity, root_of
 from qwen35.prefix.store import Memory, Segment, Store
 from reference.linear import GRID
@@ -71,12 +72,31 @@ class PrefixCache:
         hashes = chained(root_of(identity(self.model, self.checkpoint)), ids)
         pinned: list[str] = []
         try:
-            return self._begin(ids, hashes, draft, pinned)
+            found = self._begin(ids, hashes, draft, pinned)
         except OSError as error:
             for key in pinned:
                 self.store.unpin(key)
             self._warn_once(f"it cannot be read, and is not used: {error}")
-            return Reuse(0, "it cannot be read", [], hashes, [], [])
+            found = Reuse(0, "it cannot be read", [], hashes, [], [])
+        self._agree(found)
+        return found
+
+    def _agree(self, reuse: Reuse) -> None:
+        """Take over what every rank has, and stop where any of them stops: passes are made together."""
+        ranks = ranks_of(self.model)
+        if ranks.size == 1:
+            return
+        ends = [segment.end for segment, _ in reuse.chain]
+        everyone = ranks.exchange({"ends": ends, "stops": reuse.stops})
+        length = max(set.intersection(*({0, *of_rank["ends"]} for of_rank in everyone)))
+        kept = sum(end <= length for end in ends)
+        for key in reuse.pinned[kept:]:
+            self.store.unpin(key)
+        if length < reuse.length:
+            reuse.reason = f"{reuse.length} tokens are kept on rank {ranks.rank}, fewer on another"
+        reuse.length, reuse.chain, reuse.pinned = length, reuse.chain[:kept], reuse.pinned[:kept]
+        stops = {stop for of_rank in everyone for stop in of_rank["stops"] + of_rank["ends"]}
+        reuse.stops = sorted(stop for stop in stops if stop > length)
 
     def _begin(self, ids: list[int], hashes: list[str], draft: bool, pinned: list[str]) -> Reuse:
         with self.store.exclusive():

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qwen35.parallel.nodes import ranks_of
 from qwen35.swap import nodes
 from reference.linear import GRID
 from reference.model import Model
@@ -40,7 +41,9 @@ def identity(model: Model, checkpoint: str) -> dict[str, str]:
     swapped = [
         line for line in classes if not line.partition("=")[2].startswith(("reference.", "torch."))
     ]
-    return {
+    ranks = ranks_of(model)
+    part = {"part": f"rank {ranks.rank} of {ranks.size}"} if ranks.size > 1 else {}
+    return part | {
         "checkpoint": checkpoint,
         "dtype": str(model.dtype).removeprefix("torch."),
         "kv_cache_dtype": model.kv_cache_dtype,

@@ -25,6 +25,7 @@ from qwen35.errors import InputError
 from qwen35.generate import build_parser, main
 from qwen35.load import load
 from qwen35.messages import Message
+from qwen35.parallel.ranks import Ranks
 from qwen35.tokenizer import Prompt, Tokenizer
 from tests.support.checkpoints import write_endless
 
@@ -235,6 +236,26 @@ def test_what_of_a_stopped_answer_is_kept(
     out, err = capsys.readouterr()
     assert line in err
     assert out.splitlines()[-1] == "AAAAA"
+
+
+@pytest.mark.usefixtures("default_handler")
+def test_over_several_ranks_an_interrupt_ends_the_program(
+    endless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: ranks that waited for their pass to end would not stop in the same one."""
+    tokenizer, model = Tokenizer(endless), load(endless)
+    completer = Completer(model, tokenizer, Defaults.of_folder(endless, model.config, tokenizer))
+    forward = model.forward
+
+    def pressed(ids: Tensor, cache: Cache) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return forward(ids, cache)
+
+    monkeypatch.setattr(model, "forward", pressed)
+    settings = Settings(max_new_tokens=5, draft_tokens=0)
+    with pytest.raises(KeyboardInterrupt) as at_once:
+        converse(completer, settings, [], "Hi", Ranks(0, 2))
+    assert at_once.type is KeyboardInterrupt
 
 
 def test_a_system_message(

@@ -16,6 +16,7 @@ from qwen35.errors import InputError
 from qwen35.generate import build_parser, main
 from qwen35.load import TINY, load
 from qwen35.node_error import NodeError, blaming, watched
+from qwen35.parallel.watch import RankLostError
 from qwen35.swap import parse_swap, swap, swapped
 from tests.support.family import small_model
 
@@ -211,6 +212,19 @@ def test_other_exceptions_pass() -> None:
         raise ZeroDivisionError
     with pytest.raises(InputError, match=r"^no node$"), blaming(model):
         raise InputError("no node")
+
+
+def test_a_lost_rank_is_no_fault_of_a_node() -> None:
+    """Also in the forward of a node that has one inside which was put in."""
+    model = small_model("397B-A17B")
+    swap(model, "layers.0.mlp.shared_expert", Candidate)
+
+    def lose(*_: object) -> None:
+        raise RankLostError("connection closed")
+
+    model.layers[0].mlp.register_forward_hook(lose)
+    with pytest.raises(RankLostError), blaming(model):
+        model(torch.tensor([[1, 2, 3]]), model.new_cache())
 
 
 def test_a_watch_stays_with_its_node() -> None:

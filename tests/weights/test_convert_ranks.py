@@ -192,7 +192,11 @@ def test_ranks_of_a_checkpoint_that_stays_as_it_is(tmp_path: Path) -> None:
     [
         ({}, 2, ["layers.0.mlp.experts.0.down_proj", "16", "32"]),
         ({"moe_intermediate_size": 96}, 2, ["layers.0.mlp.experts.0.down_proj", "48", "32"]),
-        ({}, 4, ["linear_num_key_heads", "4"]),
+        (
+            {"linear_num_key_heads": 6, "linear_num_value_heads": 6},
+            4,
+            ["linear_num_key_heads = 6", "4"],
+        ),
         ({"vocab_size": 161}, 2, ["vocab_size = 161", "2"]),
     ],
 )

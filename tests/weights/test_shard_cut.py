@@ -11,7 +11,7 @@ from torch import Tensor
 from qwen35.config import Config
 from qwen35.errors import InputError
 from tests.support.shards import noise
-from weights.shard import Plan, Shard, join
+from weights.shard import TABLE, Plan, Shard, join
 
 
 @pytest.fixture(autouse=True)
@@ -131,8 +131,8 @@ BIG = Config.published("397B-A17B")
         ({"shared_expert_intermediate_size": 1020}, 8,
          "shared_expert_intermediate_size = 1020 is not divisible by tensor-parallel size 8"),
         ({"vocab_size": 248077}, 2, "vocab_size = 248077 is not divisible by tensor-parallel size 2"),
-        ({"linear_num_key_heads": 2}, 4,
-         "linear_num_key_heads = 2 is not divisible by tensor-parallel size 4"),
+        ({"linear_num_key_heads": 6, "linear_num_value_heads": 12}, 4,
+         "linear_num_key_heads = 6 is not divisible by tensor-parallel size 4, nor does it divide 4"),
         ({"num_attention_heads": 12}, 8,
          "num_attention_heads = 12 is not divisible by tensor-parallel size 8"),
         ({"num_attention_heads": 48, "num_key_value_heads": 6}, 4,
@@ -144,6 +144,34 @@ BIG = Config.published("397B-A17B")
 def test_sizes_that_do_not_divide(changed: dict[str, Any], size: int, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         Plan(replace(BIG, **changed), size)
+
+
+def test_grouped_projections_of_shared_key_heads_are_refused() -> None:
+    """Qwen3-Next stores a key head beside all value heads that it serves, of which a rank needs some."""
+    plan = Plan(replace(BIG, linear_num_key_heads=2), 4)
+    assert plan.rank_config().linear_num_key_heads == 1
+    assert plan.shard("layers.0.linear_attn.in_proj_a.weight", (64, 1), 1).ranges == ((16, 32),)
+    for name, rows in (("qkvz", 2 * 2 * 128 + 2 * 64 * 128), ("ba", 2 * 64)):
+        with pytest.raises(
+            InputError, match=r"linear_num_key_heads = 2 is not divisible by .* size 4"
+        ):
+            plan.shard(f"layers.0.linear_attn.in_proj_{name}.weight", (rows, 1), 1)
+
+
+def test_a_node_is_summed_where_a_product_is_cut_along_its_sum() -> None:
+    """The line of nodes that the ranks add up, against the table of matrices."""
+    plan = Plan(BIG, 8)
+    for names, axis, sections in TABLE:
+        if not sections or not names.startswith("layers"):
+            continue
+        node = ".".join(names.replace("N", "0").split(".")[:3])
+        summed_axis = 2 if names.endswith("experts.down_proj") else 1
+        is_along = axis == summed_axis and not names.endswith("gate_up_proj")
+        assert plan.is_summed(node), names
+        assert is_along == bool(re.search(r"(down_proj|out_proj|o_proj)", names)), names
+    assert plan.is_summed("mtp.layers.0.mlp") and not plan.is_summed("layers.0.mlp.experts")
+    assert not plan.is_summed("layers.0") and not plan.is_summed("lm_head")
+    assert not Plan(BIG, 1).is_summed("layers.0.mlp")
 
 
 def test_a_size_that_nothing_has_need_not_divide() -> None:

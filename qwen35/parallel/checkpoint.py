@@ -1,0 +1,33 @@
+"""Whether all ranks read the same checkpoint."""
+
+import hashlib
+import json
+
+from weights.checkpoint import Checkpoint
+from weights.shard import Plan
+
+ENDS = 1 << 20  # bytes that are looked at, at both ends of a file
+
+
+def contents(checkpoint: Checkpoint, plan: Plan) -> str:
+    """A word for what a rank reads, the same on every rank that reads its part of the same weights.
+
+    Of a whole checkpoint: the files' names and sizes and their first and last MiB. Of one rank's part:
+    names, sizes, and the tensors that all ranks hold whole (norms, routers). Not every byte, so ranks
+    whose checkpoints differ elsewhere are not found out.
+    """
+    total = hashlib.sha256(json.dumps(checkpoint.document, sort_keys=True).encode())
+    for file in sorted(checkpoint.folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        total.update(f"{file.name} {size}\n".encode())
+        if checkpoint.is_part:
+            continue
+        with file.open("rb") as handle:
+            total.update(handle.read(ENDS))
+            handle.seek(max(0, size - ENDS))
+            total.update(handle.read(ENDS))
+    if checkpoint.is_part:
+        for name, entry in sorted(checkpoint.entries.items()):
+            if plan.is_whole(name):
+                total.update(name.encode() + entry.read().double().numpy().tobytes())
+    return f"{'one part' if checkpoint.is_part else 'whole'} {total.hexdigest()[:12]}"

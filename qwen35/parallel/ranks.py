@@ -1,0 +1,215 @@
+"""The ranks of one model: started by torchrun, one process each.
+
+`on_ranks` runs a command line's main on each of them. Tensors go over torch.distributed (`reduce.py`);
+what the ranks have to agree on, in words, goes over its store as JSON (`store.py`), and `watch.py` ends
+all of them when one fails.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from qwen35.cli import Parser, installed
+from qwen35.errors import InputError
+from qwen35.parallel.reduce import AllGather, Transport
+from qwen35.parallel.store import JOIN_S, Connection
+from qwen35.parallel.watch import RankLostError, Watch
+from weights.shard import SIZES
+
+COLLECTIVE = timedelta(
+    minutes=10
+)  # for a rank that lives, and does not come to where the others wait
+SOURCES = ("qwen35", "reference", "fast", "weights", "tools")
+T = TypeVar("T")
+
+
+class Ranks:
+    """One process's place in its group. `ALONE` is a group of one, for which nothing is started."""
+
+    def __init__(
+        self, rank: int = 0, size: int = 1, transport: Transport | None = None,
+        connection: Connection | None = None,
+    ) -> None:  # fmt: skip
+        self.rank, self.size = rank, size
+        self.transport, self.connection = transport, connection
+        self.exchanges = 0
+
+    def gather(self, x: Tensor) -> Tensor:
+        """A tensor of every rank, all of one shape and dtype, in their order: [ranks, *x.shape]."""
+        return x[None] if self.transport is None else self._joined(self.transport.gather, x)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Add a tensor over the ranks: in their order, in float32, rounded once."""
+        return x if self.transport is None else self._joined(self.transport.sum, x)
+
+    def _joined(self, operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        try:
+            return operation(x)
+        except RuntimeError as error:  # the connection to another rank broke
+            raise RankLostError(str(error).splitlines()[0]) from error
+
+    def exchange(self, value: Any, wait_s: float | None = None) -> list[Any]:
+        """A value of every rank, as JSON, in their order. wait_s: InputError when one lacks by then; None
+        waits as long as all live."""
+        if self.connection is None:
+            return [value]
+        self.exchanges += 1
+        return self.connection.exchange(f"value/{self.exchanges}", value, wait_s)
+
+    def share(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, as JSON, on every rank: a text that only one of them can read."""
+        if self.connection is None:
+            return make()
+        return self.exchange(make() if self.rank == 0 else None)[0]
+
+    def agree(self, **values: Any) -> None:
+        """InputError, naming the first of these values that is not the same on every rank."""
+        everyone = self.exchange(values, JOIN_S)
+        for name, ours in everyone[0].items():
+            for rank, theirs in enumerate(everyone):
+                if theirs[name] != ours:
+                    raise InputError(
+                        f"{name} is {ours} on rank 0 and {theirs[name]} on rank {rank}"
+                    )
+
+
+ALONE = Ranks()
+
+
+def add_ranks(parser: Parser) -> None:
+    """The option `--tp` of a command line whose main is run by `on_ranks`."""
+    parser.add_argument(
+        "--tp", type=int, choices=SIZES, default=1, metavar="N",
+        help="tensor parallel over N processes, which torchrun starts",
+    )  # fmt: skip
+    parser.set_defaults(ranks=ALONE)
+
+
+def on_ranks(
+    parser: Parser, main: Callable[[argparse.Namespace], int]
+) -> Callable[[argparse.Namespace], int]:
+    """Run `main(args)` on each rank, with its group in `args.ranks`. Only rank 0 prints.
+
+    An error on one rank ends all of them: rank 0 says it in one line, and each exits with its status.
+    """
+
+    def run(args: argparse.Namespace) -> int:
+        size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+        if size == 1 and args.tp == 1:
+            return main(args)
+        if size == 1:
+            module = parser.prog.removeprefix("python -m ")
+            words = shlex.join(sys.argv[1:])
+            raise InputError(
+                f"--tp {args.tp} needs {args.tp} processes: "
+                f"torchrun --nproc-per-node {args.tp} -m {module} {words}"
+            )
+        with group(parser.prog, size, args) as args.ranks:
+            return main(args)
+
+    return run
+
+
+@contextmanager
+def group(prog: str, size: int, args: argparse.Namespace) -> Iterator[Ranks]:
+    """Join the group that the environment describes, and leave it together with all others."""
+    rank = int(os.environ["RANK"])
+    with Watch(prog, rank, debug=args.debug) as watch:
+        if not dist.is_available():
+            raise InputError(
+                f"torch {torch.__version__} has no torch.distributed, which --tp needs"
+            )
+        connection = watch.start(lambda: connect(rank, size))
+        ranks = Ranks(rank, size, None, connection)
+        device = place(args)
+        ranks.agree(**versions(device))
+        ranks.agree(**given(args))
+        if args.tp != size:
+            raise InputError(f"--tp {args.tp}, but torchrun started {size} processes")
+        dist.init_process_group(
+            backend_of(device), store=connection.part("transport"), rank=rank, world_size=size,
+            timeout=COLLECTIVE, device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
+        ranks.transport = AllGather(size)
+        yield ranks
+    dist.destroy_process_group()
+
+
+def connect(rank: int, size: int) -> Connection:
+    """Find the group's store where torchrun's environment says that it is."""
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError):
+        raise InputError("MASTER_ADDR and MASTER_PORT do not say where rank 0 is") from None
+    is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Connection(rank, size, host, port, is_kept=is_kept)
+
+
+def place(args: argparse.Namespace) -> torch.device:
+    """This rank's device. `--device cuda` is the card of its local rank; `args.device` says so after."""
+    asked: torch.device = getattr(args, "device", torch.device("cpu"))
+    if asked.type != "cuda":
+        return torch.device("cpu")
+    if asked.index is not None:
+        raise InputError(f"--device {asked}: each rank takes a card of its own; give --device cuda")
+    local, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= cards:
+        raise InputError(
+            f"--device cuda: local rank {local} needs cuda:{local}, {cards} cards are here"
+        )
+    args.device = torch.device("cuda", local)
+    torch.cuda.set_device(local)
+    return args.device
+
+
+def backend_of(device: torch.device) -> str:
+    """What torch.distributed runs on. InputError where this torch lacks it."""
+    name = "nccl" if device.type == "cuda" else "gloo"
+    if not (dist.is_nccl_available() if name == "nccl" else dist.is_gloo_available()):
+        raise InputError(
+            f"torch {torch.__version__} has no {name}, which --tp needs on {device.type}"
+        )
+    return name
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """The command line in JSON. Of paths only whether they are there: each machine may have its own."""
+    paths = ("model", "prefix_cache", "prompt_file", "requests", "report")
+    own = ("ranks", "debug", "device", "command")
+    values = {n: v is not None if n in paths else v for n, v in vars(args).items() if n not in own}
+    return {
+        f"--{n.replace('_', '-')}": json.loads(json.dumps(v, default=str))
+        for n, v in values.items()
+    }
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What decides about bits beside the checkpoint and the arguments."""
+    from qwen35.prefix.keys import processor  # here: it imports the nodes, which import this file
+
+    is_card = device.type == "cuda"
+    return {
+        "version": f"{installed('qwen35')} ({sources()})",
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if is_card else processor(),
+    }
+
+
+def sources() -> str:
+    """Eight hex digits of the project's own Python files."""
+    root, total = Path(__file__).parents[2], hashlib.sha256()
+    for file in sorted(file for package in SOURCES for file in (root / package).rglob("*.py")):
+        total.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return total.hexdigest()[:8]

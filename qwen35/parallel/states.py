@@ -1,0 +1,48 @@
+"""One rank's part of a layer's state, and the whole from all parts: heads, as its nodes hold them."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from qwen35.cache import DeltaState, KVCache, State
+from qwen35.parallel.ranks import Ranks
+from weights.shard import Plan, Shard, join, units
+
+
+class Parts:
+    """How the states of a model lie on its ranks."""
+
+    def __init__(self, plan: Plan, ranks: Ranks) -> None:
+        self.plan, self.ranks = plan, ranks
+
+    def cut(self, state: State) -> State:
+        """What this rank holds of a whole state: a copy."""
+        rank = self.ranks.rank
+        return _each(state, lambda name, tensor: self._shards(name)[rank].cut(tensor).clone())
+
+    def join(self, state: State) -> State:
+        """The whole of which every rank gives its part."""
+
+        def joined(name: str, tensor: Tensor) -> Tensor:
+            return join(self._shards(name), self.ranks.gather(tensor.contiguous()).unbind(0))
+
+        return _each(state, joined)
+
+    def _shards(self, name: str) -> list[Shard]:
+        """Of a tensor of a state by its name there, for every rank."""
+        config, size = self.plan.config, self.ranks.size
+        if name == "conv":  # [B, taps - 1, C], channels as in_proj_qkv has rows
+            weight, shape = "layers.0.linear_attn.in_proj_qkv.weight", (config.conv_dim, 1)
+            held = [self.plan.shard(weight, shape, rank).ranges for rank in range(size)]
+            return [Shard(2, ranges) for ranges in held]
+        is_delta = name == "recurrent"  # [B, HV, K, V], else keys and values [B, G, P, K]
+        heads = config.linear_num_value_heads if is_delta else config.num_key_value_heads
+        return [Shard(1, (units(heads, size, rank),)) for rank in range(size)]
+
+
+def _each(state: State, change: Callable[[str, Tensor], Tensor]) -> State:
+    """The same kind of state with other tensors; it cannot be rolled back."""
+    changed = {name: change(name, tensor) for name, tensor in state.tensors().items()}
+    if isinstance(state, KVCache):
+        return type(state)(*changed.values(), length=state.length)
+    return DeltaState(changed["conv"], changed["recurrent"])

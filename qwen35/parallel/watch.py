@@ -1,0 +1,202 @@
+"""When one rank fails, all end: with one line, which rank 0 prints, and one exit status.
+
+Each rank has a thread that gives signs of life in the group's store and looks at those of the others,
+over a connection of its own, so that the main thread may be in the middle of a collective, or wait for a
+terminal. A rank that fails writes into the store what happened; the first to write is believed.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+
+from qwen35.cli import one_line
+from qwen35.errors import InputError
+from qwen35.parallel.store import JOIN_S, Connection
+
+PERIOD_S = 0.2  # between signs of life
+SILENCE_S = 7.0  # after which a rank counts as dead
+BROKEN_S = 2.0  # the same, when a connection to another rank broke
+GRACE_S = 0.5  # in which rank 0 may come to the same error by itself
+SHOWN_S = 5.0  # in which rank 0 has printed an error
+
+
+class RankLostError(RuntimeError):
+    """A collective failed, most likely since another rank has ended."""
+
+
+class Watch:
+    """Signs of life of all ranks for as long as the block runs; at its end they wait for each other.
+
+    An exception that leaves the block is the error of all ranks: rank 0 prints it, unless it says nothing
+    (a reader of stdout that went away), and each rank exits with its status. Other ranks print nothing,
+    but for the traceback of a bug. What libraries write to file descriptor 2 is seen with debug only.
+    """
+
+    def __init__(self, prog: str, rank: int, *, debug: bool) -> None:
+        self.prog, self.rank, self.debug = prog, rank, debug
+        self.silence_s = SILENCE_S
+        self.connection: Connection | None = None
+        self.stopped = threading.Event()
+        self.ending = threading.Lock()  # held by the thread that ends this process
+        self.stderr = sys.stderr
+
+    def start(self, connect: Callable[[], Connection]) -> Connection:
+        """Join the others. InputError when they do not come."""
+        connection = connect()
+        self.own = connection.another()
+        self.own.set(f"alive/{self.rank}", "0")
+        connection.exchange("here", None, JOIN_S)
+        self.connection = connection
+        threading.Thread(target=self._look, daemon=True).start()
+        return connection
+
+    def __enter__(self) -> "Watch":
+        if (
+            not self.debug
+        ):  # pages that libraries write when a connection breaks would hide the one line
+            own = os.dup(sys.stderr.fileno())
+            self.stderr = sys.stderr = open(
+                own, "w", buffering=1, errors="backslashreplace", encoding="utf-8"
+            )
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        if self.rank:
+            nothing = open(os.devnull, "w", encoding="utf-8")  # until the process ends
+            sys.stdout = sys.stderr = nothing
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        if self.connection is None:
+            return
+        if error is None:
+            self.connection.exchange("ended", None, None)
+            self.stopped.set()
+            self._part(wait_s=5.0)
+            return
+        if isinstance(error, RankLostError):
+            self.silence_s = BROKEN_S
+            time.sleep(
+                SILENCE_S
+            )  # meanwhile the thread finds out who it was, and ends this process
+        message, status = _told(error)
+        if status == 1 or (self.debug and self.rank == 0):
+            traceback.print_exception(error, file=self.stderr)
+        with suppress(RuntimeError):  # the store may be gone
+            self._post(message, status)
+        if self.rank:  # the thread ends this process once rank 0 has printed
+            time.sleep(GRACE_S + 2 * SHOWN_S)
+            os._exit(status)
+        with self.ending:
+            self.stopped.set()
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
+            self._say(message)
+            os._exit(status)  # what else would run at exit may wait for ranks that are gone
+
+    def _post(self, message: str, status: int) -> None:
+        """Let all ranks know what happened, if nothing has happened before."""
+        said = {"rank": self.rank, "message": message, "status": status}
+        self.own.compare_set("error", "", json.dumps(said))
+
+    def _say(self, message: str) -> None:
+        """Print an error of all ranks, and wait until they know that it is printed."""
+        if message:
+            print(f"{self.prog}: {one_line(message)}", file=self.stderr, flush=True)
+        with suppress(RuntimeError):
+            self.own.set("shown", "yes")
+            self._part(wait_s=2.0)
+
+    def _part(self, wait_s: float) -> None:
+        """Take leave of the store; its host waits for the others, which may still read in it."""
+        assert self.connection is not None
+        self.own.set(f"gone/{self.rank}", "yes")
+        others = [f"gone/{rank}" for rank in range(self.connection.size) if rank != self.rank]
+        started = time.monotonic()
+        while self.connection.is_host and time.monotonic() - started < wait_s:
+            if all(self.own.check([key]) for key in others):
+                return
+            time.sleep(0.01)
+
+    # --- in the thread
+
+    def _look(self) -> None:
+        assert self.connection is not None
+        ranks = range(self.connection.size)
+        seen = [
+            ("", time.monotonic()) for _ in ranks
+        ]  # of each rank: its last sign, and when it came
+        beat = 0
+        while not self.stopped.wait(PERIOD_S):
+            beat += 1
+            try:
+                self.own.set(f"alive/{self.rank}", str(beat))
+                if self.own.check(["error"]):
+                    self._end(**json.loads(self.own.get("error")))
+                    return
+                now = time.monotonic()
+                for rank in ranks:
+                    sign = self.own.get(f"alive/{rank}").decode()
+                    if sign != seen[rank][0]:
+                        seen[rank] = sign, now
+                    elif now - seen[rank][1] > self.silence_s and rank != self.rank:
+                        self._post(f"rank {rank} has ended or hangs: no sign of life from it", 2)
+            except RuntimeError:
+                self._end_alone()
+                return
+
+    def _end(self, rank: int, message: str, status: int) -> None:
+        """End this process with what happened on a rank."""
+        if self.rank == 0:
+            if rank:
+                self.stopped.wait(GRACE_S)
+            with self.ending:
+                if self.stopped.is_set():  # the main thread has an error of its own, and says it
+                    return
+                named = message.startswith("rank ") or not rank
+                self._say(message if named else f"rank {rank}: {message}")
+                os._exit(status)
+        started = time.monotonic()
+        while not self.own.check(["shown"]):
+            if time.monotonic() - started > SHOWN_S:  # rank 0 is the one that has ended
+                if rank == self.rank:
+                    self._say(message)
+                break
+            time.sleep(0.02)
+        with suppress(RuntimeError):
+            self.own.set(f"gone/{self.rank}", "yes")
+        os._exit(status)
+
+    def _end_alone(self) -> None:
+        """End this process when the store has gone with the one that kept it."""
+        assert self.connection is not None
+        if self.stopped.is_set():
+            return
+        keeper = "torchrun" if self.connection.is_kept else "rank 0"
+        if self.rank == (0 if self.connection.is_kept else 1):
+            print(f"{self.prog}: {keeper} has ended", file=self.stderr, flush=True)
+        os._exit(2)
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """The line and the exit status of an error, as `qwen35.cli.run` has them."""
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, KeyboardInterrupt):
+        return "", 130
+    if isinstance(error, BrokenPipeError):
+        return "", 0
+    if isinstance(error, SystemExit):
+        return "", error.code if isinstance(error.code, int) else 1
+    if isinstance(error, OSError):
+        return f"{error.filename or 'error'}: {error.strerror or error}", 2
+    if isinstance(error, RankLostError):
+        return f"the connection to another rank broke: {error}", 2
+    return f"{type(error).__name__}: {error}", 1

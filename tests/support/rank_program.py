@@ -1,0 +1,94 @@
+"""A program for ranks: `python -m tests.support.rank_program OUT --tp N` continues a prompt in many ways,
+and writes what each rank found. With --do it fails in one of the ways that tests look at."""
+
+import argparse
+import json
+import os
+import signal
+import time
+from itertools import count, islice
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from safetensors.torch import save_file
+
+from qwen35.cli import Parser, run
+from qwen35.errors import InputError
+from qwen35.load import TINY, load
+from qwen35.parallel.ranks import Ranks, add_ranks, on_ranks
+from tools.exact import cells, differing, prompt_of
+
+WAYS = [("greedy", 3, 4096), ("sampled", 2, 64)]
+
+
+def build_parser() -> Parser:
+    parser = Parser("rank_program", "Continue a prompt on several ranks.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--do", choices=FAILURES)
+    parser.add_argument("--on", type=int, help="rank that does it")
+    add_ranks(parser)
+    return parser
+
+
+def die(ranks: Ranks) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def hang(ranks: Ranks) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    raise AssertionError
+
+
+def refuse(ranks: Ranks) -> NoReturn:
+    raise InputError("what rank 1 was given is bad")
+
+
+def everywhere(ranks: Ranks) -> NoReturn:
+    time.sleep(0.1 * (ranks.size - ranks.rank))  # rank 0 comes to it last
+    raise InputError("what everyone was given is bad")
+
+
+def bug(ranks: Ranks) -> NoReturn:
+    raise KeyError("a name")
+
+
+def stop_reading(ranks: Ranks) -> NoReturn:
+    raise BrokenPipeError
+
+
+FAILURES = {f.__name__: f for f in (die, hang, refuse, everywhere, bug, stop_reading)}
+
+
+def fail(args: argparse.Namespace) -> NoReturn:
+    """In the middle of sums over the ranks."""
+    for number in count():
+        args.ranks.sum(torch.ones(100))
+        if number == 20 and args.on in (None, args.ranks.rank):
+            FAILURES[args.do](args.ranks)
+    raise AssertionError
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.do:
+        fail(args)
+    ranks: Ranks = args.ranks
+    model = load(TINY, ranks=ranks)
+    prompt = prompt_of(70, 2000)
+    # Without a cache, a miss, a hit of 64 tokens.
+    found = [cell for way in WAYS for cell in islice(cells(model, prompt, *way, tokens=4), 3)]
+    with torch.inference_mode():
+        cache = model.new_cache()
+        logits = model.lm_head(model(torch.tensor([prompt]), cache))
+    out = args.out / f"rank-{ranks.rank}"
+    save_file({"logits": logits} | cache.snapshot(), out.with_suffix(".safetensors"))
+    documents = [vars(cell) for cell in found]
+    out.with_suffix(".json").write_text(json.dumps(documents), encoding="utf-8")
+    print(f"{len(found)} ways, {len(differing(found))} differ")
+    return 0
+
+
+if __name__ == "__main__":
+    parser = build_parser()
+    run(parser, on_ranks(parser, main))
