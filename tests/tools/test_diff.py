@@ -51,6 +51,13 @@ class ReturnsAnotherShape(Swapped):
         return self.mlp(x)[:, :-1]
 
 
+class ReturnsOneChannel(Swapped):
+    """Which broadcasts: nothing else breaks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)[:, :1]
+
+
 class ReturnsIntegers(Swapped):
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(x).int()
@@ -112,6 +119,7 @@ def test_a_swapped_node_is_the_first_row(
     [
         ("Raises", ["test_diff.py:", "RuntimeError"]),
         ("ReturnsAnotherShape", ["test_diff.py:", "returned bfloat16 [3, 63]"]),
+        ("ReturnsOneChannel", ["test_diff.py:", "returned bfloat16 [3, 1]; expected [3, 64]"]),
         ("ReturnsIntegers", ["test_diff.py:", "returned int32 [3, 64]"]),
         ("NoSuchClass", [HERE]),
     ],
