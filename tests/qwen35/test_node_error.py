@@ -32,8 +32,8 @@ class Candidate(nn.Module):
         self.node = node
 
     @classmethod
-    def from_reference(cls, node: nn.Module) -> "Candidate":
-        return cls(node)
+    def from_reference(cls, module: nn.Module) -> "Candidate":
+        return cls(module)
 
     def forward(self, x: Tensor) -> Any:
         return self.node(x)
@@ -66,7 +66,7 @@ class ReturnsAList(Candidate):
 
 class Misspelt(Candidate):
     @classmethod
-    def from_reference(cls, node: nn.Module) -> "Candidate":
+    def from_reference(cls, module: nn.Module) -> "Candidate":
         return cls(nod)  # noqa: F821  # pyright: ignore
 
 
@@ -78,7 +78,7 @@ class WithoutArgument(Candidate):
 
 class GivesNoModule(Candidate):
     @classmethod
-    def from_reference(cls, node: nn.Module) -> None:  # pyright: ignore
+    def from_reference(cls, module: nn.Module) -> None:  # pyright: ignore
         return None
 
 
@@ -218,8 +218,8 @@ def test_a_watch_stays_with_its_node() -> None:
 
     class Copied:
         @classmethod
-        def from_reference(cls, node: nn.Module) -> nn.Module:
-            return copy.copy(node)
+        def from_reference(cls, module: nn.Module) -> nn.Module:
+            return copy.copy(module)
 
     model = small_model("397B-A17B")
     before = model.norm
