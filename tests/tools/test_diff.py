@@ -159,7 +159,7 @@ def test_a_swap_that_passes_is_listed(
     assert {"qwen35", "triton", "processor", "GPU", "device"} <= made.keys()
     text = html.unescape(page.read_text())
     assert not [value for value in made.values() if value.split(" --json")[0] not in text]
-    assert f"{nodes[0]}={HERE}:Healthy" in text
+    assert f"{HERE}:Healthy stands for {', '.join(nodes)}" in text
 
 
 def test_rows_say_where_the_worst_element_is(
