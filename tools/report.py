@@ -84,11 +84,20 @@ def _summary(document: dict[str, Any], title: str) -> str:
 
 
 def _made(document: dict[str, Any]) -> str:
-    """What was put in, and what it takes to run the same again."""
-    swapped = [f"{node}={kind}" for node, kind in document["swapped"].items()]
-    facts = [*(("swapped", line) for line in swapped), *document["run"].items()]
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
-    return f"""<details class="made" open><summary>Run</summary>
+    """The command; unfolded, what else it takes to run the same again, and what was put in."""
+    facts = dict(document["run"])
+    command = facts.pop("command")
+    swapped: dict[str, list[str]] = {}
+    for node, kind in document["swapped"].items():
+        swapped.setdefault(kind, []).append(node)
+    lines = [
+        ("swapped", f"{kind} stands for {', '.join(found)}") for kind, found in swapped.items()
+    ]
+    listed = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
+        for name, value in [*facts.items(), *lines]
+    )
+    return f"""<details class="made"><summary>{escape(command)}</summary>
 <dl>{listed}</dl></details>"""
 
 

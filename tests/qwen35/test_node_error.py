@@ -15,7 +15,7 @@ from qwen35.compare.trace import trace
 from qwen35.errors import InputError
 from qwen35.generate import build_parser, main
 from qwen35.load import TINY, load
-from qwen35.node_error import NodeError, blaming, watched
+from qwen35.node_error import NodeError, blaming, check_alike, watched
 from qwen35.parallel.watch import RankLostError
 from qwen35.swap import parse_swap, swap, swapped
 from tests.support.family import small_model
@@ -33,8 +33,8 @@ class Candidate(nn.Module):
         self.node = node
 
     @classmethod
-    def from_reference(cls, node: nn.Module) -> "Candidate":
-        return cls(node)
+    def from_reference(cls, module: nn.Module) -> "Candidate":
+        return cls(module)
 
     def forward(self, x: Tensor) -> Any:
         return self.node(x)
@@ -67,7 +67,7 @@ class ReturnsAList(Candidate):
 
 class Misspelt(Candidate):
     @classmethod
-    def from_reference(cls, node: nn.Module) -> "Candidate":
+    def from_reference(cls, module: nn.Module) -> "Candidate":
         return cls(nod)  # noqa: F821  # pyright: ignore
 
 
@@ -79,7 +79,7 @@ class WithoutArgument(Candidate):
 
 class GivesNoModule(Candidate):
     @classmethod
-    def from_reference(cls, node: nn.Module) -> None:  # pyright: ignore
+    def from_reference(cls, module: nn.Module) -> None:  # pyright: ignore
         return None
 
 
@@ -199,6 +199,19 @@ def test_a_module_that_cannot_be_imported(
     assert not [word for word in [name, *words] if word not in message], message
 
 
+def test_a_router_has_two_outputs() -> None:
+    """Of any number of experts, which is compared and not refused; but of both, for every token."""
+    model = small_model("397B-A17B")
+    swap(model, "layers.0.mlp.gate", Candidate)
+    gate = model.get_submodule("layers.0.mlp.gate")
+    experts, weights = torch.zeros(5, 3).long(), torch.ones(5, 3)
+    check_alike(gate, (experts, weights), (experts, weights))
+    check_alike(gate, (experts[:, :2], weights[:, :2]), (experts, weights))
+    for wrong in ((experts[:4], weights[:4]), (weights, experts), (experts,), weights):
+        with pytest.raises(NodeError, match=r"^layers\.0\.mlp\.gate: .* returned"):
+            check_alike(gate, wrong, (experts, weights))
+
+
 def test_other_exceptions_pass() -> None:
     """Of a model without swaps, of what is not the model's, and of bad input."""
     model = small_model("397B-A17B")
@@ -232,8 +245,8 @@ def test_a_watch_stays_with_its_node() -> None:
 
     class Copied:
         @classmethod
-        def from_reference(cls, node: nn.Module) -> nn.Module:
-            return copy.copy(node)
+        def from_reference(cls, module: nn.Module) -> nn.Module:
+            return copy.copy(module)
 
     model = small_model("397B-A17B")
     before = model.norm

@@ -51,6 +51,13 @@ class ReturnsAnotherShape(Swapped):
         return self.mlp(x)[:, :-1]
 
 
+class ReturnsOneChannel(Swapped):
+    """Which broadcasts: nothing else breaks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)[:, :1]
+
+
 class ReturnsIntegers(Swapped):
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(x).int()
@@ -112,6 +119,7 @@ def test_a_swapped_node_is_the_first_row(
     [
         ("Raises", ["test_diff.py:", "RuntimeError"]),
         ("ReturnsAnotherShape", ["test_diff.py:", "returned bfloat16 [3, 63]"]),
+        ("ReturnsOneChannel", ["test_diff.py:", "returned bfloat16 [3, 1]; expected [3, 64]"]),
         ("ReturnsIntegers", ["test_diff.py:", "returned int32 [3, 64]"]),
         ("NoSuchClass", [HERE]),
     ],
@@ -151,7 +159,7 @@ def test_a_swap_that_passes_is_listed(
     assert {"qwen35", "triton", "processor", "GPU", "device"} <= made.keys()
     text = html.unescape(page.read_text())
     assert not [value for value in made.values() if value.split(" --json")[0] not in text]
-    assert f"{nodes[0]}={HERE}:Healthy" in text
+    assert f"{HERE}:Healthy stands for {', '.join(nodes)}" in text
 
 
 def test_rows_say_where_the_worst_element_is(
