@@ -163,7 +163,7 @@ def test_swapping_every_block_of_a_model(tiny: Model, refused: Refused):
         assert names == [f"layers.{i}.mlp" for i in range(4)]
         shown = str(tiny.layers)  # three alike are shown as one
         assert shown.count("1024 -> top 2 of 4, and a shared expert of 256, gfx950") == 2
-        assert shown.count("(experts): Experts(4 of 1024 -> 128 -> 1024, bf16, gfx950)") == 4
+        assert shown.count("(experts): Experts(4 of 1024 -> 128 -> 1024, bf16, gfx950)") == 2
         assert isinstance(tiny.layers[3].mlp, SparseMoeBlock)
         ids = torch.tensor([[1, 2, 3]])
         message = refused(lambda: tiny(ids, tiny.new_cache()))
@@ -299,32 +299,6 @@ def test_an_intermediate_size_that_128_does_not_divide_is_padded(target: str):
 
 @quiet
 @pytest.mark.parametrize("target", ["gfx950", "sm_90"])
-def test_more_than_8_rows_are_computed_by_torch_and_a_rows_bits_are_its_own(target: str):
-    slow = slow_experts(24, 256, 128)
-    fast = Experts.from_reference(slow, target)
-    x, weights = random(1, 70, 256).bfloat16(), random(2, 70, 3).softmax(-1)
-    ids = torch.stack([routing("random", 70, 3, 24)[i] for i in range(70)])
-    out = fast(x, ids, weights)
-    assert not too_far(out, slow(x, ids, weights), slow(x.double(), ids, weights.double()))
-    assert torch.equal(fast(x[:9], ids[:9], weights[:9]), out[:9])
-    assert torch.equal(fast(x.flip(0), ids.flip(0), weights.flip(0)), out.flip(0))
-
-
-@quiet
-@pytest.mark.parametrize("kind", ["bf16", "padded", "twice"])
-def test_more_than_8_rows_of_other_experts_and_choices(kind: str):
-    """Experts in bf16, with a padded intermediate size, and one expert in two slots of a row."""
-    slow = reference.moe.Experts(config(5, 256, 96))
-    randomise(slow, 2)
-    slow = slow.bfloat16() if kind == "bf16" else quantised(slow, seed=6)
-    x, weights = random(3, 9, 256).bfloat16(), random(4, 9, 3).softmax(-1)
-    ids = routing("twice" if kind == "twice" else "random", 9, 3, 5)
-    out = Experts.from_reference(slow, TARGET)(x, ids, weights)
-    assert not too_far(out, slow(x, ids, weights), slow(x.double(), ids, weights.double()))
-
-
-@quiet
-@pytest.mark.parametrize("target", ["gfx950", "sm_90"])
 @pytest.mark.parametrize("rows", ["", "interleaved16+"])
 def test_aiters_shuffled_tensors_come_back_as_the_same_experts(target: str, rows: str):
     """Through `weights.layout`, gate and up rows interleaved or one after the other."""
@@ -394,7 +368,6 @@ def test_a_block_and_a_router_refuse_rows_by_their_own_names(refused: Refused):
     message = "{}: x of shape [9, 1024] and torch.bfloat16; expected [1 to 8, 1024], torch.bfloat16"
     launch = lambda: block.launches(many, Scratch(CPU))  # noqa: E731
     assert refused(launch) == message.format("the router")
-    assert refused(lambda: block.gate(many)) == message.format("the router")
 
 
 @pytest.mark.parametrize("wrong", [24, -1])

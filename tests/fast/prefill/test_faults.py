@@ -37,11 +37,7 @@ fault = FAULTS.add
 
 
 def delta_net() -> list[str]:
-    return prefill_findings(a_pass("linear_attn", 130))
-
-
-def delta_net_in_parts() -> list[str]:
-    return cut_findings(a_pass("linear_attn", 140), (64, 128))
+    return prefill_findings(a_pass("linear_attn", 70, linear_num_value_heads=4))
 
 
 def attention() -> list[str]:
