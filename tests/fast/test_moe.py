@@ -202,7 +202,7 @@ class OnGfx950Router:
 @pytest.mark.filterwarnings("ignore:.*is not in configs.json")
 def test_without_a_target_the_device_decides(tiny: Model, refused: Refused):
     message = refused(lambda: swap(tiny, "layers.*.mlp", SparseMoeBlock))
-    assert message == "the fast path runs on gfx950 and sm_90; this is cpu"
+    assert message == "layers.0.mlp: the fast path runs on gfx950 and sm_90; this is cpu"
     assert isinstance(tiny.layers[0].mlp, reference.moe.SparseMoeBlock)
 
 
