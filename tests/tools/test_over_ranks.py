@@ -55,6 +55,7 @@ def test_a_sum_that_is_left_out_is_seen() -> None:
         assert not any("norm" in node or node.endswith("gate") for node in failed)
 
 
+@pytest.mark.slow
 def test_exactness_over_ranks() -> None:
     """The command, as torchrun starts it, with groups of other processes over one cache folder."""
     command = ["tools.exact", "--tp", 2, "--lengths", 65, "--depths", 3, "--chunks", 64,

@@ -22,7 +22,7 @@ def logits(model: Model, prompt: list[int]) -> torch.Tensor:
     return model.lm_head(model(torch.tensor([prompt]), model.new_cache()))
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_continue_prompts_with_the_same_bits(tmp_path: Path, size: int) -> None:
     """Greedy and sampled, with drafts, at two chunks, with a hit: the same
     tokens and bits in every way and on every rank, and logits as near to the truth as the reference's."""

@@ -55,7 +55,7 @@ def loaded(folder: Path, dtype: torch.dtype | None, ranks: Ranks) -> Model:
     return load(folder, dtype=dtype, ranks=ranks)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_in_float64_it_is_the_whole_model(size: int) -> None:
     """The embedded model; with four ranks, two hold the same key heads of either kind of attention."""
     with torch.inference_mode():
@@ -95,7 +95,7 @@ def continued(ranks: Ranks, depth: int, dtype: torch.dtype) -> list[tuple[list[i
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_tokens_are_the_references_but_for_near_ties(size: int) -> None:
     """Up to where a text leaves the reference's, if it does, its logits err at most twice as much: so the
     two tokens nearly tie. On every rank they are the same bits."""
