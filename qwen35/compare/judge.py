@@ -156,7 +156,8 @@ def place_of(
     [N, ...] or [B, T, ...]; keys, values and their scales [B, G, P, ...], from the sequence's first
     token; conv [B, taps - 1, C], up to the pass's last token; recurrent [B, HV, K, V].
     """
-    first, end = span or (0, shape[1])
+    axis = 0 if len(shape) <= 2 else 1
+    first, end = span or (0, shape[axis])
     if tensor == "recurrent":
         return None, list(index[1:])
     if tensor == "conv":
@@ -164,7 +165,6 @@ def place_of(
         return position if position >= 0 else None, list(index[2:])  # before the first token: zeros
     if tensor != "output":
         return index[2], [index[1], *index[3:]]
-    axis = 0 if len(shape) == 2 else 1
     return first + index[axis], list(index[axis + 1 :])
 
 
