@@ -68,6 +68,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "python -m qwen35.generate 'The whale' --device cuda": ("gpu", "a GPU is asked for"),
     "python -m qwen35.generate 'In the beginning' --device cuda": ("gpu", "a GPU is asked for"),
     "python -m tools.exact --path fast --device cuda": ("gpu", "a minute"),
+    "python -m tools.bench prefill": ("gpu", "a minute: random weights"),
     "python -m tools.bench step": ("gpu", "20 GB of random weights, a minute"),
     "python -m tools.bench stream --device cuda": ("gpu", "a minute"),
     "python -m tools.bench moe": ("gpu", "a minute"),
@@ -157,13 +158,15 @@ class Example:
 def pages() -> list[str]:
     """README, CONTRIBUTING and docs, as paths from the checkout."""
     docs = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").glob("*.md"))
+    docs.remove("docs/write-a-kernel.md")  # tests/tools/test_write_a_kernel.py follows it
     return ["README.md", "CONTRIBUTING.md", *docs]
 
 
 def commands_of(page: str, line: int, text: str) -> Iterator[Example]:
     """The commands of a line of a shell, which `&&` joins; none where it is no command."""
-    if text.split(" ")[0] not in PROGRAMS:
-        return
+    words = text.split()
+    if not words or words[0] not in PROGRAMS or any(word.endswith(":") for word in words[2:3]):
+        return  # a program's name before a colon begins a line that it prints
     rest = shlex.split(text, comments=True)
     while rest:
         end = rest.index("&&") if "&&" in rest else len(rest)
