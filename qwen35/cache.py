@@ -42,9 +42,7 @@ class KVCache:
     def take(self, *rows: Tensor) -> None:
         """Add T positions of every tensor that `tensors` names, in its order, from any device."""
         end = self.length + rows[0].shape[2]
-        if end > self.capacity:
-            # Doubling keeps the copying linear in the length of the sequence.
-            self.reserve(max(end, 2 * self.capacity))
+        self.grow(end)
         for buffer, new in zip(self.buffers().values(), rows, strict=True):
             buffer[:, :, self.length : end] = new
         self.length = end
@@ -53,6 +51,12 @@ class KVCache:
     def capacity(self) -> int:
         """Positions that there is room for."""
         return self.k.shape[2]
+
+    def grow(self, length: int) -> None:
+        """Make room for a sequence of that length, and for as many more where there was too little:
+        doubling keeps the copying linear in the length of the sequence."""
+        if length > self.capacity:
+            self.reserve(max(length, 2 * self.capacity))
 
     def reserve(self, capacity: int) -> None:
         """Make room for that many positions in all; what is held stays."""

@@ -26,8 +26,7 @@ def work(
     first, projected = product(x, node.in_proj, target, scratch, name="attention_in")
     q, k = scratch("attention q", N, H, K), scratch("attention k", N, G, K)
     read = scratch("attention read", N, H * K)
-    if start + N > cache.capacity:
-        cache.reserve(max(start + N, 2 * cache.capacity))
+    cache.grow(start + N)  # before the launches take its addresses
     is_fp8 = isinstance(cache, FP8KVCache)
     keys, values = cache.k[0], cache.v[0]  # [G, capacity, K]
     if is_fp8:  # decoded once a pass, for all of its rows

@@ -1,4 +1,4 @@
-"""A decoder layer, and the MTP head, for a prompt's rows."""
+"""A decoder layer for a prompt's rows."""
 
 from typing import Any
 

@@ -12,7 +12,6 @@ all layers. share_of_matrix: its multiplications and additions over what a produ
 
 import argparse
 import statistics
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,17 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fast.catalogue import sliced
 from fast.launch import Launch, Scratch, Work
 from fast.prefill import layer as prefill
 from qwen35.cache import KV_CACHE_DTYPES, Cache, KVCache
 from qwen35.cli import Parser, at_least_one
 from qwen35.config import Config
 from qwen35.errors import InputError
-from qwen35.load import TINY
 from reference.model import Model
 from tools.bench import gpu, report
-from tools.bench.step import SIZES, random_model
+from tools.bench.step import SIZES, random_model, share_of
 
 SIDE = 8192  # rows and columns of the product that gives the matrix rate
 
@@ -109,12 +106,7 @@ def peer(launch: Launch, context: int) -> Callable[[], Tensor] | None:
 
 def main(args: argparse.Namespace) -> int:
     device, target = gpu.find()
-    base = (
-        Config.from_file(TINY / "config.json")
-        if args.config == "tiny"
-        else Config.published(SIZES[args.config])
-    )
-    whole = sliced(base, args.tp)
+    whole = share_of(args.config, args.tp)
     count = args.layers or whole.num_hidden_layers
     if count % 4 or count > whole.num_hidden_layers:
         raise InputError(
@@ -122,18 +114,21 @@ def main(args: argparse.Namespace) -> int:
         )
     config = replace(whole, num_hidden_layers=count, layer_types=whole.layer_types[:count])
     with torch.inference_mode():
+        rate = matrix_rate(device)
         model = random_model(config, device)
         model.kv_cache_dtype = args.kv_cache_dtype
-        rows = _measured(args, model, whole)
+        rows = _measured(args, model, whole, rate)
     names = ("config", "tp", "tokens", "context", "kv_cache_dtype", "repeats")
     report.emit(
         "prefill", {"target": target} | {n: getattr(args, n) for n in names}, rows,
-        only_json=args.json, device=torch.cuda.get_device_name(device),
+        only_json=args.json, device=torch.cuda.get_device_name(device), matrix_tflop_s=rate * 1e-12,
     )  # fmt: skip
     return 0
 
 
-def _measured(args: argparse.Namespace, model: Model, whole: Config) -> list[report.Row]:
+def _measured(
+    args: argparse.Namespace, model: Model, whole: Config, rate: float
+) -> list[report.Row]:
     device, layers = model.embed_tokens.weight.device, len(model.layers)
     cache = filled(model, args.context)
     cache.reserve(args.context + args.tokens)
@@ -156,9 +151,8 @@ def _measured(args: argparse.Namespace, model: Model, whole: Config) -> list[rep
     }]  # fmt: skip
     if args.no_nodes:
         return rows
-    rate = matrix_rate(device)
     x = torch.randn(args.tokens, whole.hidden_size, device=device).bfloat16()
-    total, work_of = defaultdict(float), 0.0
+    summed = done = 0.0
     for kind in ("linear_attention", "full_attention"):
         place = model.config.layer_types.index(kind)
         times = whole.layer_types.count(kind)
@@ -168,15 +162,14 @@ def _measured(args: argparse.Namespace, model: Model, whole: Config) -> list[rep
         for one in work:
             row = _timed(one, times, args, rate)
             if row is not None:
-                total["us"] += row["us"]
-                work_of += row.pop("operations")
+                summed += row["us"]
+                done += row.pop("operations")
                 rows.append(row)
         state: Any = cache.layers[place]
         if isinstance(state, KVCache):
             state.rollback(args.tokens)
-    rows[0]["share_of_matrix"] = work_of / rate / (us * 1e-6)
-    rows.append({"name": "sum of launches", "us": total["us"]})
-    rows.append({"name": "matrix rate, Tflop/s", "us": rate * 1e-12})
+    rows[0]["share_of_matrix"] = done / rate / (us * 1e-6)
+    rows.append({"name": "sum of launches", "us": summed})
     return rows
 
 

@@ -62,6 +62,13 @@ def add_arguments(parser: Parser) -> None:
     add("--plot", type=Path, metavar="FILE", help="also draw where the time goes, as SVG")
 
 
+def share_of(name: str, ranks: int) -> Config:
+    """One rank's share of a model that --config names. InputError."""
+    tiny = TINY / "config.json"
+    whole = Config.from_file(tiny) if name == "tiny" else Config.published(SIZES[name])
+    return sliced(whole, ranks)
+
+
 def random_model(config: Config, device: torch.device) -> Model:
     """A model of fast layers with random weights, made on the device layer by layer."""
     return _Builder(config, device).model()
@@ -187,12 +194,7 @@ def nodes(work: Sequence[Work]) -> Iterator[tuple[str, list[int]]]:
 
 def main(args: argparse.Namespace) -> int:
     device, target = gpu.find()
-    base = (
-        Config.from_file(TINY / "config.json")
-        if args.config == "tiny"
-        else Config.published(SIZES[args.config])
-    )
-    whole = sliced(base, args.tp)
+    whole = share_of(args.config, args.tp)
     count = args.layers or whole.num_hidden_layers
     if count != whole.num_hidden_layers and (count % 8 or not 0 < count < whole.num_hidden_layers):
         raise InputError(
