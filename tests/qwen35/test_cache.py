@@ -240,3 +240,14 @@ def test_the_tail_of_the_kv_buffer_is_not_read(name: str, noise: str) -> None:
     noisy, noisy_cache = run(dirty=True)
     assert all(torch.equal(a, b) for a, b in zip(clean, noisy, strict=True))
     assert_same_bits(clean_cache, noisy_cache)
+
+
+def test_a_delta_state_that_goes_on_from_copies_cannot_go_back_behind_them():
+    """A step's state replaces what an earlier decode pass had left to go back to."""
+    zeros = torch.zeros(1, 3, 4), torch.zeros(1, 2, 2, 2)
+    state = DeltaState(*zeros)
+    state.advance(torch.ones(1, 5, 4), [torch.ones(1, 2, 2, 2), torch.full((1, 2, 2, 2), 2.0)])
+    state.take(*zeros)
+    with pytest.raises(AssertionError, match="only a decode pass goes back"):
+        state.rollback(1)
+    assert not state.recurrent.any()
