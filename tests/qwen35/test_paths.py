@@ -1,7 +1,6 @@
 """`--path` and `--swap`: what runs, what is refused before a weight is read, and what is said."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fast.shapes import check_shapes
-from qwen35.cli import run
 from qwen35.config import PUBLISHED, Config
 from qwen35.errors import InputError
 from qwen35.generate import build_parser, main
@@ -20,12 +18,12 @@ from qwen35.load import TINY, load
 from qwen35.paths import choose_path
 from qwen35.step_decoder import runs_as_step
 from qwen35.swap import replaced
+from tests.support.command import Cli, in_process
 from tools.gfx950.target import emulate
 
 TINY_CONFIG = Config.from_file(TINY / "config.json")
 CPU = torch.device("cpu")
 NO_CARD = "the fast path runs on gfx950 and sm_90; this is cpu"
-Cli = Callable[..., tuple[int, str, str]]
 
 
 class Doubled(nn.Module):
@@ -45,15 +43,7 @@ class Doubled(nn.Module):
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """The command line in this process: exit status, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            run(build_parser(), main, [*map(str, arguments)])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
+    return in_process(build_parser, main, capsys)
 
 
 def test_on_a_cpu_auto_is_the_reference_and_says_nothing(cli: Cli):

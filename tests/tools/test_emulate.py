@@ -1,27 +1,18 @@
 """`python -m tools.emulate`: text from gfx950 machine code, and one line for bad input."""
 
 import json
-from collections.abc import Callable
 
 import pytest
 
 pytest.importorskip("triton")
 
-from qwen35.cli import run
+from tests.support.command import Cli, in_process
 from tools.emulate import build_parser, main
-
-Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            run(build_parser(), main, [*map(str, arguments)])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
+    return in_process(build_parser, main, capsys)
 
 
 @pytest.mark.filterwarnings("ignore:.*is not in configs.json")

@@ -2,31 +2,22 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwen35.cli import run
 from qwen35.compare.trace import trace
 from qwen35.load import TINY, load
+from tests.support.command import Cli, in_process
 from tools import fingerprint
 from tools.fingerprint import ROOT, build_parser, main, of_documents, of_folder, of_tensors
-
-Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            run(build_parser(), main, [*map(str, arguments)])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
+    return in_process(build_parser, main, capsys)
 
 
 def saved(tensors: dict[str, torch.Tensor], file: Path) -> Path:

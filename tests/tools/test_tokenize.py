@@ -3,34 +3,24 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwen35.cli import run
 from qwen35.load import TINY
 from qwen35.tokenizer import Tokenizer
 from tests.support.checkpoints import write_tokenizer
+from tests.support.command import Cli, in_process
 from tools.tokenize import build_parser, main
 
 ROOT = Path(__file__).parents[2]
-Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    """The command line in this process: exit status, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            run(build_parser(), main, [*map(str, arguments)])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
+    return in_process(build_parser, main, capsys)
 
 
 def document(cli: Cli, *arguments: object) -> dict[str, Any]:

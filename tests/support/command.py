@@ -1,0 +1,23 @@
+"""A command line in the test's own process."""
+
+from collections.abc import Callable
+
+import pytest
+
+from qwen35.cli import Parser, run
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+def in_process(
+    build_parser: Callable[[], Parser], main: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> Cli:
+    """Called with arguments, it gives the exit status, standard output and standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            run(build_parser(), main, [*map(str, arguments)])
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
