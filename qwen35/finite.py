@@ -12,12 +12,14 @@ from qwen35.errors import InputError
 class NotFiniteError(InputError):
     """The logits for the token at `position` are NaN or infinite.
 
-    ids: the tokens of the pass up to there; empty after a prefill.
+    ids: the tokens of the pass up to there; empty after a prefill. origin: where such numbers begin,
+    once that is known.
     """
 
-    def __init__(self, position: int, ids: Sequence[int]) -> None:
-        super().__init__(f"position {position}: the logits are NaN or infinite")
-        self.ids = list(ids)
+    def __init__(self, position: int, ids: Sequence[int], origin: str = "") -> None:
+        what = f"position {position}: the logits are NaN or infinite"
+        super().__init__(f"{what}; {origin}" if origin else what)
+        self.position, self.ids = position, list(ids)
 
 
 def check_finite(logits: Tensor, position: int, ids: Sequence[int]) -> None:

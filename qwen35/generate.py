@@ -13,6 +13,7 @@ from qwen35.conversation import converse
 from qwen35.debugger import break_in
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
+from qwen35.finite import NotFiniteError
 from qwen35.load import DTYPES, load, locate
 from qwen35.parallel.ranks import Ranks, add_ranks, on_ranks
 from qwen35.paths import PATHS
@@ -177,16 +178,23 @@ def _prefix_cache(args: argparse.Namespace, model: Model, folder: Path) -> Prefi
 
 
 def _serve(file: str, completer: Completer, settings: Settings, load_s: float, ranks: Ranks) -> int:
-    """Every request of a file, in order. All are checked before the first one runs."""
+    """Every request of a file, in order. All are checked before the first one runs.
+
+    A request whose logits are NaN or infinite fails alone: its line has `error`, and the status is 2.
+    """
     requests = parse_requests(ranks.share(lambda: read_text(file)), file, completer, settings)
     queue = [
         (request.id, completer.complete(request.prompt, request.settings)) for request in requests
     ]
+    status = 0
     for name, completion in queue:
-        show(completion, quiet=True)
-        found = _document(completion, load_s)
+        try:
+            show(completion, quiet=True)
+            found = _document(completion, load_s)
+        except NotFiniteError as error:
+            found, status = {"error": str(error)}, 2
         print_json(found if name is None else {"id": name} | found)
-    return 0
+    return status
 
 
 def _load(args: argparse.Namespace, folder: Path) -> Model:

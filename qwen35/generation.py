@@ -124,14 +124,14 @@ class Generation:
             raise InputError(f"logprobs = {self.logprobs}; expected 0 to {ids}, the vocabulary")
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """InputError, naming the position and the node, where logits are NaN or infinite.
+        """NotFiniteError, naming the position and the node, where logits are NaN or infinite.
         NodeError where a node that was put in breaks."""
         try:
             with blaming(self.model):
                 yield from self._tokens()
         except NotFiniteError as error:
             ids = self.prompt + self.token_ids[:-1] + error.ids
-            raise InputError(f"{error}; {self._origin(ids)}") from None
+            raise NotFiniteError(error.position, error.ids, self._origin(ids)) from None
 
     @torch.inference_mode()
     def _tokens(self) -> Iterator[tuple[int, Tensor]]:

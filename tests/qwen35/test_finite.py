@@ -1,5 +1,6 @@
 """A NaN in a hidden state is an error that names the position and the node, at any drafting depth."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer
 from reference.model import Model
 from tests.support.checkpoints import SINGLE, edit_tensors
+from tests.support.command import in_process
 
 PROMPT = Tokenizer(TINY).encode("In the beginning")
 
@@ -93,6 +95,37 @@ def test_the_command_line_says_it_in_one_line(
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == ""
     assert err.strip().splitlines()[-1].endswith("is layers.2.input_layernorm")
+
+
+def test_one_request_of_several_fails_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A token of the second prompt has NaN in its embedding: the first and the third have their text."""
+    folder, requests = tmp_path / "model", tmp_path / "requests.jsonl"
+    shutil.copytree(TINY, folder)
+    prompts = [PROMPT, [*PROMPT, 1234], PROMPT[:2]]
+    requests.write_text(
+        "\n".join(json.dumps({"id": i, "prompt_ids": ids}) for i, ids in enumerate(prompts))
+    )
+    cli = in_process(build_parser, main, capsys)
+    command = ["--model", folder, "--requests", requests, "--max-new-tokens", 3]
+    whole = [json.loads(line) for line in cli(*command)[1].splitlines()]
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors["model.language_model.embed_tokens.weight"][1234] = math.nan
+
+    edit_tensors(folder, spoil)
+    status, out, err = cli(*command)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert status == 2 and "Traceback" not in err
+    assert [line["id"] for line in found] == [0, 1, 2]
+    for line, expected in ((found[0], whole[0]), (found[2], whole[2])):
+        assert line["token_ids"] == expected["token_ids"] and "error" not in line
+    assert found[1] == {
+        "id": 1,
+        "error": f"position {len(prompts[1])}: the logits are NaN or infinite; "
+        "the first node that returns such a number is embed_tokens",
+    }
 
 
 @pytest.mark.parametrize("number", [math.nan, -math.nan, math.inf])

@@ -501,7 +501,7 @@ def test_the_projects_kernels_are_no_worse_than_the_committed_table(
     arguments = build_parser().parse_args(["--check", "--json"])
     assert main(arguments) == 0, capsys.readouterr().out
     kernels = json.loads(capsys.readouterr().out)["kernels"]
-    assert len(kernels) == 114
+    assert {row["target"] for row in kernels} == {"gfx950", "sm_90"}
     for row in kernels:
         assert not row["vgpr_spills"] and not row["scratch"], row
     hot = [row for row in kernels if row["weight_bytes_per_valu"]]

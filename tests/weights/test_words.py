@@ -176,7 +176,9 @@ def test_a_byte_beside_its_activations_gives_the_product_that_the_codes_stand_fo
 
 def test_the_kernel_computes_k_as_this_file_does():
     source = KERNEL.read_text()
-    assert "k = byte // 64 * SPAN + byte // 8 % 2 * 64 + byte // 16 % 4 * 16 + byte % 8" in source
+    assert (
+        "return byte // 64 * SPAN + byte // 8 % 2 * 64 + byte // 16 % 4 * 16 + byte % 8" in source
+    )
     assert "twice = (scale.to(tl.int32) + 126) * 0x00800080" in source
 
 

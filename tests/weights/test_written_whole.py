@@ -20,7 +20,11 @@ OTHERWISE = {
     ("weights/convert.py", "_write"): "several files at once, renamed when all are whole",
     ("weights/convert.py", "_locked"): "a lock, without content",
     ("weights/hub.py", "_fetch_header"): "in the notes of a conversion, which fetches it anew",
-    ("tools/exact.py", "in_another_process"): "in a temporary folder",
+    ("qwen35/parallel/watch.py", "__enter__"): "the terminal, and the null device",
+    ("tools/documented.py", "prepare"): "in a temporary folder",
+    ("tools/documented.py", "run_page"): "in a temporary folder",
+    ("tools/exact.py", "in_other_processes"): "in a temporary folder",
+    ("tools/fingerprint.py", "text"): "in a temporary folder",
     ("tools/bench/mapped.py", "write_sparse"): "in a temporary folder",
     ("tools/bench/mapped.py", "evict"): "opens that file for its descriptor",
 }
