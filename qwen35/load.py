@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.config import Config
@@ -281,13 +283,25 @@ def _check_count(checkpoint: Checkpoint, config: Config) -> None:
         )
 
 
+class _WithoutValues(TorchFunctionMode):
+    """Leaves a new parameter as it is: on the meta device there is nothing to initialise, and
+    `normal_` of an embedding there imports torch's compiler, which takes a second."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return None
+        return func(*args, **kwargs or {})
+
+
 def lay_out(config: Config) -> Model:
     """The model without memory (on the meta device). The garbage collector rests meanwhile: it would walk
     a hundred thousand new modules again and again."""
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutValues():
             return Model(config)
     finally:
         if collects:

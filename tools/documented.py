@@ -35,7 +35,7 @@ SMALL = "small"
 ELSEWHERE: dict[str, tuple[str, str]] = {
     "pip install torch==2.13.0 -e .": ("setup", "installs; the next line of the README includes it"),
     "pip install torch==2.13.0 -e '.[test]'": ("setup", "installs; .ci/run does it"),
-    "pytest": ("setup", "all checks, 8 minutes; .ci/run does it"),
+    "pytest": ("setup", "all checks, 12 minutes; .ci/run does it"),
     ".ci/run": ("setup", "all checks after an installation"),
     "python -m tools.exact": ("minutes", "one minute; tests/tools/test_exact.py has a part"),
     "python -m tools.exact --all": ("minutes", "an hour: 3,616 continuations"),
@@ -64,6 +64,8 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "minutes", "starts processes; tests/tools/test_over_ranks.py has a part"),
     "python -m tools.corpus corpus": ("setup", "fetches packages from Debian"),
     "python -m tools.documented --run minutes": ("minutes", "this command itself"),
+    "python -m tools.fingerprint": (
+        "minutes", "2 minutes; tests/tools/test_fingerprint.py has a part"),
     "python -m tools.train_tiny corpus trained": ("gpu", "8 minutes of training, after tools.corpus"),
     "python -m qwen35.generate 'The whale' --device cuda": ("gpu", "a GPU is asked for"),
     "python -m qwen35.generate 'In the beginning' --device cuda": ("gpu", "a GPU is asked for"),

@@ -165,7 +165,10 @@ def test_a_blocks_row_alone_has_the_bits_that_it_has_among_others():
     assert torch.equal(block_output(block, x.flip(0)), together.flip(0))
 
 
-@pytest.mark.parametrize("settings", [{"batch": 1}, {"batch": 5}, {"seed": 1}, {"seed": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"batch": 1}, {"batch": 5}, {"seed": 1}, pytest.param({"seed": 2}, marks=pytest.mark.slow)],
+)
 def test_whoever_arrives_last_a_blocks_bits_are_the_same(settings: dict[str, int]):
     """The programs of the shared expert are among those that arrive."""
     block, x = slow_block(16, 1024, 128, 4, 256), exact_rows(2, 2, 1024)

@@ -137,7 +137,7 @@ def test_it_takes_half_the_memory() -> None:
 # --- the same bits in every way to compute them
 
 
-@pytest.mark.parametrize("length", [1, 65, 200])
+@pytest.mark.parametrize("length", [1, 65, pytest.param(200, marks=pytest.mark.slow)])
 def test_chunks_hits_and_drafts_change_no_bit(length: int) -> None:
     model = load(TINY, kv_cache_dtype="fp8")
     prompt = prompt_of(length, model.config.vocab_size)

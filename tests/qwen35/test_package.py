@@ -23,6 +23,12 @@ def test_importing_imports_nothing() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+def test_loading_does_without_torchs_compiler() -> None:
+    """Its import takes as long as all else at the start of a command together."""
+    script = "import sys, qwen35; qwen35.load('tiny'); assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 @pytest.mark.parametrize("name", VERBS)
 def test_a_function_is_not_hidden_by_its_module(name: str) -> None:
     """Importing `qwen35.load` binds the module to the package, where the function has to stay."""

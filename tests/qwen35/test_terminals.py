@@ -57,7 +57,11 @@ def test_a_utf_8_terminal_shows_everything() -> None:
     assert found.stdout.decode() == '{"text": "a€b"}\n'
 
 
-@pytest.mark.parametrize("environment", [ASCII, LATIN, {}], ids=["ascii", "latin-1", "default"])
+@pytest.mark.parametrize(
+    "environment",
+    [ASCII, *(pytest.param(one, marks=pytest.mark.slow) for one in (LATIN, {}))],
+    ids=["ascii", "latin-1", "default"],
+)
 def test_files_are_utf_8_whatever_the_locale(
     small: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:

@@ -56,7 +56,9 @@ def test_attention_over_a_cache_in_e4m3_reads_what_the_cache_holds():
     assert not cut_findings(a_pass("self_attn", 140, length=64, fp8=True), (64,))
 
 
-@pytest.mark.parametrize("settings", [{"seed": 1}, {"batch": 1}])
+@pytest.mark.parametrize(
+    "settings", [pytest.param({"seed": 1}, marks=pytest.mark.slow), {"batch": 1}]
+)
 def test_the_order_in_which_waves_run_decides_no_bit(settings: dict[str, int]):
     what = a_pass("linear_attn", 70)
     plain, other = prefilled(what), prefilled(what, **settings)
