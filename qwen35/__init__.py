@@ -10,6 +10,7 @@ function; write `from qwen35.load import ...` for what else that module holds.
 """
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from qwen35.completion import generate
     from qwen35.load import load
     from qwen35.swap import swap, swapped
+
+# torch's threads spin while they wait for each other, which starves them where anything else runs on the
+# same cores. libgomp reads this when torch is imported: after so many turns a thread sleeps (LOG.md).
+if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 __all__ = ["diff", "generate", "load", "swap", "swapped", "trace"]
 

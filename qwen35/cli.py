@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qwen35.errors import InputError
+from qwen35.threads import set_threads
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"qwen35 {installed('qwen35')}")
         if computes:
             self.add_argument("--threads", type=at_least_one, metavar="N",
-                              help="torch threads (default: what torch chooses)")  # fmt: skip
+                              help="torch threads (default: one for a hidden size below 1,024, otherwise "
+                                   "what torch chooses)")  # fmt: skip
 
     def add_model(
         self, help: str = CHECKPOINT, *, alone: bool = True, default: str | None = "tiny"
@@ -166,10 +168,8 @@ def run(
     _never_fail_to_print()
     args = parser.parse_args(argv)
     args.command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
-    if getattr(args, "threads", None) is not None:
-        import torch  # here: not every command needs it
-
-        torch.set_num_threads(args.threads)
+    if hasattr(args, "threads"):
+        set_threads(args.threads, getattr(args, "model", None))
     warnings.showwarning = lambda message, *_, **__: print(
         f"{parser.prog}: warning: {one_line(message)}", file=sys.stderr
     )

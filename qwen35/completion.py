@@ -10,6 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
 from qwen35.generation import Generation
@@ -146,6 +148,7 @@ class Completion:
             "path": result.path,
             "swaps": replaced(result.model),
             "kv_cache_dtype": result.model.kv_cache_dtype,
+            "threads": torch.get_num_threads(),
             "draft": {
                 "proposed": result.draft.proposed,
                 "accepted": result.draft.accepted,

@@ -29,8 +29,15 @@ def environment() -> dict[str, str]:
     found["processor"] = processor()  # with the instructions that torch uses
     found["cores"] = str(os.cpu_count())
     found["threads"] = str(torch.get_num_threads())
+    found["waiting"] = waiting()
     found["GPU"] = _gpu()
     return found
+
+
+def waiting() -> str:
+    """How torch's threads wait for each other, from the variables that libgomp reads."""
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    return ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
 
 
 def _gpu() -> str:

@@ -4,6 +4,7 @@ import sys
 
 from qwen35.cli import Parser, run
 from tools.bench import (
+    busy,
     diff,
     exactness,
     generate,
@@ -20,6 +21,7 @@ from tools.bench import (
 )
 
 OPS = {
+    "busy": busy,
     "diff": diff,
     "exactness": exactness,
     "generate": generate,

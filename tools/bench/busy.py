@@ -1,0 +1,85 @@
+"""Decode speed of the embedded model while other processes keep the cores busy.
+
+Each run is a `python -m qwen35.generate` of its own, in turn on a quiet machine and beside busy loops: as
+the program chooses threads and waiting, with a thread for each core, and with threads that spin while
+they wait, as torch's do by themselves.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from qwen35.cli import Parser, at_least_one
+from qwen35.errors import InputError
+from qwen35.progress import Progress
+from qwen35.threads import ASKED
+from tools.bench import report
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "--busy", type=at_least_one, default=2, metavar="N", help="busy loops (default 2)"
+    )
+    parser.add_argument("--new-tokens", type=at_least_one, default=150)
+    parser.add_argument("--repeats", type=at_least_one, default=3)
+
+
+@contextmanager
+def beside(busy: int) -> Iterator[None]:
+    """Processes that compute without end, while the block runs."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def decoded(new_tokens: int, words: list[str], environment: dict[str, str]) -> float:
+    """Tokens a second of one process, in an environment without choices of the user's."""
+    command = [
+        sys.executable, "-m", "qwen35.generate", "In the beginning", "--ignore-eos", "--json",
+        "--max-new-tokens", str(new_tokens), *words,
+    ]  # fmt: skip
+    own = {name: value for name, value in os.environ.items() if name not in (*WAITING, *ASKED)}
+    done = subprocess.run(
+        command, env=own | environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise InputError(f"{' '.join(command[2:])}: {done.stderr.strip()}")
+    return json.loads(done.stdout)["timing"]["tokens_per_s"]
+
+
+def main(args: argparse.Namespace) -> int:
+    cores = str(os.cpu_count() or 1)
+    ways: dict[str, tuple[list[str], dict[str, str]]] = {
+        "chosen by the program": ([], {}),
+        "a thread for each core": (["--threads", cores], {}),
+        "and spinning": (["--threads", cores], {"GOMP_SPINCOUNT": "infinite"}),
+    }
+    speeds: dict[tuple[str, int], list[float]] = {}
+    with Progress("runs", args.repeats * 2 * len(ways)) as progress:
+        for _ in range(args.repeats):
+            for busy in (0, args.busy):
+                with beside(busy):
+                    for name, (words, environment) in ways.items():
+                        speed = decoded(args.new_tokens, words, environment)
+                        speeds.setdefault((name, busy), []).append(speed)
+                        progress.update()
+    rows: list[report.Row] = [
+        {"threads": name, "busy": busy, "tokens_per_s": statistics.median(found), "min": min(found),
+         "max": max(found),
+         "of_quiet": statistics.median(found) / statistics.median(speeds[name, 0])}
+        for (name, busy), found in sorted(speeds.items(), key=lambda item: [*ways].index(item[0][0]))
+    ]  # fmt: skip
+    described = {"new_tokens": args.new_tokens, "repeats": args.repeats, "cores": cores}
+    report.emit("busy", described, rows, only_json=args.json)
+    return 0
