@@ -14,7 +14,7 @@ from fast.kernels.common import bounded, stored, summed
 from fast.kernels.linear import inverse_rms, store_scaled
 from fast.kernels.mxfp4 import dot, place
 
-MAX_PAIRS = tl.constexpr(128)  # rows times top-k, rounded up to a power of two
+MAX_PAIRS = tl.constexpr(128)  # the most rows times top-k, 8 * 16, a power of two
 
 
 @triton.jit
