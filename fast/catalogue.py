@@ -72,8 +72,8 @@ def _works(model: Any, config: Config, ranks: int, device: torch.device) -> Iter
 
 
 def fast(model: Any, config: Config, target: str, device: torch.device) -> None:
-    """Replace a reference model's layers and MTP head by the fast ones, with experts on `device` that
-    hold no weights."""
+    """Replace a reference model's layers and MTP head by the fast ones, with experts on `device` whose
+    weights are not filled."""
     for layer in (*model.layers, *model.mtp.layers):
         sizes = config.num_experts, config.hidden_size, config.moe_intermediate_size
         gate = layer.mlp.gate
