@@ -1,4 +1,5 @@
-"""The nodes with a fast class: pattern -> class, for `swap` and for `--swap PATTERN=MODULE:CLASS`."""
+"""The feed-forward nodes that a fast class can replace alone: pattern -> class, as in `--swap
+PATTERN=MODULE:CLASS`."""
 
 SWAPS = {
     "layers.*.mlp": "fast.moe:SparseMoeBlock",  # only where it is a mixture of experts

@@ -17,11 +17,12 @@ from qwen35.cache import E4M3, KVCache
 from qwen35.errors import InputError
 
 GROUP = 4  # rows that share what is read of the cache
-SHORT, FAR = 128, 1024  # of the context's pieces, as in kernels/attention.py
+# As in kernels/attention.py: the context is cut into SHORT short pieces, then pieces of FAR positions.
+SHORT, FAR = 128, 1024
 
 
 def pieces(length: int, near: int) -> int:
-    """How many pieces of the context, the first of `near` positions each, cover so many."""
+    """The number of pieces that cover `length` positions, if a short piece has `near` positions."""
     short = -(-min(length, SHORT * near) // near)
     return short + -(-max(length - SHORT * near, 0) // FAR)
 
@@ -32,8 +33,8 @@ class GatedAttention(nn.Module):
     in_proj [M, D] bf16: rows of q with its gates, k and v; the reference's three matrices are parts of
     it. A pass of up to 8 rows is four launches: in-projection; each piece of the context by itself,
     with q and k norm, RoPE and the cache's new rows; the pieces' sum and the gate; out-projection. More
-    rows are prefill/attention.py's; several sequences go through the reference's node over the same
-    weights (`many`).
+    rows go through prefill/attention.py. Several sequences go through `many`, the reference's node over
+    the same weights. InputError when the head size is not a power of two from 16.
     """
 
     def __init__(self, module: Any, target: str) -> None:
@@ -51,7 +52,8 @@ class GatedAttention(nn.Module):
 
     @classmethod
     def from_reference(cls, module: Any, target: str | None = None) -> "GatedAttention":
-        """From `reference.attention.GatedAttention`. target: the device's own when not given."""
+        """Replaces a `reference.attention.GatedAttention`. target: default, that of the weights'
+        device."""
         return cls(module, target or target_of(module.o_proj.weight.device))
 
     def launches(
@@ -66,9 +68,12 @@ class GatedAttention(nn.Module):
         then: Norm | None = None,
         out: str = "mixed",
     ) -> tuple[list[Launch], Any]:
-        """What a pass launches for rows x [N, D] bf16 at positions start[0] and later, and its output
-        [N, D] bf16, not written yet. rope: cosine and sine of `fast.state.rope_table`. x: a stream is
-        normalised. residual, then, out: as of `fast.linear.product`."""
+        """The launches of a pass, and its output [N, D] bf16, which they will write.
+
+        x: [N, D] bf16, the rows of positions start[0] and later; a `Stream` is normalised first. start
+        [1] int32, on the device. rope: cosine and sine of `fast.state.rope_table`. residual, then, out:
+        as in `fast.linear.product`.
+        """
         from fast.kernels import attention as kernels  # Triton is needed from here on
 
         rows = read_normed(x)["x"]

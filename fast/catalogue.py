@@ -1,4 +1,5 @@
-"""Every kernel at the sizes of the published model, on tensors without memory: to compile, not to run."""
+"""The launches of every kernel at the sizes of the published model, to be compiled, not run: their
+tensors have no memory."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -40,8 +41,8 @@ def sliced(config: Config, ranks: int) -> Config:
 
 
 def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
-    """Each kernel and shape in a decode round and in a prompt's pass of the 397B on 1, 2, 4 and 8 ranks,
-    once.
+    """Yield each kernel and shape of the 397B once: those of a decode round on 1, 2, 4 and 8 ranks, and
+    those of a prompt's pass on 1 and 8.
 
     build: makes a reference model of a config, on the device meta.
     """
@@ -59,11 +60,11 @@ def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
 
 
 def _works(model: Any, config: Config, ranks: int, device: torch.device) -> Iterator[Work]:
-    """All of a round, with keys and values of each kind, and of a pass over a prompt's rows."""
+    """The work of a round with each kind of KV cache and, for 1 and 8 ranks, of a prompt's pass."""
     for model.kv_cache_dtype in KV_CACHE_DTYPES:
         yield from Step(model, CAPACITY, DRAFTS).work
     if ranks not in (RANKS[0], RANKS[-1]):
-        return  # a prompt's blocks have the same sizes for all; the two ends show it
+        return  # a prompt's kernels have the same blocks on any number of ranks
     cache = Cache.empty(config, torch.bfloat16, device)
     x = torch.empty(PREFILL_ROWS, config.hidden_size, dtype=torch.bfloat16, device=device)
     for layer, state in zip(model.layers, cache.layers, strict=True):
@@ -71,8 +72,8 @@ def _works(model: Any, config: Config, ranks: int, device: torch.device) -> Iter
 
 
 def fast(model: Any, config: Config, target: str, device: torch.device) -> None:
-    """Replace a reference model's layers and MTP head by the fast ones, with experts on `device` that
-    hold no weights."""
+    """Replace a reference model's layers and MTP head by the fast ones, with experts on `device` whose
+    weights are not filled."""
     for layer in (*model.layers, *model.mtp.layers):
         sizes = config.num_experts, config.hidden_size, config.moe_intermediate_size
         gate = layer.mlp.gate

@@ -74,7 +74,7 @@ def lookup(target: str, kernel: str, shape: str) -> Config:
 
 
 def fitted(config: Config, N: int, K: int, *, fp4: bool = True) -> Config:
-    """A configuration with blocks that divide N and K. Both are multiples of 16, so no block vanishes.
+    """A configuration with blocks that divide N and K. Both are multiples of 16, so no block is smaller.
 
     fp4 False: the weights are bf16, which take four times the memory, so blocks along K are at most 128.
     """

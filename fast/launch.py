@@ -10,11 +10,8 @@ import torch
 from fast.target import target_of
 from qwen35.errors import InputError
 
-OPTIONS = (
-    "num_warps",
-    "num_stages",
-    "waves_per_eu",
-)  # what a configuration tells Triton, not the kernel
+# The part of a configuration that is for Triton, not for the kernel.
+OPTIONS = ("num_warps", "num_stages", "waves_per_eu")
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,8 @@ class Launch:
     name: kernel and shape, such as "gate_up D=4096 I=128". kernel: a `triton.jit` function.
     arguments: by parameter name, constexpr ones too; tensors may be on the device `meta`, for compiling.
     options: num_warps, num_stages, ... as Triton takes them.
-    weight_bytes: that one program reads in one iteration of the hot loop; 0 when there is no such loop.
+    weight_bytes: the bytes of weights that a program reads in one iteration of its hot loop; 0 when it
+        has no such loop.
     """
 
     name: str
@@ -44,17 +42,16 @@ class Launch:
 Work = Launch | Callable[[], None]  # a kernel's launch, or operations of torch on fixed buffers
 
 _checked: set[str] = set()  # hashes of compiled kernels
-_PACKED = re.compile(
-    r"packed_element = (\d+) : .*? : tensor<\w+, (#ttg\.\w+<\{.*?\}>|#\w+)>"
-)  # and the layout of the first operand
+# How many elements inline assembly takes at once, and the layout of its first operand.
+_PACKED = re.compile(r"packed_element = (\d+) : .*? : tensor<\w+, (#ttg\.\w+<\{.*?\}>|#\w+)>")
 
 
 def check_packing(name: str, ir: str) -> None:
     """InputError when inline assembly that takes n elements at once is not given n neighbours of a row.
 
-    ir: Triton's own, with layouts ("ttgir"). Which elements go together Triton leaves open: they are
-    those that lie one after the other in a thread's registers, and that is up to the layout. Decoding
-    MXFP4 (`kernels/mxfp4.py`) takes a word's four bytes, so that any other four are garbage.
+    ir: Triton's own, with layouts ("ttgir"). Triton does not promise which elements go together: they are
+    those that lie one after the other in a thread's registers, which depends on the layout. Decoding
+    MXFP4 (`kernels/mxfp4.py`) needs the four bytes of one word; any other four give garbage.
     """
     aliases = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
     for number, layout in _PACKED.findall(ir):
@@ -85,8 +82,8 @@ def _are_neighbours(n: int, layout: str) -> bool:
 class Scratch:
     """Buffers that launches write and later ones read, by name.
 
-    The same name gives the same memory again, so that the layers of a model, which run one after the
-    other, share it.
+    The same name, shape and dtype give the same memory again, so that the layers of a model, which run
+    one after the other, share it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -94,7 +91,7 @@ class Scratch:
         self._held: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """An uninitialised buffer; of integers, zeros."""
+        """A buffer. One of integers holds zeros at first; one of floats is uninitialised."""
         key = (name, shape, dtype)
         if key not in self._held:
             make = torch.empty if dtype.is_floating_point else torch.zeros
@@ -113,7 +110,7 @@ def options(config: dict[str, int]) -> dict[str, int]:
 
 
 def run(work: Iterable[Work], device: torch.device) -> None:
-    """One after the other. InputError when the device is none that the kernels run on.
+    """Run all work, one after the other. InputError when the kernels do not run on the device.
 
     On the CPU `tools.gfx950.target.emulate` takes the same arguments: it executes gfx950 machine code.
     """

@@ -1,4 +1,5 @@
-"""One decoder layer for 1 to 8 rows: six launches with a delta net, seven with attention.
+"""One decoder layer for 1 to 8 rows: six launches with a delta net, seven with attention, and one
+fewer where the feed-forward is a dense MLP.
 
 No norm and no residual has a launch of its own: the products beside them include them
 (kernels/linear.py).

@@ -5,7 +5,7 @@ from fast.state import RING
 from qwen35.config import Config
 from qwen35.errors import InputError
 
-MOST_HEADS = 32  # that share a key head: four rows of them fill one tile
+MOST_HEADS = 32  # query heads to a key head: four rows of each fill a block of 128
 
 
 def check_shapes(config: Config) -> None:

@@ -32,7 +32,7 @@ class Step:
 
     Buffers on the device:
     rows_ids [1 + drafts] int32: the newest token, then the drafts; the trunk verifies them.
-    picked [1 + drafts] int32: the model's own token after each of them; -1 if a logit is NaN or infinite.
+    picked [1 + drafts] int32: the model's own token after each of them; -1 if a logit is NaN or +inf.
     fresh [1] int32: how many of `picked` are new tokens of the text.
     hidden [1 + drafts, D] bf16: the trunk's hidden state of each row, after the final norm.
     logits [1 + drafts, V] bf16: the logits of each row.
@@ -80,7 +80,7 @@ class Step:
             getattr(self, name).copy_(getattr(other, name))
 
     def launches(self, choose: Sequence[Work] = (), after: Sequence[Work] = ()) -> list[Work]:
-        """A whole round.
+        """The work of a whole round.
 
         choose: operations that make `picked` from `logits`, instead of taking the likeliest token.
         after: operations that follow the acceptance.

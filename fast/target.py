@@ -1,4 +1,4 @@
-"""What the kernels are compiled for, and what they need of it."""
+"""The targets that the kernels are compiled for, and checks of a pass's rows."""
 
 import torch
 
@@ -6,8 +6,8 @@ from qwen35.errors import InputError
 
 TARGETS = ("gfx950", "sm_90")
 GRID = 64  # tokens: prompts are computed on an absolute grid of it
-MAX_ROWS = 8  # of a pass: one token and its drafts
-# Columns of the matrix unit's product that hold rows: the smallest that it has.
+MAX_ROWS = 8  # the most rows of a decode pass: one token and its drafts
+# The fewest columns that a product of the matrix unit has; a decode pass's rows are padded to them.
 ROWS = {"gfx950": 16, "sm_90": 8}
 
 

@@ -2,7 +2,7 @@
 
 torch's own sigmoid, SiLU and softplus use other instructions for the last few elements of a tensor than
 for the rest, so a row in a pass of four may get other bits than the same row alone. Its exp does not do
-this. All functions compute in float32 (in float64 for a float64 model) and return x's dtype and shape.
+this. All three compute in float32 (in float64 for a float64 model) and return x's dtype and shape.
 """
 
 import torch

@@ -27,7 +27,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.folder: Path | None = None  # the checkpoint's folder, with the tokenizer
-        self.kv_cache_dtype = "auto"  # new caches': one of qwen35.cache.KV_CACHE_DTYPES
+        self.kv_cache_dtype = "auto"  # for new caches, one of qwen35.cache.KV_CACHE_DTYPES
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, kind, config.is_sparse(i))
@@ -47,8 +47,8 @@ class Model(nn.Module):
         return self.norm(hidden)
 
     def draft(self, ids: Tensor, hidden: Tensor, cache: Cache) -> Tensor:
-        """One MTP pass, which updates `cache` -> [B, T, D]. ids [B, T]: row by row the token that follows
-        that of hidden [B, T, D]."""
+        """Run one MTP pass, which updates `cache` -> [B, T, D]. hidden [B, T, D] of T tokens; ids [B, T]:
+        the token after each of them."""
         assert self.mtp is not None and cache.mtp is not None, "this model has no MTP head"
         return self.mtp(self.embed_tokens(ids), hidden, cache.mtp)
 

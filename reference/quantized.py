@@ -1,7 +1,8 @@
 """Linear layers whose weight stays in its file's format and is decoded at each use.
 
 The loader uses them for routed experts that are quantised: an expert is hit seldom, and 512 decoded ones
-would take four times the file's memory. Results are those of a model whose weights were decoded before.
+would take two (FP8) or four (MXFP4) times the file's memory. Results are those of a model whose weights
+were decoded before.
 """
 
 from torch import Tensor, nn

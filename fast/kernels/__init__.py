@@ -1,4 +1,4 @@
-"""The kernels, and nothing else."""
+"""The Triton kernels. Importing this package raises InputError when Triton is not installed."""
 
 from qwen35.errors import InputError
 

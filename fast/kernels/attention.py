@@ -21,7 +21,7 @@ def _begin(piece, NEAR: tl.constexpr):
 
 @triton.jit
 def _pieces(length, NEAR: tl.constexpr):
-    """How many pieces cover so many positions."""
+    """The number of pieces that cover `length` positions."""
     near = (tl.minimum(length, SHORT * NEAR) + NEAR - 1) // NEAR
     return near + (tl.maximum(length - SHORT * NEAR, 0) + FAR - 1) // FAR
 
@@ -60,7 +60,7 @@ def _keep(x, numbers, scales, place, k, K: tl.constexpr, FP8: tl.constexpr):
     if FP8:
         wide = x.to(tl.float32)
         bits = tl.max(tl.abs(wide), 1)[:, None].to(tl.int32, bitcast=True)
-        # The smallest power of two by which no number exceeds e4m3's 448 = 1.75 * 2^8.
+        # It belongs to the smallest power of two by which no quotient exceeds e4m3's 448 = 1.75 * 2^8.
         exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
         exponent = tl.minimum(tl.maximum(exponent, 1), 253)
         small = wide * _power_of_two(254 - exponent)
@@ -79,13 +79,14 @@ def attend(
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, ROTARY: tl.constexpr, CAPACITY: tl.constexpr,
     NEAR: tl.constexpr, GROUP: tl.constexpr, FP8: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What one piece of the context gives to GROUP rows of one key head's queries: a softmax without its
+    """Attend from GROUP rows of one key head's queries to one piece of the context: a softmax without its
     denominator.
 
-    projected [rows, 2 H K + 2 G K] bf16: of each head the query and its gate, then the keys, then the
-    values. keys, values [G, CAPACITY, K] bf16, or with FP8 e4m3 and exponents key_scales, value_scales
-    [G, CAPACITY] uint8: this pass's own are written by the programs in whose piece they lie. q_gain,
-    k_gain [K] bf16. -> partial [pieces, rows, H, K], peaks and totals [pieces, rows, H] fp32: sum of
+    projected [rows, 2 H K + 2 G K] bf16: each head's query and its gate, then the keys, then the values.
+    q_gain, k_gain [K] bf16. keys, values: the cache, [G, CAPACITY, K] bf16, or with FP8 e4m3 and
+    exponents key_scales, value_scales [G, CAPACITY] uint8. The programs in whose piece a row of this pass
+    lies write its key and value there.
+    Written: partial [pieces, rows, H, K], peaks and totals [pieces, rows, H] fp32: sum of
     exp(score - peak) * value, the largest score, sum of exp(score - peak).
     Grid (pieces of CAPACITY, G, rows / GROUP rounded up). BLOCK: at least GROUP * H / G.
     """
@@ -151,10 +152,9 @@ def combine(
     projected, partial, peaks, totals, out, start, rows,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, NEAR: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
-    """out[row, head] = sigmoid(gate) * attention, of what `attend` left for each piece. [rows, H * K]
-    bf16.
+    """out[row, head] = sigmoid(gate) * attention, from what `attend` has written for each piece.
 
-    Grid (rows, H). Pieces are added in order, MANY at a time.
+    Written: out [rows, H * K] bf16. Grid (rows, H). Pieces are added in order, MANY at a time.
     """
     row, head = tl.program_id(0), tl.program_id(1)
     k = tl.arange(0, K)[None, :]

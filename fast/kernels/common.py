@@ -15,7 +15,8 @@ def bounded(index, count):
 def stored():
     """A barrier after which other programs may be told to read what this program has stored.
 
-    On gfx950 the compiler makes only the wave that tells them wait for its stores; here all waves wait.
+    On gfx950 the compiler makes only one wave wait for its stores, the one that tells the other programs.
+    This makes all waves wait for theirs.
     """
     if is_hip():
         tl.inline_asm_elementwise(

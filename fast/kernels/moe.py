@@ -14,7 +14,7 @@ from fast.kernels.common import bounded, stored, summed
 from fast.kernels.linear import inverse_rms, store_scaled
 from fast.kernels.mxfp4 import dot, place
 
-MAX_PAIRS = tl.constexpr(128)  # rows times top-k, rounded up to a power of two
+MAX_PAIRS = tl.constexpr(128)  # the most rows times top-k, 8 * 16, a power of two
 
 
 @triton.jit
@@ -67,7 +67,8 @@ def gate_up(
     x [rows, D] bf16; PARTS > 0: the scaled rows of a norm, and squares [PARTS, ROWS] fp32 are their sums
     of x^2 (kernels/linear.py). experts [rows * k] int32; an id that is not one of E experts gives NaN.
     FP4: weight [E, 2 I, D/2] uint8 (gate row 0, up row 0, gate row 1, ...) and scale [E, 2 I, D/32]
-    uint8, both in tiles of TILE_N rows by TILE_K elements; otherwise weight [E, 2 I, D] bf16.
+    uint8, both in tiles of TILE_N rows by TILE_K elements; otherwise weight [E, 2 I, D] bf16. If TILE_N
+    is not 1, BLOCK_K must be a multiple of TILE_K.
     Written: hidden [rows * k, 8, I] bf16; first [rows * k] int32, the first pair of each pair's expert.
     Grid (2 I / BLOCK_N, rows * k).
 

@@ -2,8 +2,8 @@
 
 There are two ways, one of which is chosen when the kernel is compiled. gfx950 has an instruction for it
 (v_cvt_scalef32_pk_bf16_fp4) and reads the checkpoint's own order. NVIDIA's Hopper has none; its weights
-are in the order of weights/words.py, in which an AND, at most two rotations or shifts and a product
-decode two of them.
+are in the order of weights/words.py, in which one or two ANDs, at most two rotations or shifts and a
+product decode two of them.
 """
 
 import triton
@@ -69,8 +69,9 @@ def _element(byte):
 
 @triton.jit
 def _decoded(weight, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Bytes [BLOCK_N, BLOCK_K/2] -> the first and the second element of each, bf16; Hopper's words."""
-    # A group of 32 is (t, c / 2). Each of its bytes gets 2^(scale - 1) as a bf16, in both halves.
+    """Bytes [BLOCK_N, BLOCK_K/2] of Hopper's words -> the first and the second element of each, bf16."""
+    # With t and c as in `_element`, the scales of a span are in the order (t, c // 2), and its bytes in
+    # the order (c, t). Each byte gets its group's 2^(scale - 1) as a bf16, in both halves.
     SPANS: tl.constexpr = BLOCK_K // SPAN
     twice = (scale.to(tl.int32) + 126) * 0x00800080
     by_group = twice.reshape(BLOCK_N, SPANS, 2, 2).permute(0, 1, 3, 2)

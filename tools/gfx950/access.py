@@ -76,7 +76,7 @@ def to_part(
     waves: Waves, destination: Operand, data: NDArray, lanes: NDArray, signed: bool, half: str
 ) -> None:
     """Write one or two bytes a lane, uint8 [n, size], into a register: extended to 32 bits, or into one
-    half of it ("low" or "high"), of which the other half stays."""
+    half of it ("low" or "high"); the other half stays."""
     size = data.shape[1]
     value = np.ascontiguousarray(data).view(U8 if size == 1 else U16)[:, 0].astype(U32)
     if signed:
@@ -146,8 +146,9 @@ def global_addresses(ins: Instruction, address: Operand, base: Operand) -> Addre
 def _operands(ins: Instruction, *, data: str) -> tuple[list[Operand], Addresses]:
     """The operands that are not the address, and the address.
 
-    data: "first" (loads, and all of a buffer's), "second" (global stores), "none" (loads to LDS),
-    "both" (global atomics that return: destination, address, data).
+    data: where the other operands of a global instruction stand: "first", before the address (loads);
+    "second", after it (stores, and atomics that return nothing); "both" (atomics that return); "none"
+    (loads to the LDS). In a buffer instruction they are always first.
     """
     operands = [parse_operand(text) for text in ins.operands]
     if ins.mnemonic.startswith("buffer_"):

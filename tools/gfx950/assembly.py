@@ -41,7 +41,8 @@ _CODE = re.compile(r"\s+([a-z]\w*)\b(.*)")
 
 
 class EmulatorError(InputError):
-    """A kernel does something that the emulator or the card cannot do. The message quotes the line."""
+    """A kernel does something that the emulator or the card cannot do. The message quotes the line, if a
+    single instruction is at fault."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _narrow(
     """Convert two values, divided by the scale, into the part of a VGPR that op_sel chooses; the rest
     stays."""
     only_modifiers(ins, "op_sel")
-    # Of the four bits, the last two choose a byte of the destination (fp4), or the last a word (fp8).
+    # The last two of the four bits choose a byte of the destination (fp4), or the last one a word (fp8).
     select = bits_list(ins, "op_sel", [0] * 4)
     bits = MINIFLOATS[small].bits
     # With two sources the assembler writes only three bits.

@@ -4,8 +4,8 @@ It shows whether a compiled kernel computes the right thing, on a machine withou
 accesses outside of an array and LDS races, which the card does not report; registers and LDS hold garbage
 until they are written. It does not model time, caches, hazards or s_waitcnt: every instruction completes
 before the next one. Scratch, flat addresses, images, fp6, sparse and 4x4 matrix instructions and LDS
-atomics are not emulated, and are refused by name. `formats`, `vector_ops` and `matrix` say where rounding
-may differ from the card's.
+atomics are not emulated, and are refused by name. `vector_ops` and `matrix` say where rounding may
+differ from the card's, `formats` and `converts` which modes of the card are assumed.
 """
 
 import struct
@@ -67,7 +67,7 @@ class Statistics:
 class Kernel:
     """One kernel of an assembly file, ready to run.
 
-    EmulatorError that quotes the line of every instruction that is not emulated.
+    Raises EmulatorError, with the line of every instruction that is not emulated.
     """
 
     def __init__(self, text: str, name: str) -> None:
@@ -165,8 +165,8 @@ class Kernel:
     # ---- how a workgroup starts
 
     def _pointer_register(self) -> int:
-        """The first of the two SGPRs that point to the arguments. They follow the SGPRs of everything
-        else that the kernel asks for."""
+        """The first of the two SGPRs that point to the arguments. They follow the SGPRs of the scratch
+        buffer, the dispatch packet and the queue, where the kernel asks for these."""
         directives = self.program.directives
         if not directives.get("user_sgpr_kernarg_segment_ptr", 1):
             raise EmulatorError(f"{self.program.name} does not ask for its arguments")
@@ -246,8 +246,9 @@ class _Run:
     """Schedules the waves of one batch of workgroups after another.
 
     A group is a set of waves at the same instruction. It runs until it ends, meets a barrier, or branches
-    backwards while others wait; then it goes to the end of the queue. So waves that spin cannot keep
-    others from the work that they wait for. Groups in the queue at the same instruction are joined.
+    backwards while others are in the queue, whose end it then joins. So waves that spin cannot keep
+    others from the work that they wait for. In lockstep, groups in the queue at the same instruction are
+    joined; in random order a group is one wave, and gives way only after PATIENCE instructions.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ def bf16_to_f32(codes: NDArray) -> NDArray[np.float32]:
 
 
 def f32_to_bf16(values: NDArray) -> NDArray[np.uint32]:
-    """Rounded to nearest, ties to even; a NaN stays one and becomes quiet."""
+    """The bf16 codes of values, rounded to nearest, ties to even; a NaN stays one and becomes quiet."""
     bits = np.asarray(values, np.float32).view(U32)
     half = U32(0x7FFF) + ((bits >> U32(16)) & U32(1))  # a tie goes up only from an odd code
     return np.where(np.isnan(values), (bits >> U32(16)) | U32(0x40), (bits + half) >> U32(16))
@@ -33,7 +33,7 @@ def f16_to_f32(codes: NDArray) -> NDArray[np.float32]:
 
 
 def f32_to_f16(values: NDArray) -> NDArray[np.uint32]:
-    """Rounded to nearest, ties to even, from float32 or float64; a NaN becomes quiet."""
+    """The f16 codes of f32 or f64 values, rounded to nearest, ties to even; a NaN becomes quiet."""
     return quiet(values.astype(np.float16)).view(np.uint16).astype(U32)
 
 
@@ -64,8 +64,11 @@ class Minifloat:
         return self.values[codes]
 
     def encode(self, values: NDArray) -> NDArray[np.uint32]:
-        """Rounded to nearest, ties to even; saturates at the limit. A NaN gives the code with all
-        magnitude bits set, which in fp4, without a NaN, is the largest value."""
+        """The codes of values, rounded to nearest, ties to even, and limited to the largest magnitude.
+
+        A NaN gives the code with all magnitude bits set. In fp4, which has no NaN, this is the largest
+        value.
+        """
         magnitudes = self.values[: self.limit + 1].astype(np.float64)  # grow with the code
         middles = (magnitudes[1:] + magnitudes[:-1]) / 2  # exact in float64
         size = np.abs(np.asarray(values, np.float64))

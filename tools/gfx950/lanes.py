@@ -1,4 +1,5 @@
-"""Vector instructions that need more than each lane's sources: other lanes, VCC or a table."""
+"""Vector instructions that `vector.define` cannot express: they need other lanes, VCC or a table, or have
+operands of mixed types."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,7 +134,7 @@ def scaled_fma(ins: Instruction) -> Action:
 
 @instruction("v_bitop3_b32", "v_bitop3_b16")
 def any_bit_function(ins: Instruction) -> Action:
-    """Any function of three bits a, b and c: bit 4a + 2b + c of the number bitop3."""
+    """Apply any function of three bits a, b and c: its value is bit 4a + 2b + c of the number bitop3."""
     only_modifiers(ins, "bitop3")
     destination, *sources = operands_of(ins, 4)
     readers = [register(operand) for operand in sources]
@@ -171,7 +172,7 @@ def dot_of_pairs(ins: Instruction) -> Action:
 
 @instruction("v_pk_mov_b32")
 def move_pair(ins: Instruction) -> Action:
-    """Copy one register of each source's pair: op_sel[i] chooses the one that becomes half i."""
+    """Copy a register of each source's pair: op_sel[i] chooses which one becomes register i."""
     only_modifiers(ins, "op_sel", "op_sel_hi")
     destination, *sources = operands_of(ins, 3)
     select = bits_list(ins, "op_sel", [0, 0])
@@ -287,7 +288,7 @@ def _swizzled(pattern: str) -> NDArray[np.int64]:
         return LANE - LANE % int(parts[0]) + int(parts[1])
     if name == "QUAD_PERM":
         return LANE - LANE % 4 + np.array([int(part) for part in parts])[LANE % 4]
-    if name == "BITMASK_PERM":  # of five bits, the highest first: 0, 1, p (as it is), i (inverted)
+    if name == "BITMASK_PERM":  # a letter a bit, the highest first: 0, 1, p (keep), i (invert)
         lanes = LANE.copy()
         for place, letter in zip(range(4, -1, -1), parts[0], strict=True):
             bit = 1 << place

@@ -27,9 +27,9 @@ from tools.gfx950.waves import LANES, Waves
 
 U32 = np.uint32
 
-# Rows (and columns) of the tile, K, and the operands' type as it ends the mnemonic.
 EIGHTS = ("fp8_fp8", "fp8_bf8", "bf8_fp8", "bf8_bf8")
 HALVES = ("f16", "bf16")
+# Rows (and columns) of the tile, K, and the operands' type as it ends the mnemonic.
 PLAIN = [
     *[(rows, k, kind) for rows, k in ((16, 32), (32, 16)) for kind in (*EIGHTS, *HALVES)],
     *[(16, 16, "f16"), (32, 8, "f16"), (16, 16, "bf16_1k"), (32, 8, "bf16_1k")],

@@ -1,9 +1,9 @@
 """The NaN that an operation gives, to the bit, and the same on any host.
 
-AMD's documents define it for some instructions (minimum, maximum, median, the fix-up of a division),
-which follow them. They do not define it for arithmetic. There the result is the first source that is a
-NaN, made quiet, with its sign and payload, as IEEE 754 recommends. An operation without a value gives the
-NaN that the documents give for 0/0: negative, quiet, without a payload.
+AMD's documents define it for some instructions (minimum, maximum, median, the fix-up of a division), and
+these follow the documents. For arithmetic they do not define it. There the result is the first source
+that is a NaN, made quiet, with its sign and payload, as IEEE 754 recommends. An operation without a value
+gives the NaN that the documents give for 0/0: negative, quiet, without a payload.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Compiles a Triton launch for a card that is not here, and runs what the compiler made in the emulator.
 
-Neither needs a GPU nor a driver. The kernel goes through Triton's own JIT with the launch's own
-arguments, so that it is specialised as it would be on the card: an int that is 1 becomes a constant, a
-pointer or an int that 16 divides is known to be so, a tensor below 2 GiB is read by buffer loads.
+Both work without a GPU and without a driver. The kernel goes through Triton's own JIT with the launch's
+own arguments, so that it is specialised as it would be on the card: an int that is 1 becomes a constant,
+a pointer or an int that 16 divides is known to be so, a tensor below 2 GiB is read by buffer loads.
 """
 
 from collections.abc import Iterable, Iterator
@@ -85,7 +85,7 @@ def emulate(
     batch: int = 32,
     races: bool = True,
 ) -> Statistics:
-    """What `fast.launch.run` does on a card: launches one after the other, here on the CPU.
+    """Do on the CPU what `fast.launch.run` does on a card: run all launches, one after the other.
 
     Each is compiled for gfx950, and the emulator executes that machine code on the launch's own tensors,
     in place; operations of torch between them are done as they are. Returns the counts of all launches

@@ -1,8 +1,8 @@
-"""Vector instructions (VALU) are put together here from sources, a function over lanes and a destination.
+"""Puts vector instructions (VALU) together from sources, a function over lanes and a destination.
 
-`define` and `define_packed` make instructions in a line each; `vector_ops` is the list of them. The
-encodings DPP (a permutation of the first source's lanes) and SDWA (bytes or words of sources and result)
-are handled here, so that a definition does not know about them.
+`define` and `define_packed` make instructions in a line each; `vector_ops` and `vector_converts` are the
+lists of these lines. The encodings DPP (a permutation of the first source's lanes) and SDWA (bytes or
+words of sources and result) are handled here, so that a definition does not know about them.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,8 @@ def define(
     signature: the types of results and sources in the order of the operands, as in "u32 = f32 i32". A
     source +f32 is the old value of the destination and has no operand of its own.
     function: takes sources as arrays that broadcast to [W, 64], and must not write into them.
-    clamped: the function for integers with the modifier clamp, which limits floats to 0 .. 1.
+    clamped: for integer results, the function that replaces this one if the modifier clamp is set. A
+    float result is limited to 0 .. 1 without it.
     own_nans: the function gives the right NaN by itself; otherwise `nans.passing_on` does.
     """
     whole = function if own_nans else passing_on(function)

@@ -1,8 +1,8 @@
 """Vector instructions that are a function of each lane's own sources, one definition each.
 
 Semantics follow AMD's published pseudocode (CDNA ISA documents). Known deviations: fma goes through
-float64, so one result in about 2**29 is rounded twice; exp, log, rcp, rsq, sqrt and sin are correctly
-rounded, where the card is allowed an error of about 1 ulp.
+float64, so one result in about 2**29 is rounded twice; exp, log, rcp, rsq, sqrt, sin and cos are
+correctly rounded, where the card is allowed an error of about 1 ulp.
 """
 
 import operator
@@ -76,7 +76,7 @@ def trailing_zeros(x: NDArray) -> NDArray:
 
 
 def leading_signs(x: NDArray) -> NDArray:
-    """ffbh of a signed number: the place of the highest bit that differs from the sign; -1 if none."""
+    """ffbh of a signed number: how many of the highest bits equal the sign bit; -1 if all do."""
     return leading_zeros(np.where(x < 0, ~x, x).astype(I32).view(U32))
 
 
@@ -214,9 +214,12 @@ define("v_mad_u32_u16", "u32 = u16 u16 u32", lambda a, b, c: a.astype(U32) * b.a
 def picking(
     prefers: Callable[[NDArray, NDArray], NDArray], of_zeros: Callable[[NDArray], NDArray]
 ) -> Callable[[NDArray, NDArray], NDArray]:
-    """Minimum or maximum, with the bits of one of the two: the other one if one is a NaN, but a NaN that
-    signals wins and becomes quiet. prefers: whether the first is taken. of_zeros: the same, between -0
-    and +0, from the first one's sign."""
+    """Make a minimum or maximum, whose result has the bits of one of its two sources.
+
+    If one is a quiet NaN, the result is the other; a signaling NaN is itself the result, made quiet.
+    prefers: whether the first source is taken. of_zeros: the same for two zeros, from the first one's
+    sign bit.
+    """
 
     def pick(a: NDArray, b: NDArray) -> NDArray:
         equal = np.where(a == 0, of_zeros(np.signbit(a)), prefers(a, b))
