@@ -1,8 +1,1 @@
-"""The feed-forward nodes that a fast class can replace alone: pattern -> class, as in `--swap
-PATTERN=MODULE:CLASS`."""
-
-SWAPS = {
-    "layers.*.mlp": "fast.moe:SparseMoeBlock",  # only where it is a mixture of experts
-    "layers.*.mlp.experts": "fast.moe:Experts",
-    "layers.*.mlp.gate": "fast.router:Router",
-}
+"""The reference's nodes over fused kernels; `qwen35/paths.py` says when they run instead of it."""

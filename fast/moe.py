@@ -55,6 +55,11 @@ class Experts(nn.Module):
         first, second = (configs.lookup(target, name, shape) for name in ("gate_up", "down"))
         self.gate_up_config = configs.fitted(first, 2 * I, D, fp4=fp4)
         self.down_config = configs.fitted(second, D, I, fp4=fp4)
+        if fp4 and self.tile_n > 1 and self.gate_up_config["BLOCK_K"] % self.tile_k:
+            raise InputError(
+                f"gate_up {shape} for {target}: BLOCK_K = {self.gate_up_config['BLOCK_K']}; expected a "
+                f"multiple of {self.tile_k}, the columns of a weight tile"
+            )
 
         def empty(*shape: int, dtype: torch.dtype = torch.uint8) -> nn.Parameter:
             data = torch.empty(*shape, dtype=dtype, device=device)

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
+import fast.attention
+import fast.kernels.attention
+import fast.kernels.moe
+import fast.moe
 import reference.moe
 from fast import configs
 from fast.launch import Scratch
@@ -518,6 +522,25 @@ def test_a_shape_of_the_table_is_taken_without_a_warning():
                 experts = Experts(2, 4096, I, target, torch.device("meta"))
                 expected = configs.table()[target]["gate_up"][f"D=4096 I={I}"]
                 assert experts.gate_up_config == expected
+
+
+def test_a_block_that_is_no_whole_tile_is_refused(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+):
+    """The kernel would go through half a tile and read the next one's rows: wrong numbers, no error."""
+    half = {"BLOCK_N": 64, "BLOCK_K": words.TILE_K // 2, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(configs, "lookup", lambda *_: half)
+    assert refused(lambda: Experts(2, 512, 128, "sm_90", CPU)) == (
+        "gate_up D=512 I=128 for sm_90: BLOCK_K = 128; expected a multiple of 256, the columns of a "
+        "weight tile"
+    )
+    assert Experts(2, 512, 128, "gfx950", CPU).tile_n == 1  # which has no tiles
+
+
+def test_the_kernels_limits_are_the_nodes():
+    assert fast.kernels.moe.MAX_PAIRS.value == fast.moe.MAX_PAIRS
+    assert fast.kernels.attention.SHORT.value == fast.attention.SHORT
+    assert fast.kernels.attention.FAR.value == fast.attention.FAR
 
 
 def test_a_target_that_is_not_in_the_table_is_refused(refused: Refused):
