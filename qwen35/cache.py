@@ -30,7 +30,7 @@ class KVCache:
     def empty(
         cls, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str
     ) -> Self:
-        """Without any position. shape: B, G and K."""
+        """A cache without positions. shape: B, G and K."""
         B, G, K = shape
         return cls(*(torch.empty(B, G, 0, K, dtype=dtype, device=device) for _ in range(2)))
 
@@ -53,8 +53,8 @@ class KVCache:
         return self.k.shape[2]
 
     def grow(self, length: int) -> None:
-        """Make room for a sequence of that length, and for as many more where there was too little:
-        doubling keeps the copying linear in the length of the sequence."""
+        """Make room for a sequence of that length. Where there is too little, the capacity at least
+        doubles, which keeps the copying linear in the length of the sequence."""
         if length > self.capacity:
             self.reserve(max(length, 2 * self.capacity))
 
@@ -84,7 +84,7 @@ class KVCache:
         return {name: buffer[:, :, : self.length] for name, buffer in self.buffers().items()}
 
     def copy(self, like: Self | None = None) -> Self:
-        """With buffers of its own, in this dtype or in that of another."""
+        """A copy with buffers of its own, in the dtypes of `like`, or else in its own."""
         dtypes = [buffer.dtype for buffer in (like or self).buffers().values()]
         held = zip(self.tensors().values(), dtypes, strict=True)
         return type(self)(*(t.to(dtype, copy=True) for t, dtype in held), length=self.length)
@@ -97,8 +97,8 @@ class FP8KVCache(KVCache):
     k, v: [B, G, capacity, K] float8_e4m3fn. k_scale, v_scale: [B, G, capacity, 1] uint8, exponents s as
     in e8m0: a number is its e4m3 value times 2^(s - 127).
 
-    Attention reads what the cache holds, also of the pass's own tokens: so a prompt's chunks, or a hit
-    of the prefix cache, change no bit.
+    Attention reads the rounded numbers also for the tokens of the pass itself, so neither a prompt's
+    chunks nor a hit of the prefix cache change a bit.
     """
 
     k_scale: Tensor
@@ -108,7 +108,7 @@ class FP8KVCache(KVCache):
     def empty(
         cls, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str
     ) -> Self:
-        """Without any position. shape: B, G and K. dtype is that of the model, which this is not."""
+        """A cache without positions. shape: B, G and K. dtype: the model's, which is not used."""
         B, G, K = shape
         numbers = [torch.empty(B, G, 0, K, dtype=E4M3, device=device) for _ in range(2)]
         scales = [torch.empty(B, G, 0, 1, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -165,7 +165,7 @@ class DeltaState:
     trail: list[Tensor] = field(default_factory=list)
 
     def advance(self, rows: Tensor, states: list[Tensor]) -> None:
-        """Move past a pass that saw `rows` and left `states`, one a token in a decode pass, after it."""
+        """Move past a pass that saw `rows`. states: one after each token (decode), or only the last."""
         kept = self.conv.shape[1]
         T = rows.shape[1] - kept
         by_token = len(states) == T
@@ -173,7 +173,7 @@ class DeltaState:
         self.conv, self.recurrent = rows[:, T:].clone(), states[-1]
 
     def rollback(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens of the last pass, a decode pass."""
+        """Forget the last `tokens` tokens of the last pass, which has to be a decode pass."""
         if tokens == 0:
             return
         assert self.rows is not None and tokens < len(self.trail), "only a decode pass goes back"
@@ -196,7 +196,7 @@ class DeltaState:
         return {"conv": self.conv, "recurrent": self.recurrent}
 
     def copy(self, like: Self | None = None) -> Self:
-        """With buffers of its own, in these dtypes or in those of another; it cannot be rolled back."""
+        """A copy in the dtypes of `like`, or else in its own; it cannot be rolled back."""
         kind = like or self
         conv = self.conv.to(kind.conv.dtype, copy=True)
         return type(self)(conv, self.recurrent.to(kind.recurrent.dtype, copy=True))
@@ -270,12 +270,12 @@ class Cache:
                 state.reserve(capacity)
 
     def snapshot(self, first: int = 0, *, mtp: bool = True) -> dict[str, Tensor]:
-        """All that is held, by the name of its node; of keys and values only positions `first` and later.
+        """All that is held, by node and name; keys and values only from position `first` on.
 
-        `layers.3.k` and `layers.3.v`: [B, G, length - first, K], with their scales in
-        an FP8 cache. `layers.0.conv` and `layers.0.recurrent`: the state after the last token. `mtp.k`
-        and `mtp.v`: the MTP head stays one row behind the trunk, so its rows begin at first - 1. mtp:
-        whether they are wanted. The tensors are views; no later pass of a prefill writes into them.
+        `layers.3.k` and `layers.3.v`: [B, G, length - first, K], with their scales in an FP8 cache.
+        `layers.0.conv` and `layers.0.recurrent`: the state after the last token. `mtp.k` and `mtp.v`: the
+        MTP head stays one row behind the trunk, so its rows begin at first - 1; they are left out
+        unless `mtp` is true. The tensors are views; no later pass of a prefill writes into them.
         """
         held: dict[str, Tensor] = {}
         for node, state in self._nodes(mtp).items():
@@ -288,7 +288,7 @@ class Cache:
     def restore(
         self, parts: Sequence[Mapping[str, Tensor]], length: int, *, mtp: bool = True
     ) -> None:
-        """Copy snapshots that follow one another into this empty cache; `length` is all their tokens."""
+        """Copy snapshots that follow one another into this empty cache. length: tokens of all of them."""
         for node, state in self._nodes(mtp).items():
             for part in parts if isinstance(state, KVCache) else parts[-1:]:
                 names = state.tensors()

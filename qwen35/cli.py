@@ -1,4 +1,4 @@
-"""What every command line shares: text in and out, one-line errors, exit statuses, `--debug`."""
+"""Shared by every command line: text in and out, one-line errors, exit statuses, `--debug`."""
 
 import argparse
 import json
@@ -24,8 +24,10 @@ CHECKPOINT = "a checkpoint: a folder, a hub id, or `tiny`, the embedded one (def
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, `--debug` and `--version`; where something is computed, `--threads`,
-    which `run` obeys and to which `set_defaults(threads=...)` gives a default."""
+    """argparse with one-line errors, `--debug` and `--version`.
+
+    computes: also add `--threads`, which `run` sets; `set_defaults(threads=...)` gives its default.
+    """
 
     def __init__(self, prog: str, description: str, *, computes: bool = True) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
@@ -39,8 +41,8 @@ class Parser(argparse.ArgumentParser):
     def add_model(
         self, help: str = CHECKPOINT, *, alone: bool = True, default: str | None = "tiny"
     ) -> None:
-        """`--model`, the name that every command has for its checkpoint. alone: MODEL without the option
-        means the same, as no text stands there."""
+        """Add `--model`, which names the checkpoint in every command. alone: MODEL may also be given
+        without the option, since the command takes no other text."""
         if alone:
             self.add_argument("model", metavar="MODEL", nargs="?", action=_Once, default=default,
                               help=help)  # fmt: skip
@@ -52,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Once(argparse.Action):
-    """Keeps a value that two arguments can give, and refuses two."""
+    """Keeps a value that two arguments can give, and refuses two different values."""
 
     def __call__(
         self,
@@ -63,14 +65,14 @@ class _Once(argparse.Action):
     ) -> None:
         before = getattr(namespace, self.dest, None)
         if values == self.default:
-            return  # as the positional one says where it is not given
+            return  # argparse calls a positional argument that is not given with its default
         if before not in (self.default, values):
             parser.error(f"two models are given, {before} and {values}; one is expected")
         setattr(namespace, self.dest, values)
 
 
 def installed(package: str) -> str:
-    """The version of a package, or "not installed", as this one is where it only lies in a folder."""
+    """The version of a package, or "not installed", also for this one where it runs from a folder."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -94,7 +96,7 @@ def parse_ids(text: str) -> list[int]:
 
 
 def at_least_one(text: str) -> int:
-    """A number that is at least 1, as of threads."""
+    """Parse an integer that is at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a number of at least 1")
     return int(text)
@@ -115,7 +117,7 @@ def size(text: str) -> int:
 
 
 def device(text: str) -> "torch.device":
-    """A device that can compute here, as `cpu` or `cuda:1`: the type of `--device`."""
+    """A device that can compute here, such as `cpu` or `cuda:1`: the type of `--device`."""
     import torch  # here: most command lines that read no device have no use for it
 
     try:
@@ -190,7 +192,7 @@ def run(
 
 
 def _reason(error: Exception) -> str | None:
-    """What to say of an exception in one line; None for one that only its traceback explains."""
+    """The one line that explains an exception; None for one that only its traceback explains."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError):  # a name that is too long, a folder that may not be read
@@ -201,7 +203,7 @@ def _reason(error: Exception) -> str | None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU, or of the CPU, for which torch has no exception of its own."""
+    """Whether a GPU ran out of memory, or the CPU, for which torch has no exception of its own."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -40,10 +40,10 @@ class Settings:
     draft_tokens: drafts a round; None is 3 where the model has an MTP head.
     prefill_chunk: prompt tokens a pass, a multiple of 64.
     digest: hash the logits.
-    logprobs: give each token's log probability, and those of so many likeliest tokens; None: neither.
-    thinking: of a conversation; None lets the chat template decide.
+    logprobs: give each token's log probability, and those of this many likeliest; None: neither.
+    thinking: whether to think in a conversation; None lets the chat template decide.
     chat_template_kwargs: further variables of the chat template.
-    allow_special_tokens: let what a message contains become control tokens.
+    allow_special_tokens: let a control token's written form in a message become that token.
     """
 
     max_new_tokens: int | None = None
@@ -191,7 +191,7 @@ class UntilStop:
         return text[:cut]
 
     def flush(self) -> str:
-        """What was held back, once no text follows."""
+        """The text that was held back; called once no text follows."""
         held, self.held = self.held, ""
         return held
 

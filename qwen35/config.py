@@ -138,7 +138,7 @@ class Config:
             )
 
     def check_same_shape(self, other: "Config") -> None:
-        """Raise InputError unless both models' nodes are given and return tensors of the same shapes."""
+        """Raise InputError unless the nodes of both models take and return tensors of the same shapes."""
         not_shapes = ("max_position_embeddings", "num_experts_per_tok", "decoder_sparse_step")
         for name in (n for n in (*SIZES, *COUNTS, "layer_types") if n not in not_shapes):
             ours, theirs = getattr(self, name), getattr(other, name)
@@ -163,7 +163,10 @@ class Config:
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> "Config":
-        """From a parsed `config.json`, nested (`text_config`) or flat, of any family member."""
+        """Build from a parsed `config.json`, nested (`text_config`) or flat, of any family member.
+
+        Raises InputError naming the key.
+        """
         reader = read(document)
         given = reader.values
         layers = given.get("mlp_only_layers", [])
@@ -182,7 +185,8 @@ class Config:
 
     @classmethod
     def published(cls, name: str) -> "Config":
-        """The config of a published model by its size, e.g. `Config.published("397B-A17B")`."""
+        """The config of a published model by its size, e.g. `Config.published("397B-A17B")`. InputError
+        for another name."""
         if name not in PUBLISHED:
             raise InputError(
                 f"config: no published size {name!r}; known are {', '.join(PUBLISHED)}"
@@ -191,7 +195,7 @@ class Config:
 
 
 def read(document: Any) -> Reader:
-    """The fields of a parsed `config.json`, and what it gives twice. InputError for what is none."""
+    """Read a parsed `config.json`, and note where it contradicts itself. InputError when it is none."""
     fields = Config.__dataclass_fields__.items()
     return Reader(document, {n: f.default if _has_default(f) else None for n, f in fields})
 

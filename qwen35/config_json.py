@@ -1,4 +1,4 @@
-"""What a `config.json` says, key by key, as transformers reads it; and where its places disagree.
+"""Reads a `config.json` key by key, as transformers does, and notes where its places disagree.
 
 The value that is taken is the one that transformers takes:
 
@@ -30,7 +30,8 @@ FAMILIES = {
     "qwen3_5": DENSE,
     "qwen3_5_text": DENSE,
 }
-NESTING = ("qwen3_5", "qwen3_5_moe")  # of these transformers makes the text_config's class itself
+# For these model types, transformers chooses the class of text_config itself.
+NESTING = ("qwen3_5", "qwen3_5_moe")
 
 # By family the keys that its class never reads, with the value that says what the model does anyway.
 NEVER_READ: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ SWITCHES: dict[str, Any] = {
 }
 RENAMED_TYPES = {"attention": "full_attention", "mamba": "linear_attention"}
 LAYER_TYPES = ("linear_attention", "full_attention")
-MOST_LAYERS = 10_000  # a list is made of them before anything else can be compared with the number
+MOST_LAYERS = 10_000  # a list of this length is built before the number can be checked otherwise
 
 EVERY = 4  # layers: the default of full_attention_interval
 
@@ -67,8 +68,8 @@ ROPE_MAPPINGS = ("rope_scaling", "rope_parameters")
 ROPE_NUMBERS = {"rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
 
 OUTER_FIRST = ("tie_word_embeddings", "quantization_config", "compression_config")
-# Keys that may differ between the levels without a word: they are united or compared elsewhere, or do
-# not touch what is computed here.
+# Keys that may differ between the levels without a line: they are united or compared elsewhere, or have
+# no effect on what is computed here.
 APART = {
     "model_type", "eos_token_id", "rope_type", *ROPE_NUMBERS, *ROPE_MAPPINGS, "text_config",
     "vision_config", "architectures", "auto_map", "transformers_version", "_name_or_path",
@@ -81,8 +82,8 @@ Places = Sequence[tuple[str, Mapping[str, Any]]]  # "in text_config" and what st
 
 
 class Reader:
-    """Of a parsed config.json: the values of a model's fields (`values`), and a line for each value that
-    is passed over (`lines`). InputError for what cannot be read."""
+    """Reads a parsed config.json: `values` has the model's fields, `lines` a line for each value that is
+    passed over and differs. InputError for what cannot be read."""
 
     def __init__(self, document: Any, fields: Mapping[str, Any]) -> None:
         """fields: names of all fields, each with its default, or None where a file has to give it."""
@@ -183,7 +184,7 @@ class Reader:
         if rope_type != "default":
             raise InputError(f"config: rope_type = {rope_type!r}; supported is 'default'")
         for name, default in ROPE_NUMBERS.items():
-            # There is no default for the base, unless transformers passes over the place that has one.
+            # The base has a default only where a place that transformers passes over gives one.
             is_known = name != "rope_theta" or any(name in there for _, there in passed)
             places = [*taken, beside]
             self.values[name] = self.take(name, places, passed, default if is_known else None)
@@ -244,7 +245,7 @@ def without_nulls(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """`eos_token_id` is an int in one file and a list in another."""
+    """`eos_token_id` as a tuple: files have an int, a list or nothing. InputError for other values."""
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
@@ -255,7 +256,7 @@ def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 def in_vocabulary(ids: Sequence[int], vocab: Any, place: str) -> tuple[tuple[int, ...], list[str]]:
-    """Those of `ids` that the vocabulary has, and a line for each other one."""
+    """The ids that a vocabulary of size `vocab` has, and a line for each of the others."""
     if not is_integer(vocab, 1):  # which is an error of its own
         return tuple(i for i in ids if i >= 0), []
     lines = [
@@ -267,7 +268,7 @@ def in_vocabulary(ids: Sequence[int], vocab: Any, place: str) -> tuple[tuple[int
 
 
 def check_layer_types(types: Sequence[str]) -> None:
-    """Raise InputError naming the first layer of another type."""
+    """Raise InputError naming the first layer of an unknown type."""
     for layer, kind in enumerate(types):
         if kind not in LAYER_TYPES:
             known = " and ".join(LAYER_TYPES)
@@ -295,7 +296,7 @@ def _family(model_type: Any) -> str | None:
 
 
 def _renamed(document: dict[str, Any]) -> dict[str, Any]:
-    """With the layer types' names of today, for those that transformers renames."""
+    """Replace old names of layer types as transformers does."""
     types = document.get("layer_types")
     if not isinstance(types, list):
         return document
@@ -310,7 +311,7 @@ def _rope_places(place: str, rope: dict[str, Any]) -> list[tuple[str, dict[str, 
 
 
 def _derived(interval: Any, text: Mapping[str, Any]) -> list[str]:
-    """Full attention in every layer whose number is a multiple of `interval`."""
+    """Full attention in every layer whose number, counted from 1, is a multiple of `interval`."""
     count = text.get("num_hidden_layers", 0)
     expect("full_attention_interval", interval, is_integer(interval, 1), "an integer >= 1")
     in_reach = is_integer(count, 0) and count <= MOST_LAYERS

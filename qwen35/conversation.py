@@ -14,7 +14,7 @@ from qwen35.terminal import say, show
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C, pressed once while an answer was computed, after the pass that it came in."""
+    """Raised after the pass in which Ctrl-C was pressed once, while an answer was computed."""
 
 
 def converse(
@@ -29,8 +29,8 @@ def converse(
     opening: messages before the first turn, such as a system message. message: the first one of the user;
     None asks for it. ranks: the group that computes; rank 0 asks.
 
-    Ctrl-C during an answer ends the answer. What was printed of it is part of the conversation, as what
-    the user has read; a thought without an end never is. At the prompt, or a second time before the
+    Ctrl-C during an answer ends the answer. The part that was printed, which the user has read, belongs
+    to the conversation; a thought without an end never does. At the prompt, or a second time before the
     answer has ended, it is a KeyboardInterrupt. Over several ranks it always is: they would stop in
     different passes.
     """
@@ -70,8 +70,8 @@ def _said(completion: Completion, *, stopped: bool) -> Message:
 
 @contextmanager
 def first_interrupt_stops() -> Iterator[Callable[[], None]]:
-    """While the block runs, let the first Ctrl-C wait: the function that the block gets raises Stopped
-    when it is called after it.
+    """Hold back the first Ctrl-C while the block runs: the function that this gives to the block raises
+    Stopped when it is called afterwards.
 
     So a pass, and what the prefix cache keeps of it, is never cut in the middle. A second Ctrl-C is a
     KeyboardInterrupt at once. A process that ignores SIGINT goes on doing so.

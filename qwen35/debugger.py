@@ -14,9 +14,10 @@ from reference.model import Model
 def break_in(model: Model, pattern: str, position: int = 0) -> list[str]:
     """Let pdb stop at the first line of the forward of each node that fits a pattern.
 
-    It stops once a node, in the pass that computes the token at `position` of the sequence (0 is the
-    first token of the prompt). A node of the MTP head stops when it first drafts beyond that token. The
-    nodes compute what they would without it. Returns their names. InputError when no node fits.
+    It stops once for each node, in the pass that computes the token at `position` of the sequence (0 is
+    the first token of the prompt). A node of the MTP head stops when it first runs after the trunk has
+    computed that token. Results stay the same. Returns the names of the nodes. InputError when no node
+    fits, or for a negative position.
     """
     if position < 0:
         raise InputError(f"break at token {position}; expected a position >= 0")
@@ -34,7 +35,7 @@ def break_in(model: Model, pattern: str, position: int = 0) -> list[str]:
 
 
 def _stop_once(name: str, node: nn.Module, passes: list[range], position: int) -> None:
-    """Replace a node's forward until it has stopped: then the class's own is back."""
+    """Replace a node's forward until pdb has stopped in it once; then the class's own is back."""
     forward = node.forward
 
     def stopping(*arguments: Any) -> Any:

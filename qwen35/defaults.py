@@ -6,7 +6,7 @@
 | drawing, in a conversation | temperature, top_k, top_p and min_p of generation_config.json where its `do_sample` is true; its penalties in any case |
 | limits | `max_new_tokens` and `stop_strings` of generation_config.json |
 
-What else that file holds and would change the text, were it followed, is named in `not_followed`.
+Other keys of generation_config.json that would change the text are not followed; `not_followed` has them.
 """  # noqa: E501
 
 import sys
@@ -67,7 +67,7 @@ def _cuts_nothing(value: Any) -> bool:
     return _is_number(value) and not 0 < value < 1
 
 
-# Keys that change the text, each with the test by which transformers leaves it out.
+# Keys that change the text, each with a test for the values that transformers ignores.
 OFF: dict[str, Callable[[Any], bool]] = {
     "num_beams": _is_1, "num_return_sequences": _is_1, "guidance_scale": _is_1,
     "encoder_repetition_penalty": _is_1, "min_length": _at_most_0, "min_new_tokens": _at_most_0,
@@ -77,7 +77,7 @@ OFF: dict[str, Callable[[Any], bool]] = {
     "bad_words_ids": _is_off, "sequence_bias": _is_off, "dola_layers": _is_off,
     "constraints": _is_off, "force_words_ids": _is_off, "watermarking_config": _is_off,
 }  # fmt: skip
-# The same of those that only drawing reads.
+# The same for keys that matter only where tokens are drawn.
 OFF_IN_DRAWING: dict[str, Callable[[Any], bool]] = {
     "typical_p": _at_least_1, "epsilon_cutoff": _cuts_nothing, "eta_cutoff": _cuts_nothing,
     "top_h": lambda _: False, "assistant_ensemble_weight": lambda _: False,
@@ -86,12 +86,12 @@ OFF_IN_DRAWING: dict[str, Callable[[Any], bool]] = {
 
 @dataclass(frozen=True)
 class Defaults:
-    """What nobody has to say since the files say it.
+    """Settings that a checkpoint's files give.
 
-    stop_ids: the tokens that end a text, each with the files that name it. advice: of a conversation's
-    sampling settings those that are advised. max_new_tokens: None where no file limits it. stop: texts
-    that end an answer. not_followed: keys of generation_config.json, with their values. no_ends: a line
-    for each end of a text that is named and cannot be reached.
+    stop_ids: the tokens that end a text, each with the files that name it. advice: the sampling settings
+    that are advised for a conversation. max_new_tokens: None where no file limits it. stop: texts that
+    end an answer. not_followed: keys of generation_config.json, with their values. no_ends: a line for
+    each end-of-text token whose id is unknown or outside of the vocabulary.
     """
 
     stop_ids: dict[int, list[str]] = field(default_factory=dict)
@@ -133,7 +133,7 @@ class Defaults:
 
     @classmethod
     def _of_document(cls, document: Mapping[str, Any], config: Config) -> "Defaults":
-        """What generation_config.json and config.json say."""
+        """Read the settings that generation_config.json and config.json give."""
         named = as_ids(document.get("eos_token_id"))
         ids, no_ends = in_vocabulary(named, config.vocab_size, f"in {GENERATION}")
         stop_ids: dict[int, list[str]] = {}
@@ -147,7 +147,7 @@ class Defaults:
         advice: dict[str, Any] = {
             n: _number(document, n, default) for n, default in advised.items()
         }
-        Sampling(**advice)  # which says what each number may be
+        Sampling(**advice)  # raises InputError for a number out of range
         limit = document.get("max_new_tokens")
         if limit is not None and (type(limit) is not int or limit < 1):
             raise InputError(f"max_new_tokens = {limit!r}; expected an integer >= 1")
@@ -184,7 +184,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 def _has_no_effect(name: str, document: Mapping[str, Any], config: Config) -> bool:
     value = document[name]
-    if name == "max_length":  # max_new_tokens goes before it; or it reaches as far as the context
+    if name == "max_length":  # max_new_tokens has precedence; or it is as long as the context
         reaches = isinstance(value, int) and value >= config.max_position_embeddings
         return "max_new_tokens" in document or reaches
     if name == "min_length" and "min_new_tokens" in document:

@@ -159,7 +159,7 @@ def _prompt(args: argparse.Namespace) -> str | list[int] | None:
 
 
 def _prefix_cache(args: argparse.Namespace, model: Model, folder: Path) -> PrefixCache | None:
-    """In the folder asked for; in memory where several prompts come one after the other."""
+    """The prefix cache: in the folder asked for, or in memory where several prompts come; else None."""
     if not args.prefix_cache_bytes or not (args.prefix_cache or args.chat or args.requests):
         return None
     store, ranks = None, args.ranks
@@ -178,7 +178,7 @@ def _prefix_cache(args: argparse.Namespace, model: Model, folder: Path) -> Prefi
 
 
 def _serve(file: str, completer: Completer, settings: Settings, load_s: float, ranks: Ranks) -> int:
-    """Every request of a file, in order. All are checked before the first one runs.
+    """Answer every request of a file, in order. All are checked before the first one runs.
 
     A request whose logits are NaN or infinite fails alone: its line has `error`, and the status is 2.
     """
@@ -198,7 +198,7 @@ def _serve(file: str, completer: Completer, settings: Settings, load_s: float, r
 
 
 def _load(args: argparse.Namespace, folder: Path) -> Model:
-    """The model, and a line on what runs in it where that is not the reference alone."""
+    """Load the model, and print a line where not all of it is the reference."""
     # On a CPU there is no fast path, which nobody has to be told again and again.
     on_cpu = args.device.type == "cpu"
     path = "reference" if args.path == "auto" and on_cpu else args.path

@@ -1,6 +1,6 @@
 """Continuing a prompt: prefill on the 64-token grid, then decoding with drafts, as a library.
 
-`python -m qwen35.generate` is the command line of it (generate.py).
+`python -m qwen35.generate` is its command line (generate.py).
 """
 
 import hashlib
@@ -26,9 +26,8 @@ from qwen35.step_decoder import StepDecoder, prepared, runs_as_step
 from reference.linear import GRID
 from reference.model import Model
 
-AT_ONCE = (
-    2048  # new tokens that room is made for before the first one: a limit may be the whole context
-)
+# New tokens that room is made for before the first one: a limit may be the whole context.
+AT_ONCE = 2048
 
 
 def prefill(
@@ -43,15 +42,16 @@ def prefill(
     at_stop: Callable[[int, Tensor], object] = lambda end, hidden: None,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Tensor:
-    """Compute what `cache` lacks of a prompt; returns the trunk's state of its last token, [1, 1, D].
+    """Compute what `cache` lacks of a prompt; return the trunk's state of its last token, [1, 1, D].
 
     Passes begin and end on the 64-token grid, `chunk` tokens at a time; the tail beyond the grid is a
-    pass of its own. What a token computes is the same at any chunk size. draft: also run the MTP head
+    pass of its own. Each token's bits are the same at any chunk size. draft: also run the MTP head
     over the prompt, all rows but the last, whose next token is not known yet. It stays a row behind, so
     what it has computed at a stop does not depend on what follows.
 
     hidden: the state of the last token that is in the cache, [1, 1, D]. stops: positions on the grid
     where a pass ends, whatever the chunk; `at_stop` gets each with the state of the token before it.
+    progress: called after each pass with the number of its tokens.
     """
     device = model.embed_tokens.weight.device
     start, whole = cache.length, len(ids) // GRID * GRID
@@ -98,9 +98,7 @@ class Generation:
     cache_reason: str = ""
     logits_sha256: str = ""
     token_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prepare_s: float = (
-        0.0  # of compiling and capturing the fast path's round, not part of the others
-    )
+    prepare_s: float = 0.0  # for compiling and capturing the fast path's round, not in the others
     ttft_s: float = 0.0
     decode_s: float = 0.0
 
@@ -124,8 +122,8 @@ class Generation:
             raise InputError(f"logprobs = {self.logprobs}; expected 0 to {ids}, the vocabulary")
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """NotFiniteError, naming the position and the node, where logits are NaN or infinite.
-        NodeError where a node that was put in breaks."""
+        """Yield each token with its logits [V]. NotFiniteError, naming the position and the node, where
+        logits are NaN or infinite; NodeError where a node that was put in breaks."""
         try:
             with blaming(self.model):
                 yield from self._tokens()
@@ -190,8 +188,8 @@ class Generation:
 
     @contextmanager
     def _reused(self) -> Iterator[tuple[Cache, Tensor]]:
-        """The prompt's cache and the state of its last token, [1, 1, D]; at the end of the block, what
-        the prefix cache has not had of it is kept there."""
+        """Give the prompt's cache and the state of its last token, [1, 1, D]; at the end of the block,
+        keep in the prefix cache what it lacked."""
         cache, draft = self.model.new_cache(), self.draft_tokens > 0
         settings: dict[str, Any] = {
             "chunk": self.prefill_chunk, "draft": draft, "progress": self.progress
@@ -216,7 +214,7 @@ class Generation:
 
     @torch.inference_mode()
     def _origin(self, ids: list[int]) -> str:
-        """In which node NaN or infinity begin: all tokens are computed again, as a prefill."""
+        """Say in which node NaN or infinity begins, by computing all tokens again as a prefill."""
         cache = self.model.new_cache()
         with not_finite(self.model) as found:
             prefill(self.model, ids, cache, chunk=self.prefill_chunk, draft=False)

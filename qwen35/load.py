@@ -39,7 +39,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 def locate(model: str | Path | None, ranks: Ranks = ALONE) -> Path:
     """Find a model's folder: a path, "tiny" (or None) for the embedded one, or a hub id to download.
 
-    Of a folder that `tools.convert --tp` wrote: that of this rank.
+    In a folder that `tools.convert --tp` wrote, it is the folder of this rank. InputError when there is
+    no such model.
     """
     if model is None or str(model) == "tiny":
         return TINY
@@ -208,7 +209,7 @@ class Loader:
         return "embed_tokens.weight" if tied else name
 
     def _nodes_of(self, swaps: Swaps) -> dict[str, Replacement]:
-        """By the name of the node that is replaced."""
+        """The replacements, by the names of the nodes that they replace."""
         return {
             name: replacement
             for pattern, replacement in swaps
@@ -253,15 +254,15 @@ class Loader:
             module.set_submodule(path, _quantized_linear(entry, shard).to(self.device))
             return
         dtype = _kept_dtype(parameter, entry.dtype, self.dtype)
-        # A mapped tensor is cut first: of what other ranks hold no byte is read.
+        # A mapped tensor is cut first: no byte that only other ranks hold is read.
         tensor = shard.cut(entry.read(None if entry.format == "plain" else dtype)).to(dtype)
-        if ".experts." not in parameter:  # these stay in the file, columns of it too
+        if ".experts." not in parameter:  # experts stay in the file, also where columns are cut
             tensor = tensor.contiguous()
         weight = nn.Parameter(tensor.to(self.device), requires_grad=False)
         setattr(module.get_submodule(path), leaf, weight)
 
     def _shard(self, parameter: str, entry: Entry) -> Shard:
-        """What this rank takes of a parameter in the file."""
+        """The part of a stored parameter that this rank takes."""
         if self.ranks.size == 1 or self.checkpoint.is_part:
             return Shard(None)
         return self.plan.shard(parameter, entry.shape, self.ranks.rank)
@@ -309,7 +310,7 @@ def lay_out(config: Config) -> Model:
 
 
 def shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Of its parameters by name. A tied head is named once, under embed_tokens, as in the file."""
+    """The shapes of all parameters by name. A tied head is named once, as embed_tokens."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -326,8 +327,8 @@ def text_model(checkpoint: Checkpoint) -> Config:
     """The shape of the model that a checkpoint's tensors make: its config, without an MTP head where it
     has none, and with a head of its own where the file has one that differs from the embedding.
 
-    What is no part of that model is put aside, and named in `checkpoint.ignored`; where it is not what
-    the config says of it, `checkpoint.problems` has a line. Where only headers are there, a note says
+    Tensors that are no part of it are put aside and named in `checkpoint.ignored`; where they
+    contradict the config, `checkpoint.problems` has a line. Where only headers are there, a note says
     what was not compared. InputError for an MTP head with an embedding or a head of its own.
     """
     _compare_frequencies(checkpoint)
@@ -357,8 +358,8 @@ def text_model(checkpoint: Checkpoint) -> Config:
 
 
 def _settle_head(checkpoint: Checkpoint, config: Config) -> Config:
-    """Do with the head of a model whose config ties it what transformers does: the one of the two that
-    is stored stands for both, and of two that differ each is used.
+    """Treat the head of a model whose config ties it as transformers does: where only the head or the
+    embedding is stored, it serves as both; where both are stored and differ, each is used.
 
     A head that no index lists, which transformers does not see, does not change a model that is whole
     without it.
@@ -397,7 +398,7 @@ def _settle_head(checkpoint: Checkpoint, config: Config) -> Config:
 
 
 def _compare_frequencies(checkpoint: Checkpoint) -> None:
-    """Note the stored frequencies of RoPE that are not those of the config, which are used."""
+    """Note stored RoPE frequencies that differ from the config's. The config's are used."""
     config = checkpoint.config
     if not checkpoint.computed:
         return
@@ -437,7 +438,7 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def own_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Of the activations and the dense weights, where nothing else is asked for."""
+    """The dtype of activations and dense weights, where nothing else is asked for."""
     embedding = checkpoint.entries["embed_tokens.weight"]
     quantised = any(entry.format != "plain" for entry in checkpoint.entries.values())
     # MXFP4 has no float16 form: its scales reach further.
@@ -469,5 +470,5 @@ def _quantized_linear(entry: Entry, shard: Shard) -> MXFP4Linear | FP8Linear:
 
 
 def built_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    """Of a parameter of the model that `load` builds. name: as in `checkpoint.entries`."""
+    """The dtype of a parameter in the model that `load` builds. name: as in `checkpoint.entries`."""
     return _kept_dtype(name, checkpoint.entries[name].dtype, own_dtype(checkpoint))

@@ -46,7 +46,7 @@ def token_logprobs(logits: Tensor, token: int, count: int, vocab: int | None) ->
 
 
 def table(rows: Sequence[TokenLogprobs], tokenizer: Tokenizer | None) -> str:
-    """The same for people: a line a token with its log probability and the likeliest in per cent."""
+    """A table for people: one line for each token, with the likeliest ids in per cent."""
     chosen = [_shown(row.id, tokenizer) for row in rows]
     width = max(map(_columns, ["token", *chosen]), default=0)
     count = max((len(row.top) for row in rows), default=0)

@@ -1,4 +1,4 @@
-"""Conversations in OpenAI's forms as chat templates take them, and answers parted from their thoughts."""
+"""Turns conversations in OpenAI's formats into what chat templates take, and splits answers in two."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # names of it, the t
 
 @dataclass(frozen=True)
 class Answer:
-    """What an assistant said. finished: whether its thought, if it had one, came to an end."""
+    """An assistant's answer. finished: whether its thought, if it had one, came to an end."""
 
     reasoning: str
     content: str
@@ -23,9 +23,9 @@ class Answer:
 
 
 def split_reasoning(text: str, *, opened: bool) -> Answer:
-    """Part a generated text at `</think>`: what stands before is never content.
+    """Split a generated text at its last `</think>`: what stands before is never content.
 
-    opened: whether the prompt ended inside a thought. Such a text without an end has no content.
+    opened: whether the prompt ended inside a thought; then a text without `</think>` has no content.
     """
     before, mark, after = text.rpartition(THOUGHT_ENDS)
     if not mark:

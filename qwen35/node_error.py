@@ -1,4 +1,4 @@
-"""When a node that somebody put in breaks: which node, what happened, and where in their file."""
+"""Errors of nodes that somebody put in: which node breaks, how, and where in their file."""
 
 import inspect
 import traceback
@@ -24,9 +24,10 @@ class NodeError(InputError):
 
 
 class Watch:
-    """A forward hook of a node that was put in: what it returned last, and that it returned tensors.
+    """A forward hook of a node that was put in: notes what it returned, and refuses what is no tensor.
 
-    name: of the node in its model. returned: in words. where: its forward is written.
+    name: the node's name in its model. where: file and line of its forward. returned: the last output in
+    words.
     """
 
     def __init__(self, name: str, where: str) -> None:
@@ -50,21 +51,21 @@ class Watch:
 
 
 def watch(name: str, module: nn.Module, replaced: nn.Module) -> None:
-    """Keep an eye on a node that stands for `replaced` from now on."""
+    """Give a node that replaces `replaced` a `Watch`."""
     if module._forward_hooks is replaced._forward_hooks:  # after copy.copy, which shares them
         module._forward_hooks = OrderedDict(module._forward_hooks)
     module.register_forward_hook(Watch(name, definition(module.forward)))
 
 
 def watched(module: nn.Module) -> Watch | None:
-    """The watch of a node that was put in; None of other nodes."""
+    """The watch of a node that was put in; None for other nodes."""
     return next((hook for hook in module._forward_hooks.values() if isinstance(hook, Watch)), None)
 
 
 def check_alike(module: nn.Module, output: Any, expected: Any) -> None:
     """NodeError when a node that was put in returned other shapes, or another kind of numbers (floats,
-    integers), than the node that it replaces. How many experts a router chose is not its form: that is
-    an answer, which may be a wrong one."""
+    integers), than the node that it replaces. The number of experts that a router chose is not compared:
+    a wrong number is a difference in the report, not an error."""
     found = watched(module)
     if found and _forms(output) != _forms(expected):
         found.returned = described(output)
@@ -89,7 +90,7 @@ def _kinds_differ(output: Any, expected: Any) -> bool:
 
 
 def described(output: object, *, with_dtype: bool = True) -> str:
-    """What a forward returned, in a few words: `bfloat16 [1, 64, 256]`."""
+    """Describe what a forward returned in a few words: `bfloat16 [1, 64, 256]`."""
     if isinstance(output, tuple):
         return f"({', '.join(described(part, with_dtype=with_dtype) for part in output)})"
     if not isinstance(output, Tensor):
@@ -170,7 +171,7 @@ def _is_torch(frame: FrameType) -> bool:
 
 
 def definition(function: Callable[..., Any]) -> str:
-    """Where a function is written."""
+    """The file and line at which a function is defined; empty where it has no code."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{_shown(code.co_filename)}:{code.co_firstlineno}" if isinstance(code, CodeType) else ""
 

@@ -24,7 +24,7 @@ class Choice:
 
     @property
     def swaps(self) -> list[tuple[str, Replacement]]:
-        """What stands for the reference's nodes."""
+        """(pattern of node names, replacement) for the nodes that this path replaces."""
         if self.name == "reference":
             return []
         return [("layers.*", DecoderLayer), ("mtp", MTP)]  # pyright: ignore (classes with from_reference)

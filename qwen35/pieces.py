@@ -13,9 +13,9 @@ from qwen35.tokenizer import UNFINISHED, Tokenizer
 class Piece:
     """One id and what it stands for.
 
-    text: of the id alone; a control token in its written form, U+FFFD for what is no character.
+    text: what the id alone decodes to; the written form of a control token, U+FFFD for no character.
     raw: the id's bytes where they are no whole characters, else None.
-    is_control: whether it is an added token such as `<|im_end|>`, which no text can contain.
+    is_control: whether it is an added token such as `<|im_end|>`, which is no text.
     """
 
     id: int
@@ -26,7 +26,7 @@ class Piece:
     def __str__(self) -> str:
         """For people: ' whale' in quotes, <|im_end|> as it is, bytes as b'\\xe2\\x82'."""
         if self.is_control:
-            return repr(self.text)[1:-1]  # a stranger's vocabulary may hold what clears a terminal
+            return repr(self.text)[1:-1]  # an untrusted vocabulary may hold terminal escapes
         return repr(self.text if self.raw is None else self.raw)
 
     def document(self) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def piece(tokenizer: Tokenizer, token: int) -> Piece:
     written = tokenizer.written(token)
     if written is None or tokenizer.is_control(token):
         return Piece(token, written or "", is_control=written is not None)
-    # The second of two, since some decoders drop the space in front of the first.
+    # Take the second of two: some decoders drop the space in front of the first.
     once, twice = tokenizer.decode([token]), tokenizer.decode([token, token])
     text = twice[len(once) :]
     if UNFINISHED not in text:

@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, a line now and then where standard error goes elsewhere."""
+"""Shows how far a command is: a bar on a terminal, or a line now and then where stderr goes elsewhere."""
 
 import math
 import sys
@@ -9,15 +9,15 @@ from typing import Self, TypeVar
 
 from tqdm import tqdm
 
-EVERY = 10.0  # seconds between two lines, or between two looks at a bar that stands still
+EVERY = 10.0  # seconds between two lines, or between two updates of a bar's note
 T = TypeVar("T")
 
 
 class Progress:
-    """Counts to `total`. Whoever is done within ten seconds sees no line in a pipe.
+    """Counts to `total`. A command that ends within ten seconds prints no line into a pipe.
 
-    what: "kernels", "documents", ...: the plural of what is counted. total: None where nobody knows it
-    yet; `at` may tell it later. note: set it to words that each line ends with.
+    what: "kernels", "documents", ...: the plural of what is counted. total: None where it is not known
+    yet; `at` may set it later. note: set it to words that each line ends with.
     """
 
     def __init__(self, what: str, total: int | None = None, *, is_bytes: bool = False) -> None:
@@ -33,22 +33,22 @@ class Progress:
         self._thread.start()
 
     def update(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Count `count` more as done."""
         self._bar.update(count)
 
     def at(self, done: int, total: int) -> None:
-        """So many of so many are done."""
+        """Set how many are done, and the total."""
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
-        """Take the bar away. A second time does nothing."""
+        """Remove the bar. A second call does nothing."""
         self._ended.set()
         self._thread.join()
         self._bar.close()
 
     def line(self) -> str:
-        """Such as "kernels: 30 of 121 after 00:40, about 02:01 left"."""
+        """The state in words, such as "kernels: 30 of 121 after 00:40, about 02:01 left"."""
         found = self._bar.format_dict
         done, total, elapsed = found["n"], found["total"], found["elapsed"]
         words = f"{self.what}: {self._count(done)}"
@@ -82,8 +82,8 @@ class Progress:
 
 
 def steps(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """The items, one after the other, with the progress of whoever takes them. total: of items that have
-    no length."""
+    """Yield the items one after the other, and show how many were taken. total: their number, needed only
+    where `items` has no length."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(what, total) as progress:

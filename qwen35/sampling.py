@@ -28,7 +28,7 @@ class Sampling:
         positive, multiply where negative (Keskar et al. 2019; as transformers does).
     presence_penalty: subtract it from the logits of tokens in the text so far. The prompt does not count
         (as in OpenAI's and vLLM's interfaces). Both penalties change greedy choices too.
-    seed: of the randomness.
+    seed: key of the random numbers, together with the position.
     vocab: ids at and above it are padding and never drawn (None: every row of the head is real).
     """
 
@@ -81,7 +81,7 @@ class Seen:
 
     @classmethod
     def of(cls, anywhere: Tensor, generated: Tensor) -> "Seen":
-        """From masks [V] that are there already."""
+        """Make one from existing masks [V]."""
         seen = cls.__new__(cls)
         seen.anywhere, seen.generated = anywhere, generated
         return seen
@@ -92,7 +92,7 @@ class Seen:
 
 
 def penalized(logits: Tensor, seen: Seen, sampling: Sampling) -> Tensor:
-    """Logits [V] with the penalties of what was seen: repetition first, then presence. [V] float64."""
+    """Apply the penalties to logits [V]: repetition first, then presence. Returns [V] float64."""
     wide = logits.double()
     factor = sampling.repetition_penalty
     repeated = torch.where(wide < 0, wide * factor, wide / factor)
@@ -107,9 +107,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     probabilities reach top_p (at least one), then min-p. Ties at an edge go to the lower id.
     """
     real = logits[: sampling.vocab].double()
-    scaled = (
-        real - real.max()
-    ) / sampling.temperature  # the largest is 0, whatever the temperature
+    # The largest is 0, whatever the temperature.
+    scaled = (real - real.max()) / sampling.temperature
     ranked, order = scaled.sort(descending=True, stable=True)
     if sampling.top_k:
         ranked[sampling.top_k :] = -torch.inf

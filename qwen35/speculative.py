@@ -36,7 +36,7 @@ class Decoder:
     """Continues one sequence round by round; a round gives 1 to 1 + depth tokens.
 
     token: the newest token, not yet seen by the trunk; hidden: [1, 1, D], the trunk's state of the
-    token before it. depth: most drafts a round. stop: tokens after which nothing is drafted. seen: the
+    token before it. depth: most drafts in a round. stop: tokens after which nothing is drafted. seen: the
     tokens so far, `token` included, where penalties need them.
     """
 
@@ -59,7 +59,7 @@ class Decoder:
         self.fresh_ids, self.fresh_hidden = [token], hidden
 
     def round(self, limit: int) -> list[tuple[int, Tensor]]:
-        """Up to `limit` next tokens, each with the logits [V] it was picked from.
+        """Return up to `limit` next tokens, each with the logits [V] it was picked from.
 
         NotFiniteError when such logits are NaN or infinite.
         """

@@ -19,10 +19,10 @@ KEPT = "_rounds"  # where a model keeps its last step
 
 
 class StepDecoder:
-    """Continues one sequence round by round on a device; arguments as of `speculative.Decoder`.
+    """Continues one sequence round by round on a device; arguments as in `speculative.Decoder`.
 
-    room: new tokens that memory is taken for; it doubles when they are there. The step of the last
-    sequence is taken again, with its graph, where it has room and chooses in the same way.
+    room: new tokens to take memory for; the capacity doubles when it is used up. The step of the last
+    sequence is reused, with its graph, where it has room and chooses in the same way.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class StepDecoder:
         self.rounds.begin(self.length, sampling.seed, seen)
 
     def round(self, limit: int) -> list[tuple[int, Tensor]]:
-        """Up to `limit` next tokens, each with the logits [V] it was picked from.
+        """Return up to `limit` next tokens, each with the logits [V] it was picked from.
 
         NotFiniteError when such logits are NaN or infinite.
         """
@@ -74,7 +74,7 @@ class StepDecoder:
         return tokens
 
     def _grown(self) -> Step:
-        """A step with twice the room, in the place of the one that is full."""
+        """Replace the step, which is full, by one of twice the capacity, and return it."""
         old = self.rounds
         self.model.__dict__[KEPT] = None
         capacity = 2 * old.step.state.capacity
@@ -92,7 +92,7 @@ def runs_as_step(model: Model, depth: int) -> bool:
 
 
 def prepared(model: Model, length: int, depth: int, sampling: Sampling, room: int) -> "_Rounds":
-    """Rounds after a prompt of so many tokens, compiled and captured; arguments as of `StepDecoder`."""
+    """Rounds after a prompt of so many tokens, compiled and captured; arguments as in `StepDecoder`."""
     return _rounds(model, depth, length + room + 1 + depth, sampling)
 
 
@@ -124,7 +124,7 @@ class _Rounds:
             self.generated.copy_(seen.generated)
 
     def _choose(self) -> None:
-        """`picked` of `logits`: row by row, since a row's penalties count the drafts before it."""
+        """Fill `step.picked` row by row, since a row's penalties count the drafts before it."""
         step, sampling = self.step, self.sampling
         uniforms = self.uniforms[step.state.starts[0] + 1 + self.row]
         anywhere, generated = self.anywhere.bool(), self.generated.bool()
@@ -149,7 +149,7 @@ class _Rounds:
 
 
 def _rounds(model: Model, depth: int, capacity: int, sampling: Sampling) -> _Rounds:
-    """The last one of this model if it serves, else a new one in its place."""
+    """The model's last rounds if they serve, else new ones in their place."""
     kept: _Rounds | None = model.__dict__.get(KEPT)
     wanted = depth, replace(sampling, seed=0)
     if kept is not None and kept.step.state.capacity >= capacity and kept.serves == wanted:

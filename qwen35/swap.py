@@ -38,12 +38,10 @@ def matching(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
 
 
 def nodes(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
-    """The modules whose name matches a glob and that run as such. What happens inside a routed expert is
+    """The modules whose name matches a glob and that run as such. Modules inside a routed expert are
     left out unless the pattern names it (`layers.3.mlp.experts.7.*`). InputError when there is none."""
     fits = re.compile(translate(pattern)).match
-    inside = (
-        ".experts." in pattern
-    )  # the thousands inside of experts are walked only if they are wanted
+    inside = ".experts." in pattern  # the thousands of nodes in experts are walked only if wanted
     found: dict[str, nn.Module] = {}
     rest = [("", model)]
     while rest:
@@ -61,7 +59,7 @@ def nodes(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
 
 
 def outermost(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Of nodes by name those that lie in no other: the rest goes with them."""
+    """Keep the nodes that lie in no other of them: the rest are replaced together with these."""
 
     def parents(name: str) -> Iterator[str]:
         return accumulate(name.split(".")[:-1], "{}.{}".format)
@@ -72,8 +70,8 @@ def outermost(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def swap(model: nn.Module, pattern: str, replacement: Replacement) -> list[str]:
     """Replace every node that fits `pattern` by `replacement.from_reference(node)`; return their names.
 
-    One after the other, and each old node is let go before the next is packed. InputError when nothing
-    fits, when `from_reference` refuses a node (those before it stay replaced), or when the new node's
+    Nodes are replaced one by one; each old one is released before the next is packed. InputError when no
+    node fits, when `from_reference` refuses one (those before it stay replaced), or when the new node's
     forward has other parameters than the old one's; NodeError when `from_reference` breaks.
     """
     names = list(outermost(matching(model, pattern)))
@@ -83,7 +81,7 @@ def swap(model: nn.Module, pattern: str, replacement: Replacement) -> list[str]:
 
 
 def replaced(model: nn.Module) -> list[str]:
-    """What stands in a model for the reference's nodes, as `name=module:class`; not what is inside it."""
+    """The nodes that replace the reference's, as `name=module:class`, without nodes inside of them."""
     found = {
         name: module
         for name, module in model.named_modules()
@@ -95,7 +93,7 @@ def replaced(model: nn.Module) -> list[str]:
 
 @contextmanager
 def swapped(model: nn.Module, pattern: str, replacement: Replacement) -> Iterator[list[str]]:
-    """`swap` until the end of the block, for an A/B in a notebook; the old nodes are kept meanwhile."""
+    """`swap` until the end of the block, to compare two variants; the old nodes are kept meanwhile."""
     before = outermost(matching(model, pattern))
     try:
         yield swap(model, pattern, replacement)
@@ -105,7 +103,7 @@ def swapped(model: nn.Module, pattern: str, replacement: Replacement) -> Iterato
 
 
 def instead(name: str, module: nn.Module, replacement: Replacement) -> nn.Module:
-    """What `replacement` makes of one node, whose name in the model is `name`. Errors as of `swap`."""
+    """Make the replacement of one node, whose name in the model is `name`. Raises as `swap`."""
     make = replacement.from_reference
     try:
         fresh = make(module)
@@ -128,7 +126,7 @@ def instead(name: str, module: nn.Module, replacement: Replacement) -> nn.Module
 
 
 def parse_swap(text: str) -> tuple[str, Replacement]:
-    """`PATTERN=package.module:Class`, as `--swap` takes it -> the pattern and the class. InputError."""
+    """Parse `PATTERN=package.module:Class` into the pattern and the class. InputError where it fails."""
     pattern, _, path = text.partition("=")
     module, _, name = path.partition(":")
     if not (pattern and module and name):

@@ -1,4 +1,4 @@
-"""Chat templates: foreign code in a sandbox, and what a message says stays text in its output."""
+"""Renders chat templates, untrusted code, in a sandbox, so that what a message says stays text."""
 
 import datetime
 import json
@@ -28,8 +28,9 @@ class ChatTemplate:
 
     @classmethod
     def of_folder(cls, folder: Path, config: Mapping[str, Any]) -> "ChatTemplate | None":
-        """From chat_template.jinja and additional_chat_templates/, or else from tokenizer_config.json
-        (`config`), where it is a text or holds named ones; None where there is none."""
+        """Read it from chat_template.jinja and additional_chat_templates/, or else from
+        tokenizer_config.json (`config`), where it is a text or holds named ones. None where there is
+        no template."""
         files = {"default": folder / "chat_template.jinja"}
         files |= {
             file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")
@@ -118,9 +119,9 @@ class Marker:
         return given
 
     def _mark_ends(self, text: str) -> str:
-        """Put a mark after a token's beginning at the end of a text, and before a token's end at the
-        beginning: what a template puts beside it could complete the token, also once it has trimmed the
-        text."""
+        """Put a mark after a text that ends with the beginning of a token, and before one that begins
+        with the end of a token: what a template writes beside it, also after trimming it, could complete
+        the token."""
         parts = [(token[:n], token[n:]) for token in self.tokens for n in range(1, len(token))]
         body = text.rstrip()
         if body.endswith(tuple(first for first, _ in parts)):

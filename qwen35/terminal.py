@@ -1,5 +1,5 @@
-"""What `python -m qwen35.generate` shows in a terminal: the text on standard output as it comes, and on
-standard error all that is no text."""
+"""Shows a generation in a terminal: the text on standard output as it comes, and everything else on
+standard error."""
 
 import sys
 from collections.abc import Callable

@@ -105,7 +105,7 @@ class Tokenizer:
         return self._backend.id_to_token(token) if 0 <= token < self.size else None
 
     def is_control(self, token: int) -> bool:
-        """Whether an id is an added token such as `<|im_end|>` or `<think>`; white space is text."""
+        """Whether an id is an added token such as `<|im_end|>`; one that is only white space is text."""
         return self.written(token) in self._added
 
     def stream(self) -> "TextStream":
@@ -126,8 +126,8 @@ class Tokenizer:
         messages, tools: as `messages.parse_messages` and `parse_tools` give them.
         thinking: the template's `enable_thinking`; None leaves that to the template.
         template_kwargs: further variables of the template.
-        allow_special_tokens: whether control tokens inside a message become such. Otherwise a message's
-            text stays text, whatever it contains, and only the template's own control tokens count.
+        allow_special_tokens: whether the written form of a control token inside a message becomes that
+            token. Otherwise a message's text stays text; only the template's own control tokens count.
 
         InputError for a folder without a template, and for whatever goes wrong inside it.
         """
@@ -149,7 +149,7 @@ class Tokenizer:
 
     @cached_property
     def _added(self) -> dict[str, AddedToken]:
-        """The added tokens by their written form, but for white space, which texts hold as such."""
+        """The added tokens by their written form, except those of white space, which is text."""
         added = self._backend.get_added_tokens_decoder().values()
         return {token.content: token for token in added if not token.content.isspace()}
 

@@ -1,1 +1,1 @@
-"""Bytes to tensors. Knows no model code."""
+"""Checkpoint formats: from bytes to tensors and between formats. Knows no model code."""

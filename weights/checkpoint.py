@@ -36,9 +36,8 @@ from weights.ranks import join_command, open_ranks, rank_folders, rank_of
 from weights.shard import Plan
 from weights.storage import DTYPE_NAMES, Stored, open_folder, same_values, some
 
-COMPUTED = re.compile(
-    r"(^|\.)rotary_emb\.inv_freq$"
-)  # what older versions of transformers stored too
+# Buffers that older versions of transformers stored too.
+COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 FOREIGN = "in a file that no index lists, and not part of this model"
 
 
@@ -48,11 +47,11 @@ class Checkpoint:
     config: the shape that `config.json` states; document: that file as it is; quantization: its claim.
     is_part: whether the folder is the part of one rank, which has to be `rank` of `size`; then `config`
     has the sizes of that part, and `whole_config` those of the whole.
-    stored: every tensor, by its name in the files. entries: by parameter name; parts: the parameters in a
-    stored tensor. ignored: by stored name why a tensor is no part of the text model. problems: lines on
-    what is not as the files claim, for a warning; notes: lines on what is merely good to know.
-    unlisted: names of what comes from files that no index lists; computed: buffers that follow from the
-    config. is_hollow: only headers are there, so no numbers can be compared.
+    stored: every tensor, by its name in the files. entries: every parameter, by its name in the model;
+    parts: the names of the parameters in each stored tensor. ignored: why a stored tensor is no part of
+    the text model. problems: lines on what is not as the files claim, for a warning; notes: lines on what
+    is merely good to know. unlisted: names of tensors from files that no index lists; computed: buffers
+    that follow from the config. is_hollow: only headers are there, so no numbers can be compared.
 
     A folder that holds the folders of all ranks of a group (`tools.convert --tp`) is the checkpoint that
     they were cut from. ranks: these folders. beside: the folder with config.json and the small files.
@@ -93,7 +92,7 @@ class Checkpoint:
         self.entries: dict[str, Entry] = {}
         self.parts: dict[str, list[str]] = {}
         self.ignored: dict[str, str] = {}
-        self.idle: dict[str, Stored] = {}  # by name of a scale the plain weight beside it
+        self.idle: dict[str, Stored] = {}  # scale's name -> the plain weight beside it
         ranks = self.ranks
         opened = open_ranks(ranks, self.config) if ranks else open_folder(self.folder)
         self.listed = {stored.name: stored for stored in opened.listed}
@@ -105,7 +104,7 @@ class Checkpoint:
         self.rivals: list[tuple[Stored, Stored]] = []  # one name in two files that no index lists
         self._merge(opened.unlisted)
         formats: dict[str, str] = {}
-        # A foreign format's own tensors say more than the dtypes of its weights, so they come first.
+        # A foreign format's own tensors say more than its weights' dtypes, so they are checked first.
         for stored in opened.listed:
             if not PREFIX.sub("", stored.name).startswith("visual."):
                 check_readable(stored)
@@ -119,7 +118,7 @@ class Checkpoint:
         self.notes += notes
 
     def copy(self) -> "Checkpoint":
-        """The same checkpoint, of which other tensors can be put aside, with notes and problems apart."""
+        """A copy with entries, ignored tensors, notes and problems of its own."""
         other = copy.copy(self)
         other.entries, other.ignored = dict(self.entries), dict(self.ignored)
         other.notes, other.problems = list(self.notes), list(self.problems)
@@ -204,7 +203,7 @@ class Checkpoint:
         return entry_of(stored, self.stored, block, self.config.num_experts)
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Compare the entries with the parameters that a model has: names, then shapes, both ways."""
+        """Raise InputError unless the entries have the names and shapes of a model's parameters."""
         self._judge_unlisted(expected)
         missing = [name for name in expected if name not in self.entries]
         if missing:
@@ -220,7 +219,7 @@ class Checkpoint:
                 )
 
     def _judge_unlisted(self, expected: Container[str]) -> None:
-        """Say what is used of the files that no index lists, and put the rest aside.
+        """Note what is used of the files that no index lists, and put the rest aside.
 
         InputError where two of them differ in what the model needs.
         """
@@ -280,8 +279,8 @@ class Checkpoint:
     def check_idle(self) -> None:
         """Add a problem for unused scales that are not 1, where numbers are there to be read.
 
-        InputError where the plain weight beside one holds nothing but FP8 numbers: then somebody forgot
-        to apply it.
+        InputError where the plain weight beside one seems to hold nothing but FP8 numbers: then somebody
+        forgot to apply it.
         """
         kinds: Counter[str] = Counter()
         for name, weight in self.idle.items():

@@ -1,4 +1,4 @@
-"""What a conversion was asked for, as a command line, and where it notes that while it runs."""
+"""The command line of a conversion, and where it is noted while the conversion runs."""
 
 import shlex
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ def command(
 
 
 def continuing(target: Path) -> str:
-    """How the unfinished conversion in a folder goes on: "the same command continues it", with the
-    command where it is known."""
+    """Say how to continue the unfinished conversion in a folder: "the same command continues it", with
+    the command where it is known."""
     same = "the same command continues it"
     task = read_json(target / UNFINISHED / TASK)
     if task is None or "asked" not in task:

@@ -2,7 +2,7 @@
 BF16; whole, or a folder for each rank.
 
 What is written is decided from headers, before any weight is read (`weights/output.py`). A file is
-written under another name and renamed when it is whole, `config.json` comes last. So a conversion that
+written under another name and renamed when it is whole; `config.json` comes last. So a conversion that
 was killed continues with the first file that is missing, and its folder is no checkpoint until then.
 Progress lies in a sub-folder, UNFINISHED, that is removed at the end.
 """
@@ -60,7 +60,7 @@ def convert(
         raise InputError(f"{target}: lies inside {source}, which is only read")
     with _disk_errors(target), ExitStack() as stack:
         work, finished = target / UNFINISHED, target / FINISHED
-        if finished.exists():  # killed when all was done but to remove the traces
+        if finished.exists():  # killed when only the traces were left to remove
             return _finished(target, source, options)
         check_target(target)
         made = [folder for folder in (target, *target.parents) if not folder.exists()]
@@ -164,7 +164,7 @@ class _Conversion:
             )
 
     def _write(self, number: int, file: OutputFile) -> None:
-        """One output file, for every rank: under another name first, then its errors, then its name."""
+        """Write one output file for every rank under another name, note its errors, then rename it."""
         errors: dict[str, Rounding] = {}
         finals = [folder / self.outline.name(number) for folder in self.folders]
         partials = [final.with_name(f"{final.name}{PARTIAL}") for final in finals]
@@ -220,7 +220,7 @@ class _Conversion:
         }
 
     def _finish(self, folder: Path, rank: int, report: dict[str, Any], *, is_tied: bool) -> None:
-        """What stands beside the weights; config.json, without which nothing loads, comes last."""
+        """Write the files beside the weights; config.json, without which nothing loads, comes last."""
         for file in self.outline.beside:
             write_whole(folder / file.name, file.read_bytes())
         write_whole(folder / INDEX, self.outline.index())
@@ -295,7 +295,7 @@ def _finished(target: Path, source: Path | str, options: Options) -> dict[str, A
 
 @contextmanager
 def _locked(file: Path, target: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process, however it ends."""
+    """Keep other processes out; the lock ends with this process, however it ends."""
     with file.open("w", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -306,13 +306,13 @@ def _locked(file: Path, target: Path) -> Iterator[None]:
 
 @contextmanager
 def _disk_errors(target: Path) -> Iterator[None]:
-    """A full disk or a folder that is not writable as one line."""
+    """Turn a full disk, or a folder that is not writable, into an InputError of one line."""
     try:
         yield
     except InputError:
         raise
     except OSError as error:
-        if (target / UNFINISHED).exists():  # else what ends so is somebody else's
+        if (target / UNFINISHED).exists():  # else such files are somebody else's
             for partial in target.rglob(f"*{PARTIAL}"):
                 partial.unlink(missing_ok=True)
         begun = (target / UNFINISHED / TASK).exists()

@@ -53,8 +53,8 @@ class Entry:
     """One parameter: what the header says of it, and how to get it.
 
     shape: of the parameter, whatever its numbers are packed in. view: decoded tensor -> parameter, a
-    slice or a permutation of rows; None: all of it. slices: of a quantised tensor that holds several
-    parameters, stored numbers -> the part's, and stored scales -> the part's, before decoding.
+    slice or a permutation of rows; None: all of it. slices: where a quantised tensor holds several
+    parameters, two functions that cut this one's numbers and scales out of the stored ones.
     """
 
     weight: Stored
@@ -64,7 +64,7 @@ class Entry:
     block: tuple[int, int] = fp8.BLOCK
     view: View | None = None
     slices: tuple[View, View] | None = None
-    scale_share: float = 1.0  # of the stored scales, that part which serves this parameter
+    scale_share: float = 1.0  # the part of the stored scales that serves this parameter
 
     @property
     def stored_as(self) -> str:
@@ -72,7 +72,7 @@ class Entry:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored numbers."""
+        """The dtype of the stored numbers."""
         return self.weight.dtype
 
     @property
@@ -82,7 +82,7 @@ class Entry:
 
     @property
     def scale_block(self) -> tuple[int, int] | None:
-        """Rows and columns of the weight that share a scale; None where one has a row or all of it."""
+        """Rows and columns that share a scale; None where a scale serves a row or the whole weight."""
         if self.format == "mxfp4":
             return (1, mxfp4.GROUP)
         if self.scale is None or len(self.shape) != 2:
@@ -92,13 +92,13 @@ class Entry:
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
-        """Of the scales of a quantised parameter, a part's own where it is one."""
+        """The shape of a quantised parameter's scales: its own, also in a tensor that holds several."""
         assert self.scale is not None
         return self.scale.shape if self.slices is None else _shape_of(self.slices[1], self.scale)
 
     @property
     def nbytes(self) -> int:
-        """Of the stored numbers and their scales; a part of a fused tensor has its share."""
+        """Bytes of the stored numbers and their scales; a part of a fused tensor has its share."""
         packed = 2 if self.format == "mxfp4" else 1
         whole = math.prod(self.weight.shape) * packed
         share = math.prod(self.shape) / whole if whole else 0
@@ -107,7 +107,7 @@ class Entry:
         return int(self.weight.nbytes * share + scales)
 
     def numbers(self) -> tuple[Tensor, Tensor]:
-        """The stored numbers and scales of a quantised parameter, a part's own where it is one."""
+        """A quantised parameter's stored numbers and scales: its own, also in a tensor of several."""
         assert self.scale is not None
         weight, scale = self.weight.read(), self.scale.read()
         if self.slices is None:
@@ -186,8 +186,8 @@ def owner_of(scale: str, stored: Mapping[str, Stored]) -> str | None:
 
 
 def is_run_time_scale(tensor: Stored, config: Config) -> bool:
-    """Whether a tensor only scales something at run time: one floating-point number under such a name, or
-    one a head or an expert."""
+    """Whether a tensor only scales something at run time: it has such a name and one floating-point
+    number, or one for each head or expert."""
     if RUN_TIME.match(tensor.name) is None or tensor.dtype not in PLAIN:
         return False
     count = math.prod(tensor.shape)
@@ -249,7 +249,7 @@ def entry_of(
 
 
 def _fused_scale_names(weight: str, stored: Mapping[str, Stored]) -> list[str]:
-    """Which tensors hold the scales of all experts of the layer that a weight is an expert of."""
+    """The tensors with the scales of all experts of a layer, for a weight of these experts."""
     one = ONE_EXPERT.fullmatch(weight)
     fused = weight if one is None else f"{one[1]}.{'down' if one[3] == 'down' else 'gate_up'}_proj"
     if not fused.endswith(tuple(f".experts.{name}" for name in FUSED)):

@@ -20,10 +20,10 @@ E8M0 = (torch.uint8, torch.float8_e8m0fnu)  # dtypes of scales that are powers o
 def block_of(
     scale: Stored, shape: tuple[int, ...], matrix: tuple[int, ...], block: tuple[int, int]
 ) -> tuple[int, int]:
-    """Rows and columns that share a scale of a matrix.
+    """Rows and columns of a matrix that share a scale.
 
-    `block`, or 32 of a row (MXFP8) where scales in e8m0 have the shape for that and not the one for
-    `block`. shape: of the matrix's own scales.
+    These are `block`, or 32 elements of a row (MXFP8) where scales in e8m0 have the shape for that and
+    not the one for `block`. shape: of the matrix's own scales.
     """
     counts = [
         tuple(-(-size // per) for size, per in zip(matrix, pair, strict=True))
@@ -44,8 +44,8 @@ def expert_scales(
     """A view of the scales of some rows of one expert's matrix, and the block that each then serves.
 
     scale: [E] or [E, 1, 1] (one an expert), [E, N] or [E, N, 1] (one a row), [E, blocks, blocks].
-    experts: how many there are. matrix: (N, K) of the fused matrix, gate over up, or of down. rows: the
-    part's, of that matrix.
+    experts: how many there are. matrix: (N, K) of the fused matrix, gate over up, or of down. rows:
+    those of that matrix that the part has.
 
     Blocks of gate and up are counted either through both, as transformers quantises a fused tensor, or
     from the start of each, as it joins two that were quantised one by one. InputError where neither fits,
@@ -77,13 +77,13 @@ def expert_scales(
             f"{[experts, -(-N // tall), columns]} (a block of {tall} x {wide}), {[experts, N, 1]} "
             f"(a row) or {[experts, 1, 1]} (an expert)"
         )
-    # A block may begin above these rows: smaller blocks, of which each lies in one, have no such edge.
+    # A block may begin above these rows, so the scales are repeated for blocks of fewer rows.
     fine = math.gcd(rows.start, tall)
     inner = slice(rows.start // fine, -(-rows.stop // fine))
     return (lambda scales: scales[expert].repeat_interleave(tall // fine, 0)[inner]), (fine, wide)
 
 
 def is_unscaled(weight: Tensor) -> bool:
-    """Whether a plain weight holds nothing but e4m3 numbers, as if somebody had forgotten its scales."""
+    """Whether a plain weight's first 4,096 numbers are e4m3, as if its scales had been forgotten."""
     first = weight.flatten()[:4096].float()
     return bool(first.any()) and torch.equal(first.to(fp8.E4M3).float(), first)

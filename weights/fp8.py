@@ -1,7 +1,7 @@
 """FP8 weights: e4m3 numbers with a scale for each 128 x 128 block, each row, or the whole matrix.
 
-A scale is multiplied, also where a file calls it `weight_scale_inv`: W[n, k] = weight[n, k] * scale. Its
-shape alone says which of the three it is.
+Numbers are multiplied by their scale, also where a file calls it `weight_scale_inv`: W[n, k] =
+weight[n, k] * scale. The shape of the scales alone says which of the three cases it is.
 
 Format: OCP 8-bit Floating Point (e4m3: no infinities, largest magnitude 448). Scales per block: the FP8
 repositories of the family; per row ("per channel"): AMD's Quark.
@@ -44,7 +44,8 @@ def dequantize(
 ) -> Tensor:
     """weight [N, K] e4m3, scale [], [1], [N], [N, 1] or [ceil(N/128), ceil(K/128)] -> [N, K] in dtype.
 
-    weight [E, N, K] with scale [E, ...] is decoded matrix by matrix.
+    A scale [1, 1] is one number too; 128 stands for the sizes of `block`. weight [E, N, K] with scale
+    [E, ...] is decoded matrix by matrix.
 
     The product is taken in float32 (in float64 when that is asked for) and rounded to dtype once. A NaN
     in either makes its products NaN. InputError when the shapes do not belong together, or for numbers

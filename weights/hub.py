@@ -14,20 +14,18 @@ from huggingface_hub.utils import build_hf_headers, httpx
 from qwen35.errors import InputError
 
 WEIGHTS = ".safetensors"
-BESIDE = (
-    ".json",
-    ".jinja",
-    ".txt",
-    ".model",
-    ".tiktoken",
-)  # the small files that belong to a model
+# Endings of the small files that belong to a model.
+BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 PROBABLY = 1 << 17  # bytes of a first request, which most headers fit into
 ATTEMPTS = 3  # at a request for a header
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones
 
 
 class Repository:
-    """commit: that of `main` unless given. sizes: bytes of each file in the repository's top folder."""
+    """A repository at one commit: that of `main` unless given. InputError where the hub has none.
+
+    sizes: bytes of each file in the repository's top folder.
+    """
 
     def __init__(self, name: str, commit: str | None = None) -> None:
         self.name = name
@@ -49,9 +47,8 @@ class Repository:
             return Path(hf_hub_download(self.name, file, revision=self.commit, local_dir=folder))
 
     def fetch_headers(self, folder: Path, beside: tuple[str, ...] = BESIDE) -> None:
-        """Make a checkpoint folder without weights: the small files whose names end so, and of each
-        safetensors file its header, followed by a hole as long as its tensors. Enough for all that is
-        known from headers."""
+        """Make a checkpoint folder without weights: the small files whose names end as in `beside`, and
+        each safetensors file's header, followed by a hole as long as its tensors."""
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.sizes:
             if file.endswith(beside):
@@ -76,7 +73,7 @@ class Repository:
             handle.truncate(max(self.sizes[file], handle.tell()))
 
     def _first_bytes(self, file: str, count: int) -> bytes:
-        """Of a file, or all of a shorter one."""
+        """The first `count` bytes of a file, or all of a shorter one."""
         url = hf_hub_url(self.name, file, revision=self.commit)
         headers = build_hf_headers() | {"Range": f"bytes=0-{count - 1}"}
         with one_line(f"{self.name}/{file}"):

@@ -1,6 +1,6 @@
 """The orders in memory in which kernels walk a matrix, and the way there and back, bit for bit.
 
-Each order stands here twice. The names of axes in `Layout` are the form that moves a whole tensor: split
+Each order is defined twice. The names of axes in `Layout` are the form that moves a whole tensor: split
 rows and columns into axes, write them out in another order. `Layout.offset` is the closed formula that a
 kernel evaluates for one element. The tests hold the two against each other.
 
@@ -68,7 +68,7 @@ class Layout:
         return {"n": n, "c": c, **self.row_axes, **self.column_axes}
 
 
-# The formulas take int or int64 tensors for row and column; R and C are sizes after the filling.
+# The formulas take int or int64 tensors for row and column; R and C are sizes after padding.
 
 
 def _flat(r: Index, c: Index, R: int, C: int) -> Index:
@@ -122,7 +122,7 @@ class Packed:
     """A tensor together with the order that it lies in.
 
     data [..., R', C']: contiguous, in the dtype of the original; R', C' are R, C, filled up where the
-    layout pads. Its axes only count: which element lies where is `offset`'s to say.
+    layout pads. These axes only give its size; `offset` says which element lies where.
     layout: a name of `LAYOUTS`, or a chain of names. shape [..., R, C]: the row-major tensor's.
     """
 
@@ -213,7 +213,7 @@ def _steps(
 
 
 def _inside(what: str, index: int | Tensor, size: int) -> Any:
-    """The index, once it is known to be one; tensors in int64, as narrow types would wrap around."""
+    """Check an index and return it; tensors as int64, since narrow types would wrap around."""
     wide = torch.as_tensor(index).long()
     outside = wide[(wide < 0) | (wide >= size)].tolist()
     if outside:

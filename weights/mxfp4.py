@@ -16,7 +16,7 @@ from qwen35.errors import InputError
 GROUP = 32  # elements along K that share a scale
 NAN_SCALE = 255
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-CHUNK = 1 << 19  # elements quantised at a time: the steps between stay in the cache
+CHUNK = 1 << 19  # elements quantised at a time: intermediate results stay in the CPU's cache
 
 _VALUES = torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], dtype=torch.float64)
 _BYTES = torch.arange(256)
@@ -97,7 +97,7 @@ def _quantize_groups(groups: Tensor, x: Tensor, size: Tensor) -> tuple[Tensor, T
     sign = x.view(torch.int32).bitwise_right_shift_(28).to(torch.uint8) & 8
     # Codes are 0.5 apart up to 2, then 1, then 2; the smallest of the three roundings is the right one.
     # A sum from 2^22, 2^23, 2^24 has those steps: rounded, ties to even, it counts them in its low bits.
-    # What is added besides, even numbers of steps, makes the three counts codes.
+    # The small addends, even numbers of steps, turn the three counts into codes.
     halves, ones, twos = (
         torch.add(size, large, out=x).view(torch.int32).to(torch.uint8)
         for large in (2**22, 2**23 + 2, 2**24 + 8)

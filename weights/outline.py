@@ -1,4 +1,4 @@
-"""What a conversion writes, down to the bytes on the disk, before anything is written."""
+"""The outline of a conversion: what it will write, down to the bytes on the disk."""
 
 import json
 from collections import Counter
@@ -15,13 +15,15 @@ from weights.source import Source
 from weights.storage import DTYPE_NAMES, INDEX, Stored, header, same_values
 
 BLOCK = 4096  # bytes of a disk that a file takes at a time
-OF_A_KIND = 1024  # bytes, at most, that the report says of a kind of tensor, beside its name
+OF_A_KIND = 1024  # most bytes that the report takes for a kind of tensor, beside its name
 ENDS = ("embed_tokens.weight", "lm_head.weight")
 
 
 class Outline:
-    """files: what is written for each rank, in order. folders: of the ranks, below the target; one ("")
-    where nothing is cut. total: bytes of all tensors of all ranks. beside: small files that come along.
+    """What a conversion will write.
+
+    files: of each rank, in order. folders: of the ranks, below the target; one ("") where nothing is cut.
+    total: bytes of all tensors of all ranks. beside: small files of the source that are copied.
 
     check: called with the source before anything else; what it raises is raised. InputError for bad input
     as `Checkpoint` says, and for what does not fit as `weights.output.fit` says.
@@ -47,14 +49,14 @@ class Outline:
         ]
 
     def name(self, number: int) -> str:
-        """Of an output file, which is the same for all ranks."""
+        """The name of an output file, which is the same for all ranks."""
         return f"model-{number + 1:05d}-of-{len(self.files):05d}{WEIGHTS}"
 
     def header(self, file: OutputFile) -> bytes:
         return header([(slot.name, slot.dtype, slot.shape) for slot in file.slots])
 
     def shard(self, item: Item, rank: int) -> Shard:
-        """What a rank holds of an item."""
+        """The part of an item that a rank holds."""
         if self.options.tp == 1:
             return Shard(None)
         return self.ranks.shard(item.name, item.entry.shape, rank)
@@ -106,8 +108,8 @@ class Outline:
         }
 
     def _excluded(self) -> list[str]:
-        """The modules with a matrix (or a filter) that is not quantised, by their names in the file; of
-        fused experts each by itself, since engines ask for each."""
+        """The modules with a matrix (or a filter) that is not quantised, by their names in the file.
+        Fused experts are listed one by one, since engines ask for each."""
         excluded = ["lm_head"]
         for item in (item for file in self.files for item, _ in file.items):
             is_quantised = item.format == self.options.to
@@ -125,7 +127,7 @@ class Outline:
     # --- room -----------------------------------------------------------------------------------------
 
     def room(self, left: list[int]) -> int:
-        """Bytes of disk, at most, that a conversion still takes, its own notes included: whole blocks.
+        """The most bytes of disk that a conversion still takes, in whole blocks, with its own notes.
 
         left: numbers of the files that are not there yet.
         """
@@ -141,12 +143,12 @@ class Outline:
         return of_a_rank * self.options.tp + notes + traces + self.source.room()
 
     def _kinds(self, file: OutputFile) -> set[str]:
-        """Of the tensors in a file that change their format, as the report names them."""
+        """The kinds of tensors in a file that change their format, as the report names them."""
         changed = [item.name for item, _ in file.items if item.to != "copy"]
         return {name_pattern(PREFIX.sub("", name)) for name in changed}
 
     def describe(self) -> dict[str, Any]:
-        """What would be written: the JSON document of `tools.convert --dry-run`, less the target's."""
+        """The document that `tools.convert --dry-run` prints, but for the keys about the target."""
         nbytes: Counter[str] = Counter()
         for file in self.files:
             for slot in file.slots:
@@ -174,5 +176,5 @@ def _on_disk(nbytes: int) -> int:
 
 
 def _said(kinds: set[str]) -> int:
-    """Bytes, at most, of what is said of kinds of tensors."""
+    """The most bytes that a note on these kinds of tensors takes."""
     return OF_A_KIND + sum(OF_A_KIND + len(kind) for kind in kinds)

@@ -1,4 +1,4 @@
-"""What a conversion writes, decided from headers: what becomes of each tensor, and in which file."""
+"""Decides from headers what a conversion writes: what becomes of each tensor, and in which file."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from weights.shard import Plan, Shard
 
 Target = Literal["mxfp4", "fp8", "bf16"]
 To = Literal["copy", "mxfp4", "fp8", "bf16"]
-LARGEST_SCALE = 252  # with the next one 4 and 6 are beyond float32 and bfloat16
+LARGEST_SCALE = 252  # with 253, the numbers 4 and 6 exceed float32 and bfloat16
 SCALE_NAMES = {"mxfp4": "_scale", "fp8": "_scale_inv"}  # after the weight's own name
 
 # Which linear layers are quantised, by name less the prefix. Whatever is chosen, the router, the gate of
@@ -95,7 +95,7 @@ class Item:
 
     @property
     def format(self) -> str:
-        """What it is in the output: "mxfp4", "fp8" or "plain"."""
+        """Its format in the output: "mxfp4", "fp8" or "plain"."""
         return {"copy": self.entry.format, "bf16": "plain"}.get(self.to, self.to)
 
     @property
@@ -105,7 +105,7 @@ class Item:
         return list(dict.fromkeys(part.file.name for part in parts if part is not None))
 
     def slots(self) -> tuple[Slot, ...]:
-        """What is written for it, whole."""
+        """The tensors that are written for it, before they are cut for ranks."""
         shape = self.entry.shape
         if self.format == "plain":
             dtype = torch.bfloat16 if self.to == "bf16" else self.entry.dtype
@@ -144,12 +144,12 @@ def is_chosen(name: str, options: Options) -> bool:
 
 
 def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
-    """What the output consists of, in the order of the source's files.
+    """The parameters of the output, in the order of the source's files.
 
     To MXFP4: what is chosen is quantised, fused experts one by one; what is MXFP4 already stays so; what
     is FP8 and not chosen becomes BF16. To FP8: the same with FP8 and MXFP4 exchanged, where FP8 that has
-    other blocks than ours is quantised anew. To BF16: all that is quantised. The rest is copied as it is,
-    under its own name. See `check_choice` for what is refused.
+    other blocks than ours is quantised anew. To BF16: all that is quantised is decoded. The rest is
+    copied as it is, under its own name. See `check_choice` for what is refused.
     """
     ignored = set(checkpoint.ignored)
     items: list[Item] = []
@@ -288,7 +288,7 @@ class OutputFile:
 
 def arrange(held: Sequence[Held], limit: int) -> list[OutputFile]:
     """Fill files of at most `limit` bytes (or one item) in order; no file takes from two source files
-    but for scales."""
+    except for scales."""
     files: list[OutputFile] = []
     current: list[Held] = []
     size = 0
@@ -332,7 +332,7 @@ def convert_tensor(entry: Entry, name: str, to: To, error: Rounding) -> list[Ten
         first_block = fp8.BLOCK[0]
 
         def decoded_blocks(rows: slice) -> Tensor:
-            # From the block row that the first of them lies in; the measure asks for rows in order.
+            # Decoding starts at the block row in which the first of these rows lies.
             top = rows.start // first_block
             end = min(rows.stop, len(numbers))
             part = slice(top * first_block, end)

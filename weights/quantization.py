@@ -1,6 +1,6 @@
 """`quantization_config` of a config.json: a claim about which modules are quantised.
 
-What a tensor is, follows from its dtype and from the scales beside it (`weights/checkpoint.py`). The
+The format of a tensor follows from its dtype and from the scales beside it (`weights/entry.py`). The
 claim is only compared with that: repositories exist whose lists are wrong.
 """
 
@@ -28,13 +28,13 @@ EXCLUDED = (
 )
 # The methods whose lists are understood. What others claim is not compared with the tensors.
 METHODS = ("fp8", "quark", "compressed-tensors", "modelopt", "fbgemm_fp8", "mxfp4")
-LARGEST_BLOCK = 1 << 16  # rows or columns: a block is laid out once while it is decoded
+LARGEST_BLOCK = 1 << 16  # rows or columns: decoding takes memory in proportion to them
 PREFIX = re.compile(r"^model\.(language_model\.)?")
 
 
 class Modules:
     """A list that names modules of the file: by name or a parent's, with or without the prefix, by globs
-    (`*mlp.gate`) and by expressions (`re:.*mlp.gate`). InputError for an expression that is none."""
+    (`*mlp.gate`) and by expressions (`re:.*mlp.gate`). InputError for an invalid expression."""
 
     def __init__(self, entries: Iterable[str]) -> None:
         expressions = [e[3:] for e in entries if e.startswith("re:")]
@@ -60,11 +60,11 @@ class Modules:
 
 @dataclass(frozen=True)
 class Quantization:
-    """A claim.
+    """What a `quantization_config` claims.
 
-    method: what wrote it, as in "fp8" (Qwen) or "quark" (AMD). excluded: names, globs and
-    expressions of modules that it leaves alone. block: rows and columns of an FP8 block. targets: what is
-    quantised, "Linear" or entries as in `excluded` (compressed-tensors).
+    method: what wrote it, as in "fp8" (Qwen) or "quark" (AMD). excluded: names, globs and expressions of
+    modules that it leaves alone. block: rows and columns of an FP8 block. targets: what is quantised,
+    "Linear" or entries as in `excluded` (compressed-tensors).
     """
 
     method: str
@@ -74,8 +74,8 @@ class Quantization:
 
     @classmethod
     def from_config(cls, document: Mapping[str, Any]) -> "Quantization | None":
-        """The claim of a parsed config.json; None where it claims nothing. InputError for a list that is
-        none, and for a block of no size."""
+        """The claim of a parsed config.json; None where it claims nothing. InputError for names that
+        are no list, and for an invalid block."""
         text = document.get("text_config")
         inner = text if isinstance(text, dict) else {}
         keys = ("quantization_config", "compression_config")
@@ -181,8 +181,8 @@ def mxfp4_claim(excluded: list[str], activations: str = "mxfp4") -> dict[str, An
 def compare(claim: Quantization | None, formats: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Problems and notes: a line for each kind of module that is not as claimed.
 
-    formats: by name of a linear module of the file (a matrix `.weight` that is no embedding) its format,
-    "mxfp4", "fp8" or "plain". Layer and expert numbers are left out of the lines.
+    formats: the format, "mxfp4", "fp8" or "plain", of each linear module of the file (a matrix `.weight`
+    that is no embedding), by its name. Layer and expert numbers are left out of the lines.
 
     A tensor that is quantised although the claim excludes it is a problem: an engine that believes the
     claim would read it wrong. A tensor that is not, although the claim does not exclude it, is a note:

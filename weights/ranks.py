@@ -22,7 +22,7 @@ PACKED = (1, 2, 32, 128)  # elements that one stored value may stand for along t
 
 
 def folder_names(size: int) -> list[str]:
-    """Of the ranks, in their order."""
+    """The folder names of all ranks, in their order."""
     return [f"rank-{rank}-of-{size}" for rank in range(size)]
 
 
@@ -100,7 +100,7 @@ def open_ranks(folders: list[Path], config: Config) -> Opened:
     for folder, other in zip(folders, held, strict=True):
         if apart := sorted(held[0].keys() ^ other.keys()):
             raise InputError(f"{folder}: holds other tensors than {folders[0].name}: {some(apart)}")
-    last: dict[str, Tensor] = {}  # what was joined last: an expert after the other is read from it
+    last: dict[str, Tensor] = {}  # the tensor joined last: its experts are read one after another
     listed = [_joined(plan, [one[name] for one in held], last) for name in held[0]]
     return Opened(listed, [], [problem for one in opened for problem in one.problems])
 

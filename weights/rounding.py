@@ -1,4 +1,4 @@
-"""What a change of format loses."""
+"""Measures what a change of format loses."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ MEASURED = 1 << 18  # elements whose error is taken at a time, in float64
 
 @dataclass
 class Rounding:
-    """Over all tensors of a kind: sums, and the group (32 along K, or a row) that lost most."""
+    """The error of all tensors of a kind: sums, and the group (32 along K, or a row) that lost most."""
 
     tensors: int = 0
     elements: int = 0

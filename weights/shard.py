@@ -1,9 +1,9 @@
 """Which rank of a tensor-parallel group holds which rows or columns of each tensor.
 
-TABLE says it, one line a kind of tensor. A rank's modules are then the reference's own, built from
-`Plan.rank_config` and filled with its shards, and the ranks join their results so: mixers and
-feed-forwards give contributions that add up, the embedding too (a row that a rank lacks counts as
-zero), and the head gives vocabulary after vocabulary. What is whole on each rank is listed as such.
+TABLE has one line for each kind of tensor, also for those that each rank holds whole. A rank's modules
+are the reference's own, built from `Plan.rank_config` and filled with its shards. The ranks then add up
+the results of mixers, feed-forwards and the embedding (a row that a rank lacks counts as zero), and
+concatenate the head's logits along the vocabulary.
 """
 
 import re
@@ -45,7 +45,7 @@ QKVZ_GROUPS = Section(
     lambda c: 2 * (c.linear_key_head_dim + _value_heads_per_key_head(c) * c.linear_value_head_dim),
 )
 BA_GROUPS = Section("linear_num_key_heads", lambda c: 2 * _value_heads_per_key_head(c))
-# Full attention. Of each query head the rows of the query, then those of its gate.
+# Full attention. A query head has the rows of its query, then those of its gate.
 QUERIES_AND_GATES = Section("num_attention_heads", lambda c: 2 * c.head_dim)
 ATTENDED = Section("num_attention_heads", lambda c: c.head_dim)
 KV = Section("num_key_value_heads", lambda c: c.head_dim)
@@ -164,8 +164,8 @@ def join(shards: Sequence[Shard], tensors: Sequence[Tensor], per: int = 1) -> Te
 class Plan:
     """The shards of one model over `size` ranks.
 
-    Raises InputError where the config's sizes do not divide: a plan that exists can cut every tensor
-    (but for packed groups, which `Shard.cut` checks).
+    Raises InputError where the config's sizes do not divide: a plan that exists can cut every tensor, but
+    for packed groups (checked by `Shard.cut`) and Qwen3-Next's projections (checked by `shard`).
     """
 
     def __init__(self, config: Config, size: int) -> None:
@@ -187,7 +187,7 @@ class Plan:
         self._table = [(_compiled(names), axis, sections) for names, axis, sections in TABLE]
 
     def shard(self, name: str, shape: Sequence[int], rank: int) -> Shard:
-        """What `rank` holds of a tensor of the checkpoint.
+        """The part of a checkpoint's tensor that `rank` holds.
 
         name: the checkpoint's, with or without its prefix. shape: that of the whole tensor in elements,
         however it is packed. `X.weight_scale` and `X.weight_scale_inv` are cut as their weight, whose
@@ -225,7 +225,7 @@ class Plan:
         return None if axis is None else (axis, sum(self._lengths(name, sections)))
 
     def rank_config(self) -> Config:
-        """The sizes of one rank's modules. Ids and prompts are still the whole config's to check."""
+        """The sizes of one rank's modules. Ids and prompts are checked against the whole config."""
         held = {name: units(count, self.size, 0) for name, count in self._counts.items()}
         return replace(self.config, **{name: end - first for name, (first, end) in held.items()})
 

@@ -1,4 +1,4 @@
-"""Where a conversion reads: a folder, or a hub repository whose files come and go."""
+"""Sources of a conversion: a folder, or a hub repository whose files are fetched one by one."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,12 @@ from weights.storage import Stored, open_file, read_json, write_whole
 
 
 class Source(Protocol):
-    """name: as it is asked for. folder: what is read as a checkpoint; its files may be hollow, with no
-    more than their headers. identity: what must not change until the end. open: the tensors of one file.
-    close: they are not needed again. room: bytes of disk that it takes meanwhile."""
+    """The interface of a source.
+
+    name: as it is asked for. folder: what is read as a checkpoint; its files may be hollow, with no more
+    than their headers. identity: what must not change until the end. open: the tensors of one file.
+    close: release a file that is not needed again. room: bytes of disk that it takes meanwhile.
+    """
 
     name: str
     folder: Path

@@ -1,8 +1,8 @@
 """Safetensors files as named tensors: headers first, bytes mapped, nothing read before it is asked for.
 
-The safetensors library checks each file; the bytes are mapped here, once a file, because the library's
-own reads touch the first page of every tensor, and a checkpoint with an expert a tensor has a hundred
-thousand of them.
+The safetensors library checks each file; the bytes are mapped here, once for each file, because the
+library's own reads touch the first page of every tensor, and a checkpoint with one tensor for each
+expert's matrix has a hundred thousand of them.
 """
 
 import json
@@ -60,7 +60,7 @@ class Opened:
     """The tensors of a folder.
 
     listed: those of the files that its index names, or of model.safetensors. unlisted: those of the other
-    safetensors files beside them, whose names may be there before. problems: a line for each of these
+    safetensors files beside them, whose names may also be in `listed`. problems: a line for each of these
     files that cannot be read.
     """
 
@@ -108,7 +108,7 @@ def open_folder(folder: Path) -> Opened:
     come first.
 
     InputError for a file of the index that is missing, cut off or not as the index says, and for a name
-    in two of them. What is wrong with another file is a line in `problems`, since nothing needs it.
+    in two of them. Errors of other files are lines in `problems`, since nothing needs these files.
     """
     found: dict[str, Stored] = {}
     files = indexed_files(folder)
@@ -149,7 +149,7 @@ def open_folder(folder: Path) -> Opened:
 
 
 def open_file(file: Path) -> dict[str, Stored]:
-    """The tensors of one file by their names, as views of its mapping."""
+    """The tensors of one file by name, as views of its mapping. InputError where it is damaged."""
     try:
         with safe_open(file, framework="pt"):  # checks the header against the file
             pass
@@ -174,9 +174,7 @@ def open_file(file: Path) -> dict[str, Stored]:
         def read() -> Tensor:
             first, end = described["data_offsets"]
             numbers = content[first:end]
-            if (
-                numbers.storage_offset() % dtype.itemsize
-            ):  # legal, and rare: such a tensor is copied
+            if numbers.storage_offset() % dtype.itemsize:  # legal, but rare: it is copied
                 numbers = numbers.clone()
             return numbers.view(dtype).view(shape)
 
@@ -189,7 +187,7 @@ def same_values(a: Stored, b: Stored) -> bool:
     """Whether two tensors hold the same numbers, bit for bit where they have one dtype. Read in pieces: a
     head may have 2 GB."""
     if a.shape != b.shape or (a.dtype != b.dtype and 1 in (a.dtype.itemsize, b.dtype.itemsize)):
-        return False  # a number of one byte is not all: it has a scale
+        return False  # one-byte numbers mean nothing without their scales
     pieces = zip(a.read().flatten().split(PIECE), b.read().flatten().split(PIECE), strict=True)
     if a.dtype == b.dtype:
         return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pieces)
@@ -228,10 +226,10 @@ def row_major(tensor: Tensor) -> memoryview:
 
 @contextmanager
 def whole(file: Path, partial: Path | None = None) -> Iterator[Path]:
-    """Give a path to write to, which becomes `file` at once when the block ends, and goes when it fails.
+    """Give a path to write to. It is renamed to `file` when the block ends, and removed when it fails.
 
-    partial: that path; by default a hidden name of this process beside the file. Every file that the
-    project writes is written so. An OSError names `file`, also where the disk is full.
+    partial: that path; by default a hidden name of this process beside the file. An OSError names `file`,
+    also where the disk is full.
     """
     path = partial or file.with_name(f".{file.name}.{os.getpid()}")
     try:

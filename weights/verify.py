@@ -21,12 +21,12 @@ from weights.rounding import Rounding
 from weights.source import Hub, Source, folder_source
 from weights.storage import DTYPE_NAMES, Stored, open_folder, row_major, some
 
-LISTS = ("exclude", "modules_to_not_convert")  # of quantization_config; their order says nothing
+LISTS = ("exclude", "modules_to_not_convert")  # in quantization_config; their order means nothing
 
 
 @contextmanager
 def source_of(source: Path | str) -> Iterator[Source]:
-    """A folder, or a hub repository whose files come and go in a temporary folder."""
+    """Open a folder, or a hub repository whose files are fetched one by one into a temporary folder."""
     if isinstance(source, Path):
         yield folder_source(source)
         return
@@ -37,10 +37,10 @@ def source_of(source: Path | str) -> Iterator[Source]:
 def dry_run(
     source: Path | str, target: Path, options: Options, check: Callable[[Checkpoint], object]
 ) -> dict[str, Any]:
-    """What a conversion would write, without writing anything: see `Outline.describe`.
+    """Describe what a conversion would write, without writing anything: see `Outline.describe`.
 
     `done`: how many of the files an unfinished conversion in `target` has; `disk_bytes`: what is still
-    needed. InputError for all that `convert` would refuse before its first byte, but a disk too small.
+    needed. InputError for all that `convert` would refuse before its first byte, except a full disk.
     """
     check_target(target)
     with source_of(source) as opened:
@@ -53,7 +53,7 @@ def dry_run(
 
 @dataclass(frozen=True)
 class Verified:
-    """tensors, nbytes: that were compared and are the same. difference: the first that is not, if any."""
+    """tensors, nbytes: what was compared and is the same. difference: a line on the first difference."""
 
     tensors: int
     nbytes: int
@@ -75,7 +75,8 @@ def verify(
     """Compare the folder `target` with what `convert` makes of `source`: tensors, config.json and the
     small files; how tensors are spread over files is no difference.
 
-    InputError for a target that cannot be read, is cut off or unfinished, and for a source as `convert`.
+    InputError for a target that cannot be read, is cut off or unfinished, and for a source that `convert`
+    refuses.
     """
     if (target / UNFINISHED).exists():
         raise InputError(f"{target}: an unfinished conversion; {continuing(target)}")
@@ -166,7 +167,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 
 def _unordered(document: dict[str, Any]) -> dict[str, Any]:
-    """A config.json in which the lists of modules are in order."""
+    """A config.json with its lists of modules sorted."""
     claim = document.get("quantization_config")
     if not isinstance(claim, dict):
         return document

@@ -2,7 +2,7 @@
 
 Hopper's matrix unit wants bf16 pairs: element 2p in the low half of a register, 2p + 1 in the high half.
 A code's bits, sign s and magnitude e1 e0 m, belong at bits 15 and 8, 7, 6 of its half: there they are the
-number times 2^-126. Of the eight codes of a 32-bit word, pair 0 lies there already; the others are turned
+number times 2^-126. A 32-bit word has eight codes. Its pair 0 lies there already; the others are rotated
 there:
 
     pair 0    in place
@@ -10,13 +10,13 @@ there:
     pair 2    by 10 to the left, around the end
     pair 3    by 12 to the left; e1 alone by 4
 
-No four pairs can all be one turn away: sixteen bits have no tiling by the shape {15, 8, 7, 6}.
+The four pairs cannot all be one rotation away: sixteen bits have no tiling by the shape {15, 8, 7, 6}.
 
-In a span of 128 elements, word 4c + 2t + u (c to 3, t and u to 1) holds the four elements from
+In a span of 128 elements, word 4c + 2t + u (c = 0 to 3, t and u = 0 or 1) holds the four elements from
 64t + 16c + 4u on and the four that are 8 further. So words 2t + u of all c, which `ldmatrix` deals to one
 thread, meet two scales only, and the activations beside two neighbouring words are 16 bytes.
 
-Of gate-up, whose rows are long, `tiles` puts together what a program reads in one step: 8 KB from one
+For gate-up, whose rows are long, `tiles` puts together what a program reads in one step: 8 KB from one
 place instead of 128 bytes from each of 64.
 """
 
@@ -48,7 +48,7 @@ def encode(codes: Tensor) -> Tensor:
 
 
 def decode(encoded: Tensor) -> Tensor:
-    """What `encode` was given."""
+    """Undo `encode`."""
     _fours(encoded)
     words = _moved(encoded.contiguous(), [(place, bit) for bit, place in enumerate(PLACES)])
     order = "... (c t u half) -> ... (t c half u)"
@@ -68,7 +68,7 @@ def tiles(x: Tensor, width: int) -> Tensor:
 
 
 def rows(tiled: Tensor, width: int) -> Tensor:
-    """What `tiles` was given."""
+    """Undo `tiles`."""
     N, L = _tiled(tiled, width)
     whole = tiled.reshape(N // TILE_N, L // width, TILE_N, width)
     return rearrange(whole, "n l row column -> (n row) (l column)")
@@ -84,7 +84,7 @@ def _tiled(x: Tensor, width: int) -> tuple[int, int]:
 
 
 def _fours(codes: Tensor) -> Tensor:
-    """Four codes each, [..., spans, 32] int16."""
+    """The codes as int16 [..., spans, 32], four in each number."""
     *rows, half = codes.shape
     if codes.dtype != torch.uint8 or half * 2 % SPAN:
         raise InputError(
@@ -95,8 +95,8 @@ def _fours(codes: Tensor) -> Tensor:
 
 
 def _moved(data: Tensor, moves: list[tuple[int, int]]) -> Tensor:
-    """Each bit of a 32-bit word from its first place to its second, as uint8; bits that turn by as much
-    go together."""
+    """Move each bit of every 32-bit word from its first place to its second; returns uint8. Bits that are
+    rotated by the same number move together."""
     words = data.view(torch.uint8).flatten().view(torch.int32).long() & 0xFFFFFFFF
     masks: dict[int, int] = {}
     for source, target in moves:

@@ -39,7 +39,7 @@ Pass = tuple[str, int, int]  # phase, first token, end
 
 @dataclass
 class Call:
-    """What a node was given, states as they were before it ran, and what it returned."""
+    """A node's arguments, with states as they were before it ran, and its result."""
 
     given: tuple[Any, ...]
     result: Any = None
@@ -71,8 +71,7 @@ def diff(
     decode: how many of the last ids are decoded. stages: which are compared; those before the last of
     them are run, the rest is not. device: where all sides run; None: where a built model is, and else the
     CPU. ranks: the group over which a candidate that is a folder is cut; each rank calls this, and each
-    gets the report. What lies inside of a node whose results the ranks add up is not compared, but for
-    the router.
+    gets the report. Inside of a node whose results the ranks add up, only the router is compared.
 
     InputError for bad folders, other shapes than the reference's, and ids that the model cannot take.
     NodeError for a node that was put in and breaks, or returns another shape or kind of numbers.
@@ -123,8 +122,8 @@ def swapped_nodes(source: Loader | Model | dict[str, Tensor]) -> dict[str, str]:
 
 
 def passes(tokens: int, decode: int) -> list[Pass]:
-    """A prompt in two pieces on the 64-token grid and its tail; then the last `decode` tokens, one by
-    one, and the very last four at once, as drafts are verified."""
+    """The prompt in two pieces on the 64-token grid and its tail; then the last `decode` tokens one by
+    one, but the very last four at once, as drafts are verified, where there are more than four."""
     prompt = tokens - decode
     whole = prompt // GRID * GRID
     edges = sorted({0, whole // 2 // GRID * GRID, whole, prompt})
@@ -170,7 +169,7 @@ class Side:
 
     def inputs(self, stage: str) -> list[list[Tensor]]:
         """The arguments of a stage in each pass, but for the state. The MTP head takes the token that
-        follows: its last pass is a row shorter, and is none without rows."""
+        follows: its last pass is a row shorter, and is left out where no row remains."""
         if stage == "embed_tokens":
             return [[self.tokens[:, first:end]] for _, first, end in self.plan]
         if stage != "mtp":
@@ -189,7 +188,7 @@ class Side:
             self.outputs["hidden"] = outputs
 
     def traced(self, stage: str, module: nn.Module) -> Calls:
-        """A stage's nodes as a trace has them."""
+        """The calls of a stage's nodes, from a trace."""
         assert isinstance(self.source, dict)
         calls: Calls = {}
         for node, m in _nodes_of(stage, module).items():
@@ -245,7 +244,7 @@ def run_stage(stage: str, sides: list[Side], judge: Judge, *, compared: bool) ->
 
 
 def check_returns(nodes_: dict[str, nn.Module], calls: Calls, expected: Calls) -> None:
-    """NodeError for the first node that was put in and did not return what the oracle's returns."""
+    """NodeError for the first node that was put in and whose output has not the oracle's form."""
     for node, call in calls.items():
         if node in expected:
             check_alike(nodes_[node], call.result, expected[node].result)
@@ -259,8 +258,8 @@ def compare(
     span: tuple[int, int],
     judge: Judge,
 ) -> None:
-    """All nodes of a stage that every side has called in one pass. modules: of each side, by node. span:
-    the pass's first token and the one after its last."""
+    """Compare all nodes of a stage that every side has called in one pass. modules: each side's modules
+    by node name. span: the pass's first token and the one after its last."""
     router = next((node for node, module in modules[0].items() if isinstance(module, Router)), "")
     given = [of_side[router].given[0] for of_side in calls[:2]] if router else []
     choice = _gaps(given, [own[router] for own in modules[:2]]) if router else None
@@ -278,7 +277,7 @@ def compare(
         if choice and node == router:
             judge.add_choice(node, phase, results, *choice, span)
             continue
-        # Local, a node that holds the router chooses experts anew; free, all sides have the same.
+        # In local mode a node that holds the router chooses anew; in free mode all sides agree.
         chooses = judge.mode == "local" and router.startswith(f"{node}.")
         judge.add(node, "output", phase, results, choice[1] if choice and chooses else None, span)
         if states and node in mixer:
@@ -290,7 +289,7 @@ def compare(
 def _local(
     sides: list[Side], modules: list[Any], given: list[tuple[Any, ...]]
 ) -> tuple[list[Any], list[State]]:
-    """One node on all sides: its results, and its state afterwards. The oracle's inputs are rounded to
+    """Run one node on all sides; return results and states afterwards. The oracle's inputs are rounded to
     the yardstick's dtypes first, so that all sides have the same values, each in its own dtypes."""
     rounded = [_like(value, kind) for value, kind in zip(given[0], given[1], strict=True)]
     results: list[Any] = []
@@ -313,9 +312,9 @@ def _like(value: Any, kind: Any) -> Any:
 
 
 def _gaps(given: list[Tensor], routers: list[Any]) -> tuple[Tensor, Tensor]:
-    """Of the oracle's and the yardstick's router and their inputs, for each token [N]: how far the last
-    chosen expert is from the next, and whether four times the yardstick's error could close that gap (a
-    candidate may have twice that error, on both sides)."""
+    """Return for each token, [N]: the gap in probability between the oracle's last chosen expert and the
+    next, and whether four times the yardstick's error could close it (a candidate may have twice that
+    error in each of the two). given, routers: the oracle's and the yardstick's."""
     exact, rough = (
         linear(x, router.weight).double().softmax(-1)
         for x, router in zip(given, routers, strict=True)

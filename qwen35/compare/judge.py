@@ -1,9 +1,9 @@
 """Errors of a candidate, beside bfloat16's own: one row a tensor, worst first.
 
 A row passes, in `local` mode, when its largest error against the oracle is at most twice the yardstick's,
-plus half a unit in the last place of its largest output. In `free` mode errors have come a long way and
-the largest is luck: there it is the root of their mean square that must be at most twice the yardstick's,
-plus half a unit in the last place; of fewer than 32 elements nothing is said but that they are finite.
+plus half a unit in the last place of its largest output. In `free` mode errors have accumulated and the
+largest is a matter of chance: there the root of their mean square must be at most twice the yardstick's,
+plus half a unit in the last place; fewer than 32 elements only have to be finite.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 Mode = Literal["local", "free"]
-BINS = 24  # of a histogram: errors from 2^-16 to 2^7 times the yardstick's largest
+BINS = 24  # of a histogram; each is a factor of 2 wide, see `Row`
 MOST = 1e300  # stands for infinity, which JSON lacks
-FEWEST = 32  # elements that a mean square is taken of
+FEWEST = 32  # elements of which a mean square is judged
 PRINTED = 10  # rows that a report shows of itself
 
 
@@ -26,19 +26,20 @@ class Row:
 
     tensor: "output", or a field of the node's state. elements: compared, in all passes. max_abs: the
     largest error against the oracle; bf16: the yardstick's; floor: half a unit in the last place of the
-    largest output. rel_rms, bf16_rms: of the candidate's and of the yardstick's errors, over that of the
-    oracle. x_bf16: the multiple that is judged, of the largest errors (local) or of the roots of mean
-    squares (free).
+    largest output. rel_rms, bf16_rms: RMS of the candidate's and of the yardstick's errors, over the RMS
+    of the oracle. x_bf16: the candidate's error over the larger of the yardstick's and the floor; errors
+    are the largest ones (local) or the RMS (free).
 
-    Of the element with max_abs, span: the first token of its pass, and the one after the last; shape: of
-    the tensor in that pass; worst: the index in it; position: of its token in the sequence, None where it
-    has none, as in a recurrent state; channel: the other indices, that of a head first. A router's
-    channel is an expert, that of logits a token.
+    These say where the element with max_abs is. span: the first token of its pass, and the one after the
+    last; shape: of the tensor in that pass; worst: the index in it; position: its token's in the
+    sequence, None where it has none, as in a recurrent state; channel: the other indices, that of a head
+    first. A router's channel is an expert, that of logits a token.
 
     nonfinite: NaN and infinite elements. flips: tokens whose experts are not the oracle's. margin: of
     such tokens, the widest gap between the last expert chosen and the next, in the oracle's
     probabilities. unsure: tokens left out because rounding alone may flip their experts. histogram:
-    elements by log2(error / yardstick's largest), from 2^-16.
+    elements by floor(log2(error / unit)), from -16 or less to 7 or more; a pass's unit is the larger of
+    the yardstick's largest error and the floor.
     """
 
     node: str
@@ -152,7 +153,7 @@ def place_of(
 ) -> tuple[int | None, list[int]]:
     """The position in the sequence of one element of a node's tensor, and its other indices.
 
-    tensor, span: as of `Row`; without a span, a pass that begins with the first token. Outputs are
+    tensor, span: as in `Row`; without a span, a pass that begins with the first token. Outputs are
     [N, ...] or [B, T, ...]; keys, values and their scales [B, G, P, ...], from the sequence's first
     token; conv [B, taps - 1, C], up to the pass's last token; recurrent [B, HV, K, V].
     """
@@ -188,8 +189,8 @@ class Judge:
         unsure: Tensor | None = None,
         span: Sequence[int] = (),
     ) -> Row:
-        """One pass. results: three tensors of one shape. unsure [N]: tokens to leave out. span: the
-        pass's first token and the one after its last."""
+        """Add one pass of a node's tensor. results: one tensor for each side. unsure [N]: tokens to leave
+        out. span: the pass's first token and the one after its last."""
         key = node, tensor, phase
         row = self.rows.setdefault(key, Row(*key))
         oracle, rough, tested = (result.double() for result in results)
@@ -246,21 +247,20 @@ class Judge:
         row = self.add(node, "output", phase, dense, unsure, span)
         if dense[2].shape == dense[0].shape:
             _, k = results[0][0].shape
-            row.elements -= int((~unsure).sum()) * (
-                self.experts - k
-            )  # which all sides have as zeros
+            # The weights of experts that were not chosen are zeros on all sides.
+            row.elements -= int((~unsure).sum()) * (self.experts - k)
             flipped = ((dense[0] != 0) != (dense[2] != 0)).any(-1)
             row.flips += int(flipped.sum())
             row.margin = max(row.margin, gap.where(flipped, 0.0).max().item())
 
     def add_states(self, node: str, phase: str, states: Any, span: Sequence[int] = ()) -> None:
-        """The tensors of one state on each side, by name."""
+        """Add the tensors of one state on each side."""
         of_sides: list[dict[str, Tensor]] = [state.tensors() for state in states]
         for name in of_sides[0]:
             self.add(node, name, phase, [tensors[name] for tensors in of_sides], span=span)
 
     def add_tokens(self, oracle: Tensor, tested: Tensor) -> None:
-        """Logits [B, T, V] of the next positions."""
+        """Compare the likeliest tokens of logits [B, T, V] of the next positions."""
         if oracle.shape != tested.shape:  # a failing row says so
             return
         ours, theirs = (logits.flatten(0, 1).argmax(-1) for logits in (oracle, tested))

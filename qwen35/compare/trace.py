@@ -29,8 +29,8 @@ def trace(
     entry. The MTP head runs over ids[1:], as in a prefill. No hook stays behind. NodeError where a node
     that was put in breaks.
 
-    named_locals: also the tensors that a node's forward, and the functions of the reference that it
-    calls, had bound to names when they returned, as in `layers.0.linear_attn:beta` and
+    named_locals: also the tensors that a node's forward, and the functions of `reference` and `fast` that
+    it calls, had bound to names when they returned, as in `layers.0.linear_attn:beta` and
     `layers.0.linear_attn:chunk.state`.
     """
     if isinstance(ids, str):
@@ -77,7 +77,7 @@ def recording(
         if id(module) in names:
             record(names[id(module)], output)
 
-    # One hook of the library's for all modules: one for each would cost as much as many a node itself.
+    # One global hook: a hook on each module would cost as much as some nodes do.
     handle = register_module_forward_hook(keep)
     if named_locals:
         sys.setprofile(_profiler(names, record))
@@ -91,11 +91,10 @@ def recording(
 def _profiler(
     names: dict[int, str], record: Callable[[str, object], None]
 ) -> Callable[[FrameType, str, object], None]:
-    """A profile function that records the locals of forwards, and of the functions of the same package
+    """A profile function that records the locals of forwards, and of the functions in TRACED packages
     that they call, when they return. Names in the source become names in the trace."""
-    running: list[
-        str | None
-    ] = []  # the node whose forward runs, innermost last; None: one not asked for
+    # The nodes whose forwards run, innermost last; None: one that was not asked for.
+    running: list[str | None] = []
 
     def profile(frame: FrameType, event: str, _: object) -> None:
         if event not in ("call", "return") or not frame.f_globals.get("__name__", "").startswith(

@@ -30,7 +30,7 @@ BINS = 24  # of a histogram
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one tensor of a trace.
+    """Statistics of one tensor of a trace.
 
     mean, std, low, high, max_abs: over the finite elements, in float64 (NaN where there are none; std
     divides by their number). zeros, not_finite: shares of all elements, 0 to 1. counts: finite elements
@@ -63,7 +63,7 @@ def save_trace(path: Path, outputs: dict[str, Tensor], model: Model, ids: list[i
         "config": config_hash(model.config),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    # Copies, since a node may return what its last part returned.
+    # Copies: a node may return its last part's tensor, and safetensors refuses shared memory.
     tensors = {name: output.cpu().contiguous().clone() for name, output in outputs.items()}
     try:
         with whole(path) as unfinished:

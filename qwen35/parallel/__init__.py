@@ -1,1 +1,1 @@
-"""Tensor parallel: a model over several ranks, the nodes that join results, how a failure ends all."""
+"""Tensor parallelism: a model over several ranks, which join results and end together on a failure."""

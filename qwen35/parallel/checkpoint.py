@@ -10,11 +10,11 @@ ENDS = 1 << 20  # bytes that are looked at, at both ends of a file
 
 
 def contents(checkpoint: Checkpoint, plan: Plan) -> str:
-    """A word for what a rank reads, the same on every rank that reads its part of the same weights.
+    """A label for what a rank reads, the same on every rank that reads its part of the same weights.
 
-    Of a whole checkpoint: the files' names and sizes and their first and last MiB. Of one rank's part:
-    names, sizes, and the tensors that all ranks hold whole (norms, routers). Not every byte, so ranks
-    whose checkpoints differ elsewhere are not found out.
+    It hashes config.json and the files' names and sizes; for a whole checkpoint also the first and last
+    MiB of each file, for one rank's part the tensors that all ranks hold whole (norms, routers). Not
+    every byte is hashed, so checkpoints that differ elsewhere have the same label.
     """
     total = hashlib.sha256(json.dumps(checkpoint.document, sort_keys=True).encode())
     for file in sorted(checkpoint.folder.glob("*.safetensors")):

@@ -10,12 +10,12 @@ from reference.model import Model
 
 
 class Joined(nn.Module):
-    """A node that runs a part of its own, and whose children and parameters are that part's, under the
-    names that they have without it: a checkpoint, a pattern of nodes or a trace knows no other."""
+    """A node around `part`, the node of a rank's own model. Its children and parameters are the part's,
+    under unchanged names, so checkpoints, patterns of nodes and traces need not know of it."""
 
     def __init__(self, part: nn.Module, ranks: Ranks) -> None:
         super().__init__()
-        self.__dict__["part"] = part  # not a child, which would put a word into all names below it
+        self.__dict__["part"] = part  # not a child, which would prefix all names below it
         self._modules, self._parameters = part._modules, part._parameters  # also what replaces them
         self.ranks = ranks
 
@@ -26,8 +26,8 @@ class Joined(nn.Module):
 class Summed(Joined):
     """A mixer or a feed-forward: each rank's part gives a contribution [..., D], and they are added.
 
-    In the order of ranks, in float32 (float64 in a float64 model), rounded once: the same bits on every
-    rank, and of a row whatever the rows beside it.
+    They are added in the order of ranks, in float32 (float64 in a float64 model), and rounded once: the
+    bits are the same on every rank, and those of a row do not depend on the rows beside it.
     """
 
     def forward(self, *arguments: object) -> Tensor:

@@ -28,9 +28,8 @@ from qwen35.parallel.store import JOIN_S, Connection
 from qwen35.parallel.watch import RankLostError, Watch
 from weights.shard import SIZES
 
-COLLECTIVE = timedelta(
-    minutes=10
-)  # for a rank that lives, and does not come to where the others wait
+# How long a collective waits for a rank that lives and does not join it.
+COLLECTIVE = timedelta(minutes=10)
 SOURCES = ("qwen35", "reference", "fast", "weights", "tools")
 T = TypeVar("T")
 
@@ -61,15 +60,15 @@ class Ranks:
             raise RankLostError(str(error).splitlines()[0]) from error
 
     def exchange(self, value: Any, wait_s: float | None = None) -> list[Any]:
-        """A value of every rank, as JSON, in their order. wait_s: InputError when one lacks by then; None
-        waits as long as all live."""
+        """The values of all ranks, in their order, sent as JSON. wait_s: seconds after which a missing
+        one is an InputError; None: wait as long as all ranks live."""
         if self.connection is None:
             return [value]
         self.exchanges += 1
         return self.connection.exchange(f"value/{self.exchanges}", value, wait_s)
 
     def share(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, as JSON, on every rank: a text that only one of them can read."""
+        """Return on every rank what rank 0 makes, sent as JSON: for input that only one can read."""
         if self.connection is None:
             return make()
         return self.exchange(make() if self.rank == 0 else None)[0]
@@ -158,7 +157,7 @@ def connect(rank: int, size: int) -> Connection:
 
 
 def place(args: argparse.Namespace) -> torch.device:
-    """This rank's device. `--device cuda` is the card of its local rank; `args.device` says so after."""
+    """This rank's device, which `args.device` is set to for CUDA: the card of its local rank."""
     asked: torch.device = getattr(args, "device", torch.device("cpu"))
     if asked.type != "cuda":
         return torch.device("cpu")
@@ -175,7 +174,7 @@ def place(args: argparse.Namespace) -> torch.device:
 
 
 def backend_of(device: torch.device) -> str:
-    """What torch.distributed runs on. InputError where this torch lacks it."""
+    """The backend of torch.distributed. InputError where this torch lacks it."""
     name = "nccl" if device.type == "cuda" else "gloo"
     if not (dist.is_nccl_available() if name == "nccl" else dist.is_gloo_available()):
         raise InputError(
@@ -185,7 +184,7 @@ def backend_of(device: torch.device) -> str:
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
-    """The command line in JSON. Of paths only whether they are there: each machine may have its own."""
+    """The options as JSON. For a path only whether it is given: each machine may have its own."""
     paths = ("model", "prefix_cache", "prompt_file", "requests", "report")
     own = ("ranks", "debug", "device", "command")
     values = {n: v is not None if n in paths else v for n, v in vars(args).items() if n not in own}
@@ -196,7 +195,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What decides about bits beside the checkpoint and the arguments."""
+    """What the bits depend on beside the checkpoint and the arguments."""
     from qwen35.prefix.keys import processor  # here: it imports the nodes, which import this file
 
     is_card = device.type == "cuda"

@@ -1,4 +1,4 @@
-"""One rank's part of a layer's state, and the whole from all parts: heads, as its nodes hold them."""
+"""Cuts a layer's state into the ranks' parts, by heads as their nodes hold them, and joins it again."""
 
 from collections.abc import Callable
 
@@ -16,12 +16,12 @@ class Parts:
         self.plan, self.ranks = plan, ranks
 
     def cut(self, state: State) -> State:
-        """What this rank holds of a whole state: a copy."""
+        """Cut this rank's part out of a whole state, as a copy."""
         rank = self.ranks.rank
         return _each(state, lambda name, tensor: self._shards(name)[rank].cut(tensor).clone())
 
     def join(self, state: State) -> State:
-        """The whole of which every rank gives its part."""
+        """Join the whole state from every rank's part."""
 
         def joined(name: str, tensor: Tensor) -> Tensor:
             return join(self._shards(name), self.ranks.gather(tensor.contiguous()).unbind(0))
@@ -29,7 +29,7 @@ class Parts:
         return _each(state, joined)
 
     def _shards(self, name: str) -> list[Shard]:
-        """Of a tensor of a state by its name there, for every rank."""
+        """The shards of one tensor of a state, for every rank. name: the tensor's name in the state."""
         config, size = self.plan.config, self.ranks.size
         if name == "conv":  # [B, taps - 1, C], channels as in_proj_qkv has rows
             weight, shape = "layers.0.linear_attn.in_proj_qkv.weight", (config.conv_dim, 1)

@@ -12,7 +12,7 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore (public a
 from qwen35.cli import one_line
 from qwen35.errors import InputError
 
-JOIN_S = 60.0  # for all ranks to come
+JOIN_S = 60.0  # seconds within which all ranks have to join
 
 
 class Connection:
@@ -45,7 +45,7 @@ class Connection:
         return PrefixStore("qwen35", store)
 
     def _wait_for_port(self) -> None:
-        """The store's own attempts to connect print pages when there is nobody yet."""
+        """Wait until the port answers: TCPStore's own attempts to connect print pages before that."""
         started = time.monotonic()
         while True:
             with suppress(OSError), socket.create_connection((self.host, self.port), timeout=2):
@@ -63,9 +63,9 @@ class Connection:
         return self._connect()
 
     def exchange(self, name: str, value: Any, wait_s: float | None) -> list[Any]:
-        """A value of every rank under a name that is used once, in the order of ranks.
+        """Give this rank's value and return those of all ranks, in their order. name: used only once.
 
-        wait_s: InputError when one lacks by then; None waits as long as it takes.
+        wait_s: seconds after which a missing value is an InputError; None waits as long as it takes.
         """
         self._store.set(f"{name}/{self.rank}", json.dumps(value))
         found: list[Any] = []

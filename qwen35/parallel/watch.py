@@ -23,7 +23,7 @@ PERIOD_S = 0.2  # between signs of life
 SILENCE_S = 7.0  # after which a rank counts as dead
 BROKEN_S = 2.0  # the same, when a connection to another rank broke
 GRACE_S = 0.5  # in which rank 0 may come to the same error by itself
-SHOWN_S = 5.0  # in which rank 0 has printed an error
+SHOWN_S = 5.0  # within which rank 0 has to print an error
 
 
 class RankLostError(RuntimeError):
@@ -35,7 +35,7 @@ class Watch:
 
     An exception that leaves the block is the error of all ranks: rank 0 prints it, unless it says nothing
     (a reader of stdout that went away), and each rank exits with its status. Other ranks print nothing,
-    but for the traceback of a bug. What libraries write to file descriptor 2 is seen with debug only.
+    but for the traceback of a bug. Output of libraries to file descriptor 2 is shown with debug only.
     """
 
     def __init__(self, prog: str, rank: int, *, debug: bool) -> None:
@@ -57,9 +57,8 @@ class Watch:
         return connection
 
     def __enter__(self) -> "Watch":
-        if (
-            not self.debug
-        ):  # pages that libraries write when a connection breaks would hide the one line
+        # Pages that libraries write when a connection breaks would hide the one line.
+        if not self.debug:
             own = os.dup(sys.stderr.fileno())
             self.stderr = sys.stderr = open(
                 own, "w", buffering=1, errors="backslashreplace", encoding="utf-8"
@@ -83,9 +82,7 @@ class Watch:
             return
         if isinstance(error, RankLostError):
             self.silence_s = BROKEN_S
-            time.sleep(
-                SILENCE_S
-            )  # meanwhile the thread finds out who it was, and ends this process
+            time.sleep(SILENCE_S)  # meanwhile the thread finds the rank, and ends this process
         message, status = _told(error)
         if status == 1 or (self.debug and self.rank == 0):
             traceback.print_exception(error, file=self.stderr)
@@ -115,7 +112,7 @@ class Watch:
             self._part(wait_s=2.0)
 
     def _part(self, wait_s: float) -> None:
-        """Take leave of the store; its host waits for the others, which may still read in it."""
+        """Tell the store that this rank has left; its host waits for the others, which may still read."""
         assert self.connection is not None
         self.own.set(f"gone/{self.rank}", "yes")
         others = [f"gone/{rank}" for rank in range(self.connection.size) if rank != self.rank]
@@ -130,9 +127,8 @@ class Watch:
     def _look(self) -> None:
         assert self.connection is not None
         ranks = range(self.connection.size)
-        seen = [
-            ("", time.monotonic()) for _ in ranks
-        ]  # of each rank: its last sign, and when it came
+        # The last sign of each rank, and when it came.
+        seen = [("", time.monotonic()) for _ in ranks]
         beat = 0
         while not self.stopped.wait(PERIOD_S):
             beat += 1
@@ -175,7 +171,7 @@ class Watch:
         os._exit(status)
 
     def _end_alone(self) -> None:
-        """End this process when the store has gone with the one that kept it."""
+        """End this process when the store is gone, because the process that kept it has ended."""
         assert self.connection is not None
         if self.stopped.is_set():
             return

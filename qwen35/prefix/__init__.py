@@ -1,1 +1,1 @@
-"""The prefix cache: keys and values and delta-net states of prompts' beginnings, with one life."""
+"""The prefix cache: keys, values and delta-net states of prompts' beginnings, kept and evicted as one."""

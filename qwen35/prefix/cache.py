@@ -1,13 +1,13 @@
 """Prefix cache: what prefill computed of a prompt's beginning, kept for the next prompt that begins so.
 
 A *segment* is a run of whole 64-token blocks: their keys and values, the MTP head's too, and at its end a
-snapshot of the delta nets' states. Each segment continues another, its parent, or begins at token 0. What
-depends on one another is one object, so it lives and dies together: a hit ends where a segment ends, and
-only a segment that none continues, and that nobody uses, is evicted, the longest unused first.
+snapshot of the delta nets' states. Each segment continues another, its parent, or begins at token 0. A
+segment is kept and evicted as a whole, so a hit ends where a segment ends. Only a segment that no other
+continues, and that nobody uses, is evicted, the least recently used first.
 
-A segment's key is a chained hash, of its parent's and of its own ids, block by block. The chain starts
-with all that decides about bits (`identity`), so another checkpoint, dtype or swap has other keys. Only
-what prefill computed is kept: decode's states are other bits (the recurrent form, products of 4 rows).
+A segment's key is a chained hash of its parent's and its own ids, block by block. The chain starts with
+all that the bits depend on (`identity`), so another checkpoint, dtype or swap has other keys. Only what
+prefill computed is kept: decoding computes other bits (the recurrent form, products of 4 rows).
 """
 
 from collections.abc import Callable
@@ -31,8 +31,9 @@ class Reuse:
     """What the cache has of one prompt, from `begin` to `finish`.
 
     length: tokens that are taken over. reason: why not more. stops: positions at which prefill calls
-    `keep`. hashes: before the first block and after each. chain: the segments taken over, in order.
-    pinned: keys of what must stay. kept: ends, and tensors, of the segments that prefill has computed.
+    `keep`. hashes: the chained hash before the first block and after each. chain: the segments taken
+    over, in order, with their tensors. pinned: keys of segments that must not be evicted. kept: end and
+    tensors of each segment that prefill has computed.
     """
 
     length: int
@@ -47,9 +48,9 @@ class Reuse:
 class PrefixCache:
     """Keeps the beginnings of one model's prompts, in memory or in a folder.
 
-    budget: bytes, of all segments together. interval: blocks between snapshots. A prompt's last whole
+    budget: bytes of all segments together. interval: blocks between snapshots. A prompt's last whole
     block has one in any case, and so has the point where a prompt leaves what is already kept.
-    warn: gets a line for what went wrong; the run goes on without.
+    warn: gets a line for what went wrong; the run goes on without the cache.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class PrefixCache:
     ) -> None:
         self.model, self.budget, self.interval = model, budget, interval
         self.store, self.checkpoint, self.warn = store or Memory(), checkpoint, warn
-        self.evicted: dict[str, None] = {}  # keys, the latest last, for explanations
+        self.evicted: dict[str, None] = {}  # keys, the latest last; only to explain a miss
         self.warned: set[str] = set()
 
     def begin(self, ids: list[int], *, draft: bool) -> Reuse:
@@ -137,9 +138,9 @@ class PrefixCache:
         )
 
     def restore(self, reuse: Reuse, into: Cache, *, room: int, draft: bool) -> Tensor | None:
-        """Copy what is taken over into an empty cache, with room for that many tokens; returns the
-        trunk's state of the last token, [1, 1, D], or None where there is nothing."""
-        into.reserve(room)  # at once: buffers that grow leave parts behind in `kept`
+        """Copy what is taken over into an empty cache with room for `room` tokens; return the trunk's
+        state of the last token, [1, 1, D], or None where there is nothing."""
+        into.reserve(room)  # at once: views in `kept` would keep a buffer alive that has to grow
         if not reuse.chain:
             return None
         parts = [tensors for _, tensors in reuse.chain]
@@ -185,7 +186,7 @@ class PrefixCache:
         held = self.store.segments()
         there = held.get(segment.key)
         parent_is_there = segment.first == 0 or segment.parent in held
-        # One of this key may be there and be of no use: without drafts, or continuing what is gone.
+        # A segment of this key may be there and useless: without drafts, or its parent is gone.
         is_new = _way(held, segment.key, reuse.hashes, segment.drafts) is None
         if parent_is_there and is_new and (there is None or self.store.is_free(segment.key)):
             if not self._make_room(segment, there):
@@ -277,7 +278,8 @@ class PrefixCache:
 def _way(
     held: dict[str, Segment], key: str, hashes: list[str], draft: bool
 ) -> list[Segment] | None:
-    """The segments from token 0 to a key; None when one is missing, or lacks what drafting needs."""
+    """The segments from token 0 to a key; None when one is missing, lacks what drafting needs, or does
+    not fit the hashes."""
     way: list[Segment] = []
     end = hashes.index(key) * GRID
     while end > 0:

@@ -1,9 +1,9 @@
 """A prefix cache in a folder: each segment a safetensors file under the name of its key.
 
-Several processes may use one folder. Whoever changes it holds a lock on the folder itself; whoever uses a
-file holds a shared lock on that, so nobody else evicts it; the system takes the locks of a process that
-dies. A file is written under another name and renamed when it is whole. What it says of itself is checked
-when it is found (its chain of hashes gives its name) and its bytes before they are used (SHA-256).
+Several processes may use one folder. A process that changes it holds a lock on the folder itself; one
+that uses a file holds a shared lock on the file, so that no other evicts it. The system releases the
+locks of a process that dies. A file is written under another name and renamed when it is whole. Its
+metadata are checked when it is found (the hash of its ids is its name), its bytes before they are used.
 """
 
 import fcntl
@@ -66,7 +66,7 @@ class Folder:
             os.close(self.lock)
 
     def files(self) -> dict[str, Found]:
-        """All files that are or claim to be segments, by key, the longest unused first."""
+        """All files that are or claim to be segments, by key, the least recently used first."""
         listed: list[tuple[int, str, Found]] = []
         for entry in os.scandir(self.folder):
             if not NAME.fullmatch(entry.name):
@@ -75,11 +75,8 @@ class Folder:
                 stat = entry.stat(follow_symlinks=False)
                 if not S_ISREG(stat.st_mode):
                     continue
-                known = (
-                    entry.name,
-                    stat.st_size,
-                    stat.st_ctime_ns,
-                )  # any change of a file changes them
+                # Any change of a file changes these.
+                known = (entry.name, stat.st_size, stat.st_ctime_ns)
                 found = self.looked_at.get(known) or examine(Path(entry.path))
             except FileNotFoundError:  # evicted by somebody else
                 continue
@@ -105,13 +102,13 @@ class Folder:
                 lines[line] = lines.get(line, 0) + 1
         return [f"{self.folder}: {n} left alone: {line}" for line, n in lines.items()]
 
-    # What a store does.
+    # The methods of `prefix.store.Store`.
 
     def segments(self) -> dict[str, Segment]:
         return {k: found.segment for k, found in self.files().items() if found.segment is not None}
 
     def read(self, segment: Segment) -> dict[str, Tensor] | None:
-        """Its tensors, mapped, when they and all that the file says of itself are what was written."""
+        """The tensors, mapped; None unless they and the metadata are what was written."""
         file = self._path(segment.key)
         try:
             tensors = {name: stored.read() for name, stored in open_file(file).items()}
@@ -180,7 +177,7 @@ class Folder:
             return False
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         self.in_use.setdefault(key, []).append(descriptor)
-        with suppress(OSError):  # of a read-only folder the order of use is not kept
+        with suppress(OSError):  # in a read-only folder the order of use is not recorded
             os.utime(descriptor)
         return True
 
@@ -189,7 +186,7 @@ class Folder:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the folder's lock; also, what a process that died has left half-written goes."""
+        """Hold the folder's lock, and remove half-written files of processes that died."""
         fcntl.flock(self.lock, fcntl.LOCK_EX)
         try:
             for name in os.listdir(self.folder):
@@ -205,7 +202,7 @@ class Folder:
 
 
 def examine(file: Path) -> Found:
-    """What a file says of itself, from its header alone, and whether it can be so. FileNotFoundError."""
+    """Read a file's header alone and check it against its name. FileNotFoundError where it is gone."""
     size = file.stat().st_size
     try:
         with safe_open(file, framework="pt") as handle:
@@ -234,12 +231,12 @@ def examine(file: Path) -> Found:
 
 
 def overhead(tokens: int, identity: str) -> int:
-    """Bytes of a file on top of its tensors, header and metadata: a bound, for the budget."""
+    """An upper bound, for the budget, on the bytes of a file's header with its metadata."""
     return (1 << 15) + 12 * tokens + 2 * len(identity)
 
 
 def checksum(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over what a file says of itself, and its tensors' names, dtypes, shapes and bytes."""
+    """SHA-256 of a file's metadata and of its tensors' names, dtypes, shapes and bytes."""
     said = {name: value for name, value in metadata.items() if name != "sha256"}
     total = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name in sorted(tensors):

@@ -1,7 +1,7 @@
-"""The keys of a prefix cache: a chained hash of the ids, which starts with all that decides about bits.
+"""The keys of a prefix cache: a chained hash of the ids, which starts with all that the bits depend on.
 
-Another checkpoint, dtype, device or set of swapped nodes computes other bits, so it must never meet these
-keys: `identity` lists what is hashed before the first block.
+Another checkpoint, dtype, device or set of swapped nodes computes other bits, so its keys must differ:
+`identity` lists what is hashed before the first block.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ def root_of(identity: dict[str, str]) -> str:
 
 
 def identity(model: Model, checkpoint: str) -> dict[str, str]:
-    """All that the bits of a state depend on, but for the tokens: the same for two processes that may
-    share them. checkpoint: `fingerprint` of its files."""
+    """All that the bits of a state depend on, except the tokens: equal in two processes that may share
+    states. checkpoint: `fingerprint` of its files."""
     device = model.embed_tokens.weight.device
     classes = [f"{n}={type(m).__module__}.{type(m).__name__}" for n, m in nodes(model, "*").items()]
     swapped = [

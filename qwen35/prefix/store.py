@@ -1,4 +1,4 @@
-"""Where the segments of a prefix cache are: what a store does, and the store in memory."""
+"""Stores for the segments of a prefix cache: the interface, and the store in memory."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -27,14 +27,14 @@ class Segment:
 
 
 class Store(Protocol):
-    """Where segments are: `Memory` here, `Folder` in prefix/folder.py.
+    """Holds segments: `Memory` here, `Folder` in prefix/folder.py.
 
-    segments: those that are there, by key, the longest unused first. read: its tensors, None for one
-    that is damaged. write: put one there; gives a line when that failed. discard: remove a damaged one,
-    whoever uses it. remove_unreadable: remove what says nothing sensible of itself;
-    gives the bytes of what would not go. is_free: nobody uses it. remove: False for one that is in use.
-    size: bytes that one takes. pin: use one, which keeps it there until `unpin`; False when it is gone.
-    exclusive: nobody else changes anything while the block runs.
+    segments: all segments by key, the least recently used first. read: a segment's tensors; None where
+    it is damaged. write: store a segment; returns a line when that failed. discard: remove a damaged one,
+    even if it is in use. remove_unreadable: remove files whose metadata make no sense; returns the bytes
+    of those that could not be removed. is_free: whether nobody uses it. remove: False where it is in use.
+    size: bytes that a segment takes. pin: use a segment, which stays until `unpin`; False when it is
+    gone. exclusive: nobody else changes the store while the block runs.
     """
 
     def segments(self) -> dict[str, Segment]: ...
@@ -54,7 +54,8 @@ class Memory:
     """Segments of this process. One is copied when it is written and when it is read into a cache."""
 
     def __init__(self) -> None:
-        self.held: dict[str, tuple[Segment, dict[str, Tensor]]] = {}  # the longest unused first
+        # The least recently used first.
+        self.held: dict[str, tuple[Segment, dict[str, Tensor]]] = {}
         self.pins: Counter[str] = Counter()
 
     def segments(self) -> dict[str, Segment]:
