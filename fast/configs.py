@@ -66,8 +66,8 @@ def lookup(target: str, kernel: str, shape: str) -> Config:
         raise InputError(f"{TABLE.name} has no configuration of {kernel} for {target}")
     nearest = min(known, key=lambda other: _distance(shape, other))
     warnings.warn(
-        f"{kernel} {shape} is not in {TABLE.name} for {target}; it runs as {nearest} "
-        "(python -m tools.tune measures it)",
+        f"{kernel} {shape} is not in {TABLE.name} for {target}; it runs with the configuration of "
+        f"{nearest} (python -m tools.tune measures it)",
         stacklevel=2,
     )
     return known[nearest]

@@ -58,7 +58,7 @@ def check_packing(name: str, ir: str) -> None:
         n, text = int(number), aliases.get(layout, layout)
         if n > 1 and not _are_neighbours(n, text):
             raise InputError(
-                f"{name}: Triton hands {n} elements to an instruction that are no neighbours (its layout "
+                f"{name}: Triton gives an instruction {n} elements that are not neighbours (its layout "
                 f"is {text}); another BLOCK_N, BLOCK_K or num_warps is needed"
             )
 

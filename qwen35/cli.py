@@ -43,6 +43,7 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Add `--model`, which names the checkpoint in every command. alone: MODEL may also be given
         without the option, since the command takes no other text."""
+        default = None if default is None else _Default(default)
         if alone:
             self.add_argument("model", metavar="MODEL", nargs="?", action=_Once, default=default,
                               help=help)  # fmt: skip
@@ -64,11 +65,15 @@ class _Once(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         before = getattr(namespace, self.dest, None)
-        if values == self.default:
+        if isinstance(values, _Default):
             return  # argparse calls a positional argument that is not given with its default
-        if before not in (self.default, values):
+        if before != values and not isinstance(before, _Default | None):
             parser.error(f"two models are given, {before} and {values}; one is expected")
         setattr(namespace, self.dest, values)
+
+
+class _Default(str):
+    """A text that nobody has given, to be told from the same one where somebody has."""
 
 
 def installed(package: str) -> str:

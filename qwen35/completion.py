@@ -246,14 +246,14 @@ class Completer:
         generation = Generation(
             self.model,
             prompt.ids,
-            NEW_TOKENS if limit is None else limit,
-            settings.sampling(self.defaults, vocab, conversation=conversation),
-            frozenset() if settings.ignore_eos else frozenset(self.defaults.stop_ids),
-            drafts,
-            settings.prefill_chunk,
-            self.prefix_cache,
-            settings.digest,
-            settings.logprobs,
+            max_new_tokens=NEW_TOKENS if limit is None else limit,
+            sampling=settings.sampling(self.defaults, vocab, conversation=conversation),
+            stop=frozenset(() if settings.ignore_eos else self.defaults.stop_ids),
+            draft_tokens=drafts,
+            prefill_chunk=settings.prefill_chunk,
+            prefix_cache=self.prefix_cache,
+            digest=settings.digest,
+            logprobs=settings.logprobs,
         )
         return Completion(generation, self.tokenizer, prompt, stop)
 

@@ -49,10 +49,21 @@ def build_parser() -> Parser:
     add("--stop", action="append", default=[], metavar="TEXT",
         help="end before this text (may be given more than once)")  # fmt: skip
     add("--ignore-eos", action="store_true", help="go on after an end-of-text token")
-    add("--draft-tokens", type=int, metavar="K", help="drafts of the MTP head a round (default 3)")
-    add("--prefill-chunk", type=int, default=2048, metavar="N", help="prompt tokens a pass")
+    add(
+        "--draft-tokens",
+        type=int,
+        metavar="K",
+        help="drafts per round of the MTP head (default 3; 0 without an MTP head)",
+    )
+    add(
+        "--prefill-chunk",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="prompt tokens per pass, a multiple of 64",
+    )
     add("--path", choices=PATHS, default="auto",
-        help="fast: decoding as one graph of kernels on a GPU; auto: that where it can run")  # fmt: skip
+        help="fast: decoding as one graph of kernels on a GPU; auto: fast where it can run")  # fmt: skip
     add("--swap", action="append", default=[], metavar="PATTERN=MODULE:CLASS",
         help="put another class in the place of nodes (may be given more than once)")  # fmt: skip
     add("--device", type=device, default="cpu", metavar="D")
@@ -64,7 +75,7 @@ def build_parser() -> Parser:
     add("--thinking", action=argparse.BooleanOptionalAction,
         help="whether to think before an answer (default: the chat template decides)")  # fmt: skip
     add("--allow-special-tokens", action="store_true",
-        help="control tokens in a message are such, and not text")  # fmt: skip
+        help="read control tokens in a message as tokens, not as text")  # fmt: skip
     add(
         "--requests",
         metavar="FILE",

@@ -56,7 +56,7 @@ def parse_request(line: str, completer: Completer, common: Settings) -> Request:
         raise InputError(f"unknown key {unknown[0]!r}; known are {known}")
     given = [name for name in PROMPTS if name in request]
     if len(given) != 1:
-        raise InputError("one of prompt, prompt_ids and messages was expected")
+        raise InputError("expected exactly one of prompt, prompt_ids and messages")
     if "tools" in request and "messages" not in request:
         raise InputError("tools are offered, but there are no messages")
     _check_echo(request.get("id"))

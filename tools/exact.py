@@ -75,7 +75,7 @@ def build_parser() -> Parser:
     for name, few, every, what in (
         ("--lengths", FEW_LENGTHS, LENGTHS, "of prompts"),
         ("--depths", [depth for depth, _ in FEW_WAYS], DEPTHS, "of drafting"),
-        ("--chunks", [chunk for _, chunk in FEW_WAYS], CHUNKS, "prompt tokens a pass"),
+        ("--chunks", [chunk for _, chunk in FEW_WAYS], CHUNKS, "prompt tokens per pass"),
     ):
         few, every = (", ".join(map(str, numbers)) for numbers in (few, every))
         add(name, type=int, nargs="+", metavar="N",

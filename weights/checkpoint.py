@@ -78,7 +78,7 @@ class Checkpoint:
             held = f"{self.folder}: holds rank {part[0]} of {part[1]}"
             if size == 1:
                 raise InputError(
-                    f"{held}, and whole checkpoints are read here; "
+                    f"{held}, but a whole checkpoint is needed here; "
                     f"the ranks are joined by: {join_command(self.folder.parent)}"
                 )
             if part != (rank, size):

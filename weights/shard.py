@@ -242,7 +242,7 @@ class Plan:
         for section in sections:
             if section.count not in self._counts:
                 raise InputError(
-                    f"{name} is cut along {section.count}, which this config has no use for"
+                    f"{name} is cut along {section.count}, which this config does not use"
                 )
         return [self._counts[s.count] * s.width(self.config) for s in sections]
 

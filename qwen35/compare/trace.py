@@ -79,12 +79,13 @@ def recording(
 
     # One global hook: a hook on each module would cost as much as some nodes do.
     handle = register_module_forward_hook(keep)
+    profiler = sys.getprofile()  # the caller's, such as a coverage tool
     if named_locals:
         sys.setprofile(_profiler(names, record))
     try:
         yield
     finally:
-        sys.setprofile(None)
+        sys.setprofile(profiler)
         handle.remove()
 
 

@@ -75,7 +75,7 @@ class Connection:
             while not self._store.check([key]):
                 if wait_s is not None and time.monotonic() - started > wait_s:
                     raise InputError(
-                        f"rank {rank} of {self.size} has not come within {wait_s:.0f} s"
+                        f"rank {rank} of {self.size} has not joined within {wait_s:.0f} s"
                     )
                 time.sleep(pause)
                 pause = min(2 * pause, 0.02)

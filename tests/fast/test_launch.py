@@ -17,7 +17,7 @@ from fast.moe import Experts
 from tools.gfx950.target import compile_launch
 
 META = torch.device("meta")
-TORN = "down D=4096 I=512: Triton hands 4 elements to an instruction that are no neighbours"
+TORN = "down D=4096 I=512: Triton gives an instruction 4 elements that are not neighbours"
 
 IR = """
 #blocked = #ttg.blocked<{sizePerThread = [1, 4], threadsPerWarp = [8, 4], warpsPerCTA = [4, 1], order = [1, 0]}>
@@ -42,7 +42,7 @@ def test_four_neighbours_of_a_row_are_taken(layout: str):
     "layout", ["#rows", "#two", "#torn", "#turned", "#down", "#unknown", OF_A_PRODUCT % 2]
 )
 def test_any_other_four_are_refused(layout: str):
-    with pytest.raises(InputError, match="a kernel: Triton hands 4 elements"):
+    with pytest.raises(InputError, match="a kernel: Triton gives an instruction 4 elements"):
         check_packing("a kernel", IR.replace("LAYOUT", layout))
 
 
@@ -91,7 +91,7 @@ def test_a_launch_on_the_card_is_checked_too_and_once():
     launch = replace(down(512), name="on a card", kernel=Kernel())
     layout = "#torn"
     for _ in range(2):
-        with pytest.raises(InputError, match="on a card: Triton hands 4 elements"):
+        with pytest.raises(InputError, match="on a card: Triton gives an instruction 4 elements"):
             launch()
     assert compiled.asked == 2
     layout = "#run"

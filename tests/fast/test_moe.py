@@ -506,8 +506,8 @@ def test_a_shape_that_is_not_in_the_table_runs_as_the_nearest_with_a_warning():
         warnings.simplefilter("always")
         experts = Experts(2, 256, 512, TARGET, CPU)
     assert [str(warning.message) for warning in caught] == [
-        f"{kernel} D=256 I=512 is not in configs.json for gfx950; it runs as D=4096 I=512 "
-        "(python -m tools.tune measures it)"
+        f"{kernel} D=256 I=512 is not in configs.json for gfx950; it runs with the configuration of "
+        "D=4096 I=512 (python -m tools.tune measures it)"
         for kernel in ("gate_up", "down")
     ]
     assert experts.down_config == configs.table()[TARGET]["down"]["D=4096 I=512"]

@@ -19,14 +19,26 @@ def test_a_model_has_two_ways_of_being_named(words: tuple[str, ...], model: str)
     assert parser.parse_args(words).model == model
 
 
-@pytest.mark.parametrize("words", [("a", "--model", "b"), ("--model", "a", "b")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("a", "--model", "b"),
+        ("--model", "a", "b"),
+        ("tiny", "--model", "b"),
+        ("--model", "a", "tiny"),
+    ],
+)
 def test_two_models_are_refused(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     parser = Parser("x", "y")
     parser.add_model()
     with pytest.raises(SystemExit) as ended:
         parser.parse_args(words)
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "x: two models are given, a and b; one is expected\n"
+    first, second = (word for word in words if word != "--model")
+    assert (
+        capsys.readouterr().err
+        == f"x: two models are given, {first} and {second}; one is expected\n"
+    )
 
 
 def test_where_a_text_stands_the_model_is_an_option() -> None:

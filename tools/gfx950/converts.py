@@ -130,5 +130,5 @@ def _formats(ins: Instruction) -> tuple[str, str]:
     """The formats that an instruction converts to and from."""
     match = re.match(r"v_cvt_scalef32_pk_(\w+?)_([a-z0-9]+)", ins.mnemonic)
     if match is None:
-        raise EmulatorError("formats are not known")
+        raise EmulatorError("the formats of this conversion are not known")
     return match[1], match[2]

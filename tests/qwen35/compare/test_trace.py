@@ -1,6 +1,7 @@
 """`tools.trace`: what the file holds, and that nothing stays on the model."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,21 @@ def test_the_file_has_named_locals_when_asked(
     tensors = load_file(file)
     assert tensors["layers.0.linear_attn"].shape == (1, 3, 256)
     assert tensors["layers.0.linear_attn:beta"].shape == (1, 3, 8)
+
+
+@pytest.mark.parametrize("named_locals", [False, True])
+def test_the_callers_profiler_stays(named_locals: bool) -> None:
+    """Such as that of a tool that measures coverage."""
+
+    def profiler(*_: object) -> None: ...
+
+    before = sys.getprofile()
+    sys.setprofile(profiler)
+    try:
+        trace(small_model("397B-A17B"), IDS, named_locals=named_locals)
+        assert sys.getprofile() is profiler
+    finally:
+        sys.setprofile(before)
 
 
 @pytest.mark.parametrize(
