@@ -1,21 +1,25 @@
 """Renders chat templates, untrusted code, in a sandbox, so that what a message says stays text."""
 
-import datetime
+import atexit
 import json
+import os
 import re
+import selectors
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from qwen35.errors import InputError
 
+RENDERER = Path(__file__).with_name("template_process.py")
+SECONDS = 5.0  # that a template may take
+START_SECONDS = 60.0  # that the process may take to start, on a machine that is busy
+LONGEST = 1 << 26  # bytes of its answer
 FIRST_MARK = 0xF0000  # the first of the private-use characters of which marks are chosen
 THOUGHT = ("<think>", "</think>")
 
@@ -65,12 +69,9 @@ class ChatTemplate:
             )
         defaults = {"tools": None, "documents": None, "add_generation_prompt": True}
         try:
-            return (
-                _environment().from_string(self.templates[name]).render({**defaults, **variables})
-            )
-        except Exception as error:  # a template may raise anything
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"{self.folder}: the chat template fails: {reason}") from None
+            return RENDER.render(self.templates[name], {**defaults, **variables})
+        except InputError as error:
+            raise InputError(f"{self.folder}: the chat template fails: {error}") from None
 
 
 class Marker:
@@ -151,42 +152,77 @@ class Marker:
         return "".join(piece for piece, _ in pieces), [piece for piece in pieces if piece[0]]
 
 
-class Generation(Extension):
-    """`{% generation %}`, which marks what an assistant says for training: here its body is rendered."""
+class Renderer:
+    """The process of `template_process.py`: started when it is first needed, ended when a template takes
+    too long or answers too much, and then started anew."""
 
-    tags = {"generation"}  # noqa: RUF012
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.lock = threading.Lock()
+        atexit.register(self.end)
+        os.register_at_fork(after_in_child=self._forget)
 
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+    def _forget(self) -> None:
+        """A forked process starts its own: two would read each other's answers."""
+        self.process, self.lock = None, threading.Lock()
+
+    def end(self) -> None:
+        """End the process, if there is one."""
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def render(self, template: str, variables: Mapping[str, Any]) -> str:
+        """What the template makes of the variables. InputError with the reason where it fails."""
+        try:
+            line = json.dumps({"template": template, "variables": variables}).encode() + b"\n"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"its variables are no JSON: {error}") from None
+        with self.lock:
+            try:
+                answer = json.loads(self._answer(line))
+            except BaseException:  # Ctrl-C too: else the next answer would be this one's
+                self.end()
+                raise
+        if "error" in answer:
+            raise InputError(answer["error"])
+        return answer["text"]
+
+    def _answer(self, line: bytes) -> bytes:
+        if self.process is None:
+            # -P: the modules beside that file are not to be taken for those of the standard library.
+            # A session of its own: Ctrl-C in a conversation does not reach it.
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", str(RENDERER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+            self._line(self.process, START_SECONDS)
+        assert self.process.stdin
+        try:
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise InputError("it takes too much memory") from None
+        return self._line(self.process, SECONDS)
+
+    def _line(self, process: subprocess.Popen[bytes], seconds: float) -> bytes:
+        """The next line that the process writes."""
+        assert process.stdout
+        until, line = time.monotonic() + seconds, bytearray()
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while not line.endswith(b"\n"):
+                if not selector.select(until - time.monotonic()):
+                    raise InputError(f"it takes more than {seconds:g} s")
+                piece = os.read(process.stdout.fileno(), 1 << 20)
+                line += piece
+                if not piece or len(line) > LONGEST:
+                    raise InputError("it takes too much memory")
+        return bytes(line)
 
 
-def _environment() -> jinja2.Environment:
-    """The helpers that templates of the hub expect, in a sandbox."""
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | str | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(  # jinja's own filter escapes characters for HTML
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-            sort_keys=sort_keys,
-        )  # fmt: skip
-
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    env.filters["tojson"] = tojson
-    return env
+RENDER = Renderer()
 
 
 def _read(file: Path) -> str:

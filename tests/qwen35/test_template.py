@@ -1,12 +1,14 @@
 """Chat templates, which strangers wrote: their sandbox, their helpers, and messages that stay text."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from qwen35 import template as templates
 from qwen35.errors import InputError
 from qwen35.load import TINY
 from qwen35.messages import parse_messages
@@ -424,3 +426,69 @@ def test_a_message_opens_no_thought(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}")
     said = [{"role": "user", "content": "why <think>"}]
     assert Tokenizer(folder).chat(said).opens_thinking is False
+
+
+GREEDY: dict[str, str] = {
+    "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "a number computed when it is compiled": "{{ 9 ** (9 ** 9) }}",
+}
+LARGE: dict[str, str] = {
+    "a text doubled": "{% set ns = namespace(x='a' * 64) %}{% for i in range(64) %}"
+    "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "a width": "{{ '%1000000000d' | format(1) }}{{ 'x' | center(10 ** 10) }}",
+    "an answer": "{{ 'x' * 80000000 }}",
+}
+
+
+@pytest.mark.parametrize("template", GREEDY.values(), ids=GREEDY.keys())
+def test_a_template_that_does_not_end_is_ended(
+    folder: Path, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is rendered as ever."""
+    monkeypatch.setattr("qwen35.template.SECONDS", 0.5)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match=r"the chat template fails: it takes more than 0\.5 s"):
+        Tokenizer(folder).chat(USER)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    assert Tokenizer(folder).chat(USER).text == "Hello!"
+
+
+@pytest.mark.parametrize("template", LARGE.values(), ids=LARGE.keys())
+def test_a_template_that_takes_too_much_memory(folder: Path, template: str) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match=r"fails: (it takes too much memory|MemoryError)"):
+        Tokenizer(folder).chat(USER)
+
+
+def test_a_renderer_that_has_ended_is_one_error(folder: Path) -> None:
+    """As when the system takes its memory; the next template finds a new one."""
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    assert Tokenizer(folder).chat(USER).text == "Hello!"
+    process = templates.RENDER.process
+    assert process is not None
+    process.kill()
+    process.wait()
+    with pytest.raises(InputError, match="it takes too much memory"):
+        Tokenizer(folder).chat(USER)
+    assert Tokenizer(folder).chat(USER).text == "Hello!"
+
+
+def test_a_forked_process_has_a_renderer_of_its_own(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    tokenizer = Tokenizer(folder)
+    tokenizer.chat(USER)
+    ours = templates.RENDER.process
+    child = os.fork()
+    if child == 0:
+        is_right = templates.RENDER.process is None and tokenizer.chat(USER).text == "Hello!"
+        templates.RENDER.end()
+        os._exit(0 if is_right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert templates.RENDER.process is ours and tokenizer.chat(USER).text == "Hello!"
+
+
+def test_a_variable_that_is_no_json_is_refused(folder: Path) -> None:
+    """Only Python can give one."""
+    (folder / "chat_template.jinja").write_text("{{ place }}")
+    with pytest.raises(InputError, match="its variables are no JSON: Object of type Path"):
+        Tokenizer(folder).chat(USER, template_kwargs={"place": folder})

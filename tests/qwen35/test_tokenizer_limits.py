@@ -1,0 +1,101 @@
+"""A tokenizer.json that would grow texts without end or panics is one line of bad input."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen35.errors import InputError
+from qwen35.load import TINY
+from qwen35.tokenizer import Tokenizer
+from qwen35.tokenizer_limits import growth, no_panic
+from tests.support.checkpoints import edit_json
+
+TEXT = "a" * 40 + "b"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TINY / name, tmp_path / name)
+    return tmp_path
+
+
+def replacing(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+DOUBLED = replacing({"String": "a"}, "aa")
+
+
+@pytest.mark.parametrize(
+    ("chain", "times"),
+    [
+        ([DOUBLED] * 22, "4.19e+06"),
+        ([replacing({"Regex": ""}, "a" * 10)] * 6, "1.77e+06"),
+        ([{"type": "Sequence", "normalizers": [DOUBLED] * 6}] * 2, "4.1e+03"),
+    ],
+    ids=["doubled", "before each character", "nested"],
+)
+def test_a_chain_that_grows_is_refused(folder: Path, chain: list[Any], times: str) -> None:
+    edit_json(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": chain})
+    with pytest.raises(InputError) as raised:
+        Tokenizer(folder)
+    assert str(raised.value) == (
+        f"{folder / 'tokenizer.json'}: the normalizer may make {times} characters of one; expected at "
+        "most 1000"
+    )
+
+
+def test_a_decoder_that_grows_is_refused(folder: Path) -> None:
+    chain = [replacing({"String": "a"}, "a" * 20)] * 3
+    edit_json(folder / "tokenizer.json", decoder={"type": "Sequence", "decoders": chain})
+    with pytest.raises(InputError, match=r"the decoder may make 8e\+03 characters"):
+        Tokenizer(folder)
+
+
+def test_what_models_have_is_taken(folder: Path) -> None:
+    """A sentencepiece model's normalizer, and steps of which each is a constant."""
+    sentencepiece = [{"type": "Prepend", "prepend": "▁"}, replacing({"String": " "}, "▁")]
+    chain = [*sentencepiece, {"type": "NFKC"}, replacing({"Regex": " {2,}"}, " ")]
+    edit_json(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": chain})
+    assert Tokenizer(folder).encode("a")
+    assert growth({"type": "Sequence", "normalizers": chain}) == 2.0
+    assert growth({"type": "Replace", "pattern": "ab", "content": "x"}) == 1.0
+    assert growth(None) == growth({"type": "NFC"}) == 1.0
+
+
+def test_a_pattern_that_backtracks_is_one_line(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The library panics, which is no Exception in Python, and prints a page."""
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": r"(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    edit_json(folder / "tokenizer.json", pre_tokenizer=split)
+    tokenizer = Tokenizer(folder)
+    for encode in (
+        tokenizer.encode,
+        lambda text: tokenizer.chat([{"role": "user", "content": text}]),
+    ):
+        with pytest.raises(
+            InputError, match=r"tokenizer\.json: the tokenizer fails: .*retry-limit"
+        ):
+            encode(TEXT)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("mute", [True, False])
+def test_other_errors_and_ctrl_c_pass(mute: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    """And standard error is there again."""
+    for error in (KeyboardInterrupt, ValueError):
+        with pytest.raises(error), no_panic(Path("x"), mute=mute):
+            os.write(2, b"unseen")
+            raise error
+        os.write(2, b"seen")
+    assert capfd.readouterr().err == ("seenseen" if mute else "unseenseenunseenseen")
