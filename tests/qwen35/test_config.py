@@ -124,6 +124,10 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": "half"}},
         ["partial_rotary_factor", "half"],
     ),
+    "a rotary part that no float's multiple holds": (
+        {"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 1e308}},
+        ["partial_rotary_factor", "1e+308", "at most 1"],
+    ),
     "text for eps": ({"rms_norm_eps": "tiny"}, ["rms_norm_eps", "tiny"]),
     "negative shared expert": (
         {"shared_expert_intermediate_size": -1},

@@ -41,7 +41,7 @@ FIGURES = re.compile(
 )
 KEYS = {
     "text", "token_ids", "prompt_tokens", "cached_tokens", "finish_reason", "path", "swaps",
-    "kv_cache_dtype", "draft", "timing",
+    "kv_cache_dtype", "threads", "draft", "timing",
 }  # fmt: skip
 DRAFT_KEYS = {"proposed", "accepted", "tokens_per_forward"}
 TIMING_KEYS = {"load_s", "prepare_s", "ttft_s", "decode_s", "tokens_per_s"}
