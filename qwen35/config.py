@@ -64,7 +64,9 @@ class Config:
             value = getattr(self, name)
             expect(name, value, is_positive(value), "a positive number")
         share = self.partial_rotary_factor
-        expect("partial_rotary_factor", share, share <= 1, "a share of the head dimension, at most 1")
+        expect(
+            "partial_rotary_factor", share, share <= 1, "a share of the head dimension, at most 1"
+        )
         for name in ("eos_token_id", "mlp_only_layers"):
             value = getattr(self, name)
             expect(name, value, all(is_integer(i, 0) for i in value), "integers >= 0")

@@ -1,6 +1,9 @@
 """The one exception that bad input raises."""
 
-FIRST, LAST = 1000, 300  # characters of a message that stay where it quotes more than a person reads
+FIRST, LAST = (
+    1000,
+    300,
+)  # characters of a message that stay where it quotes more than a person reads
 
 
 class InputError(ValueError):

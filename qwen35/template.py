@@ -17,7 +17,7 @@ from typing import Any
 from qwen35.errors import InputError
 
 RENDERER = Path(__file__).with_name("template_process.py")
-SECONDS = 5.0  # that a template may take
+SECONDS = 3.0  # that a template may take
 START_SECONDS = 60.0  # that the process may take to start, on a machine that is busy
 LONGEST = 1 << 26  # bytes of its answer
 FIRST_MARK = 0xF0000  # the first of the private-use characters of which marks are chosen

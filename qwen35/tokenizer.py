@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Backend
 
 from qwen35.errors import InputError
 from qwen35.template import ChatTemplate, Marker
-from qwen35.tokenizer_limits import check_growth, no_panic
+from qwen35.tokenizer_limits import check_growth, no_failure
 
 UNFINISHED = "\ufffd"  # what an incomplete character decodes to
 WINDOW = 32  # ids that a stream decodes at once, at most, while characters stay unfinished
@@ -51,13 +51,11 @@ class Tokenizer:
         self._path = path
         try:
             text = path.read_text(encoding="utf-8-sig")
-            with no_panic(path):
-                self._backend = Backend.from_str(text)
-        except InputError:
-            raise
-        except Exception as error:  # the library raises plain Exception
+        except (OSError, ValueError) as error:
             raise InputError(f"{path}: not readable as a tokenizer: {error}") from None
-        check_growth(self._backend, path)
+        check_growth(text, path)  # first, as reading normalises the added tokens
+        with no_failure(path, "not readable as a tokenizer"):
+            self._backend = Backend.from_str(text)
         self._backend.no_truncation()
         self._backend.no_padding()
         if getattr(self._backend.model, "dropout", None):
@@ -87,12 +85,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text; the written form of a special token becomes that token."""
         _check_unicode(text)
-        with no_panic(self._path):
+        with no_failure(self._path):
             return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
-        with no_panic(self._path, mute=False):  # a few microseconds less, for every token
+        with no_failure(self._path, mute=False):  # a few microseconds less, for every token
             return self._backend.decode(ids, skip_special_tokens=True)
 
     def shows(self, token: int) -> bool:
@@ -179,7 +177,7 @@ class Tokenizer:
 
     def _encode_plain(self, text: str) -> list[int]:
         backend = self._backend
-        with no_panic(self._path):
+        with no_failure(self._path):
             normalised = backend.normalizer.normalize_str(text) if backend.normalizer else text
             words = [normalised]
             if backend.pre_tokenizer:

@@ -9,22 +9,49 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from qwen35.errors import InputError
 
 MOST_GROWTH = 1000.0  # characters for one; NFKD makes 18 at most
+MOST_STEPS = 256  # normalizers or decoders
+LONGEST_TOKEN = 1000  # characters of an added token
 
 
-def check_growth(backend: Tokenizer, path: Path) -> None:
-    """InputError where a chain of normalizers or decoders may multiply the length of every text."""
-    for name, part in (("normalizer", backend.normalizer), ("decoder", backend.decoder)):
-        times = 1.0 if part is None else growth(json.loads(part.__getstate__()))
-        if times > MOST_GROWTH:
+def check_growth(text: str, path: Path) -> None:
+    """InputError where the normalizers or decoders of a tokenizer.json may multiply the length of every
+    text, or are too many to be gone through for each; and for an added token as long as a page."""
+    try:
+        document = json.loads(text)
+        parts = {name: document.get(name) for name in ("normalizer", "decoder")}
+        added = document.get("added_tokens") or []
+        longest = max((len(token["content"]) for token in added), default=0)
+    except (ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
+        raise InputError(f"{path}: not readable as a tokenizer: {error!r}") from None
+    for name, part in parts.items():
+        if steps(part) > MOST_STEPS:
             raise InputError(
-                f"{path}: the {name} may make {times:.3g} characters of one; expected at most "
+                f"{path}: the {name} has {steps(part)} steps; expected at most {MOST_STEPS}"
+            )
+        if growth(part) > MOST_GROWTH:
+            raise InputError(
+                f"{path}: the {name} may make {growth(part):.3g} characters of one; expected at most "
                 f"{MOST_GROWTH:g}"
             )
+    if longest > LONGEST_TOKEN:
+        raise InputError(
+            f"{path}: an added token has {longest} characters; expected at most {LONGEST_TOKEN}"
+        )
+
+
+def inner(part: Any) -> list[Any] | None:
+    """The steps of a sequence of normalizers or decoders; None for a single one."""
+    found = [part[n] for n in ("normalizers", "decoders") if isinstance(part, dict) and n in part]
+    return found[0] if found and isinstance(found[0], list) else None
+
+
+def steps(part: Any) -> int:
+    """How many single normalizers or decoders a text goes through."""
+    sequence = inner(part)
+    return 1 if sequence is None else sum(map(steps, sequence))
 
 
 def growth(part: Any) -> float:
@@ -32,9 +59,8 @@ def growth(part: Any) -> float:
     taken away, does not count."""
     if not isinstance(part, dict):
         return 1.0
-    for inner in ("normalizers", "decoders"):
-        if isinstance(part.get(inner), list):
-            return math.prod(map(growth, part[inner]))
+    if (sequence := inner(part)) is not None:
+        return math.prod(map(growth, sequence))
     content, pattern = part.get("content"), part.get("pattern")
     if part.get("type") != "Replace" or not isinstance(content, str):
         return 1.0
@@ -45,21 +71,21 @@ def growth(part: Any) -> float:
 
 
 @contextmanager
-def no_panic(path: Path, *, mute: bool = True) -> Iterator[None]:
-    """Raise InputError where the library panics, as it does when a regular expression backtracks long.
+def no_failure(
+    path: Path, what: str = "the tokenizer fails", *, mute: bool = True
+) -> Iterator[None]:
+    """Raise InputError where the library fails, which raises plain Exception.
 
-    A panic is no Exception, and prints a page to standard error. mute: show nothing of what is written
-    there while the block runs.
+    It also panics, as where a regular expression backtracks for long: that is no Exception, and it prints
+    a page to standard error. mute: show nothing of what is written there while the block runs.
     """
     try:
         with muted() if mute else nullcontext():
             yield
-    except Exception:
-        raise
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise InputError(f"{path}: the tokenizer fails: {error}") from None
+        raise InputError(f"{path}: {what}: {error}") from None
 
 
 @contextmanager

@@ -78,6 +78,8 @@ def whole(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(document), encoding="utf-8")
     torch.manual_seed(0)
     model = Model(Config.from_dict(document)).bfloat16()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
     tensors = {
         f"mtp.{name.removeprefix('mtp.')}" if name.startswith("mtp.")
         else name if name.startswith("lm_head") else f"model.language_model.{name}": value.detach()
@@ -235,7 +237,12 @@ def outcome(case: Case, folder: Path) -> str:
 
 def verdict(program: str, status: int, said: str) -> str:
     """The same of an exit status and of what stands on standard error."""
-    lines = [line for line in said.splitlines() if ": warning: " not in line]
+    # Warnings, and notices of what is left out, may come before.
+    lines = [
+        line
+        for line in said.splitlines()
+        if line.startswith("python -m") and ": warning: " not in line
+    ]
     if status < 0:
         return f"ended by signal {-status}"
     if "Traceback" in said:

@@ -10,7 +10,7 @@ import pytest
 from qwen35.errors import InputError
 from qwen35.load import TINY
 from qwen35.tokenizer import Tokenizer
-from qwen35.tokenizer_limits import growth, no_panic
+from qwen35.tokenizer_limits import growth, no_failure
 from tests.support.checkpoints import edit_json
 
 TEXT = "a" * 40 + "b"
@@ -91,11 +91,40 @@ def test_a_pattern_that_backtracks_is_one_line(
 
 
 @pytest.mark.parametrize("mute", [True, False])
-def test_other_errors_and_ctrl_c_pass(mute: bool, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_passes(mute: bool, capfd: pytest.CaptureFixture[str]) -> None:
     """And standard error is there again."""
-    for error in (KeyboardInterrupt, ValueError):
-        with pytest.raises(error), no_panic(Path("x"), mute=mute):
+    for error in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(error), no_failure(Path("x"), mute=mute):
             os.write(2, b"unseen")
             raise error
         os.write(2, b"seen")
     assert capfd.readouterr().err == ("seenseen" if mute else "unseenseenunseenseen")
+
+
+def test_an_exception_of_the_library_is_one_line(folder: Path) -> None:
+    """It raises plain Exception, here for a letter that the vocabulary has no word for."""
+    words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}
+    edit_json(folder / "tokenizer.json", model=words, pre_tokenizer=None, added_tokens=[])
+    with pytest.raises(InputError, match=r"tokenizer\.json: the tokenizer fails: WordLevel error"):
+        Tokenizer(folder).encode("b")
+
+
+def test_more_steps_than_any_model_has_are_refused(folder: Path) -> None:
+    chain = [{"type": "Prepend", "prepend": "x"}] * 300
+    edit_json(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": chain})
+    with pytest.raises(InputError, match="the normalizer has 300 steps; expected at most 256"):
+        Tokenizer(folder)
+
+
+def test_an_added_token_as_long_as_a_page_is_refused(folder: Path) -> None:
+    """Its beginnings and ends, which no message may complete, would take its length squared."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {
+        "special": True
+    }
+    edit_json(
+        folder / "tokenizer.json", added_tokens=[{"id": 1990, "content": "x" * 1001, **flags}]
+    )
+    with pytest.raises(
+        InputError, match="an added token has 1001 characters; expected at most 1000"
+    ):
+        Tokenizer(folder)
