@@ -14,7 +14,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from qwen35.errors import InputError
+from qwen35.errors import InputError, shortened
 from qwen35.threads import set_threads
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def installed(package: str) -> str:
 
 def one_line(text: object) -> str:
     """A message as one line that a terminal shows as it is: control characters are written as escapes."""
-    words = " ".join(str(text).split())
+    words = shortened(" ".join(str(text).split()))
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 

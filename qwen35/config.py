@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen35.config_json import SPARSE, Reader, check_layer_types, expect, is_integer, is_positive
+from qwen35.config_json import (
+    MOST_EXPERTS,
+    SPARSE,
+    Reader,
+    check_layer_types,
+    expect,
+    is_integer,
+    is_positive,
+)
 from qwen35.errors import InputError
 
 LayerType = Literal["linear_attention", "full_attention"]
@@ -60,7 +68,9 @@ class Config:
         routed = ("num_experts_per_tok", "moe_intermediate_size") if self.num_experts else ()
         for name in SIZES + routed:
             expect(name, getattr(self, name), is_integer(getattr(self, name), 1), "an integer >= 1")
-        for name in ("rope_theta", "partial_rotary_factor", "rms_norm_eps"):
+        few = is_integer(self.num_experts, 0) and self.num_experts <= MOST_EXPERTS
+        expect("num_experts", self.num_experts, few, f"an integer from 0 to {MOST_EXPERTS}")
+        for name in NUMBERS:
             value = getattr(self, name)
             expect(name, value, is_positive(value), "a positive number")
         share = self.partial_rotary_factor
@@ -185,6 +195,8 @@ class Config:
         if reader.family == SPARSE:
             count = given["num_experts"]
             expect("num_experts", count, is_integer(count, 1), "an integer >= 1")
+        # A file may have an integer there, which can be too large for any tensor to take.
+        given |= {name: float(given[name]) for name in NUMBERS if is_positive(given.get(name))}
         return cls(**given)
 
     @classmethod
@@ -214,6 +226,7 @@ def _has_default(field: Any) -> bool:
     return field.default is not field.default_factory  # both are MISSING when there is no default
 
 
+NUMBERS = ("rope_theta", "partial_rotary_factor", "rms_norm_eps")
 SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",

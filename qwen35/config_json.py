@@ -60,6 +60,7 @@ SWITCHES: dict[str, Any] = {
 }
 RENAMED_TYPES = {"attention": "full_attention", "mamba": "linear_attention"}
 LAYER_TYPES = ("linear_attention", "full_attention")
+MOST_EXPERTS = 10_000  # each is a module
 MOST_LAYERS = 10_000  # a list of this length is built before the number can be checked otherwise
 
 EVERY = 4  # layers: the default of full_attention_interval

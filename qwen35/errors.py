@@ -1,9 +1,7 @@
 """The one exception that bad input raises."""
 
-FIRST, LAST = (
-    1000,
-    300,
-)  # characters of a message that stay where it quotes more than a person reads
+LONGEST = 1500  # characters of a message
+FIRST, LAST = 1000, 300  # those that stay of a longer one
 
 
 class InputError(ValueError):
@@ -13,8 +11,12 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: object) -> None:
-        text = str(message)
-        out = len(text) - FIRST - LAST
-        if out > 0:
-            text = f"{text[:FIRST]} ... ({out} characters are left out) ... {text[-LAST:]}"
-        super().__init__(text)
+        super().__init__(shortened(str(message)))
+
+
+def shortened(text: str) -> str:
+    """A message without its middle, where it is longer than anybody reads."""
+    if len(text) <= LONGEST:
+        return text
+    out = len(text) - FIRST - LAST
+    return f"{text[:FIRST]} ... ({out} characters are left out) ... {text[-LAST:]}"

@@ -304,6 +304,8 @@ def lay_out(config: Config) -> Model:
     try:
         with torch.device("meta"), _WithoutValues():
             return Model(config)
+    except RuntimeError as error:  # also without memory a tensor has fewer than 2^63 bytes
+        raise InputError(f"config: no tensors of such sizes: {error}") from None
     finally:
         if collects:
             gc.enable()

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Backend
 
 from qwen35.errors import InputError
 from qwen35.template import ChatTemplate, Marker
-from qwen35.tokenizer_limits import check_growth, no_failure
+from qwen35.tokenizer_limits import check_growth, check_lengths, no_failure
 
 UNFINISHED = "\ufffd"  # what an incomplete character decodes to
 WINDOW = 32  # ids that a stream decodes at once, at most, while characters stay unfinished
@@ -70,6 +70,7 @@ class Tokenizer:
             if (written := _written(config.get(name) or older.get(name))) is not None
         }
         _add_tokens(self._backend, config, self.special_tokens, folder / "tokenizer_config.json")
+        check_lengths(self._backend, folder)
         self._template = ChatTemplate.of_folder(folder, config)
         self._folder = folder
 
@@ -296,9 +297,11 @@ def _add_tokens(
                 stacklevel=2,
             )
     unmarked = {t.content for t in backend.get_added_tokens_decoder().values()}
-    backend.add_special_tokens(
-        [AddedToken(written, special=True) for written in named.values() if written not in unmarked]
-    )
+    try:
+        fresh = [AddedToken(text, special=True) for text in named.values() if text not in unmarked]
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path}: a named token is not UTF-8: {error.object!r}") from None
+    backend.add_special_tokens(fresh)
 
 
 def _check_unicode(text: str) -> None:

@@ -10,6 +10,7 @@ the number that makes it again: `--first N --files 1`. Exits 1 if there is any.
 
 import argparse
 import collections
+import copy
 import itertools
 import json
 import os
@@ -120,7 +121,7 @@ def damaged_json(text: str, chosen: random.Random) -> tuple[str, str]:
             break
         # Large lists, as a vocabulary is, are not to hide the few keys that matter.
         container, key = chosen.choice(found[: chosen.choice((8, 40, len(found)))])
-        value = chosen.choice(HOSTILE)
+        value = copy.deepcopy(chosen.choice(HOSTILE))
         deed = chosen.choice(("set", "set", "set", "set", "remove", "add", "nest"))
         if deed == "remove":
             del container[key]

@@ -128,6 +128,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 1e308}},
         ["partial_rotary_factor", "1e+308", "at most 1"],
     ),
+    "experts without number": ({"num_experts": 2**31}, ["num_experts", str(2**31), "10000"]),
     "text for eps": ({"rms_norm_eps": "tiny"}, ["rms_norm_eps", "tiny"]),
     "negative shared expert": (
         {"shared_expert_intermediate_size": -1},
@@ -229,3 +230,10 @@ def test_a_config_that_is_no_json_object(tmp_path: Path, content: bytes) -> None
     with pytest.raises(InputError) as caught:
         Config.from_file(tmp_path / "config.json")
     assert_names(caught, [str(tmp_path / "config.json")])
+
+
+def test_an_integer_for_a_number_is_one() -> None:
+    """However large: a tensor takes no integer beyond 2^63."""
+    config = Config.from_dict(FAMILY["397B-A17B"] | {"rms_norm_eps": 2**64 + 1})
+    assert config.rms_norm_eps == 2.0**64 and type(config.rms_norm_eps) is float
+    assert type(config.rope_theta) is float

@@ -2,11 +2,11 @@
 
 import pickle
 
-from qwen35.errors import FIRST, LAST, InputError
+from qwen35.errors import FIRST, LAST, LONGEST, InputError
 
 
 def test_a_message_of_ordinary_length_is_whole() -> None:
-    for text in ("", "config: x = 5; expected 6", "x" * (FIRST + LAST)):
+    for text in ("", "config: x = 5; expected 6", "x" * LONGEST):
         assert str(InputError(text)) == text
 
 
@@ -15,5 +15,5 @@ def test_a_message_that_quotes_a_file_is_cut_in_the_middle() -> None:
     shown = str(InputError(text))
     assert shown.startswith("config.json: x = 999") and shown.endswith("999; expected a number")
     assert f" ... ({len(text) - FIRST - LAST} characters are left out) ... " in shown
-    assert len(shown) < FIRST + LAST + 60
+    assert len(shown) <= LONGEST
     assert str(pickle.loads(pickle.dumps(InputError(text)))) == shown

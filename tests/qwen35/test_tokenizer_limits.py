@@ -128,3 +128,17 @@ def test_an_added_token_as_long_as_a_page_is_refused(folder: Path) -> None:
         InputError, match="an added token has 1001 characters; expected at most 1000"
     ):
         Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("x" * 100_000, "an added token has 100000 characters"),
+        ("\ud800", r"tokenizer_config\.json: a named token is not UTF-8: '\\ud800'"),
+    ],
+    ids=["long", "half a pair"],
+)
+def test_a_named_token_that_is_none(folder: Path, token: str, message: str) -> None:
+    edit_json(folder / "tokenizer_config.json", eos_token=token)
+    with pytest.raises(InputError, match=message):
+        Tokenizer(folder)
