@@ -102,8 +102,17 @@ def parse_ids(text: str) -> list[int]:
 
 def at_least_one(text: str) -> int:
     """Parse an integer that is at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of at least 1")
+    return _at_least(1, text)
+
+
+def at_least_zero(text: str) -> int:
+    """A number that is at least 0, as of tokens before a pass."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of at least {least}")
     return int(text)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35.cli import CHECKPOINT, Parser, device, parse_ids, print_json, run
+from qwen35.cli import CHECKPOINT, Parser, at_least_one, device, parse_ids, print_json, run
 from qwen35.compare.diff import diff
 from qwen35.compare.judge import Report, table
 from qwen35.compare.trace_file import read_trace
@@ -51,7 +51,9 @@ def build_parser() -> Parser:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--ids", metavar="IDS", help="token ids: 1,2,3")
-    prompt.add_argument("--random", type=int, metavar="N", help="N random ids (default: 200)")
+    prompt.add_argument(
+        "--random", type=at_least_one, metavar="N", help="N random ids (default: 200)"
+    )
     add("--seed", type=int, default=0, help="of random ids")
     add("--decode", type=int, default=6, metavar="N", help="of the last ids, decoded (default: 6)")
     add("--mode", choices=("local", "free"), default="local")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from qwen35.cache import KV_CACHE_DTYPES
-from qwen35.cli import Parser, device, print_json, run
+from qwen35.cli import Parser, at_least_one, device, print_json, run
 from qwen35.errors import InputError
 from qwen35.generation import Generation
 from qwen35.load import DTYPES, load, locate
@@ -80,7 +80,7 @@ def build_parser() -> Parser:
         few, every = (", ".join(map(str, numbers)) for numbers in (few, every))
         add(name, type=int, nargs="+", metavar="N",
             help=f"{what} (default: {few}; with --all: {every})")  # fmt: skip
-    add("--new-tokens", type=int, default=12, metavar="N")
+    add("--new-tokens", type=at_least_one, default=12, metavar="N")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--device", type=device, default="cpu", metavar="D")
     add("--path", choices=PATHS, default="reference",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qwen35.cache import Cache
-from qwen35.cli import Parser, run
+from qwen35.cli import Parser, at_least_one, run
 from qwen35.config import Config
 from qwen35.errors import InputError
 from reference.activation import wide
@@ -425,13 +425,18 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("corpus", type=Path, help="folder with train.txt and heldout.txt (tools/corpus.py)")
     add("dst", type=Path, help="folder to write the checkpoint to")
-    add("--steps", type=int, default=1400)
-    add("--tokens", type=int, default=65536, help="tokens a step")
-    add("--length", type=int, default=512, help="tokens a window; four times that at the end")
+    add("--steps", type=at_least_one, default=1400)
+    add("--tokens", type=at_least_one, default=65536, help="tokens a step")
+    add(
+        "--length",
+        type=at_least_one,
+        default=512,
+        help="tokens a window; four times that at the end",
+    )
     add("--lr", type=float, default=3e-3)
     add("--depths", type=int, default=3, help="drafts that the MTP head is trained for")
     add("--seed", type=int, default=0)
-    add("--log-every", type=int, default=50)
+    add("--log-every", type=at_least_one, default=50)
     add("--device", default="cuda")
     return parser
 

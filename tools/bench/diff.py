@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qwen35.cli import Parser
+from qwen35.cli import Parser, at_least_one
 from qwen35.compare.trace import trace
 from qwen35.load import TINY, load
 from qwen35.progress import steps
@@ -21,10 +21,10 @@ from tools.bench.mapped import write_sparse
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4, 64, 512, 2048])
+    parser.add_argument("--lengths", type=at_least_one, nargs="+", default=[4, 64, 512, 2048])
     parser.add_argument("--layers", type=int, nargs="*", default=[4, 40])
-    parser.add_argument("--intermediate", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=21)
+    parser.add_argument("--intermediate", type=at_least_one, default=8192)
+    parser.add_argument("--repeats", type=at_least_one, default=21)
     parser.set_defaults(threads=1)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import reference.linear
 import reference.moe
-from qwen35.cli import Parser
+from qwen35.cli import Parser, at_least_one
 from qwen35.generation import Generation, prefill
 from qwen35.load import DTYPES, TINY, load
 from qwen35.progress import steps
@@ -22,9 +22,9 @@ from tools.bench import report
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--prompt-tokens", type=int, default=2048)
-    parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--prompt-tokens", type=at_least_one, default=2048)
+    parser.add_argument("--new-tokens", type=at_least_one, default=48)
+    parser.add_argument("--repeats", type=at_least_one, default=7)
     parser.set_defaults(threads=2)
 
 

@@ -5,7 +5,7 @@ import statistics
 
 import torch
 
-from qwen35.cli import Parser
+from qwen35.cli import Parser, at_least_one, at_least_zero
 from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import DTYPES, load, locate
@@ -21,12 +21,17 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     parser.add_model()
     add("--dtype", choices=DTYPES, help="of both sides (default: the checkpoint's own)")
-    add("--prefill-tokens", type=int, default=2048)
-    add("--prompt-tokens", type=int, default=64, help="of each text whose continuation is timed")
-    add("--new-tokens", type=int, default=128)
-    add("--prompts", type=int, default=5, help="held-out documents that are continued")
-    add("--draft-tokens", type=int, default=3)
-    add("--repeats", type=int, default=5)
+    add("--prefill-tokens", type=at_least_one, default=2048)
+    add(
+        "--prompt-tokens",
+        type=at_least_one,
+        default=64,
+        help="of each text whose continuation is timed",
+    )
+    add("--new-tokens", type=at_least_one, default=128)
+    add("--prompts", type=at_least_one, default=5, help="held-out documents that are continued")
+    add("--draft-tokens", type=at_least_zero, default=3)
+    add("--repeats", type=at_least_one, default=5)
     parser.set_defaults(threads=2)
 
 

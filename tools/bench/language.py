@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qwen35.cache import KV_CACHE_DTYPES
-from qwen35.cli import Parser
+from qwen35.cli import Parser, at_least_one, at_least_zero
 from qwen35.errors import InputError
 from qwen35.generation import Generation
 from qwen35.load import DTYPES, TINY, load, locate
@@ -29,10 +29,17 @@ def add_arguments(parser: Parser) -> None:
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--text", type=Path, default=HELDOUT, help=f"documents with {SEPARATOR} lines between")
-    add("--documents", type=int, help="use the first N documents only (default: all)")
-    add("--prompt-tokens", type=int, default=64, help="of a document, before it is continued")
-    add("--new-tokens", type=int, default=128, help="drafted and counted for each document")
-    add("--draft-tokens", type=int, default=3)
+    add("--documents", type=at_least_one, help="use the first N documents only (default: all)")
+    add(
+        "--prompt-tokens",
+        type=at_least_one,
+        default=64,
+        help="of a document, before it is continued",
+    )
+    add(
+        "--new-tokens", type=at_least_one, default=128, help="drafted and counted for each document"
+    )
+    add("--draft-tokens", type=at_least_zero, default=3)
     add("--temperature", type=float, default=0.0, help="of the continuations; 0 is greedy")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qwen35.cli import Parser
+from qwen35.cli import Parser, at_least_one
 from qwen35.config import Config
 from qwen35.progress import steps
 from reference.model import Model
@@ -23,7 +23,7 @@ from tools.bench import report
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--gigabytes", type=float, default=8.0, help="of routed experts")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=at_least_one, default=3)
 
 
 def large_config(gigabytes: float) -> dict[str, Any]:

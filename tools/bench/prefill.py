@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from fast.launch import Launch, Scratch, Work
 from fast.prefill import layer as prefill
 from qwen35.cache import KV_CACHE_DTYPES, Cache, KVCache
-from qwen35.cli import Parser, at_least_one
+from qwen35.cli import Parser, at_least_one, at_least_zero
 from qwen35.config import Config
 from qwen35.errors import InputError
 from reference.model import Model
@@ -39,7 +39,7 @@ def add_arguments(parser: Parser) -> None:
     add("--tp", type=at_least_one, default=8, metavar="N", help="ranks that share the model")
     add("--layers", type=at_least_one, metavar="N", help="of the trunk that are built")
     add("--tokens", type=at_least_one, default=2048, metavar="T", help="of the pass")
-    add("--context", type=int, default=0, metavar="T", help="tokens before the pass")
+    add("--context", type=at_least_zero, default=0, metavar="T", help="tokens before the pass")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--repeats", type=at_least_one, default=10)
     add("--no-nodes", action="store_true", help="time the whole pass only")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qwen35.cli import Parser
+from qwen35.cli import Parser, at_least_one
 from qwen35.errors import InputError
 from tools.bench import report
 from weights.mxfp4 import GROUP, dequantize, quantize
@@ -31,9 +31,9 @@ EDGES = {
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--rows", type=at_least_one, default=4096)
     parser.add_argument("--columns", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=at_least_one, default=5)
     parser.set_defaults(threads=2)
 
 

@@ -4,6 +4,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,25 +79,24 @@ def spread(seconds: list[float]) -> Row:
 
 
 def watch(module: Sequence[str]) -> tuple[float, int]:
-    """Run `python -m` a module with its arguments: seconds, and the peak of its anonymous memory in
-    bytes. InputError with its message when it fails."""
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", *module],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    peak = 0
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-        except OSError:
-            break
-        sizes = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]
-        peak = max([peak, *(int(size) * 1024 for size in sizes)])
-        time.sleep(0.005)
-    _, errors = process.communicate()
-    if process.returncode:
-        raise InputError(f"{' '.join(module)}: {errors.strip()}")
-    return time.perf_counter() - started, peak
+    """Run `python -m` a module with its arguments: seconds until it ends, and the most bytes of anonymous
+    memory that were seen, at looks 5 ms apart. InputError with its message when it fails."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:  # a pipe might fill up meanwhile
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-m", *module], stdout=subprocess.DEVNULL, stderr=errors
+        )
+        peak = 0
+        while process.poll() is None:
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+            except OSError:
+                break
+            sizes = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]
+            peak = max([peak, *(int(size) * 1024 for size in sizes)])
+            time.sleep(0.005)
+        failed, seconds = process.wait(), time.perf_counter() - started
+        errors.seek(0)
+        if failed:
+            raise InputError(f"{' '.join(module)}: {errors.read().strip()}")
+    return seconds, peak

@@ -33,7 +33,7 @@ from fast.mtp import MTP
 from fast.step import Step, Work
 from fast.target import target_of
 from qwen35.cache import KV_CACHE_DTYPES
-from qwen35.cli import Parser
+from qwen35.cli import Parser, at_least_one, at_least_zero
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.load import TINY, lay_out
@@ -52,12 +52,15 @@ FP4_BYTES = 17 / 32  # of a weight and its share of a scale
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--config", choices=[*SIZES, "tiny"], default="397b")
-    add("--tp", type=int, default=8, metavar="N", help="ranks that share the model")
-    add("--layers", type=int, metavar="N", help="of the trunk that are built, a multiple of 8")
-    add("--drafts", type=int, default=3, metavar="K")
-    add("--context", type=int, default=10_000, metavar="T", help="tokens before the round")
+    add("--tp", type=at_least_one, default=8, metavar="N", help="ranks that share the model")
+    add("--layers", type=at_least_one, metavar="N",
+        help="of the trunk that are built, a multiple of 8")  # fmt: skip
+    add("--drafts", type=int, default=3, choices=range(len(TOKENS_A_ROUND)))
+    add(
+        "--context", type=at_least_zero, default=10_000, metavar="T", help="tokens before the round"
+    )
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
-    add("--repeats", type=int, default=30)
+    add("--repeats", type=at_least_one, default=30)
     add("--no-nodes", action="store_true", help="time the whole round only")
     add("--plot", type=Path, metavar="FILE", help="also draw where the time goes, as SVG")
 
@@ -237,7 +240,7 @@ def _measured(
     if config.num_hidden_layers < layers:
         rows.append(_whole(step, args, config.num_hidden_layers, layers, rows[0], bytes_of, read))
     us = rows[-1]["us"]
-    rows[-1]["tokens_per_s"] = TOKENS_A_ROUND[min(args.drafts, 3)] / us * 1e6
+    rows[-1]["tokens_per_s"] = TOKENS_A_ROUND[args.drafts] / us * 1e6
     rows[-1]["experts_hit"] = statistics.mean(hit.values()) if hit else 0.0
     if not args.no_nodes:
         for kind, places in nodes(step.work):
