@@ -19,7 +19,7 @@ from fast.layer import DecoderLayer
 from fast.mtp import MTP
 from fast.shapes import check_shapes
 from fast.step import Step
-from qwen35.cli import CHECKPOINT, Parser, at_least_one, at_least_zero, one_line, print_json, run
+from qwen35.cli import CHECKPOINT, Parser, one_line, print_json, run
 from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import load, locate
@@ -47,14 +47,8 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("prompt", help="the text to continue")
     parser.add_model(f"{CHECKPOINT}; a small one", alone=False)
-    add("--max-new-tokens", type=at_least_one, default=8, metavar="N")
-    add(
-        "--draft-tokens",
-        type=at_least_zero,
-        default=3,
-        metavar="K",
-        help="drafts of the MTP head a round",
-    )
+    add("--max-new-tokens", type=int, default=8, metavar="N")
+    add("--draft-tokens", type=int, default=3, metavar="K", help="drafts of the MTP head a round")
     add("--check", action="store_true", help="also run the reference, and compare the tokens")
     add("--json", action="store_true", help="print one JSON document")
     return parser

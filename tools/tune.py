@@ -34,7 +34,7 @@ from fast.linear import product
 from fast.moe import Experts
 from fast.step import Step
 from qwen35 import cli
-from qwen35.cli import Parser, at_least_one
+from qwen35.cli import Parser
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.progress import steps
@@ -113,8 +113,8 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP",
         help=f"{', '.join(OPS)}; default: all")  # fmt: skip
-    add("--tp", type=at_least_one, nargs="+", default=[1, 2, 4, 8], metavar="N")
-    add("--repeats", type=at_least_one, default=20)
+    add("--tp", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N")
+    add("--repeats", type=int, default=20)
     add("--output", type=Path, default=configs.TABLE, metavar="FILE")
     add("--json", action="store_true", help="print the JSON document alone")
     return parser

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from qwen35.cache import KV_CACHE_DTYPES
-from qwen35.cli import Parser, at_least_one, at_least_zero
+from qwen35.cli import Parser, at_least_one
 from qwen35.errors import InputError
 from qwen35.generation import Generation
 from qwen35.load import DTYPES, load, locate
@@ -34,7 +34,7 @@ def add_arguments(parser: Parser) -> None:
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--prompt-tokens", type=at_least_one, default=10_000, metavar="T")
     add("--new-tokens", type=at_least_one, default=1_500, metavar="N")
-    add("--draft-tokens", type=at_least_zero, default=3, metavar="K")
+    add("--draft-tokens", type=int, default=3, metavar="K")
     add("--prefill-chunk", type=int, default=2048, metavar="N")
     add("--runs", type=at_least_one, default=10, metavar="R")
 
