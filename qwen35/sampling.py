@@ -6,6 +6,7 @@ the same at any drafting depth, and a draft that is accepted when it *is* the mo
 the model's distribution as it was (rejection sampling with one-hot proposals).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ class Sampling:
         return self.repetition_penalty != 1 or self.presence_penalty != 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature = {self.temperature}; expected a number >= 0")
         if self.top_k < 0:
             raise InputError(f"top_k = {self.top_k}; expected an integer >= 0")
@@ -55,11 +56,11 @@ class Sampling:
             raise InputError(f"top_p = {self.top_p}; expected a number in (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min_p = {self.min_p}; expected a number in [0, 1]")
-        if not 0 < self.repetition_penalty < float("inf"):
+        if not 0 < self.repetition_penalty < math.inf:
             raise InputError(
                 f"repetition_penalty = {self.repetition_penalty}; expected a number > 0 (1 is off)"
             )
-        if not -float("inf") < self.presence_penalty < float("inf"):
+        if not math.isfinite(self.presence_penalty):
             raise InputError(f"presence_penalty = {self.presence_penalty}; expected a number")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed = {self.seed}; expected an integer in 0..2^63 - 1")

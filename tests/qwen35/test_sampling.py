@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qwen35.errors import InputError
-from qwen35.sampling import Sampling, pick, probabilities, uniform
+from qwen35.sampling import Sampling, Seen, penalized, pick, probabilities, uniform
 
 VOCAB = 40
 
@@ -241,6 +241,7 @@ def test_the_seed_changes_the_draws() -> None:
 
     assert draws(1) == draws(1)
     assert draws(1) != draws(2)
+    assert draws(1) != draws(1 + 2**32) != draws(1 + 2**62)  # all of its bits count
 
 
 @pytest.mark.parametrize(
@@ -254,6 +255,12 @@ def test_the_seed_changes_the_draws() -> None:
         ("top_p", 1.1),
         ("top_p", -0.5),
         ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.inf),
+        ("presence_penalty", math.inf),
+        ("presence_penalty", -math.inf),
         ("seed", -1),
         ("seed", 2**63),
     ],
@@ -266,3 +273,61 @@ def test_bad_values_are_named(name: str, value: float) -> None:
     assert name in message
     assert str(value) in message
     assert "expected" in message
+
+
+# --- edges
+
+
+def test_values_at_the_edge_are_taken() -> None:
+    Sampling(
+        temperature=0.0, top_k=0, top_p=1.0, min_p=1.0, repetition_penalty=1e-9, seed=2**63 - 1
+    )
+    Sampling(min_p=0.0, presence_penalty=-1e300, seed=0)
+
+
+def kept(logits: list[float], **settings: float) -> list[int]:
+    """The ids that may be drawn."""
+    found = probabilities(torch.tensor(logits), Sampling(temperature=1.0, **settings))  # pyright: ignore
+    return found.nonzero().flatten().tolist()
+
+
+def test_top_p_that_is_reached_exactly_takes_no_more() -> None:
+    """Four of a quarter each: two of them are a half."""
+    assert kept([0.0] * 4, top_p=0.5) == [0, 1]
+
+
+def test_top_p_of_one_takes_even_what_the_sum_no_longer_shows() -> None:
+    """exp(-40) added to 1 is 1."""
+    assert kept([0.0, -40.0], top_p=1.0) == [0, 1]
+
+
+def test_min_p_takes_what_is_exactly_as_likely() -> None:
+    assert kept([0.0, 0.0, -1.0], min_p=1.0) == [0, 1]
+
+
+def test_ties_among_many_go_to_the_lower_ids() -> None:
+    """A sort that is not stable may exchange equals once there are more than a few."""
+    assert kept([0.0] * 5000, top_k=3) == [0, 1, 2]
+
+
+def test_masks_and_probabilities_are_where_the_logits_are() -> None:
+    logits = torch.empty(5, device="meta")
+    seen = Seen([1, 2], 5, logits.device)
+    assert seen.anywhere.is_meta and seen.generated.is_meta
+    assert penalized(logits, seen, Sampling(repetition_penalty=2.0)).is_meta
+    assert probabilities(logits, Sampling(temperature=1.0)).is_meta
+
+
+def test_nothing_is_seen_before_the_first_token() -> None:
+    seen = Seen([], 4)
+    assert not seen.anywhere.any() and not seen.generated.any()
+    seen.add(2)
+    assert seen.anywhere.tolist() == seen.generated.tolist() == [False, False, True, False]
+
+
+def test_masks_that_exist_are_taken_as_they_are() -> None:
+    anywhere, generated = torch.zeros(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
+    seen = Seen.of(anywhere, generated)
+    seen.add(3)
+    assert seen.anywhere is anywhere and seen.generated is generated
+    assert anywhere.tolist() == generated.tolist() == [False, False, False, True]
