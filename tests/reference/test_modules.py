@@ -172,6 +172,17 @@ def test_cached_decode(name: str, length: int) -> None:
     assert error <= most
 
 
+@pytest.mark.parametrize("taps", [2, 7])
+def test_other_numbers_of_taps(taps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every published model has four, so that a number three would pass for taps - 1."""
+    name = f"27B with {taps} taps"
+    monkeypatch.setitem(FAMILY, name, FAMILY["27B"] | {"linear_conv_kernel_dim": taps})
+    for length in (1, 65):
+        logits, truth, states = decode(name, torch.float64, length, seed=0)
+        assert relative(logits, truth) < EXACT
+        assert max(states.values()) < EXACT, states
+
+
 @pytest.mark.parametrize("name", ["0.8B", "27B", "397B-A17B", "Qwen3-Next"])
 def test_second_prefill_pass(name: str) -> None:
     """A pass of many tokens that goes on from both caches, in float64."""

@@ -11,13 +11,19 @@ GREEDY = Sampling()
 
 
 def decoder(
-    model: Model, cache: Cache, token: int, hidden: Tensor, depth: int, sampling: Sampling = GREEDY
+    model: Model,
+    cache: Cache,
+    token: int,
+    hidden: Tensor,
+    depth: int,
+    sampling: Sampling = GREEDY,
+    stop: frozenset[int] = frozenset(),
 ) -> Decoder:
-    """The reference's decoder behind a prompt; no token ends the text.
+    """The reference's decoder behind a prompt; no token ends the text unless `stop` has it.
 
     token: the newest token, which the cache does not hold. hidden: the trunk's state of the token
     before it, [1, 1, D].
     """
     return Decoder(
-        model, cache, token=token, hidden=hidden, depth=depth, sampling=sampling, stop=frozenset()
+        model, cache, token=token, hidden=hidden, depth=depth, sampling=sampling, stop=stop
     )

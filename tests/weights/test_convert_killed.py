@@ -202,7 +202,7 @@ def is_complete(folder: Path) -> bool:
     return True
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [1, 2])
 def test_killed_at_every_step(tmp_path: Path, children: Children, size: int) -> None:
     """Before each write, fsync, rename and removal: what is there is no checkpoint unless it is whole,
     and the next run makes the same bytes of it."""
@@ -216,12 +216,9 @@ def test_killed_at_every_step(tmp_path: Path, children: Children, size: int) -> 
     wanted = contents(alone)
     assert 2 <= len(list(alone.rglob("*.safetensors"))) // size <= 6
     with untouched(source):
-        # With ranks there are more steps, but no other ones: every third, and all at the end.
-        count = len(steps) + 1
-        chosen = (
-            range(1, count) if size == 1 else [*range(1, count - 30, 3), *range(count - 30, count)]
-        )
-        for last in chosen:
+        # With ranks there are more steps, but other ones only between the renames of two ranks' files.
+        renames = [i for i, step in enumerate(steps, 1) if step.startswith("os.rename")]
+        for last in range(1, len(steps) + 1) if size == 1 else renames:
             status, _, _ = children.run(source, target, *args, die_at=last)
             assert status == -signal.SIGKILL, steps[last - 1]
             unfinished = (target / UNFINISHED).exists()

@@ -25,6 +25,10 @@ OTHERWISE = {
     ("tools/documented.py", "run_page"): "in a temporary folder",
     ("tools/exact.py", "in_other_processes"): "in a temporary folder",
     ("tools/fingerprint.py", "text"): "in a temporary folder",
+    ("tools/hostile.py", "whole"): "in a temporary folder",
+    ("tools/hostile.py", "damage"): "in a temporary folder, which is to be damaged",
+    ("tools/hostile.py", "special"): "in a temporary folder, which is to be damaged",
+    ("tools/mutate.py", "prepare"): "a copy of the checkout, which is made again",
     ("tools/bench/mapped.py", "write_sparse"): "in a temporary folder",
     ("tools/bench/mapped.py", "evict"): "opens that file for its descriptor",
 }
@@ -99,6 +103,27 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert [(place.name, place.read_text()) for place in tmp_path.iterdir()] == [
         ("report.json", "old")
     ]
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a machine that loses its power leaves the new name with no bytes behind it."""
+    calls: list[tuple[str, bytes]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(number: int) -> None:
+        calls.append(("fsync", Path(f"/proc/self/fd/{number}").read_bytes()))
+        fsync(number)
+
+    def renamed(path: Path, target: Path) -> Path:
+        calls.append(("rename", path.read_bytes()))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    write_whole(tmp_path / "report.json", "all of it")
+    assert calls == [("fsync", b"all of it"), ("rename", b"all of it")]
 
 
 def half(path: Any) -> None:

@@ -254,3 +254,16 @@ def test_the_fingerprint_tells_checkpoints_apart(tmp_path: Path, checkpoint: Pat
     (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
     seen.add(fingerprint(copy))
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("place", [0, 1 << 20, -1], ids=["first", "second MiB", "last"])
+def test_the_fingerprint_reads_both_ends_of_a_large_file(tmp_path: Path, place: int) -> None:
+    """A file of three MiB, of which the middle alone is not looked at."""
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(3 << 20))
+    times = weights.stat()
+    mark = fingerprint(tmp_path)
+    weights.write_bytes(flipped(weights.read_bytes(), place))
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (fingerprint(tmp_path) == mark) == (place == 1 << 20)
