@@ -222,6 +222,11 @@ class Experts(nn.Module):
             "OVERLAP": overlap,
         }  # fmt: skip
         first, second = self.gate_up_config, self.down_config
+
+        def block_bytes(config: dict[str, int]) -> int:
+            numbers = config["BLOCK_N"] * config["BLOCK_K"]
+            return numbers // 2 if self.fp4 else 2 * numbers
+
         blocks = self.D // second["BLOCK_N"]
         writes, result = written(out, N, self.D, blocks, self.target, then, scratch)
         parts, shared_weight = shared or (partial, hidden)
@@ -242,7 +247,7 @@ class Experts(nn.Module):
                 **sizes, **constants(first),
             },
             options(first),
-            first["BLOCK_N"] * first["BLOCK_K"] // 2,
+            block_bytes(first),
         )  # fmt: skip
         down = Launch(
             f"down {shape}",
@@ -257,7 +262,7 @@ class Experts(nn.Module):
                 **sizes, **constants(second),
             },
             options(second) | ({"launch_pdl": True} if overlap else {}),
-            second["BLOCK_N"] * second["BLOCK_K"] // 2,
+            block_bytes(second),
         )  # fmt: skip
         return [gate_up, down], result
 

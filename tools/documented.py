@@ -64,6 +64,12 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "minutes", "starts processes; tests/tools/test_over_ranks.py has a part"),
     "python -m tools.corpus corpus": ("setup", "fetches packages from Debian"),
     "python -m tools.documented --run minutes": ("minutes", "this command itself"),
+    "python -m tools.mutate --folder mutants --module qwen35/sampling.py": (
+        "minutes", "7 minutes: 200 changes; tests/tools/test_mutate.py has a part"),
+    "python -m tools.hostile --files 20000": (
+        "minutes", "a quarter of an hour; tests/tools/test_hostile.py has a part"),
+    "python -m tools.hostile --texts": (
+        "minutes", "half a minute; tests/tools/test_hostile.py has a part"),
     "python -m tools.fingerprint": (
         "minutes", "2 minutes; tests/tools/test_fingerprint.py has a part"),
     "python -m tools.train_tiny corpus trained": ("gpu", "8 minutes of training, after tools.corpus"),

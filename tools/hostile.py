@@ -25,6 +25,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-import qwen35.generate
-import tools.inspect
 from qwen35.cli import Parser, at_least_one, print_json, run
 from qwen35.config import Config
 from qwen35.load import TINY
@@ -41,6 +40,10 @@ from qwen35.progress import Progress
 from reference.model import Model
 from tools.hostile_text import TEMPLATES, TOKENIZERS
 
+PROGRAMS: dict[str, Any] = {
+    "generate": import_module("qwen35.generate"),
+    "inspect": import_module("tools.inspect"),
+}
 SECONDS, MEMORY = 5.0, 2**30  # of one command; memory beyond what it begins with
 LONGEST_LINE = 2000  # characters on standard error
 SIZES: dict[str, Any] = {
@@ -267,8 +270,7 @@ def _be_child(case: Case, out: Path, err: Path) -> None:
         size = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
         most = size * resource.getpagesize() + 3 * MEMORY  # so that the machine survives
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        module: Any = qwen35.generate if case.command[0] == "generate" else tools.inspect
-        module = sys.modules["qwen35.generate"] if case.command[0] == "generate" else module
+        module = PROGRAMS[case.command[0]]
         try:
             run(module.build_parser(), module.main, list(case.command[1:]))
         except SystemExit as left:
@@ -280,12 +282,11 @@ def _be_child(case: Case, out: Path, err: Path) -> None:
     os._exit(status)
 
 
-def examine(number: int, seed: int | None) -> tuple[Case, str]:
-    """Make and judge a case. seed: None for the templates and tokenizers."""
+def examine(number: int, seed: int | None, undamaged: str) -> tuple[Case, str]:
+    """Make and judge a case. seed: None for the templates and tokenizers. undamaged: a whole folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for file in Path(os.environ["QWEN35_WHOLE"]).iterdir():
-            shutil.copy(file, folder / file.name)
+        shutil.copytree(undamaged, folder, dirs_exist_ok=True)
         case = special(folder, number) if seed is None else damage(folder, number, seed)
         return case, outcome(case, folder)
 
@@ -321,9 +322,9 @@ def main(args: argparse.Namespace) -> int:
     wrong: list[tuple[Case, str]] = []
     with tempfile.TemporaryDirectory() as name, Progress("folders", count) as progress:
         whole(Path(name))
-        os.environ["QWEN35_WHOLE"] = name
         with ProcessPoolExecutor(args.processes, get_context("fork")) as pool:
-            for case, what in pool.map(examine, numbers, itertools.repeat(seed), chunksize=4):
+            always = (itertools.repeat(seed), itertools.repeat(name))
+            for case, what in pool.map(examine, numbers, *always, chunksize=4):
                 is_right = what in ("text", "error")
                 found.setdefault(case.file, collections.Counter())[
                     what if is_right else "wrong"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.gfx950.assembly import Instruction
+from tools.gfx950.assembly import EmulatorError, Instruction
 from tools.gfx950.operands import (
     TYPES,
     Operand,
@@ -270,12 +270,16 @@ def load(ins: Instruction) -> Action:
     count = WIDTHS[ins.mnemonic.partition("dword")[2]]
     immediate = U64(number(ins, "offset"))
     read_offset = scalar_source(offset, "u32")
-    # In a descriptor, the stride follows after 48 bits of address.
-    address_bits = U64(0xFFFFFFFFFFFF if "buffer" in ins.mnemonic else 0xFFFFFFFFFFFFFFFF)
+    is_buffer = "buffer" in ins.mnemonic
+    # In a descriptor, the stride follows after 48 bits of address, and then the number of bytes.
+    address_bits = U64(0xFFFFFFFFFFFF if is_buffer else 0xFFFFFFFFFFFFFFFF)
 
     def run(waves: Waves) -> None:
         start = waves.read_s64(base.index) & address_bits
-        addresses = start + read_offset(waves).astype(U64) + immediate
+        place = read_offset(waves).astype(U64) + immediate
+        if is_buffer and (place + U64(4 * count) > waves.sgpr[base.index + 2].astype(U64)).any():
+            raise EmulatorError("a scalar load beyond the end of its buffer is not emulated")
+        addresses = start + place
         dwords = waves.memory.read(addresses & ~U64(3), 4 * count).view(U32)
         for i in range(count):
             waves.write_s32(destination.index + i, dwords[:, i])

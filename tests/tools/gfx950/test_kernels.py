@@ -221,6 +221,20 @@ def test_an_access_outside_of_an_array_quotes_its_line():
         code.run([frozen], (1, 1, 1), 1, 0)
 
 
+@pytest.mark.parametrize("size", [8, 12])
+def test_a_scalar_load_beyond_its_buffer_quotes_its_line(size: int):
+    """It would give zeros on a card; no kernel here means to do that."""
+    code = kernel(
+        f"s_and_b32 s5, s5, 0xffff\ns_mov_b32 s6, {size}\ns_mov_b32 s7, 0\n"
+        "s_buffer_load_dwordx2 s[8:9], s[4:7], 0x4"
+    )
+    if size == 12:
+        code.run([np.zeros(4, np.int32)], (1, 1, 1), 1, 0)
+        return
+    with pytest.raises(EmulatorError, match="beyond the end of its buffer.*s_buffer_load_dwordx2"):
+        code.run([np.zeros(4, np.int32)], (1, 1, 1), 1, 0)
+
+
 def test_an_access_outside_of_the_lds_quotes_its_line():
     code = kernel("v_lshlrev_b32_e32 v1, 2, v0\nds_write_b32 v1, v0")
     code.run([np.zeros(1)], (1, 1, 1), 1, 256)
