@@ -231,7 +231,7 @@ def test_a_scalar_load_beyond_its_buffer_quotes_its_line(size: int):
     if size == 12:
         code.run([np.zeros(4, np.int32)], (1, 1, 1), 1, 0)
         return
-    with pytest.raises(EmulatorError, match="beyond the end of its buffer.*s_buffer_load_dwordx2"):
+    with pytest.raises(EmulatorError, match=r"beyond the end of its buffer.*s_buffer_load_dwordx2"):
         code.run([np.zeros(4, np.int32)], (1, 1, 1), 1, 0)
 
 
