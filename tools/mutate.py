@@ -30,7 +30,7 @@ ALIVE = ("survived", "no tests")
 # Modules, each with the tests that mirror it.
 MODULES: dict[str, tuple[str, ...]] = {
     "reference/activation.py": ("tests/reference/test_modules.py",),
-    "reference/rope.py": ("tests/reference",),
+    "reference/rope.py": ("tests/reference/test_rope.py", "tests/reference/test_modules.py"),
     "reference/norm.py": ("tests/reference",),
     "reference/linear.py": ("tests/reference",),
     "reference/attention.py": ("tests/reference",),

@@ -102,7 +102,7 @@ def _quantize_groups(groups: Tensor, x: Tensor, size: Tensor) -> tuple[Tensor, T
         torch.add(size, large, out=x).view(torch.int32).to(torch.uint8)
         for large in (2**22, 2**23 + 2, 2**24 + 8)
     )
-    codes = halves.minimum(ones).minimum(twos).clamp_(max=7) | sign  # [n, 32]
+    codes = halves.minimum(ones).minimum(twos) | sign  # [n, 32]; at most 7, since sizes are below 7
     pair = codes.view(torch.int16)  # little-endian: the even element in the low half
     packed = (pair | pair >> 4).to(torch.uint8)  # [n, 16]
     return packed, torch.where(finite, stored, NAN_SCALE).to(torch.uint8).flatten()

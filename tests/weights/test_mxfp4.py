@@ -495,3 +495,19 @@ def test_a_fault_of_an_encoder_is_seen(fault: str) -> None:
     weight = adversarial()
     with pytest.raises(AssertionError):
         check_encoded(weight, *ENCODER_FAULTS[fault](weight))
+
+
+def test_another_dtype_names_those_that_there_are() -> None:
+    packed, scale = quantize(torch.ones(2, 32))
+    with pytest.raises(InputError) as raised:
+        dequantize(packed, scale, torch.float16)
+    assert str(raised.value) == (
+        "MXFP4 is decoded to torch.bfloat16, torch.float32, torch.float64; torch.float16 was asked for"
+    )
+
+
+def test_numbers_are_decoded_where_the_bytes_are() -> None:
+    packed = torch.empty(3, 16, dtype=torch.uint8, device="meta")
+    scale = torch.empty(3, 1, dtype=torch.uint8, device="meta")
+    assert dequantize(packed, scale).is_meta
+    assert all(part.is_meta for part in quantize(torch.empty(0, 32, device="meta")))
