@@ -11,14 +11,14 @@ from fast.prefill.tiles import tiles
 from fast.state import rope_table
 from qwen35.cache import FP8KVCache, KVCache
 
-TOKENS = 16  # whose heads a program turns
+TOKENS = 16  # rows for which one program rotates one head
 
 
 def work(
     node: Any, x: Tensor, cache: KVCache, scratch: Scratch, *, residual: Tensor | None = None
 ) -> tuple[list[Work], Tensor]:
-    """x [N, D] bf16 through a `fast.attention.GatedAttention`: [N, D] bf16, not written yet. The work
-    adds the rows' keys and values to `cache`."""
+    """x [N, D] bf16 through a `fast.attention.GatedAttention`: [N, D] bf16, filled when the work runs.
+    The work also adds the rows' keys and values to `cache`."""
     from fast.kernels.prefill import attention as kernels  # Triton is needed from here on
 
     N, start, target = len(x), cache.length, node.target
@@ -29,7 +29,7 @@ def work(
     cache.grow(start + N)  # before the launches take its addresses
     is_fp8 = isinstance(cache, FP8KVCache)
     keys, values = cache.k[0], cache.v[0]  # [G, capacity, K]
-    if is_fp8:  # decoded once a pass, for all of its rows
+    if is_fp8:  # all cached tokens are decoded once per pass
         keys, values = (
             scratch(f"attention {name}", G, start + N, K) for name in ("keys", "values")
         )

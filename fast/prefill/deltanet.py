@@ -12,14 +12,14 @@ from fast.prefill.tiles import tiles
 from fast.target import GRID
 from qwen35.cache import DeltaState
 
-TOKENS = 16  # that a program convolves
+TOKENS = 16  # tokens that one program convolves
 
 
 def work(
     node: Any, x: Tensor, state: DeltaState, scratch: Scratch, *, residual: Tensor | None = None
 ) -> tuple[list[Work], Tensor]:
-    """x [N, D] bf16 through a `fast.deltanet.GatedDeltaNet`: [N, D] bf16, not written yet. The work
-    moves `state` past the rows."""
+    """x [N, D] bf16 through a `fast.deltanet.GatedDeltaNet`: [N, D] bf16, filled when the work
+    runs. The work also advances `state` past the rows."""
     from fast.kernels.prefill import deltanet as kernels  # Triton is needed from here on
 
     N, target = len(x), node.target

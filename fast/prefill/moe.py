@@ -16,7 +16,7 @@ ROW_BLOCK = 1024  # columns of a row that a program adds up
 
 
 def route(router: Any, x: Tensor, scratch: Scratch) -> tuple[list[Work], Choice]:
-    """The experts of rows x [N, D] bf16 by a `fast.router.Router`, not written yet.
+    """Choose experts for rows x [N, D] bf16 by a `fast.router.Router`; filled when the work runs.
 
     `parts` of the choice is the whole product of the router's matrix, [1, N, M] fp32.
     """
@@ -52,9 +52,9 @@ def experts(
 ) -> tuple[list[Work], Tensor]:  # fmt: skip
     """The weighted sum of each row's experts, by a `fast.moe.Experts`: [N, D] bf16, not written yet.
 
-    chosen [N, k] int32, weights [N, k] fp32. shared: of the shared expert its activation [N, I] bf16, its
-    down weight [D, I] bf16, and the router's product [N, M] fp32, in which its gate stands behind the
-    logits. residual [N, D] bf16.
+    chosen [N, k] int32, weights [N, k] fp32. shared: the shared expert's activation [N, I] bf16, its down
+    weight [D, I] bf16, and the router's product [N, M] fp32, whose column E is the shared
+    expert's gate. residual [N, D] bf16.
     """
     from fast.kernels.prefill import moe as kernels  # Triton is needed from here on
 
@@ -118,11 +118,11 @@ def experts(
 
 
 class Sort:
-    """Pairs (row, slot) by expert: operations of torch on fixed buffers, without asking the host.
+    """Sorts the pairs (row, slot) by expert with torch operations on fixed buffers, without a host sync.
 
     order [pairs] int64: the pair at each place; place_of_pair: the reverse. expert_first [E + 1] int32:
-    where each expert's begin. tile_expert, tile_first [tiles] int32: for each tile of up to `block` pairs
-    of one expert that expert, E where there is no such tile, and the tile's first place.
+    where each expert's pairs begin. A tile is up to `block` pairs of one expert: tile_expert [tiles]
+    int32 holds its expert (E for an unused tile), tile_first [tiles] int32 its first place.
     """
 
     def __init__(self, pairs: int, E: int, block: int, experts: Tensor, scratch: Scratch) -> None:

@@ -33,6 +33,6 @@ TILES: dict[str, dict[str, Tiles]] = {
 
 
 def tiles(target: str, kernel: str, **sizes: int) -> Tiles:
-    """The blocks of a kernel, each made to divide the size that is given for it, as in BLOCK_K=4096."""
+    """Block sizes of a kernel. Each name in `sizes` (BLOCK_K=4096) is cut to its gcd with that size."""
     known = TILES[target][kernel]
     return known | {name: gcd(known[name], size) for name, size in sizes.items()}

@@ -1,7 +1,8 @@
 """Causal attention of a prompt's rows: heads turned, then one pass over the keys for a block of rows.
 
-Keys are gone through from position 0 on in tiles of one size. A tile of which a row sees nothing changes
-no bit of it, so a row's bits do not depend on the rows beside it, nor on how the prompt is cut.
+Each program reads the keys from position 0 on, in tiles of one size. A tile that is fully masked for a
+row changes no bit of its result, so a row's bits do not depend on the rows beside it, nor on
+how the prompt is cut.
 """
 
 import triton
@@ -44,12 +45,12 @@ def attend(
 ):  # fmt: skip
     """out[row, head] = sigmoid(gate) * attention of the query at position start + row, bf16.
 
-    projected as in `turn`, of which the gates are read; q [rows, H, K]; keys, values [G, capacity, K]
-    bf16, which hold positions 0 to start + rows. -> out [rows, H * K].
+    projected as in `turn`; only its gates are read. q [rows, H, K]; keys, values [G, capacity, K] bf16,
+    which hold the positions below start + rows. -> out [rows, H * K].
     Grid (H, rows / BLOCK_M rounded up).
     """
     head = tl.program_id(0)
-    # The last rows see most keys: they begin first.
+    # The last rows see the most keys, so their programs start first.
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     m = tl.arange(0, BLOCK_M)[:, None]
     row = block * BLOCK_M + m

@@ -12,8 +12,8 @@ import triton.language as tl
 def tile_of(program, rows, N, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The block of rows and the block of columns of a program.
 
-    GROUP blocks of rows are gone through column by column, so that the weights of a column are still in
-    the last-level cache when the next block of rows wants them.
+    Programs go through GROUP blocks of rows one column block at a time, so the weights of a column block
+    are still in the last-level cache when the next block of rows reads them.
     """
     row_blocks, column_blocks = tl.cdiv(rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = program // (GROUP * column_blocks)
@@ -41,7 +41,7 @@ def linear(
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # What lies beyond the last row or column is read as the last one again, and dropped.
+    # Indices beyond the last row or column read the last one again; the store masks them.
     inputs = x + tl.minimum(row, rows - 1)[:, None].to(tl.int64) * K + k[None, :]
     weights = weight + tl.minimum(n, N - 1)[None, :].to(tl.int64) * K + k[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

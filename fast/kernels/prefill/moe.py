@@ -1,7 +1,8 @@
 """The experts for many rows: pairs (row, slot) sorted by expert, and products of one expert's rows each.
 
-A program multiplies BLOCK_M pairs of one expert with BLOCK_N of its rows of weights, decoded on the way
-into the matrix unit. A pair is a row of its own there, so the pairs beside it decide none of its bits.
+A program multiplies BLOCK_M pairs of one expert with BLOCK_N rows of that expert's weights, decoded on
+the way into the matrix unit. Each pair is a separate row of the product, so no other pair
+affects its bits.
 """
 
 import triton
@@ -67,7 +68,7 @@ def grouped(
         source = line
         if TOP_K:
             source = bounded(tl.load(order + line) // TOP_K, pairs // TOP_K)
-        rows = x + source[:, None] * K  # [BLOCK_M, 1]; those of no pair are dropped at the end
+        rows = x + source[:, None] * K  # [BLOCK_M, 1]; rows without a pair are not stored
         n = expert.to(tl.int64) * N + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if FP4:
@@ -108,8 +109,8 @@ def combine(
 
     by_pair [rows * TOP_K, D] bf16, in the order of experts, and place_of_pair [rows * TOP_K] int64: where
     each pair lies there. weights [rows, TOP_K] fp32; shared, residual [rows, D] bf16; logits [rows, N]
-    fp32, whose column GATE opens the shared expert. -> out [rows, D] bf16. Grid (rows, D / BLOCK rounded
-    up).
+    fp32, whose column GATE is the shared expert's gate. -> out [rows, D] bf16. Grid (rows,
+    D / BLOCK rounded up).
     """
     line = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
