@@ -11,7 +11,7 @@ It calls the command lines of a checkout, each in a process of its own, and read
 files, so a checkout may be older than this tool. No digest contains a time, a path or a version. Where a
 command fails, its line has the error instead of a digest, and the exit status is 1.
 
-text     tokens, accepted drafts and logits of four prompts, greedy and sampled
+text     tokens, accepted drafts and logits of two prompts, each greedy and sampled
 trace    the output of every node
 locals   the named locals of every node's forward
 convert  all files of a conversion of the embedded checkpoint

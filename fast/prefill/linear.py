@@ -28,8 +28,9 @@ def product(
     """x [N, K] bf16, weight [M, K] bf16 -> [N, M] in `dtype`: (residual +) x W^T.
 
     residual [N, M] bf16. activated: rows 2 i and 2 i + 1 of weight are a gate and an up; the result is
-    silu(gate) * up, [N, M / 2].
+    silu(gate) * up, [N, M / 2], without a residual.
     """
+    assert not (activated and residual is not None)
     from fast.kernels.prefill import linear as kernels  # Triton is needed from here on
 
     M, K = weight.shape

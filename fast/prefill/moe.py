@@ -50,7 +50,7 @@ def experts(
     node: Any, x: Tensor, chosen: Tensor, weights: Tensor, scratch: Scratch, *,
     shared: tuple[Tensor, Tensor, Tensor] | None = None, residual: Tensor | None = None,
 ) -> tuple[list[Work], Tensor]:  # fmt: skip
-    """The weighted sum of each row's experts, by a `fast.moe.Experts`: [N, D] bf16, not written yet.
+    """The weighted sum of each row's experts, by a `fast.moe.Experts`: [N, D] bf16, filled when the work runs.
 
     chosen [N, k] int32, weights [N, k] fp32. shared: the shared expert's activation [N, I] bf16, its down
     weight [D, I] bf16, and the router's product [N, M] fp32, whose column E is the shared
@@ -155,7 +155,7 @@ class Sort:
 def block(
     node: Any, x: Tensor, scratch: Scratch, *, residual: Tensor | None = None
 ) -> tuple[list[Work], Tensor]:
-    """x [N, D] bf16 through a `fast.moe.SparseMoeBlock`: [N, D] bf16, not written yet."""
+    """x [N, D] bf16 through a `fast.moe.SparseMoeBlock`: [N, D] bf16, filled when the work runs."""
     from fast.kernels.prefill import moe as kernels  # Triton is needed from here on
 
     work, choice = route(node.gate, x, scratch)
@@ -171,7 +171,7 @@ def block(
                 (len(x), 1, 1),
                 {
                     "logits": logits, "out": hidden, "rows": len(x), "N": logits.shape[1],
-                    "FIRST": node.gate.E + 1, "I": I, "BLOCK": min(1024, power_of_two(I)),
+                    "FIRST": node.gate.E + 1, "I": I, "BLOCK": min(ROW_BLOCK, power_of_two(I)),
                 },
                 {"num_warps": 4},
             )
@@ -185,7 +185,7 @@ def block(
 def mlp(
     node: Any, x: Tensor, scratch: Scratch, *, residual: Tensor | None = None
 ) -> tuple[list[Work], Tensor]:
-    """x [N, D] bf16 through a `fast.moe.MLP`: [N, D] bf16, not written yet."""
+    """x [N, D] bf16 through a `fast.moe.MLP`: [N, D] bf16, filled when the work runs."""
     first, hidden = product(
         x, node.gate_up, node.target, scratch, name="mlp_gate_up", activated=True
     )

@@ -27,7 +27,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def read_gb_s(device: torch.device, repeats: int = 10) -> float:
-    """Read bandwidth of a streaming sum over 8 GB, the median."""
+    """Read bandwidth of a streaming sum over 8 GiB, the median."""
     data = torch.empty(STREAMED // 4, dtype=torch.float32, device=device).uniform_()
     seconds = [us * 1e-6 for us in events(lambda: data.sum(), repeats)]
     return data.nbytes / statistics.median(seconds) * 1e-9

@@ -5,7 +5,7 @@ First the check, at each size: the largest error against a float64 oracle is at 
 bfloat16 reference, a repeated launch has the same bits, and so has a row alone. Then the time of one
 call inside a captured graph that goes through several routings, whose experts together exceed the
 cache. Two passes, so that the noise shows. `floor_us`: the bytes of the experts that are hit, each once
-in MXFP4, at `read_gb_s`, the bandwidth of a streaming sum over 8 GB in the same run. `err_x_bf16`: the
+in MXFP4, at `read_gb_s`, the bandwidth of a streaming sum over 8 GiB in the same run. `err_x_bf16`: the
 largest error in multiples of bfloat16's.
 """
 

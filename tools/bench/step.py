@@ -5,11 +5,11 @@ weights.
 35b the whole of Qwen3.5-35B-A3B, tiny the embedded model's shape. Routed experts are MXFP4, everything
 else is bf16. The router's weights are random, so the rows choose as freely as they can; the experts
 that are hit are counted. `--layers N` builds N of the trunk's layers where the memory does not hold
-all: a round of all is then the measured one and, for each missing layer, half the difference that N / 2
-layers make.
+all: a round of all is then the measured one and, for each missing layer, the difference that the last
+N / 2 layers make, over N / 2.
 
 `floor_us`: the bytes of each weight that is read, the states and the context, each once, at `read_gb_s`,
-the bandwidth of a streaming sum over 8 GB in the same run. A row `round` is the graph's replay; the rows
+the bandwidth of a streaming sum over 8 GiB in the same run. A row `round` is the graph's replay; the rows
 of the nodes are graphs of that node's launches alone, in all layers. `tokens_per_s` is a projection:
 published acceptance lengths over the time of a round.
 """
