@@ -50,7 +50,8 @@ def experts(
     node: Any, x: Tensor, chosen: Tensor, weights: Tensor, scratch: Scratch, *,
     shared: tuple[Tensor, Tensor, Tensor] | None = None, residual: Tensor | None = None,
 ) -> tuple[list[Work], Tensor]:  # fmt: skip
-    """The weighted sum of each row's experts, by a `fast.moe.Experts`: [N, D] bf16, filled when the work runs.
+    """The weighted sum of each row's experts, by a `fast.moe.Experts`: [N, D] bf16, filled when the work
+    runs.
 
     chosen [N, k] int32, weights [N, k] fp32. shared: the shared expert's activation [N, I] bf16, its down
     weight [D, I] bf16, and the router's product [N, M] fp32, whose column E is the shared

@@ -78,7 +78,7 @@ def write_sparse(folder: Path, config: dict[str, Any], holes: str = ".experts.")
 
 
 def first_token(folder: Path | None) -> tuple[float, int]:
-    """Seconds that a process takes to generate one token and end, and its peak of anonymous memory, bytes."""
+    """Seconds that a process takes to generate one token and end, and its peak of anonymous bytes."""
     model = ["--model", str(folder)] if folder else []
     return report.watch(["qwen35.generate", "--prompt-ids", "5", "--max-new-tokens", "1", *model])
 

@@ -5,9 +5,9 @@ model. `--layers N` builds N of the trunk's layers, and the whole pass is then b
 the length of the pass (`--prefill-chunk` of a prompt), --context what the cache holds before it.
 
 Each launch of a delta-net layer and of an attention layer is timed in a graph of its own and counted for
-all layers. share_of_matrix: its multiplications and additions a second over those of a product of two bf16
-matrices of 8,192 rows in the same run. Where torch has the same operation, `torch_us` is its time beside it:
-`F.linear` for products, `scaled_dot_product_attention` for attention over an empty context.
+all layers. share_of_matrix: its multiplications and additions a second over those of a product of two
+bf16 matrices of 8,192 rows in the same run. Where torch has the same operation, `torch_us` is its time
+beside it: `F.linear` for products, `scaled_dot_product_attention` for attention over an empty context.
 """
 
 import argparse
