@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Backend
 
 from qwen35.errors import InputError
 from qwen35.template import ChatTemplate, Marker
-from qwen35.tokenizer_limits import check_growth, check_lengths, no_failure
+from qwen35.tokenizer_limits import check_before_reading, check_lengths, no_failure
 
 UNFINISHED = "\ufffd"  # what an incomplete character decodes to
 WINDOW = 32  # ids that a stream decodes at once, at most, while characters stay unfinished
@@ -53,7 +53,7 @@ class Tokenizer:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: not readable as a tokenizer: {error}") from None
-        check_growth(text, path)  # first, as reading normalises the added tokens
+        check_before_reading(text, path)
         with no_failure(path, "not readable as a tokenizer"):
             self._backend = Backend.from_str(text)
         self._backend.no_truncation()

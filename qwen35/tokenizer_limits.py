@@ -18,14 +18,20 @@ MOST_STEPS = 256  # normalizers or decoders
 LONGEST_TOKEN = 1000  # characters of an added token
 
 
-def check_growth(text: str, path: Path) -> None:
-    """InputError where the normalizers or decoders of a tokenizer.json may multiply the length of every
-    text, or are too many to be gone through for each."""
+def check_before_reading(text: str, path: Path) -> None:
+    """InputError for a tokenizer.json that the library survives neither reading nor using.
+
+    Its normalizers or decoders may multiply the length of every text, or be too many to be gone through
+    for each. A merge without the prefix that it should have makes the library abort the process.
+    """
     try:
         document = json.loads(text)
         parts = {name: document.get(name) for name in ("normalizer", "decoder")}
-    except (ValueError, RecursionError, AttributeError) as error:
+        unprefixed = without_prefix(document.get("model"))
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: not readable as a tokenizer: {error!r}") from None
+    if unprefixed is not None:
+        raise InputError(f"{path}: a merge is {unprefixed}")
     for name, part in parts.items():
         if steps(part) > MOST_STEPS:
             raise InputError(
@@ -36,6 +42,18 @@ def check_growth(text: str, path: Path) -> None:
                 f"{path}: the {name} may make {growth(part):.3g} characters of one; expected at most "
                 f"{MOST_GROWTH:g}"
             )
+
+
+def without_prefix(model: Any) -> str | None:
+    """The first merge whose second part has not the `continuing_subword_prefix` of its model."""
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if not prefix or not isinstance(prefix, str):
+        return None
+    for merge in model.get("merges") or ():
+        second = merge.partition(" ")[2] if isinstance(merge, str) else merge[-1]
+        if not str(second).startswith(prefix):
+            return f"{merge!r}; expected a second part that begins with {prefix!r}"
+    return None
 
 
 def check_lengths(backend: Tokenizer, folder: Path) -> None:

@@ -142,3 +142,19 @@ def test_a_named_token_that_is_none(folder: Path, token: str, message: str) -> N
     edit_json(folder / "tokenizer_config.json", eos_token=token)
     with pytest.raises(InputError, match=message):
         Tokenizer(folder)
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_merges_without_their_prefix_are_refused(folder: Path, as_text: bool) -> None:
+    """The library aborts the whole process there: two of 20,000 damaged folders found it."""
+    pair: Any = "a b" if as_text else ["a", "b"]
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "##b": 2, "ab": 3}, "merges": [pair]}
+    edit_json(folder / "tokenizer.json", model=model | {"continuing_subword_prefix": "##"})
+    with pytest.raises(
+        InputError, match=r"a merge is .*; expected a second part that begins with '##'"
+    ):
+        Tokenizer(folder)
+    whole: Any = "a ##b" if as_text else ["a", "##b"]
+    model |= {"merges": [whole], "continuing_subword_prefix": "##"}
+    edit_json(folder / "tokenizer.json", model=model, added_tokens=[])
+    assert Tokenizer(folder).encode("ab")
