@@ -194,7 +194,7 @@ def drafting() -> str:
             text = tokenizer().decode([t for t, _ in fresh])
             lines.append(
                 f"The {number} round verifies four rows, accepts {accepted} of 3 drafts and gives "
-                f"{len(fresh)} tokens, {text!r}; the cache then holds {cache.length} positions."
+                f"{len(fresh)} token{'s'[: len(fresh) > 1]}, {text!r}; the cache then holds {cache.length} positions."
             )
     return "\n".join(lines)
 

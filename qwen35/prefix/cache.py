@@ -262,7 +262,7 @@ class PrefixCache:
             later = max(i * GRID for i, key in enumerate(hashes) if key in held)
             return f"{later} tokens are kept, but without what drafting needs, or damaged"
         if matched > length:
-            return f"{matched} tokens are kept, but the last snapshot in them is at {length}"
+            return f"{matched} tokens are kept, but the last delta-net states among them are at {length}"
         if gone:
             return f"the snapshot at {max(gone)} was evicted"
         if not held:
