@@ -81,7 +81,7 @@ class Settings:
         return Sampling(**settings)
 
 
-@dataclass
+@dataclass(repr=False)
 class Completion:
     """One continuation as text: iterate over it for the pieces; then read what came of it.
 
@@ -112,6 +112,10 @@ class Completion:
 
     def __str__(self) -> str:
         return self.text
+
+    def __repr__(self) -> str:
+        shown = self.text if len(self.text) <= 60 else f"{self.text[:60]}..."
+        return f"Completion({shown!r}, {len(self.token_ids)} tokens, {self.finish_reason})"
 
     @property
     def token_ids(self) -> list[int]:

@@ -72,7 +72,7 @@ def prefill(
     return before
 
 
-@dataclass
+@dataclass(repr=False)
 class Generation:
     """One continuation of a prompt: iterate over it for (token, logits [V]); then read the figures.
 
@@ -101,6 +101,12 @@ class Generation:
     prepare_s: float = 0.0  # for compiling and capturing the fast path's round, not in the others
     ttft_s: float = 0.0
     decode_s: float = 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"Generation({len(self.prompt)} prompt tokens, {len(self.token_ids)} of at most "
+            f"{self.max_new_tokens} tokens, {self.finish_reason})"
+        )
 
     def __post_init__(self) -> None:
         self.model.config.check_prompt(self.prompt, new_tokens=1)

@@ -352,8 +352,9 @@ def print_document(document: dict[str, Any]) -> None:
         if names["mtp_experts"]:
             experts += f", the MTP's {names['mtp_experts']}"
         claim = names["quantization"] or "none"
+        files = "1 file" if names["files"] == 1 else f"{names['files']} files"
         print(
-            f"{names['tensors']} tensors in {names['files']} files{' a rank' if names['ranks'] else ''}, "
+            f"{names['tensors']} tensors in {files}{' a rank' if names['ranks'] else ''}, "
             f"named {names['prefix']}*; {experts};"
         )
         print(f"delta-net projections {names['delta_projections']}; quantization_config: {claim}")

@@ -192,9 +192,10 @@ def drafting() -> str:
             fresh = decoder.round(100)
             accepted = sum(decoder.stats.accepted) - sum(before)
             text = tokenizer().decode([t for t, _ in fresh])
+            tokens = "1 token" if len(fresh) == 1 else f"{len(fresh)} tokens"
             lines.append(
                 f"The {number} round verifies four rows, accepts {accepted} of 3 drafts and gives "
-                f"{len(fresh)} token{'s'[: len(fresh) > 1]}, {text!r}; the cache then holds {cache.length} positions."
+                f"{tokens}, {text!r}; the cache then holds {cache.length} positions."
             )
     return "\n".join(lines)
 

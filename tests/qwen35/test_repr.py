@@ -53,3 +53,14 @@ def test_a_trace_into_a_folder_is_refused(tmp_path: Path) -> None:
     args = build_parser().parse_args(["tiny", "--prompt", "hi", "-o", str(tmp_path)])
     with pytest.raises(InputError, match="is a folder; expected the name of a file"):
         main(args)
+
+
+def test_a_completion_is_its_text_and_not_its_model() -> None:
+    """As the last line of a notebook's cell shows it."""
+    completion = qwen35.generate(load(TINY), "In the beginning", max_new_tokens=3)
+    assert repr(completion) == f"Completion({completion.text!r}, 3 tokens, length)"
+    assert repr(completion.generation) == (
+        "Generation(4 prompt tokens, 3 of at most 3 tokens, length)"
+    )
+    longer = qwen35.generate(load(TINY), "In the beginning", max_new_tokens=40)
+    assert repr(longer) == f"Completion({longer.text[:60] + '...'!r}, 40 tokens, length)"
