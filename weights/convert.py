@@ -83,7 +83,7 @@ def check_target(target: Path) -> None:
     """InputError where a folder can neither be begun nor continued."""
     is_new = not target.exists() or (target / UNFINISHED).exists()
     if not is_new and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: is not empty; nothing is overwritten")
+        raise InputError(f"{target}: is there already and not empty; nothing is overwritten")
 
 
 class WeightError(InputError):

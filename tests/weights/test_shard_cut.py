@@ -179,7 +179,7 @@ def test_a_size_that_nothing_has_need_not_divide() -> None:
     plan = Plan(replace(BIG, intermediate_size=5121, shared_expert_intermediate_size=0), 8)
     assert plan.rank_config().intermediate_size == 5121
     assert plan.rank_config().shared_expert_intermediate_size == 0
-    with pytest.raises(InputError, match="cut along intermediate_size, which this config has no"):
+    with pytest.raises(InputError, match="cut along intermediate_size, which this config does not"):
         plan.shard("layers.0.mlp.gate_proj.weight", (5121, 4096), 0)
 
 
