@@ -11,6 +11,7 @@ function; write `from qwen35.load import ...` for what else that module holds.
 
 import importlib
 import os
+import signal
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 # same cores. libgomp reads this when torch is imported: after so many turns a thread sleeps (LOG.md).
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
     os.environ["GOMP_SPINCOUNT"] = "1000"
+
+# As a program (`python -m`), Ctrl-C while torch is being imported ends it in silence; `cli.run` puts
+# Python's handler back before the work begins.
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 __all__ = ["diff", "generate", "load", "swap", "swapped", "trace"]
 

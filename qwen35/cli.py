@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
 import warnings
@@ -181,6 +182,8 @@ def run(
 
     Main gets the whole command, as a shell takes it, as `args.command`.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see qwen35/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     _never_fail_to_print()
     args = parser.parse_args(argv)
     args.command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()

@@ -1,6 +1,11 @@
 """What every command line shares: exit statuses that mean one thing each, and devices."""
 
 import argparse
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,3 +77,36 @@ def test_a_device_that_is_not(name: str) -> None:
     message = str(caught.value)
     assert len(message) < 120 and "\n" not in message
     assert not message.endswith(": ")
+
+
+@pytest.mark.parametrize("module", ["qwen35.generate", "tools.diff"])
+def test_ctrl_c_during_the_imports_prints_nothing(tmp_path: Path, module: str) -> None:
+    """A module in torch's place interrupts the process, as somebody does who starts the wrong command."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n"
+    )
+    paths = os.pathsep.join((str(tmp_path), str(Path(__file__).parents[2])))
+    done = subprocess.run(
+        [sys.executable, "-m", module, "x"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True, text=True, check=False,
+        # Else a job in the background, which ignores the signal, would hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_python_has_its_handler_back_when_the_work_begins() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen: list[object] = []
+
+    def main(args: argparse.Namespace) -> int:
+        seen.append(signal.getsignal(signal.SIGINT))
+        return 0
+
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with pytest.raises(SystemExit):
+            cli.run(cli.Parser("x", "y"), main, [])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.default_int_handler]
