@@ -151,7 +151,7 @@ def down(
         # include the weights if these are a single block; to fetch the first of several costs more than
         # it saves.
         WHOLE: tl.constexpr = FP4 and I == BLOCK_K
-        if OVERLAP and (not WHOLE or earliest < pair):
+        if OVERLAP and not WHOLE:
             gdc_wait()
         if earliest == pair:
             x = hidden + pair * 8 * I
@@ -167,6 +167,8 @@ def down(
                 for k in tl.range(0, I, BLOCK_K):
                     acc = _dot_bf16(weight, n, x, k, I, rows, acc, BLOCK_K, ROWS)
             tl.store(partial + (pair * 8 + row) * D + column, acc, mask=row < rows)
+        elif OVERLAP and WHOLE:
+            gdc_wait()
     stored()
     before = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
     if before == tl.num_programs(1) - 1:
