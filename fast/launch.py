@@ -12,6 +12,13 @@ from qwen35.errors import InputError
 
 # The part of a configuration that is for Triton, not for the kernel.
 OPTIONS = ("num_warps", "num_stages", "waves_per_eu")
+# Tensors that kernels address with 64 bits wherever they may have more elements than NARROW, by the names
+# of parameters. Offsets into all others have 32 bits, which no kernel checks.
+WIDE = frozenset((
+    "weight", "scale", "table", "x", "out", "projected", "q", "qk", "v", "source", "solved", "wanted",
+    "erased", "memories", "corrections", "by_pair", "shared", "residual",
+))  # fmt: skip
+NARROW = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,15 @@ class Launch:
     arguments: dict[str, Any]
     options: dict[str, int]
     weight_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        """InputError for a tensor with more elements than its offsets can count."""
+        for name, value in self.arguments.items():
+            if isinstance(value, torch.Tensor) and value.numel() > NARROW and name not in WIDE:
+                raise InputError(
+                    f"{self.name}: {name} has {value.numel()} elements; its offsets have 32 bits and "
+                    f"reach {NARROW}"
+                )
 
     def __call__(self) -> None:
         compiled = self.kernel[self.grid](**self.arguments, **self.options)

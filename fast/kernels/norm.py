@@ -10,10 +10,10 @@ def norm(x, weight, out, count, eps, D: tl.constexpr, LAST: tl.constexpr, BLOCK:
 
     Grid (rows). LAST: out has a single row, the norm of row count[0] - 1 of x; count [1] int32, grid (1).
     """
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     source = row
     if LAST:
-        source = tl.load(count) - 1
+        source = tl.load(count).to(tl.int64) - 1
     column = tl.arange(0, BLOCK)
     inside = column < D
     value = tl.load(x + source * D + column, mask=inside, other=0.0).to(tl.float32)

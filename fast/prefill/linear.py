@@ -64,8 +64,8 @@ def normed(x: Tensor, norm: Norm, scratch: Scratch, *, name: str) -> tuple[Launc
         kernels.norm,
         (len(x), 1, 1),
         {
-            "x": x, "weight": norm.weight, "out": out, "count": x, "eps": norm.eps, "D": D,
-            "LAST": False, "BLOCK": power_of_two(D),
+            "x": x, "weight": norm.weight, "out": out, "count": norm.weight, "eps": norm.eps,
+            "D": D, "LAST": False, "BLOCK": power_of_two(D),
         },
         {"num_warps": 4},
     )  # fmt: skip
