@@ -64,7 +64,7 @@ def prefill(
         if draft and behind.shape[1]:
             following = torch.tensor([ids[last - behind.shape[1] : last]], device=device)
             model.draft(following, behind, cache)
-        before = computed[:, -1:]
+        before = computed[:, -1:].clone()  # a view would keep the whole pass alive
         if last in stops:
             at_stop(last, before)
         progress(last - first)
