@@ -18,6 +18,8 @@ from qwen35.swap import nodes
 from reference.linear import GRID
 from reference.model import Model
 
+ENDS = 1 << 20  # bytes of a file that are hashed, at both ends of it
+
 
 def chained(root: str, ids: list[int]) -> list[str]:
     """The root and the hash after each whole block of `ids`, each over the one before and 64 ids."""
@@ -77,7 +79,7 @@ def fingerprint(folder: Path) -> str:
         stat = file.stat()
         total.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         with file.open("rb") as handle:
-            total.update(handle.read(1 << 20))
-            handle.seek(max(0, stat.st_size - (1 << 20)))
-            total.update(handle.read(1 << 20))
+            total.update(handle.read(ENDS))
+            handle.seek(max(0, stat.st_size - ENDS))
+            total.update(handle.read(ENDS))
     return total.hexdigest()[:16]
