@@ -9,6 +9,11 @@ import pytest
 import torch
 
 from qwen35.cli import Parser, run
+from qwen35.generation import Generation
+from qwen35.load import TINY, load
+from qwen35.prefix.cache import PrefixCache
+from qwen35.prefix.store import Memory
+from qwen35.sampling import Sampling
 from qwen35.threads import ASKED, is_small
 from tests.support.checkpoints import QWEN3_6, write
 
@@ -112,3 +117,19 @@ def test_it_is_set_before_torch_is_imported(module: str, monkeypatch: pytest.Mon
         "sys.exit(4)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_prefix_cache_keeps_numbers_of_threads_apart() -> None:
+    """What one thread computed is not taken over by two, whose bits may be others."""
+    model, store = load(TINY), Memory()
+    ids, found = list(range(70)), list[int]()
+    for threads in (1, 2, 1, 2):
+        torch.set_num_threads(threads)
+        try:
+            kept = PrefixCache(model, budget=1 << 30, store=store)
+            result = Generation(model, ids, 2, Sampling(), frozenset(), 0, prefix_cache=kept)
+            assert len(list(result)) == 2
+        finally:
+            torch.set_num_threads(1)
+        found.append(result.cached_tokens)
+    assert found == [0, 0, 64, 64]
