@@ -23,7 +23,13 @@ from qwen35.prefix.store import Memory, Segment, Store
 from reference.linear import GRID
 from reference.model import Model
 
-INTERVAL = 32  # blocks between snapshots: 2,048 tokens
+INTERVAL = 32  # blocks between snapshots, at least: 2,048 tokens
+
+
+def interval_of(chunk: int) -> int:
+    """Blocks between snapshots for passes of `chunk` tokens: a snapshot ends a pass, so one within a
+    pass would cut it in two."""
+    return max(INTERVAL, chunk // GRID)
 
 
 @dataclass
