@@ -1,14 +1,19 @@
 """Time to first token against the length of a kept prefix: cold and hit, with equal bits.
 
-A prompt is a prefix of whole blocks and a tail of 17 tokens, and one token is generated. Cold runs keep
-nothing, keep the prefix in memory, or in a new folder. `total_ms` goes on until it is kept; that comes
-after the first token is out and takes `keep_ms`. Hits come from memory, or from a folder that is opened
-anew, so that its checks are paid (its files are in the page cache). All runs of a length take turns,
-after a check that their bits are equal.
+A prompt is a prefix of whole blocks and a tail of --tail tokens, and one token is generated. Cold runs
+keep nothing, keep the prefix in memory, or in a new folder. `total_ms` goes on until it is kept; that
+comes after the first token is out and takes `keep_ms`. Hits come from memory (the GPU's, where the model
+is on one), or from a folder that is opened anew, so that its checks are paid (its files are in the page
+cache). All runs of a length take turns, after a check that their bits are equal.
+
+--model is a checkpoint, by default the embedded one. --config takes random weights and random prompts of
+a published size on a GPU instead, on the fast path: one rank's slice of 397B (--tp ranks, without the
+all-reduces between them), or the whole of a smaller model. The time to compile kernels and to capture
+the decode round is left out.
 
 Where a hit's time goes, timed apart: `begin_ms` finds what is kept, and from a folder also reads and
 checks it, `restore_ms` copies it, `tail_ms` is the pass over the tail. `floor_ms` is that pass and
-`copy_ms`, a plain copy of as many bytes into memory that is already there.
+`copy_ms`, a plain copy of as many bytes into memory of the model's device that is already there.
 """
 
 import argparse
@@ -24,11 +29,13 @@ from typing import NoReturn
 
 import torch
 
-from qwen35.cli import Parser
+from qwen35.cache import KV_CACHE_DTYPES
+from qwen35.cli import Parser, at_least_one, device
 from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import load, locate
-from qwen35.prefix.cache import PrefixCache
+from qwen35.paths import PATHS
+from qwen35.prefix.cache import PrefixCache, interval_of
 from qwen35.prefix.folder import Folder
 from qwen35.prefix.keys import fingerprint, identity
 from qwen35.progress import steps
@@ -36,11 +43,12 @@ from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer
 from reference.linear import GRID
 from reference.model import Model
-from tools.bench import report
+from tools.bench import gpu, report
 from tools.bench.language import HELDOUT
 from weights.storage import whole
 
-TAIL = 17  # tokens behind the prefix
+TAIL = 17  # tokens behind the prefix, unless --tail says otherwise
+SIZES = ("397b", "122b", "35b")
 DRAFTS = 3
 CHUNK = 2048
 LONG = 4096  # tokens, from which on a cold run is repeated less often
@@ -63,25 +71,44 @@ def add_arguments(parser: Parser) -> None:
         metavar="N", help=f"of the prefix, in tokens: multiples of {GRID}")  # fmt: skip
     add("--repeats", type=int, default=5)
     add("--cold-repeats", type=int, default=2, help=f"of cold runs from {LONG} tokens on")
+    add(
+        "--config",
+        choices=SIZES,
+        help="random weights of this size, on a GPU, in place of a checkpoint",
+    )
+    add("--tp", type=at_least_one, default=8, metavar="N",
+        help="with --config: ranks that share the model (default: 8)")  # fmt: skip
+    add("--device", type=device, default="cpu", metavar="D", help="of a checkpoint (default: cpu)")
+    add("--path", choices=PATHS, default="reference", help="of a checkpoint")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
+    add("--tail", type=at_least_one, default=TAIL, metavar="N",
+        help=f"tokens behind the prefix (default: {TAIL})")  # fmt: skip
+    add("--prefill-chunk", type=at_least_one, default=CHUNK, metavar="N",
+        help=f"prompt tokens a pass (default: {CHUNK})")  # fmt: skip
+    add("--no-folder", action="store_true", help="leave the rows of a folder out")
     parser.set_defaults(threads=2)
     add("--plot", type=Path, metavar="FILE", help="also draw it: .svg or .png")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is timed, and the `fingerprint` of its files."""
+    """The model that is timed, and the `fingerprint` of its files. tail: tokens behind the prefix.
+    chunk: prompt tokens a pass."""
 
     model: Model
     checkpoint: str
+    tail: int = TAIL
+    chunk: int = CHUNK
 
     def in_memory(self) -> PrefixCache:
-        return PrefixCache(self.model, budget=BUDGET, warn=_stop)
+        return PrefixCache(self.model, budget=BUDGET, interval=interval_of(self.chunk), warn=_stop)
 
     def in_folder(self, folder: Path) -> PrefixCache:
         store = Folder(folder, identity(self.model, self.checkpoint))
         return PrefixCache(
-            self.model, budget=BUDGET, store=store, checkpoint=self.checkpoint, warn=_stop
-        )
+            self.model, budget=BUDGET, interval=interval_of(self.chunk), store=store,
+            checkpoint=self.checkpoint, warn=_stop,
+        )  # fmt: skip
 
     def in_new_folder(self, folder: Path) -> PrefixCache:
         """What the run before has left there goes, outside of what is timed."""
@@ -93,24 +120,30 @@ class Subject:
     ) -> tuple[Generation, float]:
         """A generation of one token that has ended, and its seconds until all is kept."""
         generation = Generation(
-            self.model, ids, 1, Sampling(), frozenset(), DRAFTS, CHUNK, kept, digest
+            self.model, ids, 1, Sampling(), frozenset(), DRAFTS, self.chunk, kept, digest
         )
-        started = time.perf_counter()
+        started = self.now()
         for _ in generation:
             pass
-        return generation, time.perf_counter() - started
+        return generation, self.now() - started - generation.prepare_s
+
+    def now(self) -> float:
+        """Seconds on a clock that only goes up, once the device has done all that it was given."""
+        if self.model.embed_tokens.weight.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     @torch.inference_mode()
     def parts(self, ids: list[int], kept: PrefixCache) -> dict[str, float]:
         """Seconds of what a hit consists of, done as `Generation` does it."""
         cache, room = self.model.new_cache(), len(ids) + 1 + DRAFTS
-        started = time.perf_counter()
+        started = self.now()
         reuse = kept.begin(ids, draft=True)
-        found = time.perf_counter()
+        found = self.now()
         hidden = kept.restore(reuse, cache, room=room, draft=True)
-        restored = time.perf_counter()
-        prefill(self.model, ids, cache, chunk=CHUNK, draft=True, hidden=hidden)
-        ended = time.perf_counter()
+        restored = self.now()
+        prefill(self.model, ids, cache, chunk=self.chunk, draft=True, hidden=hidden)
+        ended = self.now()
         kept.release(reuse)
         return {"begin": found - started, "restore": restored - found, "tail": ended - restored}
 
@@ -121,31 +154,27 @@ def _stop(line: str) -> NoReturn:
 
 
 def at_length(
-    subject: Subject, ids: list[int], *, repeats: int, cold_repeats: int
+    subject: Subject, ids: list[int], *, repeats: int, cold_repeats: int, with_folder: bool = True
 ) -> list[report.Row]:
     """All rows of one prompt, after the check of its bits; that check is also the warm-up."""
-    length = len(ids) - TAIL
+    length = len(ids) - subject.tail
     with tempfile.TemporaryDirectory() as base:
         kept, folder = subject.in_memory(), Path(base, "kept")
-        hits: dict[str, Callable[[], PrefixCache]] = {
-            HIT_MEMORY: lambda: kept,
-            HIT_FOLDER: lambda: subject.in_folder(folder),
-        }
+        hits: dict[str, Callable[[], PrefixCache]] = {HIT_MEMORY: lambda: kept}
+        colds: dict[str, Opener] = {COLD: lambda: None, COLD_MEMORY: subject.in_memory}
+        if with_folder:
+            hits[HIT_FOLDER] = lambda: subject.in_folder(folder)
+            colds[COLD_FOLDER] = lambda: subject.in_new_folder(Path(base, "new"))
         check(subject, ids, hits)
-        nbytes = {
-            HIT_MEMORY: sum(segment.nbytes for segment in kept.store.segments().values()),
-            HIT_FOLDER: sum(file.stat().st_size for file in folder.iterdir()),
-        }
-        colds: dict[str, Opener] = {
-            COLD: lambda: None,
-            COLD_MEMORY: subject.in_memory,
-            COLD_FOLDER: lambda: subject.in_new_folder(Path(base, "new")),
-        }
+        nbytes = {HIT_MEMORY: sum(segment.nbytes for segment in kept.store.segments().values())}
+        if with_folder:
+            nbytes[HIT_FOLDER] = sum(file.stat().st_size for file in folder.iterdir())
         first: dict[str, list[float]] = {name: [] for name in (*colds, *hits)}
         total: dict[str, list[float]] = {name: [] for name in (*colds, *hits)}
         parts: dict[str, list[dict[str, float]]] = {name: [] for name in hits}
         copies: list[float] = []
-        flat, there = torch.ones(2, nbytes[HIT_MEMORY], dtype=torch.uint8)
+        where = subject.model.embed_tokens.weight.device
+        flat, there = torch.ones(2, nbytes[HIT_MEMORY], dtype=torch.uint8, device=where)
         for i in range(repeats):
             # Fewer cold rounds than hits, if so, are spread evenly among them.
             cold = i * cold_repeats % repeats < cold_repeats
@@ -155,15 +184,15 @@ def at_length(
                 total[name].append(seconds)
             for name, opened in hits.items():
                 parts[name].append(subject.parts(ids, opened()))
-            started = time.perf_counter()
+            started = subject.now()
             there.copy_(flat)
-            copies.append(time.perf_counter() - started)
+            copies.append(subject.now() - started)
 
     def row(name: str) -> report.Row:
         return {"name": name, "prefix_tokens": length} | report.spread(first[name])
 
     rows = [row(COLD) | {"total_ms": _ms(total[COLD])}]
-    for name, kind in ((COLD_MEMORY, HIT_MEMORY), (COLD_FOLDER, HIT_FOLDER)):
+    for name, kind in zip((COLD_MEMORY, COLD_FOLDER), hits, strict=False):
         cost = {
             "total_ms": _ms(total[name]),
             "keep_ms": _ms([t - f for t, f in zip(total[name], first[name], strict=True)]),
@@ -184,7 +213,7 @@ def check(subject: Subject, ids: list[int], hits: dict[str, Callable[[], PrefixC
     """Fill what hits come from; cold or hit, the token and the bits of its logits are the same."""
     plain, _ = subject.first_token(ids, None, digest=True)
     for name, opened in hits.items():
-        for cached in (0, len(ids) - TAIL):
+        for cached in (0, len(ids) - subject.tail):
             one, _ = subject.first_token(ids, opened(), digest=True)
             assert one.cached_tokens == cached, f"{name}: {one.cached_tokens}, not {cached}"
             assert one.token_ids == plain.token_ids, f"{name}, {cached} cached: another token"
@@ -201,38 +230,71 @@ def main(args: argparse.Namespace) -> int:
     for name, count in (("repeats", args.repeats), ("cold-repeats", args.cold_repeats)):
         if count < 1:
             raise InputError(f"--{name} {count}; expected at least 1")
-    folder = locate(args.model)
-    model = load(folder)
-    longest = (model.config.max_position_embeddings - TAIL - 1) // GRID * GRID
+    if args.tail >= GRID:
+        raise InputError(
+            f"--tail {args.tail}; expected at most {GRID - 1}: a whole block of it would be kept, too"
+        )
+    if args.prefill_chunk % GRID:
+        raise InputError(f"--prefill-chunk {args.prefill_chunk}; expected a multiple of {GRID}")
+    subject, text = _random(args) if args.config else _of_checkpoint(args)
+    model, tail = subject.model, subject.tail
+    longest = (model.config.max_position_embeddings - tail - 1) // GRID * GRID
     for length in args.lengths:
         if length % GRID or not 0 < length <= longest:
             raise InputError(
-                f"length {length}; expected a multiple of {GRID}, at most {longest}: {TAIL} tokens "
+                f"length {length}; expected a multiple of {GRID}, at most {longest}: {tail} tokens "
                 f"and the first new one follow, the context is {model.config.max_position_embeddings}"
             )
-    text = Tokenizer(folder).encode(HELDOUT.read_text(encoding="utf-8"))
-    subject = Subject(model, fingerprint(folder))
     rows: list[report.Row] = []
     for length in steps(args.lengths, "lengths"):
-        ids = [text[i % len(text)] for i in range(length + TAIL)]
+        ids = [text[i % len(text)] for i in range(length + tail)]
         fewer = min(args.repeats, args.cold_repeats) if length >= LONG else args.repeats
-        rows += at_length(subject, ids, repeats=args.repeats, cold_repeats=fewer)
+        rows += at_length(
+            subject, ids, repeats=args.repeats, cold_repeats=fewer, with_folder=not args.no_folder
+        )
     for length, quoted in QUOTED.items():
         rows.append({"name": ARTICLE, "prefix_tokens": length, "median_ms": quoted, "quoted": True})
     config = {
-        "model": args.model,
+        "model": f"{args.config}, random weights, TP {args.tp}" if args.config else args.model,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "tail_tokens": TAIL,
+        "kv_cache_dtype": model.kv_cache_dtype,
+        "tail_tokens": tail,
         "draft_tokens": DRAFTS,
-        "prefill_chunk": CHUNK,
+        "prefill_chunk": subject.chunk,
         "repeats": args.repeats,
         "cold_repeats_when_long": args.cold_repeats,
     }
-    report.emit("ttft", config, rows, only_json=args.json)
+    where = model.embed_tokens.weight.device
+    on = {"device": torch.cuda.get_device_name(where)} if where.type == "cuda" else {}
+    report.emit("ttft", config, rows, only_json=args.json, **on)
     if args.plot:
         label = "the embedded model" if args.model == "tiny" else Path(args.model).name
-        plot(rows, args.plot, label)
+        plot(rows, args.plot, f"{args.config} at TP {args.tp}" if args.config else label, tail)
     return 0
+
+
+def _of_checkpoint(args: argparse.Namespace) -> tuple[Subject, list[int]]:
+    """The checkpoint, and the ids of held-out text."""
+    folder = locate(args.model)
+    model = load(
+        folder, device=args.device, path=args.path, kv_cache_dtype=args.kv_cache_dtype
+    )  # fmt: skip
+    text = Tokenizer(folder).encode(HELDOUT.read_text(encoding="utf-8"))
+    return Subject(model, fingerprint(folder), args.tail, args.prefill_chunk), text
+
+
+def _random(args: argparse.Namespace) -> tuple[Subject, list[int]]:
+    """A model of random weights on a GPU, and random ids."""
+    from tools.bench.step import random_model, share_of  # Triton is needed from here on
+
+    where, _ = gpu.find()
+    config = share_of(args.config, args.tp)
+    with torch.inference_mode():
+        model = random_model(config, where)
+    model.kv_cache_dtype = args.kv_cache_dtype
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(config.vocab_size, (1 << 18,), generator=generator).tolist()
+    return Subject(model, "", args.tail, args.prefill_chunk), ids
 
 
 def _check_plot(file: Path) -> None:
@@ -249,7 +311,7 @@ def _check_plot(file: Path) -> None:
         raise InputError("matplotlib is not installed; pip install -e '.[plot]'") from None
 
 
-def plot(rows: list[report.Row], file: Path, model: str) -> None:
+def plot(rows: list[report.Row], file: Path, model: str, tail: int = TAIL) -> None:
     """Medians by length, both axes logarithmic, with the range of the runs as bars."""
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
     from matplotlib.ticker import NullLocator  # pyright: ignore[reportMissingImports]
@@ -277,7 +339,7 @@ def plot(rows: list[report.Row], file: Path, model: str) -> None:
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.06)
-    axes.set_xlabel(f"prefix (tokens); {TAIL} more follow; lines: {model}")
+    axes.set_xlabel(f"prefix (tokens); {tail} more follow; lines: {model}")
     axes.set_ylabel("time to first token (ms)")
     axes.grid(which="major", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -73,6 +73,20 @@ def test_every_row_of_two_lengths(
     assert in_memory["cost_of_cache"] > 0 and on_disk["cost_of_cache"] > 0
 
 
+def test_a_longer_tail_and_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of the cache in memory alone, and the settings in the document."""
+    status, out, _ = command(
+        capsys, "--lengths", 64, "--repeats", 1, "--tail", 40, "--prefill-chunk", 128,
+        "--kv-cache-dtype", "fp8", "--no-folder", "--json",
+    )  # fmt: skip
+    assert status == 0
+    document = json.loads(out)
+    names = {row["name"] for row in document["rows"]} - {ttft.ARTICLE}
+    assert names == {ttft.COLD, ttft.COLD_MEMORY, ttft.HIT_MEMORY}
+    asked = {"tail_tokens": 40, "prefill_chunk": 128, "kv_cache_dtype": "fp8"}
+    assert asked.items() <= document["config"].items()
+
+
 @pytest.mark.parametrize("fault", ["k", "conv", "nothing"])
 def test_the_check_sees_other_bits(
     model: Model, monkeypatch: pytest.MonkeyPatch, fault: str
@@ -115,6 +129,9 @@ def test_what_the_cache_goes_on_without_ends_it(model: Model) -> None:
         (("--lengths", -64), ["length -64", "64"]),
         (("--lengths", 32768), ["length 32768", "32704"]),
         (("--repeats", 0), ["--repeats 0"]),
+        (("--tail", 64), ["--tail 64", "at most 63"]),
+        (("--prefill-chunk", 100), ["--prefill-chunk 100", "multiple of 64"]),
+        (("--config", "397b"), ["cpu"]),
         (("--cold-repeats", 0), ["--cold-repeats 0"]),
         (("--plot", "plot.pdf"), ["plot.pdf", ".svg", ".png"]),
         (("--plot", "nowhere/at/all.svg"), ["nowhere/at/all.svg", "nowhere/at is no folder"]),
