@@ -183,7 +183,8 @@ def in_other_processes(
     document as it comes."""
     launcher = [sys.executable]
     if args.tp > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", args.tp]
+        # Standalone: a port of its own, since the outer launcher holds the default one.
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", args.tp]
     environment = {n: v for n, v in os.environ.items() if not n.startswith(OF_TORCHRUN)}
     with tempfile.TemporaryDirectory() as scratch:
         requests = Path(scratch) / "requests"
