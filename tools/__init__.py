@@ -1,3 +1,3 @@
-"""Thin command lines over the library."""
+"""Command lines over the library."""
 
-import qwen35  # noqa: F401  (sets how torch's threads wait, which is too late once torch is imported)
+import qwen35  # noqa: F401  (sets how torch's threads wait; has to come before torch)

@@ -1,25 +1,27 @@
-"""`python -m tools.compile`: every kernel compiled for cards that are not here, and what came of it.
+"""`python -m tools.compile`: compile every kernel without a GPU, and report what came out.
 
-gfx950 (MI355X) and sm_90 (H100, H200); needs neither a GPU nor a driver. --check compares with the
-committed table, compile.json. --kernel compiles launches of your own instead (docs/write-a-kernel.md).
-Columns:
+The targets are gfx950 (MI355X) and sm_90 (H100, H200). Neither a GPU nor a driver is needed.
+--check compares the result with the committed table, compile.json. --kernel compiles your own
+launches instead (docs/write-a-kernel.md). The columns of the table are:
 
-vgpr: a lane's vector registers, of which agpr are accumulation registers; sm_90: a thread's registers.
-scratch: bytes a lane. lds: bytes a program. occupancy: waves (warps) that a SIMD (scheduler) can hold.
-code_bytes: of instructions.
-fp4_converts, scaled_mfma, mfma, wgmma, mma: how many instructions of the kernel are native FP4 converts,
-matrix products with scales, matrix products.
-wide_loads, narrow_loads: loads from memory, of 16 bytes a lane and of fewer: in the hot loop, or in the
-whole kernel if it has no loop, and always for sm_90.
-loop_bytes: what all loads of one pass of the hot loop bring to a program, activations too.
-weight_bytes_per_valu: weight bytes of a wave for each of the loop's vector instructions that is not a
-matrix product. An MI355X issues so few vector instructions that a kernel has to get 13 bytes from each
-to keep up with its memory: 8 TB/s over 256 CUs x 4 SIMDs x 2.4 GHz / 4 cycles.
+vgpr: vector registers per lane (sm_90: registers per thread). agpr of them are for accumulation.
+scratch: bytes of scratch memory per lane. lds: bytes of shared memory per program.
+occupancy: how many waves a SIMD can hold (sm_90: how many warps a scheduler can hold).
+code_bytes: bytes of instructions.
+fp4_converts: number of native FP4 conversions.
+scaled_mfma, mfma, wgmma, mma: numbers of matrix products. Only scaled_mfma has block scales.
+wide_loads, narrow_loads: numbers of memory loads of 16 bytes per lane, and of fewer. They count the
+hot loop, or the whole kernel if it has no loop, and always the whole kernel for sm_90.
+loop_bytes: bytes that one iteration of the hot loop loads for a program, activations included.
+weight_bytes_per_valu: weight bytes that a wave loads per vector instruction of the hot loop, not
+counting matrix products. On an MI355X a kernel needs 13 to keep up with the memory:
+8 TB/s / (256 CUs x 4 SIMDs x 2.4 GHz / 4 cycles).
 
-One pass of the loop in the assembly counts as one iteration of the source (`Launch.weight_bytes`). If the
-compiler unrolls the loop in part, the figure is too low, never too high: what loads bring does not tell
-twice the weights from weights and as many activations. There is no figure if no loop is left, or the
-hot loop brings fewer bytes than weight_bytes: it is another one then.
+One pass of the loop in the assembly counts as one iteration of the source (`Launch.weight_bytes`).
+If the compiler unrolls the loop in part, weight_bytes_per_valu is too low, and never too high. The
+reason is that the loaded bytes do not say whether they are weights or activations. The figure is
+left out if no loop remains, or if the hot loop loads fewer bytes than weight_bytes, because then it
+is another loop.
 """
 
 import argparse
@@ -50,12 +52,12 @@ from tools.gfx950.assembly import Instruction, hot_loop, parse
 from tools.kernel_file import launches_of
 from weights.storage import whole, write_whole
 
-TARGETS = {"gfx950": "s", "sm_90": "sass"}  # and the suffix of their assembly
+TARGETS = {"gfx950": "s", "sm_90": "sass"}  # target: suffix of its assembly files
 TABLE = Path(__file__).with_suffix(".json")
 PROCESSES = 2
-BYTES_PER_VALU = 13  # at least: see above
+BYTES_PER_VALU = 13  # the minimum; the module docstring derives it
 UPDATE = "python -m tools.compile --update"
-TOLERANCE = 0.02  # of weight_bytes_per_valu
+TOLERANCE = 0.02  # relative, for weight_bytes_per_valu
 
 LANES = 64
 LOAD = re.compile(r"(?:buffer|global|flat)_load_(?:lds_)?(dword(?:x[234])?|[us]byte|[us]?short)")
@@ -68,7 +70,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Compiled:
-    """row: of the table, or None with the compiler's error. assembly: of the machine's instructions."""
+    """The outcome of one launch. row: its row of the table, or None where the compiler raised
+    `error`.
+
+    assembly: the text of the machine instructions.
+    """
 
     name: str
     target: str
@@ -103,11 +109,12 @@ def build_parser() -> Parser:
 
 
 def compile_all(jobs: list[tuple[Launch, str]]) -> list[Compiled]:
-    """Launches, each for a target, in processes that inherit them: kernels cannot be pickled."""
+    """Compile (launch, target) pairs in forked processes. They inherit the launches, because
+    kernels cannot be pickled. InputError if a compiler crashes."""
     pool = ProcessPoolExecutor(PROCESSES, get_context("fork"), _inherit, (jobs,))
     try:
         with pool:
-            found = pool.map(_compile_job, range(len(jobs)))  # forks, before there is a thread
+            found = pool.map(_compile_job, range(len(jobs)))  # forks before any thread is started
             return list(steps(found, "kernels", len(jobs)))
     except BrokenProcessPool:
         raise InputError("the compiler crashed; --match tells at which kernel") from None
@@ -118,7 +125,7 @@ _jobs: list[tuple[Launch, str]] = []
 
 def _inherit(jobs: list[tuple[Launch, str]]) -> None:
     _jobs[:] = jobs
-    os.dup2(2, 1)  # what compilers print is no part of the table
+    os.dup2(2, 1)  # keep what compilers print out of the table
 
 
 def _compile_job(index: int) -> Compiled:
@@ -132,7 +139,7 @@ def _compile(launch: Launch, target: str) -> Compiled:
         compiled = compile_launch(launch, target)
         describe = _describe_gfx950 if target == "gfx950" else _describe_sm90
         figures, assembly = describe(launch, compiled)
-    except Exception as error:  # of whatever type the compiler raises: the others are to go on
+    except Exception as error:  # a compiler may raise any type; the other kernels go on
         message = " ".join(str(error).split()) or "no message"
         return Compiled(launch.name, target, None, error=f"{type(error).__name__}: {message}")
     return Compiled(
@@ -171,16 +178,17 @@ def _describe_gfx950(launch: Launch, compiled: Any) -> tuple[Row, str]:
 
 
 def occupancy_gfx950(vgpr: int, lds: int, num_warps: int) -> float:
-    """Waves a SIMD, four of which make a CU: 512 registers a lane in eights, 160 KiB a CU in pieces of
-    1280 bytes."""
+    """Waves per SIMD. A CU has 4 SIMDs. A SIMD has 512 registers per lane, allocated in units of 8.
+    A CU has 160 KiB of LDS, allocated in units of 1280 bytes."""
     by_registers = 512 // max(8, _round_up(vgpr, 8))
     by_lds = 160 * 1024 // _round_up(lds, 1280) * num_warps / 4 if lds else math.inf
     return min(8, by_registers, by_lds)
 
 
 def occupancy_sm90(registers: int, shared: int, num_warps: int) -> float:
-    """Warps a scheduler: 64 Ki registers an SM, 256 at a time for a warp; 228 KiB, of which each program
-    takes 1 KiB more than it asks for; 64 warps and 32 programs an SM; 4 schedulers."""
+    """Warps per scheduler. An SM has 4 schedulers and 64 Ki registers, which a warp takes in units
+    of 256. It has 228 KiB of shared memory, of which each program takes 1 KiB more than it asks
+    for. It holds at most 64 warps and 32 programs."""
     by_registers = 65536 // _round_up(32 * registers, 256) // num_warps
     by_shared = 228 * 1024 // (_round_up(shared, 128) + 1024)
     return min(by_registers, by_shared, 64 // num_warps, 32) * num_warps / 4
@@ -195,7 +203,7 @@ def _is_valu(mnemonic: str) -> bool:
 
 
 def lane_bytes(instruction: Instruction) -> int:
-    """That a load from memory brings to a lane; 0 if it is none, or one of the whole wave."""
+    """Bytes that a memory load brings to a lane. 0 for other instructions and for scalar loads."""
     found = LOAD.match(instruction.mnemonic)
     return BYTES.get(found[1], 2) if found else 0
 
@@ -207,7 +215,7 @@ def wave_bytes(instruction: Instruction) -> int:
 
 
 def _count(pattern: str, mnemonics: list[str]) -> int:
-    """Instructions so named; an encoding may be added to the name."""
+    """Number of mnemonics that begin with the pattern. An encoding suffix may follow the name."""
     return sum(bool(re.match(pattern, mnemonic)) for mnemonic in mnemonics)
 
 
@@ -245,12 +253,12 @@ def _describe_sm90(launch: Launch, compiled: Any) -> tuple[Row, str]:
 
 
 def _output(*command: str) -> str:
-    """Of one of Triton's own programs."""
+    """Standard output of one of the programs that Triton ships."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def faults(row: Row) -> list[str]:
-    """What no kernel may have, whatever the table says."""
+    """Faults that no kernel may have, whether or not the table records them."""
     found = [
         f"{row[name]} {unit}"
         for name, unit in (
@@ -267,13 +275,15 @@ def faults(row: Row) -> list[str]:
 
 
 def lost(row: Row, old: Row) -> list[str]:
-    """Native instructions that the kernel had and has no more: Triton then goes the long way round."""
+    """Kinds of native instructions that the kernel no longer has. Triton then emulates them with
+    others."""
     names = ("fp4_converts", "scaled_mfma", "mfma", "wgmma", "mma")
     return [f"{name} {old[name]} -> 0" for name in names if old.get(name) and not row.get(name)]
 
 
 def compare(row: Row, old: Row) -> tuple[list[str], list[str]]:
-    """What is worse than recorded, beyond `lost`, and what is better."""
+    """Lines on what is worse than recorded, without what `lost` reports, and lines on what is
+    better."""
     worse: list[str] = []
     better: list[str] = []
     for name, tolerance in (
@@ -301,8 +311,11 @@ def compare(row: Row, old: Row) -> tuple[list[str], list[str]]:
 def check(
     found: list[Compiled], table: dict[str, Any], version: str, wanted: Callable[[str, str], bool]
 ) -> tuple[list[str], list[str]]:
-    """Lines on what is worse than in the table, and on what is better. wanted: whether this run is about
-    this kernel and target. A table of another Triton version only tells native instructions."""
+    """Lines on what is worse than in the table, and on what is better.
+
+    wanted: whether this run covers a kernel (by name) and a target. If the table is of another
+    Triton version, only faults and lost native instructions are reported.
+    """
     recorded = {(row["name"], row["target"]): row for row in table["kernels"]}
     worse: list[str] = []
     better: list[str] = []
@@ -341,7 +354,7 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def write_table(path: Path, rows: list[Row], version: str) -> None:
-    """One line a row, for git diff; whole or not at all."""
+    """Write one line per row, so that git diff is readable. The file is replaced atomically."""
     ordered = sorted(rows, key=lambda row: (row["name"], row["target"]))
     lines = ",\n".join(json.dumps(row) for row in ordered)
     text = f'{{"triton": {json.dumps(version)}, "kernels": [\n{lines}\n]}}\n'
@@ -350,7 +363,7 @@ def write_table(path: Path, rows: list[Row], version: str) -> None:
 
 
 def print_table(rows: list[Row]) -> None:
-    """A table for each target; columns that hold nothing are left out."""
+    """Print a table for each target, without empty columns."""
     for target in TARGETS:
         own = [row for row in rows if row["target"] == target]
         names = [
@@ -384,7 +397,7 @@ def write_assembly(folder: Path, found: list[Compiled]) -> None:
 
 
 def all_launches(target: str) -> Iterable[Launch]:
-    """The project's, with what they are launched with on a target."""
+    """The project's own launches, with their configurations for a target."""
     from fast.catalogue import launches
 
     return launches(target, lay_out)
@@ -408,7 +421,7 @@ def main(
     def wanted(name: str, target: str) -> bool:
         return target in args.target and fnmatchcase(name, args.match)
 
-    kept: list[Row] = []  # of the table, as this run is not about them
+    kept: list[Row] = []  # rows of the table that this run does not cover
     compares = args.check and not args.kernel
     old = read_table(table) if compares or (args.update and not _whole(args)) else None
     if old and args.update:
@@ -462,7 +475,7 @@ def main(
 
 
 def _whole(args: argparse.Namespace) -> bool:
-    """Whether this run is about all kernels and targets."""
+    """Whether this run covers all kernels and targets."""
     return args.match == "*" and set(args.target) == set(TARGETS)
 
 

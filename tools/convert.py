@@ -1,5 +1,8 @@
-"""`python -m tools.convert SRC DST --to mxfp4|fp8|bf16`: one checkpoint format into another, streaming;
-whole, in folders of ranks, or joined from those."""
+"""`python -m tools.convert SRC DST --to mxfp4|fp8|bf16`: convert a checkpoint, streaming.
+
+The result is a whole checkpoint, or one folder per rank. The source may be such folders of ranks
+too.
+"""
 
 import argparse
 import shutil
@@ -19,7 +22,7 @@ from weights.quantization import PREFIX
 from weights.shard import SIZES
 from weights.verify import dry_run, verify
 
-# What a parameter becomes, by `weights.output.To`.
+# How the report describes each value of `weights.output.To`.
 BECOMES = {
     "copy": "copied",
     "mxfp4": "quantised to MXFP4",
@@ -64,8 +67,9 @@ def build_parser() -> Parser:
 
 
 def check(checkpoint: Checkpoint) -> None:
-    """Raise InputError unless a checkpoint's tensors make a model of its config; warn as loading does."""
-    as_a_model = checkpoint.copy()  # what is no part of it is put aside here only
+    """Check that a checkpoint's tensors make a model of its config, and give the warnings of
+    loading. InputError if they do not."""
+    as_a_model = checkpoint.copy()  # unused tensors are set aside in the copy only
     try:
         as_a_model.check_idle()
         as_a_model.check(shapes(lay_out(text_model(as_a_model))))
@@ -75,16 +79,17 @@ def check(checkpoint: Checkpoint) -> None:
 
 
 def leave_foreign(checkpoint: Checkpoint, as_a_model: Checkpoint) -> None:
-    """Put aside what a conversion does not carry along. as_a_model: a copy, checked as a model."""
-    # What stands in a file that no index lists, and is no part of the model, is not carried along.
+    """Set aside the tensors that a conversion does not copy: those that stand in a file that no
+    index lists and are no part of the model. as_a_model: a copy of the checkpoint, checked as a
+    model."""
     foreign = checkpoint.unlisted & as_a_model.ignored.keys() - checkpoint.ignored.keys()
-    if checkpoint.is_hollow:  # these were not compared: loading the output does it
+    if checkpoint.is_hollow:  # copies were not compared; loading the output compares them
         foreign = {name for name in foreign if PREFIX.sub("", name) not in COPIES}
     checkpoint.ignored |= {name: as_a_model.ignored[name] for name in foreign}
 
 
 def say_plan(args: argparse.Namespace, plan: dict[str, Any]) -> int:
-    """Print what a conversion would write."""
+    """Print what a conversion would write. Returns the exit status."""
     place = next(p for p in (args.target.absolute(), *args.target.absolute().parents) if p.exists())
     document = {
         "source": args.source,
@@ -114,7 +119,8 @@ def say_plan(args: argparse.Namespace, plan: dict[str, Any]) -> int:
 
 
 def say_verified(args: argparse.Namespace, source: Path | str, options: Options) -> int:
-    """Compare, and print what came out."""
+    """Compare a finished conversion with its source, and print the result. Returns the exit
+    status."""
     with Progress("verified", is_bytes=True) as bar:
         found = verify(source, args.target, options, check=check, progress=bar.at)
     if args.json:

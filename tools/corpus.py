@@ -26,18 +26,21 @@ from pathlib import Path
 from weights.storage import write_whole
 
 SEPARATOR = "<|endoftext|>"
-PART = 24_000  # a document longer than this is cut, so that the held-out share can be fine
+PART = 24_000  # characters; longer documents are cut, so that the held-out share can be exact
 CAP = 12_000_000
-HELD_BOOK, HELD_MANUAL = 0.0056, 0.0035  # share of a source that is held out
+HELD_BOOK, HELD_MANUAL = 0.0056, 0.0035  # shares of a source that are held out
 
 
 class CorpusError(Exception):
-    """A package could not be had; the message names it."""
+    """A package could not be downloaded or unpacked. The message names it."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One package, the files to read from it, and how much of it to keep."""
+    """One package, the files to read from it, and how many characters of it to keep at most (cap).
+
+    files: glob patterns, separated by spaces. reader: a key of READERS.
+    """
 
     package: str
     licence: str
@@ -47,7 +50,8 @@ class Source:
 
     @property
     def book(self) -> bool:
-        """True for real prose, which is held out more and never thinned by its first words."""
+        """True for books. More of them is held out, and `Filter` does not count their opening
+        words."""
         return self.reader in ("text", "rdata", "osis", "layout")
 
 
@@ -130,7 +134,7 @@ INLINE_TAGS = (
 
 
 class Page(HTMLParser):
-    """Collects headings and paragraphs of a page; code, tables and menus are left out."""
+    """Collects the headings and paragraphs of a page. Code, tables and menus are left out."""
 
     SKIPPED = frozenset(HIDDEN_TAGS.split())
     INLINE = frozenset(INLINE_TAGS.split())
@@ -143,7 +147,8 @@ class Page(HTMLParser):
         self.hidden: list[str] = []
 
     def flush(self, kind: str = "") -> None:
-        """End the running block and begin one of the given kind ("" takes no text)."""
+        """End the current block and begin one of the given kind: "h", "p", or "" for text that is
+        dropped."""
         text = "".join(self.text)
         if text.strip():
             self.blocks.append((self.kind == "h", text))
@@ -183,13 +188,13 @@ def read_html(data: bytes) -> Iterator[Blocks]:
 
 
 def read_layout(data: bytes) -> Iterator[Blocks]:
-    """An old page whose text sits in layout tables, with two line breaks for a paragraph."""
+    """An old page with its text in layout tables. Two line breaks separate its paragraphs."""
     data = re.sub(rb"(?i)</?(font|table|tr|td|i|b)\b[^>]*>", b"", data)
     return read_html(re.sub(rb"(?i)<br>(\s|&nbsp;)*<br>", b"<p>", data))
 
 
 def read_text(data: bytes) -> Iterator[Blocks]:
-    """A plain text, one document for each chapter; an indented table is not a paragraph."""
+    """A plain text, as one document per chapter. Indented tables are left out."""
     text = data.decode("utf-8", "replace").replace("\r\n", "\n")
     text = re.split(r"End of (?:the )?Project Gutenberg|\*\*\* ?END OF", text)[0]
     blocks: list[tuple[bool, str]] = []
@@ -203,7 +208,7 @@ def read_text(data: bytes) -> Iterator[Blocks]:
 
 
 def streams(data: bytes) -> Iterator[bytes]:
-    """Every zlib stream in a file: the indexes beside such files are not needed then."""
+    """Every zlib stream in a file, found by its header, so that the index files are not needed."""
     end = 0
     for match in re.finditer(rb"\x78[\x01\x5e\x9c\xda]", data):
         unpack = zlib.decompressobj()
@@ -218,7 +223,7 @@ def streams(data: bytes) -> Iterator[bytes]:
 
 
 def read_rdata(data: bytes) -> Iterator[Blocks]:
-    """The strings of R objects, taken as the lines of a text."""
+    """The strings of R objects, read as the lines of a text."""
     for stream in streams(data):
         lines, at = [], 0
         mark = re.compile(rb"\x00(?:\x04\x00|\x00\x80)\x09")
@@ -238,7 +243,7 @@ FOREIGN = re.compile(r"\\nd |\((Greek|Hebrew) - [^)]*\)|[\u0370-\u05ff\u1f00-\u1
 
 
 def read_osis(data: bytes) -> Iterator[Blocks]:
-    """A SWORD module: OSIS mark-up in zlib blocks, a book or a chapter in each."""
+    """A SWORD module: OSIS mark-up in zlib blocks. Each block is a book or a chapter."""
     for stream in streams(data):
         text = stream.decode("utf-8", "replace").replace("\n", " ")
         text = re.sub(r"<note\b((?!<note).)*?</note>", "", text)
@@ -254,7 +259,7 @@ POD_CODE = re.compile(r"[A-WYZ]<(?:[^<>|]*\|)?([^<>]*)>|X<[^<>]*>")
 
 
 def read_pod(data: bytes) -> Iterator[Blocks]:
-    """Perl's own mark-up: headings, and paragraphs that are not indented."""
+    """Perl's documentation format: its headings, and the paragraphs that are not indented."""
     blocks = []
     text = re.sub(r"[A-Z]<<+ (.*?) >>+", r"\1", data.decode("utf-8", "replace"), flags=re.DOTALL)
     for block in re.split(r"\n\s*\n", text.replace("E<gt>", ">").replace("E<lt>", "<")):
@@ -268,7 +273,7 @@ def read_pod(data: bytes) -> Iterator[Blocks]:
 
 
 def read_wordnet(data: bytes) -> Iterator[Blocks]:
-    """The glosses of a dictionary, each after its word."""
+    """The definitions of a dictionary, each after its word."""
     blocks = []
     for line in data.decode("utf-8", "replace").splitlines():
         entry, _, gloss = line.partition(" | ")
@@ -299,7 +304,7 @@ def tidy(text: str, book: bool) -> str:
 
 
 def is_prose(text: str, share: float) -> bool:
-    """Whether a line reads like sentences of English; cheap tests come first."""
+    """Whether a line reads like English sentences. share: the fraction of words in COMMON."""
     size, words = len(text), text.split()
     if size < 60 or len(words) < 10 or text[-1] not in ".!?:\")']" or max(text) > "\u024f":
         return False
@@ -320,7 +325,7 @@ def is_heading(text: str) -> bool:
 
 
 def clean(blocks: Blocks, book: bool) -> list[str]:
-    """The prose of a document, each heading only where prose follows it."""
+    """The prose paragraphs of a document. A heading is kept only where prose follows it."""
     out: list[str] = []
     heading = broken = ""
     for is_head, raw in blocks:
@@ -333,12 +338,13 @@ def clean(blocks: Blocks, book: bool) -> list[str]:
             out += [heading, text] if heading else [text]
             heading = ""
         elif book and 40 < len(text) < 4000 and (text[-1].islower() or text[-1] in ",;"):
-            broken = text  # a verse or a line of speech that runs on
+            broken = text  # a verse or a line of speech that continues in the next block
     return out
 
 
 def cut(name: str, paragraphs: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Pieces of at most about PART bytes, so that no single document is a large share."""
+    """Cut a document into pieces of about PART characters, so that none is a large share of the
+    text. Pieces of at most 200 characters are dropped."""
     piece: list[str] = []
     size = count = 0
     for text in paragraphs:
@@ -355,7 +361,7 @@ Documents = list[tuple[str, list[str]]]
 
 
 def unpack(source: Source, folder: Path) -> str:
-    """Download and unpack a package; its version is returned."""
+    """Download a package and unpack it into `folder`/tree. Returns its version."""
     steps = ["apt-get", "download", "-q", source.package], ["dpkg-deb", "-x", "", "tree"]
     for step in steps:
         step = [word or next(folder.glob("*.deb")).name for word in step]
@@ -387,14 +393,16 @@ def extract(source: Source) -> tuple[str, Documents]:
 
 
 class Filter:
-    """Remembers every paragraph seen in the whole corpus, and how often each opening came."""
+    """Remembers every paragraph of the corpus, and how often each opening (40 characters)
+    occurs."""
 
     def __init__(self) -> None:
         self.seen: set[bytes] = set()
         self.openings: Counter[str] = Counter()
 
     def fresh(self, text: str, book: bool) -> bool:
-        """Whether a paragraph is new and is not one more copy of a template."""
+        """Whether a paragraph is new. Manuals may use the same opening 20 times; more looks like a
+        template."""
         if len(text) < 60 and text[-1] not in '.!?:"':
             return True
         plain = normal(text)
@@ -406,7 +414,8 @@ class Filter:
         return True
 
     def apply(self, documents: Documents, book: bool) -> Documents:
-        """The documents with only their fresh paragraphs; headings left alone go too."""
+        """The documents with only their fresh paragraphs, without headings that lose their
+        prose."""
         out = []
         for name, paragraphs in documents:
             kept = [text for text in paragraphs if self.fresh(text, book)]
@@ -418,7 +427,8 @@ class Filter:
 
 
 def pick(documents: Documents, budget: float) -> set[str]:
-    """Names of documents, in the order of their hashes, that fill a number of bytes."""
+    """Names of documents of at most `budget` characters together, chosen in the order of their
+    hashes."""
     chosen: set[str] = set()
     for name, paragraphs in sorted(documents, key=lambda d: hashlib.sha256(d[0].encode()).digest()):
         size = sum(len(text) + 2 for text in paragraphs)

@@ -27,9 +27,9 @@ from tools.report import page
 from weights.quantization import PREFIX
 from weights.storage import whole
 
-SHOWN = 20  # rows printed for people, twice as many where that many fail; --json has all
-LISTED = 8  # names of nodes of one class that are printed
-FACTS = ("qwen35", "torch", "triton", "python", "system", "processor", "GPU")  # told of a run
+SHOWN = 20  # printed rows; up to twice as many if more of them fail; --json has all
+LISTED = 8  # printed names of nodes, per class
+FACTS = ("qwen35", "torch", "triton", "python", "system", "processor", "GPU")  # of `environment`
 
 
 def build_parser() -> Parser:
@@ -68,8 +68,11 @@ def build_parser() -> Parser:
 
 @torch.inference_mode()
 def trace_of_transformers(folder: Path, ids: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The outputs of that library's modules for the same folder, under our names and as our nodes return
-    them: its routers have (logits, weights, experts)."""
+    """The outputs of the modules of the transformers library for the same folder, by our node
+    names.
+
+    Its routers return (logits, weights, experts); here they are stored as ours: experts, weights.
+    """
     try:
         import transformers
     except ImportError:
@@ -117,7 +120,8 @@ def prompt_ids(args: argparse.Namespace, folder: Path) -> list[int]:
 
 
 def described(args: argparse.Namespace, ids: list[int]) -> dict[str, str]:
-    """What it takes to run a comparison again: the command, the tokens, versions and machine."""
+    """What is needed to repeat a comparison: the command, the tokens, the versions and the
+    machine."""
     found = environment()
     is_drawn = args.ids is None and args.prompt is None and not _is_trace(args.against)
     tokens = f"{len(ids)} random ids of seed {args.seed}" if is_drawn else f"{len(ids)} given ids"
@@ -130,7 +134,7 @@ def _is_trace(against: str | None) -> bool:
 
 
 def document(report: Report, title: str, mode: str, made: dict[str, str]) -> dict[str, Any]:
-    """What --json prints and --report shows. made: of `described`."""
+    """The document that --json prints and --report shows. made: the result of `described`."""
     rows = [{**asdict(row), "pass": row.passed} for row in report.rows]
     for row in rows:
         del row["passed"]
@@ -142,7 +146,7 @@ def document(report: Report, title: str, mode: str, made: dict[str, str]) -> dic
 
 
 def print_rows(report: Report) -> None:
-    """The worst rows, and what the table does not say."""
+    """Print the worst rows, then the summary lines."""
     failing, every = len(report.failing), len(report.rows)
     shown = min(every, max(SHOWN, min(failing, 2 * SHOWN)))
     print("\n".join(table(report.rows[:shown])))
@@ -164,7 +168,7 @@ def print_rows(report: Report) -> None:
 
 
 def swapped_lines(report: Report) -> list[str]:
-    """What was put in, a line for each class, and which of these nodes no row speaks of."""
+    """One line per class that was swapped in, and a line on swapped nodes that no row compares."""
     compared = {row.node for row in report.rows}
     lines: list[str] = []
     for kind in dict.fromkeys(report.swapped.values()):

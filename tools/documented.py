@@ -1,8 +1,8 @@
-"""`python -m tools.documented`: the commands and Python examples of README and docs, and how each is run.
+"""`python -m tools.documented`: list the commands and Python examples of README and docs.
 
-All are listed, with the page and the kind. `small` ones are run by the tests, in the order of their page.
-The others are in `ELSEWHERE`, with the reason; `--run KIND` runs those too, after the small ones of their
-page, which may write what they read.
+The tests run the `small` examples of each page, in the order of the page. The other examples are in
+`ELSEWHERE`, with the reason. `--run KIND` runs those too, together with the small ones of their
+page, because these may write files that they read.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PROGRAMS = (
     "python", "torchrun", "pytest", "pip", "qwen35", ".ci/run", "echo", "printf", "cat", "git",
 )  # fmt: skip
-SHELL = {"|", ">", "<", ";"}  # words that only a shell obeys
+SHELL = {"|", ">", "<", ";"}  # words that need a shell
 KINDS = {
     "small": "a few seconds on a CPU",
     "minutes": "longer, on a CPU",
@@ -31,7 +31,7 @@ KINDS = {
 }
 SMALL = "small"
 
-# Commands, and lines of Python examples, that are not small: kind and reason.
+# Commands, and lines of Python examples, that are not small, each with its kind and the reason.
 ELSEWHERE: dict[str, tuple[str, str]] = {
     "pip install torch==2.13.0 -e .": ("setup", "installs; the next line of the README includes it"),
     "pip install torch==2.13.0 -e '.[test]'": ("setup", "installs; .ci/run does it"),
@@ -92,7 +92,7 @@ STATUSES = {
     "python -m tools.diff tiny --against tiny-mxfp4 --report diff.html": 1,  # experts differ
 }
 
-# What a page speaks of and does not make: commands before its first one, and files.
+# Commands to run before the first one of a page, and files that a page expects.
 BEFORE = {"docs/diff.md": ["python -m tools.convert tiny tiny-mxfp4 --to mxfp4"]}
 FILES = {
     "docs/diff.md": {"my_kernels.py": "from reference.moe import Experts as Reference\n\n\n"
@@ -102,22 +102,23 @@ FILES = {
     "docs/generate.md": {"requests.jsonl": '{"prompt": "In the beginning", "max_new_tokens": 4}\n'},
 }  # fmt: skip
 
-# What stands for something of the reader's: a model, a folder, a file.
+# Placeholders in commands, and what replaces them when they are run.
 PLACEHOLDERS = {"MODEL": "tiny", "DIR": "kept", "FILE": "plot.svg"}
 A_CHECKPOINT = re.compile(r"/?path/to/[\w.-]+")
 
 FENCE = re.compile(r" *```(\w*)")
 INLINE = re.compile(r"`([^`]+)`")
-NAMED = re.compile(r"# (\w+\.py)\n")  # first line of a Python example that is a file
-ANSWER = re.compile(r"(?:\(Pdb\)|>) (.*)")  # what a page types into a running command
+NAMED = re.compile(r"# (\w+\.py)\n")  # first line of an example that is a file
+ANSWER = re.compile(r"(?:\(Pdb\)|>) (.*)")  # a line that the reader types into a running command
 
 
 @dataclass(frozen=True)
 class Example:
     """A command or a Python example of a page.
 
-    text: as it stands there. words: of a command, as a shell splits them, without comments. typed: lines
-    that the page types into it. inline: it stands in a sentence, which may name it again.
+    text: the text of the page. words: the words of a command as a shell splits them, without
+    comments; empty for Python. typed: lines that the page types into the command. inline: whether
+    it is inline code in a sentence, which may name a command again.
     """
 
     page: str
@@ -133,7 +134,7 @@ class Example:
 
     @property
     def known(self) -> str | None:
-        """The entry of ELSEWHERE that this is."""
+        """The key of ELSEWHERE that matches this example, or None."""
         if self.is_python:
             return next((key for key in ELSEWHERE if key in self.text), None)
         return next((key for key in ELSEWHERE if tuple(shlex.split(key)) == self.words), None)
@@ -148,35 +149,36 @@ class Example:
 
     @property
     def file(self) -> str | None:
-        """The name that a Python example is to be stored under."""
+        """The file name that a Python example is stored under, or None."""
         found = NAMED.match(self.text)
         return found[1] if found and self.is_python else None
 
     @property
     def input(self) -> str:
-        """Standard input: what the page types, or what ends a debugger or a conversation."""
+        """Standard input: the lines that the page types, or else lines that end a debugger or a
+        conversation."""
         if self.typed:
             return "\n".join(self.typed) + "\n"
         return "c\n" * 9 if "--break" in self.words else "\n"
 
     def filled(self) -> "Example":
-        """With something that exists in the place of what is the reader's."""
+        """A copy whose placeholders are replaced by things that exist."""
         words = (PLACEHOLDERS.get(w, A_CHECKPOINT.sub("tiny", w)) for w in self.words)
         return replace(self, text=A_CHECKPOINT.sub("tiny", self.text), words=tuple(words))
 
 
 def pages() -> list[str]:
-    """README, CONTRIBUTING and docs, as paths from the checkout."""
+    """README, CONTRIBUTING and the pages in docs, as paths relative to the checkout."""
     docs = sorted(file.relative_to(ROOT).as_posix() for file in (ROOT / "docs").glob("*.md"))
     docs.remove("docs/write-a-kernel.md")  # tests/tools/test_write_a_kernel.py follows it
     return ["README.md", "CONTRIBUTING.md", *docs]
 
 
 def commands_of(page: str, line: int, text: str) -> Iterator[Example]:
-    """The commands of a line of a shell, which `&&` joins; none where it is no command."""
+    """The commands of a shell line, split at `&&`. None if the line is not a command."""
     words = text.split()
     if not words or words[0] not in PROGRAMS or any(word.endswith(":") for word in words[2:3]):
-        return  # a program's name before a colon begins a line that it prints
+        return  # a program's name before a colon begins a line of its output
     rest = shlex.split(text, comments=True)
     while rest:
         end = rest.index("&&") if "&&" in rest else len(rest)
@@ -185,12 +187,13 @@ def commands_of(page: str, line: int, text: str) -> Iterator[Example]:
 
 
 def examples(page: str, text: str) -> list[Example]:
-    """All of a page, in its order: lines of indented and fenced blocks, Python blocks, inline code."""
+    """All examples of a page, in order, from indented and fenced blocks, Python blocks and inline
+    code."""
     found: list[Example] = []
     language: str | None = None  # of the fenced block that is open
     block: list[str] = []
-    prose: list[str] = []  # a paragraph, as inline code goes over line ends
-    joined = ""  # a command that goes on after a backslash
+    prose: list[str] = []  # the lines of a paragraph; inline code may span lines
+    joined = ""  # a command that a backslash continues on the next line
     for number, line in enumerate([*text.splitlines(), ""], 1):
         fence, stripped = FENCE.match(line), line.strip()
         if fence:
@@ -222,14 +225,14 @@ def examples(page: str, text: str) -> list[Example]:
 
 
 def documented() -> list[Example]:
-    """Of all pages."""
+    """The examples of all pages."""
     return [
         one for page in pages() for one in examples(page, (ROOT / page).read_text(encoding="utf-8"))
     ]
 
 
 def stale(found: list[Example]) -> list[str]:
-    """Entries of the tables above that no page has any more."""
+    """Entries of ELSEWHERE and STATUSES that no page has any more."""
     known = {one.known for one in found}
     promised = {shlex.join(one.words) for one in found}
     return [key for key in ELSEWHERE if key not in known] + [
@@ -238,7 +241,7 @@ def stale(found: list[Example]) -> list[str]:
 
 
 def prepare(page: str, folder: Path) -> list[Example]:
-    """Put into an empty folder what a page speaks of. Returns the commands that come before its own."""
+    """Put the files that a page expects into an empty folder. Returns the commands to run first."""
     (folder / "docs").symlink_to(ROOT / "docs")
     for name, text in FILES.get(page, {}).items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -246,7 +249,7 @@ def prepare(page: str, folder: Path) -> list[Example]:
 
 
 def process(one: Example) -> list[str]:
-    """What to start for an example."""
+    """The command line that runs an example."""
     if one.is_python:
         return [sys.executable, "-c", one.text]
     if SHELL & {*one.words}:

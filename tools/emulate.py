@@ -1,9 +1,9 @@
-"""`python -m tools.emulate PROMPT`: text from the fast path's gfx950 machine code, without the card.
+"""`python -m tools.emulate PROMPT`: generate text with gfx950 machine code, without a GPU.
 
-The reference computes the prompt. Each decode round (drafts, verification, acceptance) is the same list
-of launches that a GPU captures as a graph; here every launch is compiled for gfx950 and executed by the
-emulator (docs/emulator.md). Greedy. --check compares the tokens with the reference's, and exits with 1
-where they differ.
+The reference computes the prompt. Each decode round (drafts, verification, acceptance) is the list
+of launches that a GPU captures as a graph. Here every launch is compiled for gfx950 and executed by
+the emulator (docs/emulator.md). Decoding is greedy. --check compares the tokens with those of the
+reference, and exits with 1 if they differ.
 """
 
 import argparse
@@ -33,7 +33,8 @@ TARGET = "gfx950"
 
 
 class Packed:
-    """A class of the fast path, packed for gfx950 wherever the model is."""
+    """A class of the fast path that packs its weights for gfx950, on whatever device the model
+    is."""
 
     def __init__(self, kind: Any) -> None:
         self.kind = kind

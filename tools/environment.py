@@ -1,4 +1,4 @@
-"""`python -m tools.environment`: what a bug report needs to say of this machine and its packages."""
+"""`python -m tools.environment`: versions, processor and GPU of this machine, for a bug report."""
 
 import argparse
 import os
@@ -22,11 +22,11 @@ def build_parser() -> Parser:
 
 
 def environment() -> dict[str, str]:
-    """By name; a package that is not there is "not installed"."""
+    """Facts by name. The version of a missing package is "not installed"."""
     found = {name: installed(name) for name in PACKAGES}
     found["python"] = platform.python_version()
     found["system"] = platform.platform()
-    found["processor"] = processor()  # with the instructions that torch uses
+    found["processor"] = processor()  # with the instruction set that torch uses
     found["cores"] = str(os.cpu_count())
     found["threads"] = str(torch.get_num_threads())
     found["waiting"] = waiting()

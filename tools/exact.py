@@ -1,9 +1,10 @@
-"""`python -m tools.exact`: the exactness contract, shown on any checkpoint and machine.
+"""`python -m tools.exact`: check the exactness contract on any checkpoint and machine.
 
-Each prompt is continued in many ways: drafting depths, prefill chunks, and what a prefix cache had of it
-(nothing, each possible length, in memory, on disk in another process, after eviction). All have to
-give the same tokens and the same bits of logits; at one depth, also the same drafts. Without an option
-one prompt is walked, in less than a minute for the embedded model.
+Each prompt is continued in many ways. They differ in the drafting depth, in the prefill chunk, and
+in what a prefix cache holds of the prompt: nothing, each possible length, in memory, on disk in
+another process, after eviction. All ways have to give the same tokens and the same bits of logits.
+Ways of the same depth also have to give the same drafts. Without options one prompt is continued,
+which takes less than a minute for the embedded model.
 """
 
 import argparse
@@ -40,9 +41,10 @@ LENGTHS = (1, 63, 64, 65, 127, 128, 129, 700, 3000)
 DEPTHS = (0, 1, 2, 3)
 CHUNKS = (64, 128, 512, 4096)
 FEW_LENGTHS = (130,)  # without --all
-FEW_WAYS = ((0, 64), (3, 512))  # depths, each with a chunk
+FEW_WAYS = ((0, 64), (3, 512))  # (depth, chunk) pairs, without --all
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=0.8, top_k=20, seed=5)}
-# What torchrun tells its processes, and what a group of another one must not see.
+# Environment variables that torchrun sets. Another process group that is started here must not see
+# them.
 OF_TORCHRUN = (
     "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_",
 )  # fmt: skip
@@ -51,7 +53,8 @@ AMPLE = 1 << 40  # a budget that nothing exceeds
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to continue one prompt, and what came out."""
+    """One way to continue one prompt, and its result. digest: the SHA-256 of the logits. drafts:
+    per depth, how many were proposed and how many were accepted."""
 
     length: int
     sampling: str
@@ -92,8 +95,8 @@ def build_parser() -> Parser:
 
 
 def walk(args: argparse.Namespace) -> tuple[Sequence[int], list[tuple[int, int]]]:
-    """The lengths of prompts, and the depths and chunks by which each is continued. Depths or chunks that
-    are asked for are combined with all of the others."""
+    """The prompt lengths, and the (depth, chunk) pairs for each. --depths are combined with all
+    chunks, and --chunks with all depths, unless both are given."""
     lengths = args.lengths or (LENGTHS if args.all else FEW_LENGTHS)
     if not (args.all or args.depths or args.chunks):
         return lengths, list(FEW_WAYS)
@@ -101,7 +104,7 @@ def walk(args: argparse.Namespace) -> tuple[Sequence[int], list[tuple[int, int]]
 
 
 def prompt_of(length: int, vocabulary: int) -> list[int]:
-    """Fixed ids; prompts of two lengths begin with the same ones."""
+    """Fixed pseudo-random ids. A shorter prompt is a prefix of a longer one."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(vocabulary, (1 << 16,), generator=generator)[:length].tolist()
 
@@ -115,7 +118,11 @@ def continued(
     tokens: int,
     vocab: int | None,
 ) -> Callable[[str, PrefixCache | None, int], Cell]:
-    """What continues a prompt with a cache, of which so many tokens are expected to be taken over."""
+    """A function (label, prefix_cache, expected) that continues a prompt and returns its cell.
+
+    expected: how many tokens the prefix cache has to provide. AssertionError if it is another
+    number.
+    """
     sampling = replace(SAMPLINGS[name], vocab=vocab)
 
     def go(label: str, prefix_cache: PrefixCache | None, expected: int) -> Cell:
@@ -147,7 +154,7 @@ def cells(
     tokens: int,
     vocab: int | None = None,
 ) -> Iterator[Cell]:
-    """One prompt in all states of a cache in memory: as many as `states` says."""
+    """One prompt with every state of a prefix cache in memory. `states` is their number."""
     go = continued(model, prompt, name, depth, chunk, tokens, vocab)
     whole = len(prompt) // GRID * GRID
     yield go("none", None, 0)
@@ -171,7 +178,8 @@ def cells(
 
 
 def states(length: int) -> int:
-    """Of a cache, for a prompt of this length: none, miss, each hit, evicted and refilled."""
+    """The number of cache states for a prompt of this length: none, miss, each hit, evicted,
+    refilled."""
     hits = length // GRID
     return 2 + hits + (2 if hits else 0)
 
@@ -179,8 +187,8 @@ def states(length: int) -> int:
 def in_other_processes(
     args: argparse.Namespace, prompts: list[list[int]], depth: int, chunk: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Two processes (with --tp: two groups of them) over one cache folder, one after the other; each
-    document as it comes."""
+    """Run two processes one after the other on one cache folder (with --tp: two groups of
+    processes). Yields (label, document) for each continuation. InputError if a process fails."""
     launcher = [sys.executable]
     if args.tp > 1:
         # Standalone: a port of its own, since the outer launcher holds the default one.
@@ -217,7 +225,7 @@ def in_other_processes(
 
 
 def own_error(text: str) -> str:
-    """What a process that failed said, without what torchrun says around it."""
+    """The error message of a failed process, without the lines that torchrun adds."""
     own = [line for line in text.splitlines() if line.startswith("python -m qwen35.generate: ")]
     own = [line for line in own if ": warning: " not in line]
     return own[-1] if own else text.strip()
@@ -231,7 +239,8 @@ def continuations(
     chunk: int,
     vocab: int | None,
 ) -> Iterator[Cell]:
-    """All prompts at one depth and chunk: here, then in two processes over a folder (rank 0's)."""
+    """Continue all prompts at one depth and chunk: in this process, then in two others that share a
+    cache folder. With several ranks, rank 0 starts these."""
     ranks: Ranks = args.ranks
     for prompt in prompts:
         for name in SAMPLINGS:
@@ -247,8 +256,8 @@ def continuations(
 
 
 def differing(found: list[Cell]) -> list[Cell]:
-    """Cells with other tokens or bits than the first of their prompt and sampling, or with other drafts
-    than the first of their depth."""
+    """The cells that differ: in tokens or bits from the first cell of the same prompt and sampling,
+    or in drafts from the first of these with the same depth."""
     first: dict[tuple[Any, ...], Cell] = {}
     wrong: list[Cell] = []
     for cell in found:
@@ -273,9 +282,9 @@ def departures(
     found: list[Cell],
     vocab: int | None,
 ) -> list[dict[str, Any]]:
-    """Where a greedy or sampled text first leaves the reference's, and how far apart the reference has
-    the logits of the two tokens: a kernel that is right differs by rounding, so only where two nearly
-    tie."""
+    """Where each text first differs from the reference's, as rows. margin: the distance between the
+    two tokens' logits in the reference. A correct kernel differs by rounding only, so margins are
+    small."""
     model = _load(args, locate(args.model), "reference", ALONE)
     rows: list[dict[str, Any]] = []
     for prompt in prompts:
@@ -315,7 +324,7 @@ def main(args: argparse.Namespace) -> int:
     everyone = ranks.exchange([[*cell.tokens, cell.digest] for cell in found])
     apart = [any(other != same[0] for other in same) for same in zip(*everyone, strict=True)]
     wrong += [cell for cell, is_apart in zip(found, apart, strict=True) if is_apart]
-    is_other = args.path == "fast" or ranks.size > 1  # rounds otherwise than the reference
+    is_other = args.path == "fast" or ranks.size > 1  # its rounding differs from the reference
     left = ranks.share(partial(departures, args, prompts, found, vocab)) if is_other else []
     if args.json:
         rows = [vars(cell) for cell in wrong]

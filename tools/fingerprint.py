@@ -1,4 +1,4 @@
-"""`python -m tools.fingerprint`: a SHA-256 of each kind of output, to check that a refactor changes none.
+"""`python -m tools.fingerprint`: SHA-256 digests of all kinds of output, to check a refactor.
 
 Run it on both commits, on the same machine, and compare what it prints:
 
@@ -7,9 +7,9 @@ Run it on both commits, on the same machine, and compare what it prints:
     python -m tools.fingerprint > after.txt
     diff before.txt after.txt
 
-It calls the command lines of a checkout, each in a process of its own, and reads their documents and
-files, so a checkout may be older than this tool. No digest contains a time, a path or a version. Where a
-command fails, its line has the error instead of a digest, and the exit status is 1.
+It runs the command lines of a checkout, each in its own process, and reads their documents and
+files. Therefore a checkout may be older than this tool. No digest contains a time, a path or a
+version. If a command fails, its line has the error instead of a digest, and the exit status is 1.
 
 text     tokens, accepted drafts and logits of two prompts, each greedy and sampled
 trace    the output of every node
@@ -58,13 +58,14 @@ class CommandError(Exception):
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs the command lines of a checkout. scratch: a folder for what they write."""
+    """Runs the command lines of a checkout. scratch: a folder for the files that they write."""
 
     checkout: Path
     scratch: Path
 
     def __call__(self, module: str, *arguments: object, fine: tuple[int, ...] = (0,)) -> str:
-        """The standard output of `python -m MODULE ARGUMENTS`. fine: exit statuses without an error."""
+        """The standard output of `python -m MODULE ARGUMENTS`. fine: the exit statuses of success.
+        CommandError for other statuses."""
         # An installed copy of the project must not stand in for a file that an old checkout lacks.
         if not list(self.checkout.glob(f"{module.replace('.', '/')}*")):
             raise CommandError(f"{module}: this checkout has no such command")
@@ -79,7 +80,8 @@ class Runner:
         return ended.stdout
 
     def converted(self, name: str, *options: object, source: object = "tiny") -> Path:
-        """The folder of a conversion, which is made once. source: what is converted."""
+        """The folder of a conversion, which is made on the first call. source: the checkpoint to
+        convert."""
         folder = self.scratch / name
         if not folder.exists():
             self("tools.convert", source, folder, *options)
@@ -87,7 +89,7 @@ class Runner:
 
 
 def text(runner: Runner, *options: object) -> str:
-    """The digest of what a set of prompts is continued with."""
+    """The digest of the continuations of REQUESTS."""
     requests = runner.scratch / "requests.jsonl"
     requests.write_text("\n".join(map(json.dumps, REQUESTS)), encoding="utf-8")
     out = runner(
@@ -97,7 +99,8 @@ def text(runner: Runner, *options: object) -> str:
 
 
 def trace(runner: Runner, *, locals_of_nodes: bool) -> str:
-    """The digest of every node's output, or of the named locals, which have a colon in their names."""
+    """The digest of every node's output, or of the named locals (the tensors with a colon in the
+    name)."""
     file = runner.scratch / "trace.safetensors"
     if not file.exists():
         ids = ",".join(str(7 * i % 1000) for i in range(70))
@@ -111,12 +114,13 @@ def mxfp4(runner: Runner) -> Path:
 
 
 def in_bf16(runner: Runner, ranks: int) -> Path:
-    """The MXFP4 conversion in bf16 again, with a folder for each rank."""
+    """The MXFP4 conversion, converted back to bf16; with more than one rank, a folder for each."""
     return runner.converted(f"bf16-{ranks}", "--to", "bf16", "--tp", ranks, source=mxfp4(runner))
 
 
 def compared(runner: Runner) -> str:
-    """The digest of a comparison, which fails: MXFP4 experts err more than bf16's."""
+    """The digest of a comparison. The comparison fails, because MXFP4 experts have larger errors
+    than bf16."""
     out = runner("tools.diff", "tiny", "--against", mxfp4(runner), "--json", fine=(0, 1))
     return of_documents([json.loads(out)], ("pass", "mode", "rows"))
 
@@ -153,7 +157,7 @@ KINDS = tuple(dict.fromkeys(name.split()[0] for name in LINES))
 
 
 def of_documents(documents: Iterable[dict[str, Any]], keys: Sequence[str] | None) -> str:
-    """The SHA-256 of JSON documents, in their order. keys: those that are taken (None: all)."""
+    """The SHA-256 of JSON documents, in their order. keys: those that count (None: all)."""
     total = hashlib.sha256()
     for document in documents:
         part = document if keys is None else {key: document[key] for key in keys}
@@ -162,7 +166,8 @@ def of_documents(documents: Iterable[dict[str, Any]], keys: Sequence[str] | None
 
 
 def of_tensors(file: Path, wanted: Callable[[str], bool]) -> str:
-    """The SHA-256 of the wanted tensors of a safetensors file, by name: dtype, shape and bytes."""
+    """The SHA-256 of the wanted tensors of a safetensors file, in the order of their names. It
+    covers name, dtype, shape and bytes."""
     total = hashlib.sha256()
     with safe_open(file, "pt") as held:
         for name in sorted(filter(wanted, held.keys())):
@@ -173,7 +178,7 @@ def of_tensors(file: Path, wanted: Callable[[str], bool]) -> str:
 
 
 def of_folder(folder: Path) -> str:
-    """The SHA-256 of all files in a folder, by relative name."""
+    """The SHA-256 of the relative names and contents of all files in a folder."""
     total = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         content = hashlib.sha256(file.read_bytes()).hexdigest()

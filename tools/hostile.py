@@ -1,11 +1,12 @@
-"""`python -m tools.hostile`: damaged checkpoint folders by the thousand; does each end as it should?
+"""`python -m tools.hostile`: read thousands of damaged checkpoint folders, to test for crashes.
 
-A small folder is damaged in one of its files: a value of a JSON document becomes one of a list of hostile
-ones, a key goes or comes, bytes are cut, changed or put in. With --texts a template or a tokenizer is
-replaced by one that does not end, grows or calls itself. Then `qwen35.generate` or `tools.inspect` reads
-it, in a process of its own. Right is a text, or one line on standard error and status 2 (1 for inspect,
-which found a problem), within the seconds and the memory that are allowed. Anything else is printed, with
-the number that makes it again: `--first N --files 1`. Exits 1 if there is any.
+One file of a small folder is damaged: a JSON value is replaced by a hostile one, a key is removed
+or added, or bytes are cut, changed or inserted. With --texts a chat template or a tokenizer is
+replaced by one that does not end, grows or calls itself. Then `qwen35.generate` or `tools.inspect`
+reads the folder in its own process. A run is right if it gives a text, or one line on standard
+error and status 2 (status 1 if inspect finds a problem), within the limits of time and memory.
+Every other run is printed with its number N, and `--first N --files 1` repeats it. The exit status
+is 1 if there is such a run.
 """
 
 import argparse
@@ -44,7 +45,7 @@ PROGRAMS: dict[str, Any] = {
     "generate": import_module("qwen35.generate"),
     "inspect": import_module("tools.inspect"),
 }
-SECONDS, MEMORY = 5.0, 2**30  # of one command; memory beyond what it begins with
+SECONDS, MEMORY = 5.0, 2**30  # limits of one command; bytes count beyond those that it begins with
 LONGEST_LINE = 2000  # characters on standard error
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "full_attention_interval": 2, "head_dim": 16,
@@ -58,12 +59,16 @@ HOSTILE: tuple[Any, ...] = (
     1e308, -1e308, 1e-320, float("nan"), float("inf"), "", "x", "tiny", "x" * 100_000, "\ud800", "\0",
     "../x", "é€\u2028", [], {}, [None], [[]], {"a": {}}, [0] * 10_000, ["x"] * 1000, {"x": 1}, "Infinity",
 )  # fmt: skip
-DEPTH = 100_000  # of brackets in brackets
+DEPTH = 100_000  # of nested brackets
 
 
 @dataclass(frozen=True)
 class Case:
-    """number: what makes it again. file: the one that was damaged. what: how. command: its arguments."""
+    """One damaged folder. number: makes the same case again. file: the damaged file. what: the
+    damage.
+
+    command: the program, a key of PROGRAMS, and its arguments.
+    """
 
     number: int
     file: str
@@ -72,7 +77,8 @@ class Case:
 
 
 def whole(folder: Path) -> None:
-    """Write the folder that is damaged: the embedded model's texts, and a smaller model in two files."""
+    """Write the undamaged folder: the embedded model's text files, and a smaller model in two
+    files."""
     for name in (*TEXTS[:3], "chat_template.jinja"):
         shutil.copy(TINY / name, folder / name)
     document = json.loads((TINY / "config.json").read_bytes())
@@ -102,7 +108,7 @@ def whole(folder: Path) -> None:
 
 
 def places(document: Any) -> list[tuple[Any, Any]]:
-    """All (container, key) of a JSON document."""
+    """All (container, key or index) pairs of a JSON document."""
     found: list[tuple[Any, Any]] = []
     waiting = [document]
     while waiting:
@@ -116,13 +122,14 @@ def places(document: Any) -> list[tuple[Any, Any]]:
 
 
 def damaged_json(text: str, chosen: random.Random) -> tuple[str, str]:
-    """A document with one or two values changed; and what was done."""
+    """A document with one or two values changed, and a description of the changes."""
     document, done = json.loads(text), []
     for _ in range(chosen.choice((1, 1, 1, 2))):
         found = places(document)
         if not found:
             break
-        # Large lists, as a vocabulary is, are not to hide the few keys that matter.
+        # Often choose among the first places only, so that large lists (a vocabulary) do not hide
+        # the few keys that matter.
         container, key = chosen.choice(found[: chosen.choice((8, 40, len(found)))])
         value = copy.deepcopy(chosen.choice(HOSTILE))
         deed = chosen.choice(("set", "set", "set", "set", "remove", "add", "nest"))
@@ -139,7 +146,7 @@ def damaged_json(text: str, chosen: random.Random) -> tuple[str, str]:
 
 
 def damaged_bytes(content: bytes, chosen: random.Random) -> tuple[bytes, str]:
-    """Bytes cut, changed or put in; and what was done."""
+    """Bytes that are cut, changed or inserted, and a description of the change."""
     at = chosen.randrange(len(content) + 1) if content else 0
     deeds: dict[str, Callable[[], bytes]] = {
         "cut": lambda: content[:at],
@@ -159,7 +166,8 @@ def damaged_bytes(content: bytes, chosen: random.Random) -> tuple[bytes, str]:
 
 
 def damaged_header(content: bytes, chosen: random.Random) -> tuple[bytes, str]:
-    """A safetensors file with another header, or another length of it."""
+    """A safetensors file with a damaged header or header length, and a description of the
+    damage."""
     length = int.from_bytes(content[:8], "little")
     text, rest = content[8 : 8 + length], content[8 + length :]
     if chosen.random() < 0.2:
@@ -174,7 +182,7 @@ def damaged_header(content: bytes, chosen: random.Random) -> tuple[bytes, str]:
 
 
 def damage(folder: Path, number: int, seed: int) -> Case:
-    """Damage a whole folder in the way that belongs to a number."""
+    """Damage a folder in place. `seed` and `number` determine the damage."""
     chosen = random.Random(f"{seed} {number}")
     weights = sorted(file.name for file in folder.glob("*.safetensors"))
     name = chosen.choice((*TEXTS, *TEXTS, "config.json", INDEX, "chat_template.jinja", *weights))
@@ -192,7 +200,7 @@ def damage(folder: Path, number: int, seed: int) -> Case:
 
 
 def command(folder: Path, chosen: random.Random) -> tuple[str, ...]:
-    """What reads the folder: a text most of the time, as that reads all files."""
+    """The command that reads the folder. It is mostly generate, which reads all files."""
     generate = ("generate", "Hello", "--model", str(folder), "--max-new-tokens", "2", "--json")
     return chosen.choice(
         (generate, generate, (*generate, "--chat", "--draft-tokens", "0"), ("inspect", str(folder)))
@@ -200,7 +208,7 @@ def command(folder: Path, chosen: random.Random) -> tuple[str, ...]:
 
 
 def special(folder: Path, number: int) -> Case:
-    """The hostile templates and tokenizers, by number."""
+    """Put the hostile template or tokenizer of this number into a folder."""
     if number < len(TEMPLATES):
         what, template = [*TEMPLATES.items()][number]
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -219,7 +227,8 @@ def special(folder: Path, number: int) -> Case:
 
 
 def outcome(case: Case, folder: Path) -> str:
-    """ "text", "error", or in words what is wrong."""
+    """Run a case in a forked process. Returns "text", "error", or a description of what is
+    wrong."""
     out, err = folder / ".stdout", folder / ".stderr"
     sys.stdout.flush()
     sys.stderr.flush()
@@ -240,8 +249,8 @@ def outcome(case: Case, folder: Path) -> str:
 
 
 def verdict(program: str, status: int, said: str) -> str:
-    """The same of an exit status and of what stands on standard error."""
-    # Warnings, and notices of what is left out, may come before.
+    """What `outcome` returns for an exit status and the text on standard error."""
+    # Warnings and notices may come before the error line.
     lines = [
         line
         for line in said.splitlines()
@@ -268,7 +277,7 @@ def _be_child(case: Case, out: Path, err: Path) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         signal.alarm(int(2 * SECONDS))
         size = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
-        most = size * resource.getpagesize() + 3 * MEMORY  # so that the machine survives
+        most = size * resource.getpagesize() + 3 * MEMORY  # a hard limit that protects the machine
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         module = PROGRAMS[case.command[0]]
         try:
@@ -283,7 +292,8 @@ def _be_child(case: Case, out: Path, err: Path) -> None:
 
 
 def examine(number: int, seed: int | None, undamaged: str) -> tuple[Case, str]:
-    """Make and judge a case. seed: None for the templates and tokenizers. undamaged: a whole folder."""
+    """Make a case and run it. seed: None for the templates and tokenizers. undamaged: the folder to
+    copy."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copytree(undamaged, folder, dirs_exist_ok=True)

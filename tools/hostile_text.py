@@ -4,7 +4,7 @@ from typing import Any
 
 _DEEP = 5000
 
-# What stands in chat_template.jinja.
+# Contents of chat_template.jinja.
 TEMPLATES: dict[str, str] = {
     "two ranges": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "ranges that print": "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}"
@@ -119,7 +119,7 @@ def _added(*contents: str, **flags: bool) -> dict[str, Any]:
 
 _A_TO_AA = _replace({"String": "a"}, "aa")
 
-# Keys of tokenizer.json, each with what stands there instead.
+# Changes to tokenizer.json: its keys, with their new values.
 TOKENIZERS: dict[str, dict[str, Any]] = {
     "doubled 10 times": _chain(*[_A_TO_AA] * 10),
     "doubled 22 times": _chain(*[_A_TO_AA] * 22),

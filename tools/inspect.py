@@ -1,6 +1,8 @@
-"""`python -m tools.inspect MODEL`: what is in a checkpoint, from its headers alone. With --prefix-cache
-DIR instead: what the folder of a prefix cache holds (inspect_prefix.py). What ranks hold is in
-inspect_ranks.py, the tree of --nodes in inspect_nodes.py."""
+"""`python -m tools.inspect MODEL`: describe a checkpoint from its headers alone.
+
+`--prefix-cache DIR` describes the folder of a prefix cache instead (inspect_prefix.py). The figures
+per rank are in inspect_ranks.py, and the tree of --nodes is in inspect_nodes.py.
+"""
 
 import argparse
 import math
@@ -45,10 +47,11 @@ from weights.ranks import join_command, rank_folders
 from weights.shard import Plan
 from weights.storage import DTYPE_NAMES, INDEX, safetensors_files, some
 
-# Of a hub repository, beside the weights' headers. tokenizer.json is large: see open_model.
+# Files that are fetched from a hub repository, beside the headers of the weights. tokenizer.json is
+# large; open_model fetches it only if it is needed.
 HEADERS = ("config.json", INDEX, GENERATION, "tokenizer_config.json", "special_tokens_map.json")
 
-# Parts of the model by the names of their parameters; the first that fits holds.
+# Parts of the model, each with a pattern of parameter names. The first pattern that fits counts.
 PARTS = (
     ("MTP", "mtp.*"),
     ("routed experts", "*.mlp.experts.*"),
@@ -65,13 +68,13 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters of one kind, shape and format: layer after layer, expert after expert."""
+    """Parameters of one kind, shape and format, over all layers and experts."""
 
-    name: str  # of one of them
+    name: str  # of one of the parameters
     shape: tuple[int, ...]
     format: str  # "mxfp4", "fp8" or the dtype
     count: int = 0
-    nbytes: int = 0  # of all of them
+    nbytes: int = 0  # of all parameters together
 
     @property
     def parameters(self) -> int:
@@ -103,7 +106,8 @@ def build_parser() -> Parser:
 
 
 def groups_of(described: Iterable[tuple[Group, int]]) -> list[Group]:
-    """Parameters, each as a group that is empty yet and its bytes, together with those of their kind."""
+    """Groups of parameters of the same kind. described: for each parameter an empty group and its
+    bytes."""
     found: dict[tuple[str, tuple[int, ...], str], Group] = {}
     for one, nbytes in described:
         key = name_pattern(one.name), one.shape, one.format
@@ -113,7 +117,8 @@ def groups_of(described: Iterable[tuple[Group, int]]) -> list[Group]:
 
 
 def parameters(groups: list[Group], config: Config) -> dict[str, int]:
-    """Counts. `active`: what one token's pass through the trunk uses, without embedding and head."""
+    """Numbers of parameters. `active`: those that one token uses in the trunk, without embedding
+    and head."""
     by_part: dict[str, int] = {}
     for group in groups:
         by_part[group.part] = by_part.get(group.part, 0) + group.parameters
@@ -138,7 +143,8 @@ def parameters(groups: list[Group], config: Config) -> dict[str, int]:
 
 
 def per_rank(stored: Kinds, config: Config) -> list[dict[str, Any]]:
-    """Bytes that each rank holds, of weights and for each sequence, or why the model cannot be cut so."""
+    """For each TP size the bytes per rank, of weights and per sequence, or why the size does not
+    fit."""
     return [
         row if "problem" in row else {**row, **state_bytes(Plan(config, row["tp"]).rank_config())}
         for row in rank_rows(stored)
@@ -146,7 +152,8 @@ def per_rank(stored: Kinds, config: Config) -> list[dict[str, Any]]:
 
 
 def state_bytes(config: Config) -> dict[str, int]:
-    """What one sequence keeps, in BF16 but for the float32 recurrent state (`qwen35/cache.py`)."""
+    """Bytes of the state of one sequence. It is BF16, except the float32 recurrent state
+    (`qwen35/cache.py`)."""
     cache = Cache.empty(config, torch.bfloat16, torch.device("meta"), 1)
     states = [state for state in cache.layers if isinstance(state, DeltaState)]
     recurrent = sum(state.recurrent.nbytes for state in states)
@@ -163,22 +170,27 @@ def state_bytes(config: Config) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Inspected:
-    """config: of the model that the tensors make. groups: its parameters. names: how they are stored."""
+    """What is known of a checkpoint. config: of the model that the tensors make. groups: its
+    parameters.
+
+    names: how the parameters are stored; empty if only the config is known.
+    """
 
     config: Config
     groups: list[Group]
     names: dict[str, Any]
     problems: list[str]
     notes: list[str]
-    ignored: dict[str, str]  # by name of a stored tensor, why it is not used
+    ignored: dict[str, str]  # stored tensors that are not used, with the reasons
     defaults: Defaults
-    stored: Kinds  # what is to be cut for ranks
-    converted: list[Kinds]  # the same of its conversions, of which none is done here
+    stored: Kinds  # its parameters as stored, for the figures per rank
+    converted: list[Kinds]  # its parameters after each conversion that could be made
     checkpoint: Checkpoint | None = None
 
 
 def inspect_config(config: Config, folder: Path | None = None) -> Inspected:
-    """A model of which only the shape is known, as if all of it were BF16. folder: its files, if any."""
+    """Inspect a model without weights, as if all of it were BF16. folder: its text files, if
+    any."""
     named = shapes(lay_out(config))
     groups = groups_of(
         (Group(name, shape, "BF16"), 2 * math.prod(shape)) for name, shape in named.items()
@@ -193,7 +205,8 @@ def inspect_config(config: Config, folder: Path | None = None) -> Inspected:
 
 
 def _read_defaults(folder: Path, config: Config, problems: list[str]) -> Defaults:
-    """What the files say of stopping and drawing; what is wrong with them is a problem."""
+    """The stop tokens and sampling settings of the files. Errors in them are added to
+    `problems`."""
     try:
         has_text = (folder / "tokenizer.json").exists()
         tokenizer = Tokenizer(folder) if has_text else None
@@ -206,7 +219,8 @@ def _read_defaults(folder: Path, config: Config, problems: list[str]) -> Default
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspected:
-    """A checkpoint; its problems are those that keep it from loading, and where its files disagree."""
+    """Inspect a checkpoint. Its problems are errors that keep it from loading, and contradictions
+    between its files."""
     config = checkpoint.config
     problems = checkpoint.problems
     to_convert = checkpoint.copy()
@@ -263,8 +277,9 @@ def _arrangement(stored: list[str], *, mtp: bool) -> str | None:
 
 
 def open_model(model: str) -> Inspected:
-    """What MODEL stands for. Of a hub repository only headers and small files are fetched, and
-    tokenizer.json where no other file has the id of the token that ends a text."""
+    """Inspect MODEL: a folder, `tiny`, a published size or a hub id. Of a hub repository only
+    headers and small files are fetched. tokenizer.json is fetched only if no other file has the id
+    of the end-of-text token. InputError if MODEL is none of these."""
     folder = TINY if model == "tiny" else Path(model)
     if not folder.is_dir():
         if model in PUBLISHED:
@@ -290,7 +305,7 @@ def _inspect_folder(folder: Path, *, is_hollow: bool = False) -> Inspected:
 
 
 def describe(found: Inspected) -> dict[str, Any]:
-    """The JSON document."""
+    """The document that --json prints."""
     parts: dict[tuple[str, str], dict[str, Any]] = {}
     order = [part for part, _ in PARTS]
     for group in sorted(found.groups, key=lambda group: order.index(group.part)):
@@ -329,7 +344,7 @@ def describe(found: Inspected) -> dict[str, Any]:
 
 
 def _reasons(ignored: dict[str, str]) -> dict[str, dict[str, int]]:
-    """By reason how many tensors of each kind are not used."""
+    """For each reason the number of unused tensors of each kind."""
     counted: dict[str, Counter[str]] = {}
     for name, reason in ignored.items():
         counted.setdefault(name_pattern(reason), Counter())[name_pattern(name)] += 1
@@ -337,7 +352,7 @@ def _reasons(ignored: dict[str, str]) -> dict[str, dict[str, int]]:
 
 
 def print_document(document: dict[str, Any]) -> None:
-    """The same for people."""
+    """Print the document as text."""
     config, names, counts = document["config"], document["names"], document["parameters"]
     experts = (
         f", top {config['num_experts_per_tok']} of {config['num_experts']} experts"

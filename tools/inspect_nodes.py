@@ -1,5 +1,5 @@
-"""Of `tools.inspect --nodes`: the tree of a model's nodes as loading would build it. Layers that are
-alike share their lines, and so do experts."""
+"""The tree of nodes that `tools.inspect --nodes` prints, as loading would build it. Equal layers
+share their lines, and so do equal experts."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,9 +15,9 @@ from weights.checkpoint import Checkpoint
 from weights.entry import Entry
 from weights.storage import DTYPE_NAMES
 
-WIDTH = 100  # columns of a line, at most, where a parameter does not need more
-RANGES = 3  # stretches of numbers that are listed before "..."
-QUANTIZED = {"mxfp4": "MXFP4Linear", "fp8": "FP8Linear"}  # what an expert in this format becomes
+WIDTH = 100  # of a line, unless a single parameter needs more
+RANGES = 3  # ranges of numbers that are listed; with more, "..." stands for some
+QUANTIZED = {"mxfp4": "MXFP4Linear", "fp8": "FP8Linear"}  # classes of experts' matrices
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Node:
-    """A node without its name, so that two that are alike are equal. nodes: (names, node), in order."""
+    """A node without its name, so that equal nodes compare equal. nodes: its children, as (names,
+    node)."""
 
     kind: str
     parameters: tuple[Parameter, ...]
@@ -37,10 +38,11 @@ class Node:
 
 
 def describe_nodes(config: Config, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """The JSON document: class, parameters and nodes, each of these with the names that share it.
+    """The document that --json prints: class, parameters and child nodes, each with the names that
+    share it.
 
-    config: of the model that the checkpoint's tensors make. checkpoint: None where only the config is
-    known; then all is BF16, and so is what a checkpoint lacks.
+    config: of the model that the checkpoint's tensors make. checkpoint: None if only the config is
+    known. Parameters without a stored tensor are shown as BF16.
     """
     model = lay_out(config)
     root = _node(model, "", model, checkpoint)
@@ -60,7 +62,8 @@ def _node(module: nn.Module, path: str, model: Model, checkpoint: Checkpoint | N
         Parameter(name, tuple(parameter.shape), _dtype(f"{path}.{name}", checkpoint))
         for name, parameter in module.named_parameters(recurse=False)
     )
-    # Numbered children (layers, experts) stand together where they are alike, others one by one.
+    # Numbered children (layers, experts) that are equal share an entry. Other children have their
+    # own.
     alike: dict[tuple[str, Node], list[str]] = {}
     for name, child in module.named_children():
         node = _node(child, f"{path}.{name}" if path else name, model, checkpoint)
@@ -72,7 +75,7 @@ def _node(module: nn.Module, path: str, model: Model, checkpoint: Checkpoint | N
 def _entry(name: str, checkpoint: Checkpoint | None) -> Entry | None:
     if checkpoint is None:
         return None
-    if name == "lm_head.weight" and name not in checkpoint.entries:  # it is the embedding
+    if name == "lm_head.weight" and name not in checkpoint.entries:  # a tied head
         return checkpoint.entries.get("embed_tokens.weight")
     return checkpoint.entries.get(name)
 
@@ -97,7 +100,7 @@ def _document(node: Node) -> dict[str, Any]:
 
 
 def print_nodes(document: dict[str, Any]) -> None:
-    """The same for people: a line a node, indented below its parent."""
+    """Print the document as text: a line per node, indented below its parent."""
     rows = [("model", document["class"], _described(document)), *_rows(document, 1)]
     names, kinds = (max(len(row[i]) for row in rows) for i in (0, 1))
     for name, kind, parameters in rows:
@@ -121,7 +124,7 @@ def _described(document: dict[str, Any]) -> list[str]:
 
 
 def _stretches(names: list[str]) -> str:
-    """`0-2, 4-6, 8-10, ... (45)` for numbers; a name as it is."""
+    """Numbers as ranges, as in `0-2, 4-6, ... 56-58 (45)`. A single name stays as it is."""
     if not names[0].isdigit():
         return names[0]
     numbers = [int(name) for name in names]
@@ -137,7 +140,8 @@ def _stretches(names: list[str]) -> str:
 
 
 def _lines(parts: list[str], width: int) -> list[str]:
-    """Parts with commas between, in lines of at most `width`, or of one part."""
+    """Join parts with commas into lines of at most `width` characters. A longer part has its own
+    line."""
     lines: list[str] = []
     for part in parts:
         if lines and len(lines[-1]) + 2 + len(part) <= width:

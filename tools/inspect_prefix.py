@@ -1,6 +1,7 @@
-"""`python -m tools.inspect --prefix-cache DIR`: what the folder of a prefix cache holds.
+"""`python -m tools.inspect --prefix-cache DIR`: describe the folder of a prefix cache.
 
-From headers alone. Nothing is written, locked or marked as used: nobody who works with it is disturbed.
+Only headers are read. Nothing is written, locked or marked as used, so running processes that use
+the folder are not disturbed.
 """
 
 import os
@@ -13,12 +14,12 @@ from qwen35.errors import InputError
 from qwen35.prefix.folder import NAME, Found, examine
 from qwen35.prefix.keys import root_of
 
-SHOWN = 12  # hex digits of a key, for people
+SHOWN = 12  # hex digits of a key that are printed
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A file under a segment's name. used: when it was last used, in seconds since 1970."""
+    """A file with the name of a segment. used: the time of its last use, in seconds since 1970."""
 
     key: str
     used: float
@@ -34,7 +35,8 @@ class Listed:
 
 
 def list_folder(folder: Path) -> list[Listed]:
-    """All files that are or claim to be segments, the longest unused first."""
+    """All files with names of segments, the least recently used first. InputError if there is no
+    folder."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     listed: list[Listed] = []
@@ -44,14 +46,14 @@ def list_folder(folder: Path) -> list[Listed]:
             if NAME.fullmatch(file.name) and entry.is_file(follow_symlinks=False):
                 one = Listed(file.stem, entry.stat().st_mtime, examine(file))
                 listed += [one] if one.whole or file.exists() else []
-        except FileNotFoundError:  # evicted meanwhile
+        except FileNotFoundError:  # evicted since the folder was listed
             continue
     return sorted(listed, key=lambda one: (one.used, one.key))
 
 
 def describe_segments(listed: list[Listed]) -> dict[str, Any]:
-    """The JSON document. Segments of one identity follow one another, each after its parent; `root` of
-    an identity is what its chains of hashes begin with."""
+    """The document that --json prints. Segments of one identity are listed together, each after its
+    parent. `root`: the hash that the chains of an identity begin with."""
     identities = {root_of(one.found.identity): one.found.identity for one in listed if one.whole}
     segments: list[dict[str, Any]] = []
     summed: list[dict[str, Any]] = []
@@ -76,7 +78,7 @@ def describe_segments(listed: list[Listed]) -> dict[str, Any]:
 
 
 def _row(one: Listed, root: str) -> dict[str, Any]:
-    """A segment in the document; its parent is None where it begins at token 0."""
+    """A segment in the document. Its parent is None if it begins at token 0."""
     segment = one.found.segment
     assert segment is not None
     return {
@@ -93,7 +95,7 @@ def _row(one: Listed, root: str) -> dict[str, Any]:
 
 
 def in_tree(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same rows, each followed by those that continue it, with their depths."""
+    """The rows in tree order: each is followed by the rows that continue it. Sets `depth`."""
     held = {row["key"] for row in rows}
     following: dict[str | None, list[dict[str, Any]]] = {}
     for row in rows:
@@ -109,7 +111,7 @@ def in_tree(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def print_segments(document: dict[str, Any]) -> None:
-    """The same for people."""
+    """Print the document as text."""
     for identity in document["identities"]:
         fields = ", ".join(f"{name} {_shown(text)}" for name, text in identity["fields"].items())
         print(fields)

@@ -1,5 +1,5 @@
-"""Of `tools.inspect`: which tensor-parallel sizes fit a model, as it is and converted, and what the
-folder of one rank holds."""
+"""The figures per rank that `tools.inspect` prints: which tensor-parallel sizes fit a model, as it
+is and converted, and what the folder of one rank holds."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -31,9 +31,10 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Kinds:
-    """The parameters of a model or of a conversion, as one of each kind and how many there are.
+    """The parameters of a model or of a conversion: one item of each kind, and their counts.
 
-    config: that they are cut by. problem: why there is no such conversion; then there are none.
+    config: determines how they are cut. problem: why there is no such conversion; `items` is then
+    empty.
     """
 
     config: Config
@@ -43,7 +44,8 @@ class Kinds:
 
 
 def kinds_of(items: Iterable[Item], config: Config) -> Kinds:
-    """Items of equal shapes, formats and names but for layer and expert: they are cut alike."""
+    """Group items that are cut alike: those of equal shapes and formats whose names differ only in
+    the numbers of layer and expert."""
     first: dict[tuple[object, ...], Item] = {}
     counts: Counter[tuple[object, ...]] = Counter()
     for item in items:
@@ -57,13 +59,14 @@ def kinds_of(items: Iterable[Item], config: Config) -> Kinds:
 
 
 def stored_kinds(checkpoint: Checkpoint, config: Config) -> Kinds:
-    """Of a checkpoint as it is."""
+    """The kinds of a checkpoint as it is stored."""
     copies = (Item(name, entry, "copy") for name, entry in checkpoint.entries.items())
     return kinds_of(copies, config)
 
 
 def converted_kinds(checkpoint: Checkpoint, problem: str) -> list[Kinds]:
-    """Of a checkpoint's conversions to TARGETS. problem: why a conversion refuses it, if it does."""
+    """The kinds of a checkpoint's conversions to TARGETS. problem: why no conversion is possible,
+    or ""."""
     if problem:
         return [Kinds(checkpoint.config, [], [], problem) for _ in TARGETS]
     found = []
@@ -78,7 +81,8 @@ def converted_kinds(checkpoint: Checkpoint, problem: str) -> list[Kinds]:
 def planned_kinds(
     shapes: dict[str, tuple[int, ...]], config: Config, where: str
 ) -> tuple[Kinds, list[Kinds]]:
-    """The same of a model of which only the shapes are known, as if it were BF16, experts one by one."""
+    """The stored and converted kinds of a model of which only the shapes are known. It is taken as
+    BF16 with separate experts. where: names the model in errors."""
 
     def copied(name: str, shape: tuple[int, ...]) -> Item:
         stored = Stored(name, Path("config.json"), torch.bfloat16, shape, _absent)
@@ -104,7 +108,8 @@ def _absent() -> Tensor:
 
 
 def rank_rows(kinds: Kinds) -> list[dict[str, Any]]:
-    """For each size the bytes of the tensors that a rank holds, or why the model cannot be cut so."""
+    """For each TP size the bytes of a rank's tensors, or why the model cannot be cut to that
+    size."""
     rows: list[dict[str, Any]] = []
     for size in SIZES:
         try:
@@ -129,9 +134,10 @@ def describe_conversions(converted: list[Kinds]) -> list[dict[str, Any]]:
 
 
 def conversion_rows(document: dict[str, Any], shown: Any) -> tuple[list[list[str]], list[str]]:
-    """A table's rows, and lines that say why something does not fit, unless `ranks` says it already.
+    """The rows of a table, and lines that say why a size does not fit, unless `ranks` already says
+    so.
 
-    shown: bytes -> text.
+    shown: formats a number of bytes.
     """
     known = {row["tp"]: row.get("problem") for row in document["ranks"]}
     rows, reasons = [], {}
@@ -154,13 +160,14 @@ def conversion_rows(document: dict[str, Any], shown: Any) -> tuple[list[list[str
 
 
 def is_rank_folder(folder: Path) -> bool:
-    """Whether a folder holds one rank's part of a checkpoint."""
+    """Whether a folder holds one rank's part of a checkpoint. InputError if its config is
+    damaged."""
     file = folder / "config.json"
     return file.is_file() and rank_of(read_config(file), file) is not None
 
 
 def describe_rank(folder: Path) -> dict[str, Any]:
-    """The JSON document of such a folder."""
+    """The document that --json prints for the folder of one rank."""
     file = folder / "config.json"
     part = rank_of(read_config(file), file)
     assert part is not None, "the caller has asked"
@@ -186,7 +193,7 @@ def describe_rank(folder: Path) -> dict[str, Any]:
 
 
 def print_rank(document: dict[str, Any]) -> None:
-    """The same for people."""
+    """Print the document as text."""
     to, what = document["written_as"]["to"], document["written_as"]["what"]
     written = "" if to is None else f", written by tools.convert --to {to}"
     if to in ("mxfp4", "fp8"):

@@ -1,4 +1,4 @@
-"""Launches of a user's own, from a function of a Python file."""
+"""Load launches of a user's own kernels from a function in a Python file (`--kernel FILE:NAME`)."""
 
 import importlib.util
 import sys
@@ -13,9 +13,10 @@ from qwen35.errors import InputError
 
 
 def launches_of(kernel: str) -> Callable[[str], Iterable[Launch]]:
-    """`FILE:NAME` -> that function of a Python file, which takes a target and gives launches.
+    """The function NAME of a Python file, for kernel "FILE:NAME". It takes a target and returns
+    launches.
 
-    InputError when there is none, and, with the line of the file, for what the file raises.
+    InputError if there is no such function, or if the file raises; then the message has the line.
     """
     file, _, name = kernel.rpartition(":")
     path = Path(file)
@@ -24,14 +25,14 @@ def launches_of(kernel: str) -> Callable[[str], Iterable[Launch]]:
     spec = importlib.util.spec_from_file_location(f"kernels in {path.name}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     with _blamed(kernel, path):
         spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"--kernel {kernel!r}: {path} has no function {name}")
 
-    call: Any = function  # what it gives is checked
+    call: Any = function  # its results are checked below
 
     def launches(target: str) -> list[Launch]:
         with _blamed(kernel, path):
@@ -46,7 +47,7 @@ def launches_of(kernel: str) -> Callable[[str], Iterable[Launch]]:
 
 @contextmanager
 def _blamed(kernel: str, path: Path) -> Iterator[None]:
-    """What a user's file raises, as one line with the place in it."""
+    """Turn any exception of the user's file into an InputError that names the line of the file."""
     try:
         yield
     except Exception as error:

@@ -1,10 +1,11 @@
-"""`python -m tools.mutate`: change the code in small ways, one at a time; do the tests see each change?
+"""`python -m tools.mutate`: mutation testing: change the code, and see if the tests fail.
 
-A module of MODULES is mutated by mutmut (the extra `mutate`) in a copy of the checkout, and each mutant
-is run against the tests that mirror the module. Those that live are printed as the two lines that differ,
-unless mutants.json says why no test can see them (equivalent mutants). --update writes the counts there,
-from which docs/trust.md has its table. A run that is cut off goes on where it stopped, in the same
---folder; a mutant takes one to twenty seconds. Exits 1 when one lives that mutants.json does not know.
+mutmut (the extra `mutate`) mutates each module of MODULES in a copy of the checkout, and runs each
+mutant against the tests of that module. A mutant that survives is printed as the two lines that
+differ, unless mutants.json lists it as equivalent, with the reason why no test can detect it.
+--update writes the counts to mutants.json; docs/trust.md takes its table from there. An interrupted
+run continues in the same --folder. A mutant takes one to twenty seconds. The exit status is 1 if a
+mutant survives that mutants.json does not list.
 """
 
 import argparse
@@ -27,7 +28,7 @@ TABLE = Path(__file__).with_name("mutants.json")
 PACKAGES = ("qwen35", "reference", "weights", "fast", "tools")
 ALIVE = ("survived", "no tests")
 
-# Modules, each with the tests that mirror it.
+# Modules, each with its tests.
 MODULES: dict[str, tuple[str, ...]] = {
     "reference/activation.py": ("tests/reference/test_modules.py",),
     "reference/rope.py": ("tests/reference/test_rope.py", "tests/reference/test_modules.py"),
@@ -65,7 +66,8 @@ def build_parser() -> Parser:
 
 
 def prepare(module: str, folder: Path) -> None:
-    """Copy the checkout's files, with a configuration of mutmut's for one module."""
+    """Copy the checkout into `folder`, with a mutmut configuration for one module. Nothing is done
+    if the folder exists."""
     if folder.exists():
         return
     listed = subprocess.run(
@@ -91,7 +93,7 @@ def prepare(module: str, folder: Path) -> None:
 
 
 def mutmut(folder: Path, *arguments: str) -> str:
-    """Run mutmut in a copy; what it prints. InputError where it fails."""
+    """Run mutmut in a copy of the checkout. Returns its standard output. InputError if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
@@ -105,14 +107,17 @@ def mutmut(folder: Path, *arguments: str) -> str:
 
 
 def change(folder: Path, mutant: str) -> str:
-    """What a mutant does, as `- the line` and `+ the line`, without indents, on one line."""
+    """The change of a mutant, as `- old line + new line`, without indents."""
     lines = mutmut(folder, "show", mutant).splitlines()
     changed = [line for line in lines if line[:1] in "-+" and line[:3] not in ("---", "+++")]
     return " ".join(f"{line[0]} {line[1:].strip()}" for line in changed)
 
 
 def examine(module: str, folder: Path, processes: int, known: dict[str, str]) -> dict[str, Any]:
-    """Mutate a module: counts, and what lives, as texts of `change`."""
+    """Mutate a module. Returns counts, and the mutants that survive, as texts of `change`.
+
+    known: the equivalent mutants, with the reasons.
+    """
     prepare(module, folder)
     mutmut(folder, "run", "--max-children", str(processes))
     lines = mutmut(folder, "results", "--all", "true").splitlines()

@@ -1,4 +1,4 @@
-"""The page of a comparison: verdict, heat map and table in one HTML file that needs nothing else."""
+"""The HTML page of a comparison, with verdict, heat map and table, in one self-contained file."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen35.compare.judge import BINS, MOST
 
-PAGE = Path(__file__).parent / "page"  # what a browser reads, in its own languages
+PAGE = Path(__file__).parent / "page"  # the HTML, CSS and JavaScript parts of the page
 STYLE, SCRIPT, BODY, READING = (
     (PAGE / name).read_text(encoding="utf-8")
     for name in ("style.css", "script.js", "body.html", "reading.html")
@@ -16,11 +16,11 @@ STYLE, SCRIPT, BODY, READING = (
 
 
 def page(document: dict[str, Any]) -> str:
-    """One HTML page of a report: {"pass", "title", "rows", "tokens", "swapped", "run"}, rows worst
-    first."""
+    """The HTML page of a report with the keys "pass", "title", "mode", "rows" (worst first),
+    "tokens", "swapped" and "run"."""
     title = escape(str(document["title"]))
     data = {"rows": _plain(document["rows"]), "most": MOST, "bins": BINS, "mode": document["mode"]}
-    # No "<" in the data: neither </script> nor <!-- of a name may end or change its element.
+    # The data has no "<", so that </script> or <!-- in a name cannot end the element.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return f"""<!doctype html>
 <html lang="en">
@@ -50,7 +50,7 @@ def page(document: dict[str, Any]) -> str:
 
 
 def _summary(document: dict[str, Any], title: str) -> str:
-    """The verdict and its counts: readable without JavaScript."""
+    """The verdict and its counts, which need no JavaScript."""
     rows = document["rows"]
     nodes = {row["node"] for row in rows}
     failing = {row["node"] for row in rows if not row["pass"]}
@@ -84,7 +84,8 @@ def _summary(document: dict[str, Any], title: str) -> str:
 
 
 def _made(document: dict[str, Any]) -> str:
-    """The command; unfolded, what else it takes to run the same again, and what was put in."""
+    """The command, as a fold. Inside are the other facts that are needed to repeat the run, and the
+    swaps."""
     facts = dict(document["run"])
     command = facts.pop("command")
     swapped: dict[str, list[str]] = {}
@@ -114,7 +115,7 @@ def _tokens(tokens: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinity and no NaN, and a browser's parser refuses Python's spellings of them."""
+    """A copy that JSON can hold: NaN becomes None, and infinities become MOST or -MOST."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

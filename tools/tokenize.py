@@ -1,4 +1,5 @@
-"""`python -m tools.tokenize TEXT`: the ids of a text or a conversation, and what each stands for."""
+"""`python -m tools.tokenize TEXT`: show the token ids of a text or a conversation, with their
+pieces."""
 
 import argparse
 import json
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> str:
-    """Which of the four inputs is given."""
+    """The name of the one input that is given. InputError if the options do not fit together."""
     sources = {
         "TEXT": args.text, "--file": args.file, "--decode": args.decode, "--messages": args.messages,
     }  # fmt: skip
@@ -107,7 +108,7 @@ def _messages(file: str) -> list[dict[str, Any]]:
 
 
 def _show(pieces: list[Piece], text: str) -> None:
-    """A line an id: its place, the id, what it is, and the piece; then the sums."""
+    """Print a line per token (position, id, kind, piece), and then the totals."""
     width = max(len("place"), len(str(len(pieces))))
     size = max([len("id"), *(len(str(one.id)) for one in pieces)])
     kind = max([len("kind"), *(len(_kind(one)) for one in pieces)])

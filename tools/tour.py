@@ -1,8 +1,8 @@
-"""`python -m tools.tour`: the numbers of docs/tour.md, computed from the embedded model.
+"""`python -m tools.tour`: compute the numbers of docs/tour.md from the embedded model.
 
-The page has them between markers. Without an option this prints them. --write puts them into the page.
---check exits with 1 where the page says something else: another line of code, another shape, or a number
-that is off by more than 2%.
+The page has the numbers between markers. Without an option this prints them. --write puts them into
+the page. --check exits with 1 if the page differs: in a line of code, in a shape, or in a number
+with a decimal point that is off by more than 2% and more than 0.005.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PROMPT = "In the beginning God created"
 PUBLISHED = "397B-A17B"
 DELTA, ATTENTION = "layers.0.linear_attn", "layers.3.self_attn"
 MARKED = re.compile(r"(<!-- tour: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-# A number with a decimal point; shapes and numbers of lines have none.
+# Numbers with a decimal point. Shapes and line numbers have none, so they have to be equal.
 NUMBER = re.compile(r"(?<![\w.\]])-?\d+\.\d+(?![\w.])")
 
 
@@ -62,13 +62,14 @@ def tokenizer() -> Tokenizer:
 
 @cache
 def traced() -> dict[str, Tensor]:
-    """The outputs and named locals of every node in a pass over the prompt."""
+    """The outputs and named locals of every node in a forward pass over the prompt."""
     return trace(model(), tokenizer().encode(PROMPT), named_locals=True)
 
 
 @cache
 def shapes(node: str) -> dict[str, list[int]]:
-    """The shapes of a mixer's locals in the 397B, for as many tokens, from tensors without memory."""
+    """The shapes of a mixer's locals in the 397B model, for the same prompt. They come from meta
+    tensors."""
     config = replace(Config.published(PUBLISHED), num_experts=1, num_experts_per_tok=1)
     large = lay_out(replace(config, num_hidden_layers=4, layer_types=config.layer_types[:4]))
     T = len(tokenizer().encode(PROMPT))
@@ -84,8 +85,8 @@ def shapes(node: str) -> dict[str, list[int]]:
 
 
 def line_of(file: str, function: str, name: str) -> tuple[int, str]:
-    """The number and the text of the line where a function of the reference last binds a name. InputError
-    if it never does."""
+    """The number and text of the last line that assigns `name` in a function of the reference.
+    InputError if there is none."""
     source = (ROOT / file).read_text(encoding="utf-8")
     owner, _, method = function.rpartition(".")
     scope: ast.AST = ast.parse(source)
@@ -104,12 +105,12 @@ def line_of(file: str, function: str, name: str) -> tuple[int, str]:
 
 
 def size(x: Tensor) -> str:
-    """The root mean square of all numbers of a tensor, as text."""
+    """The root mean square (RMS) of a tensor, as text."""
     return f"{x.double().square().mean().sqrt():.3f}"
 
 
 def steps(node: str, file: str, function: str, names: list[str]) -> str:
-    """A table of a mixer's steps: the line of code, the shapes, and the size of the numbers."""
+    """A Markdown table of a mixer's locals: the line of code, the shapes, and the RMS."""
     rows = ["| name | line | at 397B | here | size |", "|---|---|---|---|---|"]
     for name in names:
         number, text = line_of(file, function, name)
@@ -200,7 +201,7 @@ def drafting() -> str:
     return "\n".join(lines)
 
 
-# The exercises' answers: what the debugger prints at the place that the page names.
+# Answers of the exercises: what the debugger prints at the place that the page names.
 ANSWERS: dict[str, Callable[[], str]] = {
     "decay": lambda: f"{traced()[f'{DELTA}:g'][0, -1, 0].exp().item():.3f}",
     "beta": lambda: f"{traced()[f'{DELTA}:beta'][0, -1, 0].item():.3f}",

@@ -1,6 +1,6 @@
-"""`python -m tools.tour_pictures`: draws the pictures of docs/tour.md into docs/.
+"""`python -m tools.tour_pictures`: draw the pictures of docs/tour.md into docs/.
 
---check draws nothing, and exits with 1 where a file in docs/ is not what this draws.
+--check writes nothing, and exits with 1 if a file in docs/ is not what this tool draws.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def layer() -> Picture:
 
 
 def delta_rule() -> Picture:
-    """The delta rule: what one token does to the memory of one head."""
+    """The delta rule: how one token changes the state of one head."""
     p = Picture(720, 240)
     p.box(20, 60, 130, 110, "state S\n[K, V]", STATE)
     p.arrow((152, 115), (188, 115))
@@ -102,7 +102,7 @@ def delta_rule() -> Picture:
 
 
 def round_() -> Picture:
-    """A decode round: three drafts, one verification of four rows, acceptance."""
+    """A decode round: three drafts, one verification pass over four rows, and acceptance."""
     p = Picture(760, 260)
     rows = (75, 205, 335, 465)
     p.box(20, 20, 110, 40, "newest token")

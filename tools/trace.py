@@ -1,5 +1,7 @@
-"""`python -m tools.trace MODEL (--prompt TEXT | --ids 1,2,3) -o FILE`: node outputs as safetensors. With
---show FILE instead: statistics of such a file (trace_show.py)."""
+"""`python -m tools.trace MODEL (--prompt TEXT | --ids 1,2,3) -o FILE`: save node outputs.
+
+`--show FILE` prints statistics of such a file instead (trace_show.py).
+"""
 
 import argparse
 from pathlib import Path

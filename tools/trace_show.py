@@ -11,12 +11,13 @@ from qwen35.cli import one_line, print_json
 from qwen35.compare.trace_file import Statistics, trace_statistics
 
 BARS = " ▁▂▃▄▅▆▇█"
-PLAIN = " .:-=+*#@"  # where a terminal's encoding lacks the bars
-WIDTH = 50  # of the longest bar
+PLAIN = " .:-=+*#@"  # if the encoding of standard output lacks the bars
+WIDTH = 50  # characters of the longest bar
 
 
 def show(file: Path, pattern: str, *, histograms: bool, as_json: bool) -> None:
-    """Print a line a node, or one JSON document. histograms: below them one of each node, with counts."""
+    """Print one line per node, or one JSON document. histograms: then also print a histogram per
+    node."""
     found = list(trace_statistics(file, pattern))
     if as_json:
         print_json({"file": str(file), "nodes": [_described(one) for one in found]})
@@ -42,14 +43,15 @@ def _row(one: Statistics) -> tuple[str, ...]:
 
 
 def _sparkline(counts: Sequence[int]) -> str:
-    """A character an interval: its height is the logarithm of the count, so that outliers are seen."""
+    """One character per interval. Its height is the logarithm of the count, so that outliers are
+    visible."""
     bars, most = _bars(), math.log1p(max(counts))
     heights = (math.log1p(n) / most if most else 0 for n in counts)
     return "|" + "".join(bars[math.ceil(h * (len(bars) - 1))] for h in heights) + "|"
 
 
 def _print_histogram(one: Statistics) -> None:
-    """A line an interval: where it begins, its count, a bar as long as the count."""
+    """Print one line per interval: its start, its count, and a bar whose length is the count."""
     most = max(one.counts)
     step = (one.high - one.low) / len(one.counts)
     full = _bars()[-1]
@@ -68,7 +70,7 @@ def _bars() -> str:
 
 
 def _described(one: Statistics) -> dict[str, Any]:
-    """For JSON, which has neither NaN nor infinity."""
+    """The statistics for JSON, with None for NaN and infinity, which JSON lacks."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in asdict(one).items()
@@ -80,5 +82,5 @@ def _number(value: float) -> str:
 
 
 def _share(value: float) -> str:
-    """A share of which even the smallest is seen."""
+    """A fraction in two significant digits, so that even a tiny one does not look like 0."""
     return "0" if value == 0 else f"{value:.2g}"

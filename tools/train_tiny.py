@@ -1,10 +1,11 @@
 """Train the embedded checkpoint: `python -m tools.train_tiny CORPUS DST`, ten minutes on one GPU.
 
-CORPUS is a folder with train.txt and heldout.txt, as tools/corpus.py writes it. The trunk runs through
-the reference's own mixers and norms; what a checkpoint of ten tokens a pass can afford and a training
-batch cannot (products of few rows, a loop over experts) is replaced by the batched form below, which
-tests/tools/test_train_tiny.py holds to the reference. The MTP head is trained chained three deep, on the
-trunk's states and then on its own, each depth seeing the keys that it will see when it drafts.
+CORPUS is a folder with train.txt and heldout.txt, as tools/corpus.py writes it. The trunk runs the
+reference's own mixers and norms. The parts of the reference that are too slow for a training batch
+(products over few rows, a loop over experts) are replaced by the batched forms below.
+tests/tools/test_train_tiny.py compares these with the reference. The MTP head is trained as a chain
+of three drafts: the first starts from the trunk's hidden states, each later one from the hidden
+states of the draft before. Each depth attends to the same keys as in drafting.
 """
 
 import argparse
@@ -32,8 +33,6 @@ from reference.moe import SparseMoeBlock
 from reference.rope import apply_rope, rope_table
 from tools.training_text import SPECIAL, encode_corpus, train_tokenizer
 from weights.storage import whole, write_whole
-
-# Qwen3.5's pre-tokenizer: contractions, words with their marks, single digits, punctuation, space.
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3_5MoeForConditionalGeneration"],
@@ -103,14 +102,11 @@ TEMPLATE = """\
 """
 
 
-# --- text ------------------------------------------------------------------------------------------
-
-
 # --- the batched forms -------------------------------------------------------------------------------
 
 
 class BatchedLinear(nn.Module):
-    """The reference's Linear as one product over all rows."""
+    """The reference's Linear as one matrix product over all rows."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -121,9 +117,11 @@ class BatchedLinear(nn.Module):
 
 
 class DenseMoeBlock(nn.Module):
-    """The reference's SparseMoeBlock with every expert computed for every row: three large products.
+    """The reference's SparseMoeBlock as three large products that compute every expert for every
+    row.
 
-    `balance` is the load-balancing loss of the last forward: 1 when all experts are used alike.
+    `balance` is the load-balancing loss of the last forward. It is 1 if all experts are used
+    equally.
     """
 
     def __init__(self, source: SparseMoeBlock) -> None:
@@ -155,7 +153,8 @@ class DenseMoeBlock(nn.Module):
         return routed + torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
 
     def unpacked(self) -> dict[str, Tensor]:
-        """The experts' weights under the names of the MTP layer's dialect: one tensor a matrix."""
+        """The experts' weights by the names that a checkpoint has in the MTP layer: one tensor per
+        matrix."""
         named = {
             "gate_proj": self.gate_proj.chunk(self.num_experts),
             "up_proj": self.up_proj.chunk(self.num_experts),
@@ -169,7 +168,7 @@ class DenseMoeBlock(nn.Module):
 
 
 def batched(model: Model) -> Model:
-    """Replace, in place, what is slow in a training batch."""
+    """Replace the modules that are slow in a training batch, in place. Returns the model."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, SparseMoeBlock):
@@ -184,11 +183,13 @@ def batched(model: Model) -> Model:
 def chained_attention(
     attn: GatedAttention, x: Tensor, depth: int, past: list[tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """The MTP layer's attention at draft `depth` (0 the first), for all places of a sequence at once.
+    """The MTP layer's attention at draft `depth` (0 is the first), for all positions of a sequence
+    at once.
 
-    x [B, T, D]: row t belongs to the chain that starts at t and stands at position t + depth. It sees
-    the keys of depth 0 at positions up to t (`past[0]`), of each later depth the one of its own chain
-    (`past[d]`, same row), and its own, which is added to `past`.
+    x [B, T, D]: row t belongs to the chain that starts at t, and is at position t + depth. Row t
+    attends to the keys of depth 0 at positions up to t (`past[0]`), to one key of each later depth,
+    which is that of its own chain (`past[d]`, row t), and to its own key. The new keys and values
+    are appended to `past`. Returns [B, T, D].
     """
     B, T, _ = x.shape
     q_raw, gate = attn.q_proj(x).view(B, T, -1, 2 * attn.head_dim).chunk(2, dim=-1)
@@ -215,9 +216,9 @@ def chained_attention(
 
 
 def chained_mtp(model: Model, ids: Tensor, hidden: Tensor, depths: int) -> list[Tensor]:
-    """Hidden states of the drafts of every chain: result[d][:, t] proposes token t + 2 + d.
+    """Hidden states of the drafts of every chain. result[d][:, t] predicts token t + 2 + d.
 
-    ids [B, T], hidden [B, T, D] the trunk's; result[d] is [B, T - 1 - d, D].
+    ids [B, T]; hidden [B, T, D] from the trunk; result[d] is [B, T - 1 - d, D].
     """
     assert model.mtp is not None
     mtp, layer = model.mtp, cast(Any, model.mtp.layers[0])
@@ -239,7 +240,8 @@ def chained_mtp(model: Model, ids: Tensor, hidden: Tensor, depths: int) -> list[
 
 
 def initialise(model: Model, seed: int) -> None:
-    """Normal 0.02 matrices (those into the residual stream smaller), norms at their identity."""
+    """Initialise the parameters in place. Matrices are normal with std 0.02, or smaller if they
+    write to the residual stream. Norms keep their identity."""
     generator = torch.Generator().manual_seed(seed)
     depth_scale = (2 * model.config.num_hidden_layers) ** -0.5
     for name, p in model.named_parameters():
@@ -258,7 +260,8 @@ def initialise(model: Model, seed: int) -> None:
 
 
 def losses(model: Model, ids: Tensor, depths: int) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Next-token loss, one loss a draft depth (nats a token), and the mean balance loss."""
+    """The next-token loss and one loss per draft depth, in nats per token, and the mean balance
+    loss. ids [B, T]."""
     cache = Cache.empty(model.config, model.embed_tokens.weight.dtype, ids.device, ids.shape[0])
     hidden = model(ids, cache)  # [B, T, D]
 
@@ -286,21 +289,25 @@ class Losses(nn.Module):
 
 
 def low_precision(module: nn.Module) -> dict[str, Tensor]:
-    """What inference will see: matrices in bf16 (gradients flow to the float32 originals)."""
+    """The parameters as in inference: matrices in bf16. Gradients flow to the float32 originals."""
     return {
         name: p.to(torch.bfloat16) if p.dim() > 1 else p for name, p in module.named_parameters()
     }
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 2% of the steps, constant, then linear to zero over the last 40%."""
+    """Linear warm-up over the first 2% of the steps, then constant, then linear to 0 over the last
+    40%."""
     return peak * min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.4 * steps))
 
 
 def train(
     model: Model, data: Tensor, args: argparse.Namespace, log: list[dict[str, float]]
 ) -> None:
-    """AdamW over random windows; lengths grow once, for the last 15% of the steps."""
+    """Train with AdamW on random windows. They are four times as long in the last 15% of the steps.
+
+    data [N] ids. `log` gets an entry every --log-every steps.
+    """
     module = Losses(model)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
@@ -340,7 +347,8 @@ def train(
 
 @torch.no_grad()
 def bits_per_byte(model: Model, ids: Tensor, size: int, window: int = 2048) -> float:
-    """Cost of a text of `size` bytes, in windows without overlap, the first token of each uncounted."""
+    """The cost of a text of `size` bytes, in bits per byte. Each window predicts `window` tokens,
+    and begins with the last token of the one before. The first token of the text is not counted."""
     nats = 0.0
     module = Losses(model)
     for first in range(0, len(ids) - 1, window):
@@ -354,7 +362,8 @@ def bits_per_byte(model: Model, ids: Tensor, size: int, window: int = 2048) -> f
 
 
 def published(model: Model) -> dict[str, Tensor]:
-    """The weights in Qwen3.5's BF16 dialect: trunk experts fused, MTP experts one by one, F32 A_log."""
+    """The tensors as Qwen3.5's BF16 checkpoints have them: fused experts in the trunk, separate
+    experts in the MTP layer. A_log and the delta nets' norms are float32."""
     tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, DenseMoeBlock):
@@ -388,7 +397,7 @@ def _file_name(name: str) -> str:
 
 
 def save(model: Model, backend: Tokenizer, folder: Path) -> None:
-    """Write everything that a checkpoint folder holds."""
+    """Write all files of a checkpoint folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / "model.safetensors") as unfinished:
         save_file(published(model), unfinished, metadata={"format": "pt"})
@@ -453,7 +462,7 @@ def main(args: argparse.Namespace) -> int:
     heldout = (args.corpus / "heldout.txt").read_text(encoding="utf-8")
     print(f"{len(data)} tokens, prepared in {time.perf_counter() - started:.0f} s", flush=True)
 
-    torch.backends.cuda.matmul.allow_tf32 = True  # the delta rule's float32 products
+    torch.backends.cuda.matmul.allow_tf32 = True  # for the float32 products of the delta rule
     model = Model(Config.from_dict(CONFIG))
     initialise(model, args.seed)
     batched(model).to(args.device)

@@ -1,4 +1,4 @@
-"""Text and chats as ids, and the tokenizer that is made for them, for `tools.train_tiny`."""
+"""The tokenizer and the training ids of `tools.train_tiny`, from texts and conversations."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +12,8 @@ from torch import Tensor
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 END_OF_TEXT = "<|endoftext|>"
+# Qwen3.5's pre-tokenizer: contractions, words with their marks, single digits, punctuation, white
+# space.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -19,7 +21,8 @@ SPLIT = (
 
 
 def train_tokenizer(text: Path, vocab: int) -> Tokenizer:
-    """Byte-level BPE of `vocab` ids in Qwen's form, the special tokens last."""
+    """Train a byte-level BPE tokenizer in Qwen's form. It has `vocab` ids, of which the last are
+    SPECIAL."""
     backend = Tokenizer(BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -47,7 +50,7 @@ def _documents(path: Path) -> Iterator[str]:
 
 
 def as_chat(paragraphs: list[str], rng: np.random.Generator) -> str:
-    """A passage as a conversation in which the assistant carries it on, paragraph by paragraph."""
+    """Turn a passage into a conversation: user and assistant take its paragraphs in turn."""
     turns = []
     for asked, answer in zip(paragraphs[::2], paragraphs[1::2], strict=False):
         thought = answer.split(". ")[0][:200] + "\n" if rng.random() < 0.5 and not turns else "\n"
@@ -59,7 +62,8 @@ def as_chat(paragraphs: list[str], rng: np.random.Generator) -> str:
 
 
 def encode_corpus(path: Path, backend: Tokenizer, *, chat_share: float, seed: int) -> Tensor:
-    """All documents in a shuffled order as one row of ids; a share of them rewritten as conversations."""
+    """All documents in shuffled order, as one row of ids [N] int16. About `chat_share` of the
+    longer ones become conversations."""
     rng = np.random.default_rng(seed)
     texts = list(_documents(path))
     rng.shuffle(texts)

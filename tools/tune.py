@@ -1,14 +1,15 @@
-"""`python -m tools.tune`: launch configurations measured on this GPU, and the fastest written to
-fast/configs.json.
+"""`python -m tools.tune`: measure launch configurations on this GPU, and store the fastest.
 
-Each candidate's output is checked before it may win: its largest error against a float64 oracle is at
-most twice that of a bfloat16 reference. Times are of calls inside a captured graph, over routings or
-copies of the weights that together exceed the cache. `down` runs behind `gate_up`, with whose end it
-overlaps; its times are of both. The fastest is timed against the old configuration once more, twice
-each, and replaces it if it won both times.
+The table is fast/configs.json. Each candidate's output is checked before its time counts. The
+products (gate_up, down, linear, route) may err at most twice as much as a bfloat16 reference,
+against a float64 oracle. The other kernels run in a decode round whose logits may differ by at most
+2% from those of the first configuration. Calls are timed inside a captured graph. Those of products
+use routings or copies of the weights that together exceed the cache. `down` is timed together with
+`gate_up`, because it overlaps with its end. Finally the fastest and the old configuration are timed
+again, twice each, and the fastest replaces the old one if it is faster both times.
 
-Rows are no part of the table: bits may not depend on them. Entries of other GPUs and shapes stay as
-they are.
+The table has no number of rows, because the bits must not depend on it. Entries of other GPUs and
+shapes are kept.
 """
 
 import argparse
@@ -46,10 +47,10 @@ from weights.storage import whole
 OPS = ("gate_up", "down", "linear", "route", "delta", "attend", "attend_fp8", "combine", "head")
 ROWS = 4  # one token and three drafts
 E, TOP_K = 512, 10
-OTHER_E, OTHER_TOP_K = 256, 8  # the family's other mixtures: their router alone
+OTHER_E, OTHER_TOP_K = 256, 8  # the other mixtures of the family, for route only
 
-SHARED = {"gfx950": 160 * 1024, "sm_90": 227 * 1024}  # bytes a program may have
-CODES_A_WARP = 16384  # that it holds and decodes at once; with more, registers spill
+SHARED = {"gfx950": 160 * 1024, "sm_90": 227 * 1024}  # bytes of shared memory for a program
+CODES_A_WARP = 16384  # weights that a warp decodes at once; with more, registers spill
 
 # BLOCK_N, BLOCK_K, num_warps, num_stages.
 GATE_UP = [
@@ -63,7 +64,7 @@ DOWN = [
     (64, 256, 4, 3), (64, 256, 4, 4), (64, 512, 4, 2), (128, 128, 4, 2), (128, 128, 8, 2),
     (128, 256, 4, 2), (128, 256, 4, 3), (128, 256, 4, 4), (128, 256, 8, 2), (128, 256, 8, 3),
 ]  # fmt: skip
-# The same with SPLITS in front: the router's product is cut along K.
+# SPLITS, BLOCK_N, BLOCK_K, num_warps, num_stages. The router's product is split along K.
 ROUTE = [
     (splits, *blocks)
     for splits in (1, 2, 4, 8)
@@ -92,15 +93,15 @@ COMBINE = [
     {"MANY": many, "num_warps": warps}
     for many, warps in ((8, 1), (8, 4), (16, 4), (32, 4), (64, 4), (64, 8))
 ]
-CONTEXT = 10_000  # tokens before the rows that are attended to
+CONTEXT = 10_000  # tokens that the rows attend to
 
 Calls = list[Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One kernel at one shape. prepare: with the configuration now in force, the calls to time, and
-    lines on what is wrong with their output."""
+    """One kernel at one shape. prepare: puts a configuration in force, and returns the calls to
+    time and lines on errors in their output."""
 
     op: str
     shape: str
@@ -126,16 +127,16 @@ def blocked(rows: list[tuple[int, ...]]) -> list[LaunchConfig]:
 
 
 def shared_bytes(config: LaunchConfig, weight_bits: int) -> int:
-    """Of the weights, scales and activations that are under way; 8 rows are all that an H200 needs,
-    gfx950 takes 16."""
+    """Bytes of shared memory for the weights, scales and activations of all pipeline stages. It
+    counts 16 rows of activations, as on gfx950; an H200 needs only 8."""
     n, k = config["BLOCK_N"], config["BLOCK_K"]
     scales = n * k // 32 if weight_bits == 4 else 0
     return config["num_stages"] * (n * k * weight_bits // 8 + scales + 16 * k * 2)
 
 
 def fits(config: LaunchConfig, N: int | None, K: int, weight_bits: int, target: str) -> bool:
-    """Whether a product with a weight [N, K] can be launched so. N is None when a last block may be
-    short."""
+    """Whether a configuration can launch a product with a weight [N, K]. N is None if the last
+    block may be partial."""
     n, k, warps = config["BLOCK_N"], config["BLOCK_K"], config["num_warps"]
     return (
         K % (k * config.get("SPLITS", 1)) == 0
@@ -147,7 +148,7 @@ def fits(config: LaunchConfig, N: int | None, K: int, weight_bits: int, target: 
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The table. InputError when it is none, or cannot be written in the end."""
+    """Read the table. InputError if the file is not a table, or if its folder cannot be written."""
     try:
         table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         levels = [table, *table.values(), *(ops for t in table.values() for ops in t.values())]
@@ -160,7 +161,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, target: str, op: str, shape: str, config: LaunchConfig) -> None:
-    """One entry; the others stay. Whole or not at all."""
+    """Write one entry and keep the others. The file is replaced atomically."""
     table = read(path)
     table.setdefault(target, {}).setdefault(op, {})[shape] = config
     with whole(path) as part:
@@ -168,7 +169,7 @@ def write(path: Path, target: str, op: str, shape: str, config: LaunchConfig) ->
 
 
 def put_in_force(target: str, op: str, shape: str, config: LaunchConfig) -> None:
-    """What this process launches from now on; no file is written."""
+    """Set the configuration that this process uses from now on. No file is written."""
     configs.table().setdefault(target, {}).setdefault(op, {})[shape] = config
     configs.lookup.cache_clear()
 
@@ -181,7 +182,7 @@ def in_force(target: str, op: str, shape: str) -> LaunchConfig:
 
 
 def of_experts(ops: list[str], tp: int, target: str, device: torch.device) -> Iterator[Subject]:
-    """gate_up and then down, on one layer's experts."""
+    """The subjects gate_up and down, on the experts of one layer."""
     D, I = HIDDEN, mixture.intermediate(tp)
     generator = torch.Generator(device).manual_seed(tp)
     weights = mixture.random_weights(E, D, I, generator)
@@ -217,7 +218,7 @@ def of_experts(ops: list[str], tp: int, target: str, device: torch.device) -> It
 
 
 def of_product(N: int, K: int, target: str, device: torch.device) -> Subject:
-    """linear: a product with a residual after it."""
+    """The subject linear: a product with a residual."""
     generator = torch.Generator(device).manual_seed(N)
     shape = configs.key(N=N, K=K)
 
@@ -246,7 +247,7 @@ def of_product(N: int, K: int, target: str, device: torch.device) -> Subject:
 
 
 def of_route(sizes: router.Sizes, target: str, device: torch.device) -> Subject:
-    """route: the router's product and the choice."""
+    """The subject route: the router's product and the choice of experts."""
     generator = torch.Generator(device).manual_seed(sizes.E)
     first = router.random_weight(sizes, HIDDEN, generator)
     number = router.copies(first.nbytes, gpu.cache_bytes(device))
@@ -264,7 +265,8 @@ def of_route(sizes: router.Sizes, target: str, device: torch.device) -> Subject:
 
 
 def of_step(ops: list[str], tp: int, target: str, device: torch.device) -> Iterator[Subject]:
-    """Kernels that need a state: delta, attend, combine, head, in a round of a few layers."""
+    """The subjects delta, attend, attend_fp8, combine and head. They run in a decode round of 8
+    layers."""
     config = sliced(Config.published(PUBLISHED), tp)
     config = replace(config, num_hidden_layers=8, layer_types=config.layer_types[:8])
     model = random_model(config, device)
@@ -285,7 +287,8 @@ def of_step(ops: list[str], tp: int, target: str, device: torch.device) -> Itera
         logits = step.logits.float()
         first = expected.setdefault(model.kv_cache_dtype, logits)
         error = float((logits - first).norm() / first.norm())
-        # Other blocks sum in another order: as far apart as the rounding of a few layers to bf16.
+        # Other block sizes sum in another order. The limit is the bf16 rounding error of a few
+        # layers.
         wrong = [] if error < 0.02 else [f"the logits are {error:.2e} apart"]
         begun(step, CONTEXT)
         return [
@@ -310,7 +313,7 @@ def _heads(config: Config) -> str:
 def subjects(
     ops: list[str], tps: list[int], target: str, device: torch.device
 ) -> Iterator[Subject]:
-    """One after the other: each is made when the one before is done."""
+    """All subjects. Each is made after the one before it is done."""
     sizes = [mixture.intermediate(tp) for tp in tps]
     for tp in tps if {"gate_up", "down"} & set(ops) else ():
         yield from of_experts(ops, tp, target, device)
@@ -328,7 +331,7 @@ def subjects(
 
 
 def products(tp: int) -> Iterator[tuple[int, int]]:
-    """Rows and columns of the dense matrices of one rank."""
+    """The shapes (N, K) of the dense weight matrices of one rank."""
     config = sliced(Config.published(PUBLISHED), tp)
     D, H, G, K = HIDDEN, config.num_attention_heads, config.num_key_value_heads, config.head_dim
     values = config.linear_num_value_heads * config.linear_value_head_dim
@@ -342,7 +345,8 @@ def products(tp: int) -> Iterator[tuple[int, int]]:
 def tune(
     subject: Subject, target: str, repeats: int, debug: bool
 ) -> tuple[report.Row, LaunchConfig]:
-    """The row of one shape, and the configuration that it is to have."""
+    """Measure one subject. Returns its row of the report and the configuration to use. InputError
+    if no configuration works."""
     from fast.kernels import triton  # InputError when it is not installed
 
     old = in_force(target, subject.op, subject.shape)
@@ -358,7 +362,7 @@ def tune(
             triton.errors.TritonError,
             RuntimeError,
             InputError,
-        ) as error:  # does not compile, or has no room
+        ) as error:  # does not compile, or lacks memory
             wrong, microseconds = [f"{type(error).__name__}: {error}"], []
         if wrong:
             failed += 1
@@ -380,7 +384,7 @@ def tune(
     of_old, of_best = again[0], again[-1]
     kept = old in rivals and not all(b < o for b, o in zip(of_best, of_old, strict=True))
     chosen = old if kept else best
-    subject.prepare(chosen)  # in force for what comes after
+    subject.prepare(chosen)  # later subjects run with the chosen one
     put_in_force(target, subject.op, subject.shape, chosen)
     us = dict(zip(("old_us", "old_us_again"), of_old, strict=True)) if old in rivals else {}
     us |= dict(zip(("us", "us_again"), of_old if kept else of_best, strict=True))
