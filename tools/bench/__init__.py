@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m tools.bench OP`. Each prints a table, and last one line of JSON."""
+"""Benchmarks: `python -m tools.bench OP`. Each prints a table, or one JSON document with --json."""

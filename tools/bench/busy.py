@@ -1,8 +1,9 @@
-"""Decode speed of the embedded model while other processes keep the cores busy.
+"""Measure the decode speed of the embedded model while other processes keep the cores busy.
 
-Each run is a `python -m qwen35.generate` of its own, in turn on a quiet machine and beside busy loops: as
-the program chooses threads and waiting, with a thread for each core, and with threads that spin while
-they wait, as torch's do by themselves.
+Each run is a separate `python -m qwen35.generate`. Runs take place in turn on an idle machine and
+beside busy loops. Three settings are compared: the threads and the waiting that the program
+chooses, one thread per core, and one thread per core that spins while it waits, as torch's threads
+do by default.
 """
 
 import argparse
@@ -33,7 +34,7 @@ def add_arguments(parser: Parser) -> None:
 
 @contextmanager
 def beside(busy: int) -> Iterator[None]:
-    """Processes that compute without end, while the block runs."""
+    """Run `busy` endless loops in other processes while the block runs."""
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
     try:
         yield
@@ -44,7 +45,8 @@ def beside(busy: int) -> Iterator[None]:
 
 
 def decoded(new_tokens: int, words: list[str], environment: dict[str, str]) -> float:
-    """Tokens a second of one process, in an environment without choices of the user's."""
+    """Tokens per second of one process. Settings of the user for threads and waiting are
+    removed."""
     command = [
         sys.executable, "-m", "qwen35.generate", "In the beginning", "--ignore-eos", "--json",
         "--max-new-tokens", str(new_tokens), *words,

@@ -1,7 +1,8 @@
-"""What it costs to look: a traced pass beside a plain one, and the memory of tools.diff by layers.
+"""Measure the cost of tracing: a traced pass beside a plain one, and the memory of tools.diff.
 
-Passes run over the embedded model in one process, in turn. The memory is that of a process which compares
-a synthetic checkpoint with itself, its feed-forwards holes in a file, for models of more and more layers.
+The passes run the embedded model in one process, in turn. The memory is that of a process that
+compares a synthetic checkpoint with itself, for several numbers of layers. The feed-forward weights
+of this checkpoint are holes in a sparse file.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def tracing(lengths: list[int], repeats: int) -> list[report.Row]:
-    """Both kinds of pass over the trunk, the head and the MTP head."""
+    """Time plain and traced passes through the trunk, the head and the MTP head."""
     model = load(TINY)
 
     @torch.inference_mode()
@@ -54,7 +55,7 @@ def tracing(lengths: list[int], repeats: int) -> list[report.Row]:
 
 
 def layered_config(layers: int, intermediate: int) -> dict[str, Any]:
-    """A dense model whose layers weigh what their feed-forwards do."""
+    """The config of a dense model. Almost all weights of its layers are in the feed-forwards."""
     return {
         "model_type": "qwen3_5_text", "vocab_size": 512, "hidden_size": 512,
         "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -66,7 +67,7 @@ def layered_config(layers: int, intermediate: int) -> dict[str, Any]:
 
 
 def memory(layers: int, intermediate: int) -> report.Row:
-    """Seconds and peak anonymous memory of one tools.diff."""
+    """Seconds and peak anonymous memory of one run of tools.diff."""
     with tempfile.TemporaryDirectory() as folder:
         config = layered_config(layers, intermediate)
         write_sparse(Path(folder), config, holes=".mlp.")

@@ -1,7 +1,8 @@
-"""What the same bits cost on the reference path. Beside it the same model with library products of
-whatever rows a pass has: faster, with other bits for other drafting depths and chunks.
+"""Measure what bitwise exactness costs on the reference path.
 
-Decode of the embedded model without drafts and with three, and prefill, in one process, in turn.
+The reference pads matrix products to fixed numbers of rows. It is compared with the same model
+without padding, which is faster, but whose bits depend on the drafting depth and the prefill chunk.
+Prefill, and decode without drafts and with three, run the embedded model in one process, in turn.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def unpadded(run: Callable[[], object]) -> Callable[[], object]:
-    """The same with every product as the pass has it."""
+    """A function that calls `run` without the padding of products."""
 
     def go() -> None:
         with (

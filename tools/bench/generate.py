@@ -1,4 +1,4 @@
-"""Prefill and decode beside transformers: same weights, same prompt, one run after the other."""
+"""Compare prefill and decode with the transformers library: same weights, same prompts, in turn."""
 
 import argparse
 import statistics
@@ -36,7 +36,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _transformers(folder: str, model: Model) -> torch.nn.Module:
-    """The same folder as transformers loads it, in our model's dtype, at its own defaults."""
+    """The same folder as transformers loads it by default, in our model's dtype."""
     try:
         import transformers
     except ImportError:
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
 
     forwards = tokens = 0
     for number, ids in enumerate(steps(prompts, "prompts")):
-        # A run that makes one token is taken off, so that what is timed is decode alone.
+        # The time of a run with one new token is subtracted, so that only decode is timed.
         def ours(new: int, ids: list[int] = ids) -> Generation:
             generation = Generation(
                 model, ids, new, Sampling(vocab=tokenizer.size), frozenset(), args.draft_tokens
@@ -127,7 +127,8 @@ def main(args: argparse.Namespace) -> int:
 def _rows(
     op: str, seconds: dict[str, list[float]], tokens: int, same_tokens: int | None = None
 ) -> list[report.Row]:
-    """Ours and theirs with the ratio of the medians; same_tokens: equal ids before the first other."""
+    """The rows of both sides, with the ratio of their medians. same_tokens: the number of equal ids
+    before the first that differs."""
     rows = []
     for name, values in seconds.items():
         spread = report.spread(values)

@@ -1,4 +1,4 @@
-"""What GPU benchmarks share: the device, calls timed in a captured graph, the bandwidth of reading."""
+"""Helpers of the GPU benchmarks: device, timing in a captured graph, and read bandwidth."""
 
 import argparse
 import ctypes
@@ -11,8 +11,8 @@ from fast.target import target_of
 from tools.bench import report
 from tools.bench.report import Row
 
-STREAMED = 8 << 30  # bytes that `read_gb_s` adds up
-WARMUP = 3  # replays before any is timed
+STREAMED = 8 << 30  # bytes that `read_gb_s` reads
+WARMUP = 3  # calls before the first timed one
 
 
 def find() -> tuple[torch.device, str]:
@@ -22,24 +22,25 @@ def find() -> tuple[torch.device, str]:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Of the last-level cache."""
+    """The size of the L2 cache, in bytes."""
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def read_gb_s(device: torch.device, repeats: int = 10) -> float:
-    """Read bandwidth of a streaming sum over 8 GiB, the median."""
+    """The read bandwidth in GB/s: the median of `repeats` sums over 8 GiB."""
     data = torch.empty(STREAMED // 4, dtype=torch.float32, device=device).uniform_()
     seconds = [us * 1e-6 for us in events(lambda: data.sum(), repeats)]
     return data.nbytes / statistics.median(seconds) * 1e-9
 
 
 class Graph:
-    """`calls`, in turn, in one captured graph; launches: kernels, copies and fills in one of them."""
+    """A captured graph of `calls`, one after the other. launches: kernels, copies and fills per
+    call (None if the driver does not tell)."""
 
     def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
-        self.calls = list(calls)  # kept, with the tensors that the graph reads and writes
+        self.calls = list(calls)  # keeps the tensors that the graph reads and writes alive
         for call in self.calls:
-            call()  # compiles, and lets libraries set themselves up
+            call()  # compiles the kernels and initialises libraries
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(self.graph):
@@ -49,12 +50,12 @@ class Graph:
         self.launches = nodes and round(nodes / len(self.calls))
 
     def microseconds(self, repeats: int) -> list[float]:
-        """Of one call, in each of so many replays."""
+        """The time of one call in microseconds, for each of `repeats` replays."""
         return [us / len(self.calls) for us in events(self.graph.replay, repeats)]
 
 
 def _nodes(graph: int) -> int | None:
-    """Of a graph; None when the driver does not say."""
+    """The number of nodes of a graph, or None if the driver does not tell."""
     library, name = "libcuda.so.1", "cuGraphGetNodes"
     if torch.version.hip:
         library, name = "libamdhip64.so", "hipGraphGetNodes"
@@ -69,7 +70,7 @@ def _nodes(graph: int) -> int | None:
 
 
 def events(call: Callable[[], object], repeats: int) -> list[float]:
-    """Microseconds between device events around `call`."""
+    """Microseconds between device events around each of `repeats` calls."""
     for _ in range(WARMUP):
         call()
     started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -84,7 +85,8 @@ def events(call: Callable[[], object], repeats: int) -> list[float]:
 
 
 def figures(first: list[float], second: list[float], moved: float, read: float) -> Row:
-    """Two passes over the same thing, in microseconds, and its floor: `moved` bytes at `read` GB/s."""
+    """The figures of one subject. first, second: microseconds in two passes. The lower bound
+    `floor_us` is the time to read `moved` bytes at `read` GB/s."""
     us, floor = statistics.median(first), moved / read * 1e-3
     return {
         "us": us,
@@ -105,7 +107,7 @@ def emit(
     read: float,
     rows: list[Row],
 ) -> None:
-    """`report.emit`, with the GPU's name and its read bandwidth."""
+    """Call `report.emit` with the GPU's name and its read bandwidth."""
     config = {name: getattr(args, name) for name in ("tp", "rows", "experts", "top_k", "repeats")}
     name = torch.cuda.get_device_name(device)
     report.emit(

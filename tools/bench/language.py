@@ -1,4 +1,4 @@
-"""How well a checkpoint writes: bits per byte of held-out text beside `xz -9`, tokens per forward."""
+"""Measure bits per byte of held-out text beside `xz -9`, and tokens per forward pass."""
 
 import argparse
 import lzma
@@ -45,7 +45,7 @@ def add_arguments(parser: Parser) -> None:
 
 @torch.inference_mode()
 def bits(model: Model, ids: list[int]) -> float:
-    """Bits of ids[1:] given what stands before each."""
+    """The total bits of ids[1:], each given all ids before it."""
     cache = model.new_cache()
     total = 0.0
     for first in range(0, len(ids) - 1, 2048):

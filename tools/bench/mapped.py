@@ -1,8 +1,10 @@
-"""A large checkpoint beside the embedded one: seconds to its first token, anonymous memory at its peak.
+"""Measure the first token and the memory of a large checkpoint beside the embedded one.
 
-The checkpoint is made on the spot: a sparse file, whose experts are holes that read as zeros, so that it
-costs no disk. Each run is a process of its own, as a user would start it. Before each the file is put
-out of the page cache; one uncounted run before them makes a virtual machine back the memory it uses.
+The times are the seconds to the first token, and the memory is the peak of anonymous memory. The
+large checkpoint is a sparse file whose experts are holes that read as zeros, so it needs almost no
+disk. Each run is a separate process. The large checkpoint is read once after its file has been
+dropped from the page cache, and once again from the page cache. A first run is not counted, because
+in a virtual machine the first use of memory is slower.
 """
 
 import argparse
@@ -27,7 +29,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def large_config(gigabytes: float) -> dict[str, Any]:
-    """A small trunk of 8 layers with as many experts of 1024 x 512 as fill the bytes asked for."""
+    """The config of a trunk of 8 layers, with as many experts of 1024 x 512 as fill `gigabytes`."""
     hidden, inner, layers = 1024, 512, 8
     experts = round(gigabytes * 1e9 / (layers * 3 * hidden * inner * 2))
     return {
@@ -42,8 +44,8 @@ def large_config(gigabytes: float) -> dict[str, Any]:
 
 
 def write_sparse(folder: Path, config: dict[str, Any], holes: str = ".experts.") -> int:
-    """Write the checkpoint with fused experts: small random weights, and holes where a name has `holes`
-    in it. Returns bytes."""
+    """Write a checkpoint with fused experts and small random weights. Tensors whose name contains
+    `holes` are holes in the file. Returns the size of the file in bytes."""
     with torch.device("meta"):
         model = Model(Config.from_dict(config))
     sizes = [config.get(n, 0) for n in ("num_experts", "moe_intermediate_size", "hidden_size")]
@@ -78,13 +80,14 @@ def write_sparse(folder: Path, config: dict[str, Any], holes: str = ".experts.")
 
 
 def first_token(folder: Path | None) -> tuple[float, int]:
-    """Seconds that a process takes to generate one token and end, and its peak of anonymous bytes."""
+    """The seconds of a process that generates one token, and its peak of anonymous memory in bytes.
+    folder: None is the embedded checkpoint."""
     model = ["--model", str(folder)] if folder else []
     return report.watch(["qwen35.generate", "--prompt-ids", "5", "--max-new-tokens", "1", *model])
 
 
 def evict(file: Path) -> None:
-    """Put a file out of the page cache."""
+    """Drop a file from the page cache."""
     with file.open("rb+") as handle:
         os.fsync(handle.fileno())
         os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

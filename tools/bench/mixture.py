@@ -1,7 +1,8 @@
-"""Random experts and routings, and the mixture of experts computed from them in any precision.
+"""Random experts and routings, and their mixture of experts (MoE) in any precision.
 
-For `tools.bench moe`, `tools.bench router` and `tools.tune`. In float64 the mixture is the oracle, in
-bfloat16 the yardstick of the rule: a largest error of at most twice bfloat16's own.
+`tools.bench moe`, `tools.bench router` and `tools.tune` use them. The mixture in float64 is the
+oracle. The rule is that the largest error of a kernel is at most twice that of the mixture in
+bfloat16.
 """
 
 from collections.abc import Callable
@@ -19,13 +20,16 @@ from weights import mxfp4, words
 
 HIDDEN, INTERMEDIATE = 4096, 1024  # of the 397B model; ranks share the intermediate size
 SCALES = (116, 122)  # random e8m0 codes: 2^-11 to 2^-6
-CALLS = 8  # routings in one captured graph, at least
+CALLS = 8  # minimum number of routings in one captured graph
 
 
 @dataclass(frozen=True)
 class Weights:
-    """E experts as a checkpoint has them: gate_up [E, 2 I, D/2], gate rows first, down [E, D, I/2],
-    scales."""
+    """E experts in MXFP4, as a checkpoint has them. All tensors are uint8.
+
+    gate_up [E, 2 I, D/2] (gate rows first), gate_up_scale [E, 2 I, D/32], down [E, D, I/2],
+    down_scale [E, D, I/32].
+    """
 
     gate_up: Tensor
     gate_up_scale: Tensor
@@ -45,7 +49,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Case:
-    """What one call gets: x [N, D] bf16, experts [N, k] int32, shares [N, k] fp32."""
+    """The inputs of one call: x [N, D] bf16, experts [N, k] int32, shares (their weights) [N, k]
+    fp32."""
 
     x: Tensor
     experts: Tensor
@@ -59,7 +64,8 @@ Run = Callable[[Case], Tensor]  # -> [N, D] bf16
 
 
 def intermediate(tp: int) -> int:
-    """Of an expert on each of `tp` ranks."""
+    """The intermediate size of an expert on each of `tp` ranks. InputError if it cannot be
+    divided."""
     if tp < 1 or INTERMEDIATE % (tp * words.SPAN):
         sizes = [n for n in range(1, INTERMEDIATE + 1) if INTERMEDIATE % (n * words.SPAN) == 0]
         raise InputError(f"--tp {tp}; expected some of {', '.join(map(str, sizes))}")
@@ -67,7 +73,7 @@ def intermediate(tp: int) -> int:
 
 
 def check_sizes(rows: int, experts: int, top_k: int, repeats: int) -> None:
-    """InputError for what the kernels do not take."""
+    """InputError for sizes that the kernels do not support."""
     for name, value, most in (
         ("rows", rows, MAX_ROWS),
         ("experts", experts, 4096),
@@ -79,7 +85,7 @@ def check_sizes(rows: int, experts: int, top_k: int, repeats: int) -> None:
 
 
 def expert_bytes(D: int, I: int) -> int:
-    """Of one expert: three matrices, half a byte an element and a byte a group."""
+    """Bytes of one expert: three matrices, with half a byte per element and one byte per group."""
     return 3 * D * I // 2 + 3 * D * I // mxfp4.GROUP
 
 
@@ -100,7 +106,7 @@ def random_weights(E: int, D: int, I: int, generator: torch.Generator) -> Weight
 
 
 def random_case(rows: int, D: int, pool: int | Tensor, k: int, generator: torch.Generator) -> Case:
-    """pool: so many experts, or the ids to choose from."""
+    """Random inputs of one call. pool: the number of experts, or the expert ids to choose from."""
     where = generator.device
     ids = torch.arange(pool, device=where) if isinstance(pool, int) else pool
     noise = torch.rand(rows, len(ids), device=where, generator=generator)
@@ -113,7 +119,8 @@ def random_case(rows: int, D: int, pool: int | Tensor, k: int, generator: torch.
 
 
 def check_cases(rows: int, D: int, E: int, k: int, generator: torch.Generator) -> list[Case]:
-    """Of ordinary and of small inputs; rows meet at some experts, which are among 2 k of all E."""
+    """Two cases, with ordinary and with small inputs. The rows choose among only 2 k of all E
+    experts, so that some rows share experts."""
     pool = torch.randperm(E, device=generator.device, generator=generator)[: 2 * k]
     case, other = (random_case(rows, D, pool, k, generator) for _ in range(2))
     return [case, Case(other.x * 0.01, other.experts, other.shares)]
@@ -122,8 +129,11 @@ def check_cases(rows: int, D: int, E: int, k: int, generator: torch.Generator) -
 def rotation(
     rows: int, D: int, E: int, k: int, each: int, cache: int, generator: torch.Generator
 ) -> tuple[int, list[tuple[int, Case]]]:
-    """How many sets of weights there must be, and calls (set, inputs), so that what the calls touch,
-    experts of `each` bytes, is at least three times a cache of `cache` bytes."""
+    """The number of weight sets, and the calls as (set, inputs), that exceed the cache.
+
+    The experts that the calls use, of `each` bytes, are together at least three times `cache`
+    bytes.
+    """
     sets = -(-6 * cache // (E * each)) or 1
     calls: list[tuple[int, Case]] = []
     touched: set[tuple[int, int]] = set()
@@ -135,12 +145,13 @@ def rotation(
 
 
 def distinct(cases: list[Case]) -> float:
-    """Experts that a call hits, on average."""
+    """The mean number of distinct experts per call."""
     return sum(len(case.experts.unique()) for case in cases) / len(cases)
 
 
 def mixture(weights: Weights, case: Case, dtype: torch.dtype) -> Tensor:
-    """[N, D] in dtype: every step of the reference, one pair of a row and an expert after the other."""
+    """The output of the experts, [N, D] in dtype. It follows the reference step by step, one (row,
+    expert) pair after the other."""
     _, _, I = weights.sizes
     gate_up, gate_up_scale, down, down_scale = weights.tensors
     total = case.x.new_zeros(case.x.shape, dtype=dtype)
@@ -157,7 +168,8 @@ def mixture(weights: Weights, case: Case, dtype: torch.dtype) -> Tensor:
 
 
 def judged(name: str, tested: Tensor, oracle: Tensor, rough: Tensor) -> tuple[float, list[str]]:
-    """The largest error in multiples of bfloat16's, and a line if it is more than the rule allows."""
+    """The largest error as a multiple of bfloat16's, and a line if it is more than the rule
+    allows."""
     by_rule = judge.Judge()
     by_rule.add(name, "output", "", [oracle, rough, tested])
     (row,) = by_rule.report().rows
@@ -171,10 +183,10 @@ def judged(name: str, tested: Tensor, oracle: Tensor, rough: Tensor) -> tuple[fl
 def check(
     run: Run, weights: Weights, cases: list[Case], bits: bool = True
 ) -> tuple[float, list[str]]:
-    """The largest error in multiples of bfloat16's, and a line for each thing that failed.
+    """The largest error as a multiple of bfloat16's, and a line for each failed check.
 
-    For 1 to all rows of a case: the error; with bits, also that a repeated launch and every row alone
-    have the same ones.
+    Each case is checked with 1, 2, ... and all of its rows. With `bits`, a repeated launch and a
+    launch of each row alone also have to give the same bits.
     """
     worst, failed = 0.0, []
     for number, case in enumerate(cases):

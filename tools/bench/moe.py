@@ -1,12 +1,12 @@
-"""The routed experts on a GPU, from top-k ids to the reduced output, beside triton_kernels and plain
-torch.
+"""Time the routed experts on a GPU beside triton_kernels and plain torch.
 
-First the check, at each size: the largest error against a float64 oracle is at most twice that of a
-bfloat16 reference, a repeated launch has the same bits, and so has a row alone. Then the time of one
-call inside a captured graph that goes through several routings, whose experts together exceed the
-cache. Two passes, so that the noise shows. `floor_us`: the bytes of the experts that are hit, each once
-in MXFP4, at `read_gb_s`, the bandwidth of a streaming sum over 8 GiB in the same run. `err_x_bf16`: the
-largest error in multiples of bfloat16's.
+The time is from top-k ids to the summed output. At each size the output is checked first: the
+largest error against a float64 oracle is at most twice that of a bfloat16 reference, and a repeated
+launch and a launch of one row alone have the same bits. Then one call is timed inside a captured
+graph over several routings, whose experts together exceed the cache. There are two passes, to show
+the noise. `floor_us` is the time to read each expert that is hit once, in MXFP4, at `read_gb_s`.
+This is the bandwidth of a sum over 8 GiB in the same run. `err_x_bf16` is the largest error as a
+multiple of bfloat16's.
 """
 
 import argparse
@@ -32,7 +32,7 @@ IDS, MATRICES = (
 PLAIN = "plain torch, bf16 weights"
 INSTALL = "triton_kernels is not installed (pip install tokenspeed-triton-kernels): no such row"
 
-Prepare = Callable[[Case], Callable[[], Tensor]]  # a call on inputs that stay, -> [N, D] bf16
+Prepare = Callable[[Case], Callable[[], Tensor]]  # returns a call on fixed inputs, -> [N, D] bf16
 
 
 def add_arguments(parser: Parser) -> None:
@@ -47,7 +47,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def ours(weights: Weights) -> Prepare:
-    """Two launches, on buffers that are there already."""
+    """Our two launches, on buffers that are allocated before."""
     experts = Experts.from_tensors(*weights.tensors)
 
     def prepare(case: Case) -> Callable[[], Tensor]:
@@ -64,7 +64,7 @@ def ours(weights: Weights) -> Prepare:
 
 
 def peers(weights: Weights) -> dict[str, Prepare]:
-    """Those that can be made here."""
+    """The peers that can be built on this machine."""
     made: dict[str, Prepare] = {}
 
     def triton_kernels() -> None:
@@ -89,7 +89,7 @@ def _installed() -> bool:
 
 
 def guarded(name: str, step: Callable[[], None]) -> None:
-    """A peer may fail in any way; that is told, and costs its rows only."""
+    """Run a step of a peer. If it fails, print the error and go on without its rows."""
     try:
         step()
     except Exception as error:  # whatever another library raises
@@ -103,7 +103,7 @@ def as_run(prepare: Prepare) -> Run:
 def at_size(
     tp: int, args: argparse.Namespace, device: torch.device, read: float
 ) -> tuple[list[report.Row], list[str]]:
-    """The rows of one TP size; or none, and what failed."""
+    """The rows of one TP size, or no rows and the lines of the failed checks."""
     E, k, D, I = args.experts, args.top_k, mixture.HIDDEN, mixture.intermediate(tp)
     generator = torch.Generator(device).manual_seed(tp)
     each = mixture.expert_bytes(D, I)

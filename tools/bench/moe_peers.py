@@ -1,10 +1,10 @@
-"""The routed experts of `triton_kernels` (PyPI: tokenspeed-triton-kernels) and of plain torch, beside
-ours.
+"""The routed experts of `triton_kernels` (PyPI: tokenspeed-triton-kernels) and of plain torch.
 
-Of `triton_kernels` the matrix launches: gate-up with a fused activation (SiLU times up, written here,
-as its own has other constants), down with the pairs' weights and a scatter, in its MXFP4 layout for
-Hopper. Its own top-k wants a power of two, and its `reduce` does not compile with Triton 3.6: torch
-sorts the pairs and adds them up. Triton is needed from the first line on.
+Only the matrix products are launches of `triton_kernels`, in its MXFP4 layout for Hopper. gate-up
+has a fused activation (SiLU times up). The activation is written here, because that of the library
+has other constants. down multiplies by the pairs' weights and scatters. torch sorts the pairs and
+sums them, because the library's top-k needs a power of two, and its `reduce` does not compile with
+Triton 3.6. Importing this module needs Triton.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from triton.language import target_info
 from tools.bench.mixture import Case, Weights
 from weights import mxfp4
 
-WARPS = 4  # that its layout of the scales is made for: the fastest of 4 and 8 here
+WARPS = 4  # that its layout of the scales is made for; 4 is faster than 8 here
 
-Call = Callable[[], Tensor]  # one call on inputs that stay, -> [N, D] bf16
+Call = Callable[[], Tensor]  # one call on fixed inputs, -> [N, D] bf16
 
 
 @triton.jit(repr=lambda _: "_silu_up")
 def _silu_up(both):
-    """Columns gate 0, up 0, gate 1, ... -> silu(gate) * up."""
+    """silu(gate) * up. The columns of `both` are gate 0, up 0, gate 1, up 1, ..."""
     gate, up = tl.split(tl.reshape(both, (both.shape[0], both.shape[1] // 2, 2)))
     return gate / (1 + tl.exp(-gate)) * up
 
@@ -38,9 +38,10 @@ def _no():
 
 
 def library() -> Any:
-    """`triton_kernels` with all that is used of it loaded, and what it looks for in a later Triton."""
+    """Import `triton_kernels` and the submodules that are used. Names that it expects from a later
+    Triton are added to Triton first."""
     later = {
-        (target_info, "is_hip_gfx1250"): _no,  # a card that this is not
+        (target_info, "is_hip_gfx1250"): _no,  # for another GPU
         (triton.runtime.JITFunction, "def_file_line_number"): 1,  # for tracebacks
         (triton.runtime.JITFunction, "def_file_col_number"): 1,
     }
@@ -58,7 +59,7 @@ def library() -> Any:
 
 @dataclass(frozen=True)
 class Route:
-    """Pairs (row, slot) in the order of their experts."""
+    """The (row, slot) pairs, sorted by expert."""
 
     metadata: Any
     row: Tensor  # [N * k] int32, of each pair
@@ -67,8 +68,8 @@ class Route:
 
 
 class TritonKernels:
-    """One layer's experts, and calls of them. Its graph can hold all of a call: nothing waits for the
-    CPU."""
+    """One layer's experts, and calls of them. A graph can capture a whole call, because no step
+    waits for the CPU."""
 
     def __init__(self, weights: Weights) -> None:
         self.kernels = library()
@@ -85,7 +86,8 @@ class TritonKernels:
         self.ones = torch.ones(512, dtype=torch.int32, device=where)
 
     def _packed(self, codes: Tensor, scale: Tensor) -> tuple[Any, Any]:
-        """codes [E, N, K/2] and scale [E, N, K/32] in its layout for this card, as [E, K, N]."""
+        """codes [E, N, K/2] and scale [E, N, K/32] in the library's layout for this GPU, as [E, K,
+        N]."""
         tensor, layout = self.kernels.tensor, self.kernels.tensor_details.layout
         value = tensor.wrap_torch_tensor(codes.mT, dtype=tensor.FP4)
         powers = tensor.wrap_torch_tensor(scale.mT)
@@ -108,7 +110,7 @@ class TritonKernels:
         return Route(metadata, pair // k, pair, case.shares.flatten()[pairs])
 
     def matrices(self, case: Case, route: Route) -> Tensor:
-        """Three launches."""
+        """The experts' output, [N, D], in three launches: two matrix products and torch's sum."""
         matmul, (N, k) = self.kernels.matmul.matmul, case.experts.shape
         gate_up, first = self.gate_up
         down, second = self.down
@@ -131,7 +133,7 @@ class TritonKernels:
 
 
 class Plain:
-    """Plain torch on bf16 weights: the chosen experts are gathered, then multiplied as a batch."""
+    """Plain torch on bf16 weights. It gathers the chosen experts and multiplies them as a batch."""
 
     def __init__(self, weights: Weights) -> None:
         self.gate_up = self._decoded(weights.gate_up, weights.gate_up_scale)

@@ -1,17 +1,18 @@
-"""A replacement of a node on a GPU, beside the node: microseconds of one call inside a captured graph.
+"""Time a replacement of a node on a GPU beside the node itself, in microseconds per call.
 
-The reference runs once over random ids, so that every node that fits the pattern gets the activations
-that it has in use. First the check: the replacement may err at most twice as much as the node does in
-bfloat16, both measured against the node in float64. Then the times: the graphs of the node and of the
-replacement take turns, in two passes. A graph calls the nodes one after the other, each with its own
-inputs, and copies of them until they exceed the cache four times or there are 1024 calls. The
-reference's routed experts wait for the host, so a node that has them in it is not timed itself.
+The reference runs once over random ids, so that every node that fits the pattern gets real
+activations. First the output is checked: the error of the replacement may be at most twice that of
+the node in bfloat16, both against the node in float64. Then the graphs of the node and of the
+replacement are timed in turn, in two passes. A graph calls the nodes one after the other, each with
+its own inputs. It also calls copies of them, until their bytes exceed the cache four times or there
+are 1024 calls. The routed experts of the reference wait for the host, so a node that contains them
+is not timed itself.
 
-read_bytes: of one call: weights and inputs, each once; none where the node reads only some of its weights
-(an embedding, routed experts). floor_us, gb_s, share_of_read: of these bytes; none where they stay in
-the cache. Nodes that carry a state or give several tensors are refused: `tools.bench step` and
-`router` time those. There is nothing to time without a GPU: `tools.compile --kernel` tells what can be
-known there.
+read_bytes: bytes of weights and inputs of one call. It is left out for nodes that read only some of
+their weights (an embedding, routed experts). floor_us, gb_s and share_of_read follow from
+read_bytes. They are left out if the bytes fit into the cache. Nodes with a state or several output
+tensors are refused; `tools.bench step` and `tools.bench router` time those. This benchmark needs a
+GPU. Without one, `tools.compile --kernel` reports what can be known from compiling.
 """
 
 import argparse
@@ -35,13 +36,13 @@ from reference.model import Model
 from reference.moe import Experts
 from tools.bench import gpu, mixture, report
 
-MOST = 1024  # calls in a graph
+MOST = 1024  # maximum number of calls in a graph
 Inputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A node, what stands for it, and what both are given."""
+    """A node, its replacement, and the inputs of both."""
 
     name: str
     node: nn.Module
@@ -59,8 +60,8 @@ def add_arguments(parser: Parser) -> None:
 
 @torch.inference_mode()
 def recorded(model: Model, pattern: str, ids: list[int]) -> dict[str, tuple[nn.Module, Inputs]]:
-    """The outermost nodes that fit, and what each is given in a pass over ids. InputError where that is
-    not tensors alone, or a node does not run."""
+    """The outermost nodes that fit the pattern, with their inputs in a pass over ids. InputError if
+    an input is not a tensor, or if a node does not run."""
     found = outermost(matching(model, pattern))
     names = {id(module): name for name, module in found.items()}
     given: dict[str, tuple[Any, ...]] = {}
@@ -91,7 +92,8 @@ def recorded(model: Model, pattern: str, ids: list[int]) -> dict[str, tuple[nn.M
 def cases(
     nodes: dict[str, tuple[nn.Module, Inputs]], replacement: Replacement, count: int
 ) -> list[Case]:
-    """`count` copies of each node, a replacement beside each. InputError that names the node."""
+    """`count` copies of each node, each with a replacement. InputError, with the node's name, if
+    the replacement cannot be built."""
     made: list[Case] = []
     for copied in range(count):
         for name, (node, inputs) in nodes.items():
@@ -102,7 +104,8 @@ def cases(
 
 
 def with_name(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """What a call of the user's code gives; what it raises, as one line with the node's name."""
+    """Call the user's code and return its result. Its exceptions become an InputError with the
+    node's name."""
     try:
         return call(*arguments)
     except Exception as error:
@@ -111,8 +114,8 @@ def with_name(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def check(case: Case) -> tuple[float, list[str]]:
-    """The replacement's largest error in multiples of bfloat16's, and a line if it is too large.
-    InputError when either gives anything but one tensor, or the replacement fails."""
+    """The largest error of the replacement as a multiple of bfloat16's, and a line if it is too
+    large. InputError if either side does not return one tensor, or if the replacement fails."""
     wide = [x.double() if x.is_floating_point() else x for x in case.inputs]
     oracle = copy.deepcopy(case.node).double()(*wide)
     if not isinstance(oracle, Tensor):
@@ -128,24 +131,26 @@ def check(case: Case) -> tuple[float, list[str]]:
 
 
 def has(node: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether it is one of them, or has one in it."""
+    """Whether a node is of one of these classes, or contains such a node."""
     return any(isinstance(part, kinds) for part in node.modules())
 
 
 def nbytes(node: nn.Module, inputs: Inputs) -> int:
-    """Of weights and inputs, each once."""
+    """Bytes of the weights, buffers and inputs of a node."""
     return sum(x.nbytes for x in (*node.parameters(), *node.buffers(), *inputs))
 
 
 def copies(total: int, calls: int, cache: int) -> int:
-    """Of so many calls that touch so many bytes in all, to exceed the cache four times, or reach MOST."""
+    """How many copies of `calls` calls, which read `total` bytes together, exceed the cache four
+    times. At most MOST calls are made."""
     return max(1, min(-(-4 * cache // total), MOST // calls))
 
 
 def timed(
     graphs: dict[str, gpu.Graph], moved: int | None, read: float, repeats: int
 ) -> dict[str, report.Row]:
-    """The figures of each graph, in two passes in which they take turns."""
+    """The figures of each graph, from two passes. moved: bytes per call; None leaves the bandwidth
+    out."""
     passes = [
         {name: graph.microseconds(repeats) for name, graph in graphs.items()} for _ in range(2)
     ]
@@ -167,7 +172,8 @@ def measure(
     read: float,
     repeats: int,
 ) -> tuple[list[report.Row], list[str]]:
-    """The rows of the replacement, called `kind`, and of the node; or none, and what failed."""
+    """The rows of the replacement (named `kind`) and of the node, or no rows and the failed
+    checks."""
     sizes = [nbytes(node, inputs) for node, inputs in nodes.values()]
     cache = gpu.cache_bytes(device)
     count = copies(sum(sizes), len(nodes), cache)

@@ -1,13 +1,14 @@
-"""Prefill on a GPU: tokens/s of one pass over a prompt's rows, and where the time goes; random weights.
+"""Time prefill on a GPU: tokens/s of one forward pass with random weights, and the time per kernel.
 
---config and --tp as of `bench step`: one rank's slice of 397B, without the all-reduces, or a smaller
-model. `--layers N` builds N of the trunk's layers, and the whole pass is then by proportion. --tokens is
-the length of the pass (`--prefill-chunk` of a prompt), --context what the cache holds before it.
+--config and --tp are those of `bench step`: one rank's slice of 397B without the all-reduces, or a
+smaller model. `--layers N` builds only N layers of the trunk; the time of the whole pass is then
+scaled up. --tokens is the length of the pass (`--prefill-chunk` of a prompt). --context is the
+number of tokens in the cache before it.
 
-Each launch of a delta-net layer and of an attention layer is timed in a graph of its own and counted for
-all layers. share_of_matrix: its multiplications and additions a second over those of a product of two
-bf16 matrices of 8,192 rows in the same run. Where torch has the same operation, `torch_us` is its time
-beside it: `F.linear` for products, `scaled_dot_product_attention` for attention over an empty context.
+Each launch of a delta-net layer and of an attention layer is timed in its own graph, and multiplied
+by the number of such layers. share_of_matrix is its FLOP/s relative to a product of two bf16
+matrices of 8,192 rows in the same run. `torch_us` is the time of the same operation in torch:
+`F.linear` for products, and `scaled_dot_product_attention` for attention without context.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from reference.model import Model
 from tools.bench import gpu, report
 from tools.bench.step import SIZES, random_model, share_of
 
-SIDE = 8192  # rows and columns of the product that gives the matrix rate
+SIDE = 8192  # rows and columns of the matrices that `matrix_rate` multiplies
 
 
 def add_arguments(parser: Parser) -> None:
@@ -46,14 +47,14 @@ def add_arguments(parser: Parser) -> None:
 
 
 def matrix_rate(device: torch.device, repeats: int = 10) -> float:
-    """Multiplications and additions a second of a bf16 product of two large matrices, the median."""
+    """The FLOP/s of a bf16 product of two large matrices: the median of `repeats`."""
     a, b = (torch.randn(SIDE, SIDE, device=device).bfloat16() for _ in range(2))
     us = statistics.median(gpu.Graph([lambda: a @ b]).microseconds(repeats))
     return 2 * SIDE**3 / us * 1e6
 
 
 def filled(model: Model, tokens: int) -> Cache:
-    """A cache that holds so many tokens of random keys, values and states."""
+    """A cache of `tokens` tokens with random keys, values and states."""
     cache = model.new_cache()
     for state in cache.layers:
         if isinstance(state, KVCache):
@@ -70,7 +71,7 @@ def filled(model: Model, tokens: int) -> Cache:
 
 
 def operations(launch: Launch, context: int) -> float:
-    """Multiplications and additions of a launch's products."""
+    """The FLOPs of a launch's matrix products, with a multiplication and an addition as two."""
     a, kind = launch.arguments, launch.kernel.__name__
     if kind == "linear":
         return 2.0 * a["rows"] * a["N"] * a["K"]
@@ -93,7 +94,7 @@ def operations(launch: Launch, context: int) -> float:
 
 
 def peer(launch: Launch, context: int) -> Callable[[], Tensor] | None:
-    """The same by torch, where torch has it."""
+    """A call of the same operation in torch, or None if torch has none."""
     a, kind = launch.arguments, launch.kernel.__name__
     if kind == "linear" and not a["ACTIVATED"]:
         return lambda: F.linear(a["x"], a["weight"])
@@ -174,7 +175,8 @@ def _measured(
 
 
 def _timed(one: Work, times: int, args: argparse.Namespace, rate: float) -> report.Row | None:
-    """A launch by itself in a graph, counted for `times` layers; None for what moves a state."""
+    """The row of a launch in its own graph, counted for `times` layers. None for work that only
+    moves a state."""
     if not isinstance(one, Launch):
         if not hasattr(one, "tile_expert"):
             return None

@@ -1,7 +1,8 @@
-"""MXFP4 of a bfloat16 tensor beside the quantisers of torchao and compressed-tensors, in one process.
+"""Time the MXFP4 quantiser beside those of torchao and compressed-tensors, in one process.
 
-Before anything is timed their bytes are compared with ours, on the tensor that is timed and on groups at
-the edges of the format. "ours, decoded" is the way back, counted by the bytes it writes.
+Before the timing, their bytes are compared with ours: on the bfloat16 tensor that is timed, and on
+groups with edge cases of the format. "ours, decoded" is the dequantisation; its GB/s count the
+bytes that it writes.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _torchao() -> Quantizer:
-    """Their MX cast with the same rule for the scale; they call it EVEN."""
+    """torchao's MX cast, with the same rule for the scale, which it calls EVEN."""
     try:
         from torchao.prototype.mx_formats.config import (  # pyright: ignore[reportMissingImports]
             ScaleCalculationMode,
@@ -58,7 +59,8 @@ def _torchao() -> Quantizer:
 
 
 def _compressed_tensors() -> Quantizer:
-    """Their MXFP4A16 preset: minimum and maximum of each group, scales from them, the compressor."""
+    """The MXFP4A16 preset of compressed-tensors. Its scales come from the minimum and maximum of
+    each group."""
     try:
         from compressed_tensors.compressors import (  # pyright: ignore[reportMissingImports]
             MXFP4PackedCompressor,
@@ -86,7 +88,7 @@ def _compressed_tensors() -> Quantizer:
 
 
 def _compared(theirs: Quantizer, weight: Tensor) -> report.Row:
-    """Which part of the codes and scales is ours too, and on which edges something is not."""
+    """The fractions of codes and scales that are equal to ours, and the edge cases that differ."""
     (packed, scale), (our_packed, our_scale) = theirs(weight), quantize(weight)
     low, high = (packed ^ our_packed) & 15, (packed ^ our_packed) >> 4
     differs = []

@@ -1,4 +1,4 @@
-"""What all benchmarks print: a table for people, or with --json one document."""
+"""The output of all benchmarks (a table, or one JSON document), and helpers for timing."""
 
 import platform
 import statistics
@@ -27,8 +27,8 @@ def device_name() -> str:
 
 
 def emit(op: str, config: dict[str, Any], rows: list[Row], *, only_json: bool, **more: Any) -> None:
-    """Print a heading and the rows as a table, or the document that holds the same (only_json). more: of
-    the document, such as another device."""
+    """Print the configuration and the rows as a table, or as one JSON document (only_json). more:
+    further fields of the document, or other values, as for the device."""
     document = {"op": op, "config": config, "device": device_name(), **more, "rows": rows}
     if only_json:
         print_json(document)
@@ -45,7 +45,8 @@ def emit(op: str, config: dict[str, Any], rows: list[Row], *, only_json: bool, *
 
 
 def _shown(value: Any) -> str:
-    """Four digits of a fraction, and all of a whole number."""
+    """A value as text. Floats have four significant digits, or all before the point from 10,000
+    on."""
     if isinstance(value, list | tuple):
         return ", ".join(map(_shown, value))
     if not isinstance(value, float):
@@ -54,7 +55,7 @@ def _shown(value: Any) -> str:
 
 
 def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each of `runs`, taken in turn `repeats` times after one warm-up each."""
+    """The seconds of each run. The runs take turns, `repeats` times, after one warm-up each."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     with Progress("runs", len(runs) * (repeats + 1)) as progress:
         for run in runs.values():
@@ -70,7 +71,7 @@ def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 
 
 def spread(seconds: list[float]) -> Row:
-    """Median and range in milliseconds."""
+    """Median, minimum and maximum in milliseconds."""
     return {
         "median_ms": statistics.median(seconds) * 1e3,
         "min_ms": min(seconds) * 1e3,
@@ -79,9 +80,9 @@ def spread(seconds: list[float]) -> Row:
 
 
 def watch(module: Sequence[str]) -> tuple[float, int]:
-    """Run `python -m` a module with its arguments: seconds until it ends, and the most bytes of anonymous
-    memory that were seen, at looks 5 ms apart. InputError with its message when it fails."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:  # a pipe might fill up meanwhile
+    """Run `python -m` with these words. Returns its seconds and its peak of anonymous memory in
+    bytes, sampled every 5 ms. InputError with its standard error if it fails."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:  # a pipe could fill up
         started = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, "-m", *module], stdout=subprocess.DEVNULL, stderr=errors

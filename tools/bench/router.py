@@ -1,11 +1,14 @@
-"""Router and shared gate-up on a GPU, from activations to top-k ids, weights and the shared expert's
-gate and up, beside torch, which also does the activation that ours leaves to the experts' first launch.
+"""Time the router and the shared expert's gate-up product on a GPU, beside torch.
 
-First the check: ids are those of float64 logits rounded to bfloat16 and sorted stably, unless the
-logits of two that trade places are one unit in the last place apart; weights, shared hidden and its
-sigmoid by the rule of `tools.bench moe`; a repeated launch and a row alone have the same bits. Then the
-time of one call inside a captured graph over copies of the weights that together exceed the cache, in
-two passes. `floor_us`: the weights, each once, at `read_gb_s`.
+A call goes from activations to top-k ids, their weights, and the shared expert's gate and up. torch
+also computes the activation, which ours leaves to the first launch of the experts.
+
+First the outputs are checked. The ids have to be those of the float64 logits, rounded to bfloat16
+and sorted stably; two ids may trade places if their logits are at most one bfloat16 ULP apart. The
+weights, the shared hidden row and its sigmoid follow the rule of `tools.bench moe`. A repeated
+launch and a launch of one row alone have to give the same bits. Then one call is timed inside a
+captured graph, over copies of the weights that together exceed the cache, in two passes. `floor_us`
+is the time to read the weights once at `read_gb_s`.
 """
 
 import argparse
@@ -27,7 +30,8 @@ OURS = "ours"
 
 
 class Chosen(NamedTuple):
-    """experts [N, k], weights [N, k], hidden [N, I], shared_gate [N]."""
+    """The outputs: experts [N, k] ids, weights [N, k], hidden [N, I] and shared_gate [N] (a
+    sigmoid)."""
 
     experts: Tensor
     weights: Tensor
@@ -58,7 +62,11 @@ def add_arguments(parser: Parser) -> None:
 
 
 def chosen(logits: Tensor, opening: Tensor, both: Tensor, sizes: Sizes) -> Chosen:
-    """As plain torch does it: softmax in fp32 (fp64), top-k, renormalised; gates before ups in `both`."""
+    """The outputs in plain torch: softmax in fp32 (fp64 for float64 logits), top-k, normalised to
+    sum 1.
+
+    logits [N, E]; opening [N, 1], the logit of the shared gate; both [N, 2 I], gate columns first.
+    """
     wide = logits.double() if logits.dtype == torch.float64 else logits.float()
     values, experts = wide.softmax(-1).topk(sizes.k)
     gate, up = both.chunk(2, -1)
@@ -67,7 +75,8 @@ def chosen(logits: Tensor, opening: Tensor, both: Tensor, sizes: Sizes) -> Chose
 
 
 def parts(product: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a product with all rows: E logits, one that opens, 2 I of gate-up; what pads it is dropped."""
+    """Split a product [N, E + 1 + 2 I] into E logits, the logit of the shared gate, and gate-up.
+    Padding is dropped."""
     E, _, I = sizes
     return product[:, :E], product[:, E : E + 1], product[:, E + 1 : E + 1 + 2 * I]
 
@@ -91,7 +100,7 @@ def peers(weight: Tensor, sizes: Sizes) -> dict[str, Choose]:
 
 
 def launch(weight: Tensor, x: Tensor, sizes: Sizes, target: str) -> Launch:
-    """Ours, on buffers that are there already."""
+    """Our launch, on buffers that are allocated before."""
     return Router(weight, sizes.E, sizes.k, True, target).launch(x, Scratch(x.device))[0]
 
 
@@ -110,13 +119,14 @@ def ours(weight: Tensor, sizes: Sizes, target: str) -> Choose:
 
 
 def last_place(x: Tensor) -> Tensor:
-    """A unit in bf16's last place, of each float64 number."""
+    """The bf16 ULP (unit in the last place) of each float64 number."""
     _, exponent = torch.frexp(x)
     return torch.ldexp(torch.ones_like(x), exponent - 8)
 
 
 def wrong_ids(experts: Tensor, logits: Tensor) -> list[str]:
-    """A line for each row whose ids rounding does not explain. experts [N, k]; logits [N, E] float64."""
+    """A line for each row whose ids cannot be explained by rounding. experts [N, k]; logits [N, E]
+    float64."""
     rounded = logits.bfloat16().double()
     expected = rounded.sort(dim=-1, descending=True, stable=True).indices[:, : experts.shape[1]]
     found: list[str] = []
@@ -138,8 +148,8 @@ def wrong_ids(experts: Tensor, logits: Tensor) -> list[str]:
 def check(
     choose: Choose, weight: Tensor, x: Tensor, sizes: Sizes, bits: bool = True
 ) -> tuple[float, list[str]]:
-    """The largest error in multiples of bfloat16's, and a line for each thing that failed. bits:
-    whether those of a repeated launch and of a row alone have to be the same."""
+    """The largest error as a multiple of bfloat16's, and a line for each failed check. bits:
+    whether a repeated launch and a launch of one row alone have to give the same bits."""
     worst, failed = 0.0, []
     exact, rough = (parts(x.to(d) @ weight.to(d).T, sizes) for d in (torch.float64, torch.bfloat16))
     alone = [Chosen(*(t.clone() for t in choose(x[m : m + 1]))) for m in range(len(x))]
@@ -171,28 +181,28 @@ def check(
 
 
 def _shares(logits: Tensor, experts: Tensor) -> Tensor:
-    """The weights of experts that are chosen already."""
+    """The weights of given experts, [N, k]."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     values = wide.softmax(-1).gather(-1, experts.long())
     return values / values.sum(-1, keepdim=True)
 
 
 def random_weight(sizes: Sizes, D: int, generator: torch.Generator) -> Tensor:
-    """[E + 1 + 2 I, D] bf16; E rows alone without a shared expert."""
+    """A random weight [E + 1 + 2 I, D] in bf16, or [E, D] without a shared expert (I = 0)."""
     rows = sizes.E + (1 + 2 * sizes.I if sizes.I else 0)
     where = generator.device
     return (0.03 * torch.randn(rows, D, device=where, generator=generator)).bfloat16()
 
 
 def copies(nbytes: int, cache: int) -> int:
-    """Of weights, so that all of them are four times the cache; at least sixteen."""
+    """How many copies of the weights are four times the cache together; at least 16."""
     return max(16, -(-4 * cache // nbytes))
 
 
 def at_size(
     tp: int, args: argparse.Namespace, device: torch.device, target: str, read: float
 ) -> tuple[list[report.Row], list[str]]:
-    """The rows of one TP size; or none, and what failed."""
+    """The rows of one TP size, or no rows and the lines of the failed checks."""
     sizes = Sizes(args.experts, args.top_k, mixture.intermediate(tp))
     generator = torch.Generator(device).manual_seed(tp)
     first = random_weight(sizes, mixture.HIDDEN, generator)

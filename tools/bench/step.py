@@ -1,17 +1,17 @@
-"""A whole decode round on a GPU: drafts, verification and acceptance in one captured graph, on random
-weights.
+"""Time a whole decode round on a GPU, with random weights.
 
---config 397b is one rank's slice of the model (--tp ranks; the all-reduces between ranks are left out),
-35b the whole of Qwen3.5-35B-A3B, tiny the embedded model's shape. Routed experts are MXFP4, everything
-else is bf16. The router's weights are random, so the rows choose as freely as they can; the experts
-that are hit are counted. `--layers N` builds N of the trunk's layers where the memory does not hold
-all: a round of all is then the measured one and, for each missing layer, the difference that the last
-N / 2 layers make, over N / 2.
+A round is drafts, verification and acceptance in one captured graph. --config chooses the shape:
+397b, 122b, 35b, or tiny (the embedded model). With --tp it is one rank's slice; the all-reduces
+between ranks are left out. Routed experts are MXFP4, everything else is bf16. The router's weights
+are random, so the rows choose different experts; the distinct experts are counted. `--layers N`
+builds only N layers of the trunk, for GPUs without the memory for all. The time of a layer is then
+the difference that the last N / 2 layers make, divided by N / 2, and is added for each missing
+layer.
 
-`floor_us`: the bytes of each weight that is read, the states and the context, each once, at `read_gb_s`,
-the bandwidth of a streaming sum over 8 GiB in the same run. A row `round` is the graph's replay; the rows
-of the nodes are graphs of that node's launches alone, in all layers. `tokens_per_s` is a projection:
-published acceptance lengths over the time of a round.
+`floor_us` is the time to read the weights, states and context once at `read_gb_s`. This is the
+bandwidth of a sum over 8 GiB in the same run. The row `round` is a replay of the graph. Each other
+row is a graph with the launches of one kind alone, in all layers. `tokens_per_s` is a projection:
+published numbers of tokens per round, divided by the time of a round.
 """
 
 import argparse
@@ -42,11 +42,12 @@ from reference.model import Model
 from tools.bench import gpu, report
 from weights.storage import write_whole
 
-# Tokens that a round gives on average with 0 to 3 drafts: Qwen3.5-397B-A17B in NVFP4, thinking on,
-# SPEED-Bench's coding prompts (SemiAnalysisAI/InferenceX, golden_al_distribution/qwen3.5_mtp.yaml).
+# Mean tokens per round with 0 to 3 drafts, as published for Qwen3.5-397B-A17B in NVFP4, with
+# thinking, on SPEED-Bench's coding prompts (SemiAnalysisAI/InferenceX,
+# golden_al_distribution/qwen3.5_mtp.yaml).
 TOKENS_A_ROUND = (1.0, 1.93, 2.73, 3.39)
 SIZES = {"397b": "397B-A17B", "35b": "35B-A3B", "122b": "122B-A10B"}
-FP4_BYTES = 17 / 32  # of a weight and its share of a scale
+FP4_BYTES = 17 / 32  # per weight, with its share of a scale
 
 
 def add_arguments(parser: Parser) -> None:
@@ -66,19 +67,20 @@ def add_arguments(parser: Parser) -> None:
 
 
 def share_of(name: str, ranks: int) -> Config:
-    """One rank's share of a model that --config names. InputError."""
+    """The config of one rank's slice of the model that --config names. InputError if it cannot be
+    sliced."""
     tiny = TINY / "config.json"
     whole = Config.from_file(tiny) if name == "tiny" else Config.published(SIZES[name])
     return sliced(whole, ranks)
 
 
 def random_model(config: Config, device: torch.device) -> Model:
-    """A model of fast layers with random weights, made on the device layer by layer."""
+    """A model of fast layers with random weights. It is built on the device, layer by layer."""
     return _Builder(config, device).model()
 
 
 def begun(step: Step, context: int) -> Step:
-    """The step with a random state after so many tokens."""
+    """Give a step a random state after `context` tokens. Returns the step."""
     generator = torch.Generator(step.table.device).manual_seed(1)
     for state in (*step.state.layers, step.state.mtp):
         for tensor in vars(state).values() if state is not None else ():
@@ -95,7 +97,7 @@ def begun(step: Step, context: int) -> Step:
 
 
 class _Builder:
-    """Fast modules of a shape with random weights, made on the device one by one."""
+    """Builds the fast modules of a config with random weights, one by one on the device."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -110,7 +112,7 @@ class _Builder:
         if model.mtp is not None:
             model.mtp.layers[0] = self._layer(model.mtp.layers[0])
             self._fill(model.mtp)
-            model.mtp = MTP.from_reference(model.mtp)  # pyright: ignore (a fast one stands for it)
+            model.mtp = MTP.from_reference(model.mtp)  # pyright: ignore (a fast one replaces it)
         return model.eval()
 
     def _layer(self, layer: Any) -> Any:
@@ -122,14 +124,14 @@ class _Builder:
             for codes in (experts.gate_up, experts.down):
                 codes.random_(0, 256, generator=self.generator)
             for scale, K in ((experts.gate_up_scale, config.hidden_size), (experts.down_scale, I)):
-                exponent = 125 - (K.bit_length() - 1) // 2  # numbers of about K^-1/2
+                exponent = 125 - (K.bit_length() - 1) // 2  # weights of about K^-1/2
                 scale.random_(exponent - 1, exponent + 2, generator=self.generator)
             layer.mlp.experts = experts
         self._fill(layer)
         return layer
 
     def _fill(self, module: nn.Module) -> None:
-        """Give random values to what has none yet."""
+        """Replace the meta parameters of a module by random ones."""
         for part in list(module.modules()):
             for name, parameter in list(part.named_parameters(recurse=False)):
                 if parameter.device.type != "meta":
@@ -143,7 +145,8 @@ class _Builder:
 
 
 def moved(launch: Launch, hit: int, context: int) -> float:
-    """Bytes that a launch cannot do without: weights, states and keys; hit: experts of this layer."""
+    """The minimum of bytes that a launch moves: weights, states, keys and values. hit: the number
+    of distinct experts in this layer."""
     a, kind = launch.arguments, launch.name.split()[0]
     weight = FP4_BYTES if a.get("FP4") else 2.0
     if kind == "gate_up":
@@ -160,7 +163,8 @@ def moved(launch: Launch, hit: int, context: int) -> float:
 
 
 def experts_hit(work: Sequence[Work]) -> dict[int, int]:
-    """Run the work once; how many experts each launch of them reads, by its place."""
+    """Run the work once. Returns the number of distinct experts of each launch, by its index in the
+    work."""
     found: dict[int, int] = {}
     for place, one in enumerate(work):
         one()
@@ -170,7 +174,7 @@ def experts_hit(work: Sequence[Work]) -> dict[int, int]:
 
 
 def passes(step: Step, work: Sequence[Work], repeats: int, context: int) -> tuple[list[float], ...]:
-    """Two passes of the work's time in a graph, in microseconds, from the same position."""
+    """The microseconds of the work in a graph, in two passes that begin at the same position."""
     graph = gpu.Graph([lambda: [one() for one in work]])
     both = []
     for _ in range(2):
@@ -180,14 +184,14 @@ def passes(step: Step, work: Sequence[Work], repeats: int, context: int) -> tupl
 
 
 def _place(step: Step, context: int) -> None:
-    """Let the next round begin at this position."""
+    """Make the next round begin at position `context`."""
     starts = [context, context - 1, *range(context, context + len(step.state.starts))]
     step.state.starts.copy_(torch.tensor(starts[: len(step.state.starts)], dtype=torch.int32))
     step.fresh.fill_(1)
 
 
 def nodes(work: Sequence[Work]) -> Iterator[tuple[str, list[int]]]:
-    """The places of each kind of launch."""
+    """The indices of the launches of each kind."""
     kinds: dict[str, list[int]] = defaultdict(list)
     for place, one in enumerate(work):
         if isinstance(one, Launch):
@@ -263,8 +267,8 @@ def _whole(
     step: Step, args: argparse.Namespace, built: int, layers: int, row: report.Row,
     bytes_of: Callable[[Sequence[int]], float], read: float,
 ) -> report.Row:  # fmt: skip
-    """A round of all layers, by proportion: the second half of those that were built, times what is
-    missing."""
+    """The projected row of a round of all layers. Each missing layer costs as much as the mean of
+    the second half of the built ones."""
     begins = [
         p for p, one in enumerate(step.work)
         if isinstance(one, Launch) and one.name.split()[0] in ("delta_in", "attention_in")
@@ -285,7 +289,7 @@ def _whole(
 
 
 def _end(work: Sequence[Work], begin: int) -> int:
-    """The place behind the layer that begins there: behind its last product."""
+    """The index after the last launch of the layer that begins at `begin`."""
     for place in range(begin, len(work)):
         one = work[place]
         if isinstance(one, Launch) and one.name.split()[0] in ("down", "mlp_down"):
@@ -294,7 +298,8 @@ def _end(work: Sequence[Work], begin: int) -> int:
 
 
 def _draw(path: Path, rows: Sequence[report.Row]) -> None:
-    """Bars of microseconds a round by node, the floor's part dark."""
+    """Draw a bar chart of the microseconds per round by kind. The dark part of a bar is its
+    floor_us."""
     bars = sorted((r for r in rows if not r["name"].startswith("round")), key=lambda r: -r["us"])
     longest = max(row["us"] for row in bars)
     lines = []

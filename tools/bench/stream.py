@@ -1,8 +1,8 @@
-"""One stream at length: tokens/s and time to first token of long prompts, as median and 90th percentile.
+"""Measure one stream with a long prompt: tokens/s and time to first token.
 
-Each run takes another piece of held-out text as its prompt and goes on past an end of text, greedily. At
-least 90 of 100 runs are as good as the 90th percentile. Compiling and capturing happen in a first run,
-which is not counted.
+Both are given as median and 90th percentile; at least 90% of the runs are as good as the latter.
+Each run takes another piece of held-out text as its prompt. Decoding is greedy and does not stop at
+an end-of-text token. A first run, which compiles kernels and captures graphs, is not counted.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def slowest_of_nine_tenths(values: Sequence[float], *, more_is_slower: bool) -> float:
-    """The value that at least 90% of the runs reach or better."""
+    """The 90th percentile: at least 90% of the runs are as good or better."""
     ordered = sorted(values, reverse=not more_is_slower)
     return ordered[math.ceil(0.9 * len(ordered)) - 1]
 

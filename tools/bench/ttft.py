@@ -1,19 +1,20 @@
-"""Time to first token against the length of a kept prefix: cold and hit, with equal bits.
+"""Measure the time to first token by the length of a cached prefix, cold and with a cache hit.
 
-A prompt is a prefix of whole blocks and a tail of --tail tokens, and one token is generated. Cold runs
-keep nothing, keep the prefix in memory, or in a new folder. `total_ms` goes on until it is kept; that
-comes after the first token is out and takes `keep_ms`. Hits come from memory (the GPU's, where the model
-is on one), or from a folder that is opened anew, so that its checks are paid (its files are in the page
-cache). All runs of a length take turns, after a check that their bits are equal.
+A prompt is a prefix of whole blocks and a tail of --tail tokens. One token is generated. Cold runs
+have no prefix cache, or store the prefix in memory or in a new folder. `total_ms` includes the
+storing, which follows the first token and takes `keep_ms`. Hits come from memory (the GPU's, if the
+model is on one), or from a folder that is opened again, so that its checks are included (its files
+are in the page cache). All runs of a length take turns. Before that, their bits are checked to be
+equal.
 
---model is a checkpoint, by default the embedded one. --config takes random weights and random prompts of
-a published size on a GPU instead, on the fast path: one rank's slice of 397B (--tp ranks, without the
-all-reduces between them), or the whole of a smaller model. The time to compile kernels and to capture
-the decode round is left out.
+--model is a checkpoint, by default the embedded one. --config uses random weights and prompts of a
+published size on a GPU instead, on the fast path: one rank's slice with --tp ranks, without the
+all-reduces between them. The time to compile kernels and to capture the decode round is left out.
 
-Where a hit's time goes, timed apart: `begin_ms` finds what is kept, and from a folder also reads and
-checks it, `restore_ms` copies it, `tail_ms` is the pass over the tail. `floor_ms` is that pass and
-`copy_ms`, a plain copy of as many bytes into memory of the model's device that is already there.
+The parts of a hit are timed separately. `begin_ms` finds the stored prefix; with a folder it also
+reads and checks it. `restore_ms` copies it, and `tail_ms` is the pass over the tail. `floor_ms` is
+the sum of `tail_ms` and `copy_ms`, a plain copy of as many bytes into allocated memory of the
+model's device.
 """
 
 import argparse
@@ -47,17 +48,17 @@ from tools.bench import gpu, report
 from tools.bench.language import HELDOUT
 from weights.storage import whole
 
-TAIL = 17  # tokens behind the prefix, unless --tail says otherwise
+TAIL = 17  # tokens after the prefix, unless --tail is given
 SIZES = ("397b", "122b", "35b")
 DRAFTS = 3
 CHUNK = 2048
-LONG = 4096  # tokens, from which on a cold run is repeated less often
+LONG = 4096  # tokens; cold runs of at least this length use --cold-repeats
 BUDGET = 1 << 40  # bytes: nothing is evicted
 
 COLD, COLD_MEMORY, COLD_FOLDER = "cold", "cold, kept in memory", "cold, kept in a folder"
 HIT_MEMORY, HIT_FOLDER = "hit in memory", "hit from a folder"
 
-# Milliseconds by tokens: quoted, not measured here.
+# Milliseconds by prefix length. They are quoted, not measured here.
 ARTICLE = "article, 397B on eight MI355X"
 QUOTED = {16_000: 150.0, 50_000: 190.0, 100_000: 428.0, 196_000: 730.0}
 
@@ -111,14 +112,16 @@ class Subject:
         )  # fmt: skip
 
     def in_new_folder(self, folder: Path) -> PrefixCache:
-        """What the run before has left there goes, outside of what is timed."""
+        """A cache in an empty folder. The files of the run before are removed, which is not
+        timed."""
         shutil.rmtree(folder, ignore_errors=True)
         return self.in_folder(folder)
 
     def first_token(
         self, ids: list[int], kept: PrefixCache | None, *, digest: bool = False
     ) -> tuple[Generation, float]:
-        """A generation of one token that has ended, and its seconds until all is kept."""
+        """Generate one token. Returns the finished generation, and the seconds until the prefix is
+        stored."""
         generation = Generation(
             self.model, ids, 1, Sampling(), frozenset(), DRAFTS, self.chunk, kept, digest
         )
@@ -135,7 +138,7 @@ class Subject:
 
     @torch.inference_mode()
     def parts(self, ids: list[int], kept: PrefixCache) -> dict[str, float]:
-        """Seconds of what a hit consists of, done as `Generation` does it."""
+        """The seconds of each part of a hit, as `Generation` does them."""
         cache, room = self.model.new_cache(), len(ids) + 1 + DRAFTS
         started = self.now()
         reuse = kept.begin(ids, draft=True)
@@ -149,14 +152,15 @@ class Subject:
 
 
 def _stop(line: str) -> NoReturn:
-    """What the cache goes on without is no measurement."""
+    """Raise InputError for a warning of the cache, because a run with a fallback is not
+    comparable."""
     raise InputError(f"prefix cache: {line}")
 
 
 def at_length(
     subject: Subject, ids: list[int], *, repeats: int, cold_repeats: int, with_folder: bool = True
 ) -> list[report.Row]:
-    """All rows of one prompt, after the check of its bits; that check is also the warm-up."""
+    """All rows of one prompt. The check of its bits comes first, and is also the warm-up."""
     length = len(ids) - subject.tail
     with tempfile.TemporaryDirectory() as base:
         kept, folder = subject.in_memory(), Path(base, "kept")
@@ -176,7 +180,7 @@ def at_length(
         where = subject.model.embed_tokens.weight.device
         flat, there = torch.ones(2, nbytes[HIT_MEMORY], dtype=torch.uint8, device=where)
         for i in range(repeats):
-            # Fewer cold rounds than hits, if so, are spread evenly among them.
+            # If there are fewer cold rounds than hits, they are spread evenly.
             cold = i * cold_repeats % repeats < cold_repeats
             for name, opened in {**(colds if cold else {}), **hits}.items():
                 generation, seconds = subject.first_token(ids, opened())
@@ -200,7 +204,7 @@ def at_length(
             "kept_bytes": nbytes[kind],
         }
         rows.append(row(name) | cost)
-    tails = [taken["tail"] for name in hits for taken in parts[name]]  # the same work, both
+    tails = [taken["tail"] for name in hits for taken in parts[name]]  # the same work in both
     floor = {"copy_ms": _ms(copies), "floor_ms": _ms(copies) + _ms(tails)}
     for name in hits:
         of_parts = {f"{p}_ms": _ms([taken[p] for taken in parts[name]]) for p in parts[name][0]}
@@ -210,7 +214,8 @@ def at_length(
 
 
 def check(subject: Subject, ids: list[int], hits: dict[str, Callable[[], PrefixCache]]) -> None:
-    """Fill what hits come from; cold or hit, the token and the bits of its logits are the same."""
+    """Fill the caches of the hits, and assert that cold runs and hits give the same token and
+    logits."""
     plain, _ = subject.first_token(ids, None, digest=True)
     for name, opened in hits.items():
         for cached in (0, len(ids) - subject.tail):
@@ -298,7 +303,8 @@ def _random(args: argparse.Namespace) -> tuple[Subject, list[int]]:
 
 
 def _check_plot(file: Path) -> None:
-    """InputError, before anything is measured, when there would be no plot at the end."""
+    """InputError if the plot could not be written at the end. It is called before the
+    measurement."""
     if file.suffix not in (".svg", ".png"):
         raise InputError(f"{file}: a plot ends with .svg or .png")
     if not file.parent.is_dir():
