@@ -1,8 +1,9 @@
-"""Small checkpoint folders of random weights, in every dialect that the family is published in.
+"""Small checkpoint folders with random weights, in every dialect of the published checkpoints.
 
 `write` returns the parameters that a reader should find, so that no test has to trust the reader.
-The packings are written a second time here, in the plainest form, not borrowed from the loader. Where a
-weight is quantised, its codes and scales are random, and its values follow from the formats' tables.
+The packings are implemented here again, in the simplest form, independently of the loader.
+Quantised weights have random codes and scales, and their values follow from the tables of the
+formats.
 """
 
 import json
@@ -30,7 +31,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 IDS = torch.arange(3, 80)[None]
-TEXT_VOCAB = 320  # a head for the byte-level tokenizer below (261 ids), with rows of padding
+TEXT_VOCAB = 320  # for the byte-level tokenizer below (261 ids), with padding
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
@@ -40,7 +41,8 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Packing:
-    """How a matrix [N, K] is quantised: what its scales serve, and how a file calls and stores them."""
+    """How a matrix [N, K] is quantised: what shares a scale, and the name and dtype of scales in a
+    file."""
 
     serves: str  # "group" (32 along K, MXFP4) or, in FP8, "block", "channel", "tensor"
     scale: str = "weight_scale"
@@ -58,11 +60,11 @@ FP8_TENSOR = Packing("tensor", "weight_scale", torch.float32)
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a checkpoint is laid out; the defaults are those of the published Qwen3.5."""
+    """How a checkpoint is laid out. The defaults are those of the published Qwen3.5 checkpoints."""
 
     prefix: str = "model.language_model."
     nested: bool = True  # config.json keeps the text model under text_config
-    fused_trunk: bool = True  # experts of the trunk in two tensors a layer
+    fused_trunk: bool = True  # experts of the trunk in two tensors per layer
     fused_mtp: bool = False
     wide: bool = True  # A_log and the delta net's norm in F32
     visual: bool = True
@@ -70,10 +72,10 @@ class Dialect:
     grouped: bool = False  # Qwen3-Next's in_proj_qkvz and in_proj_ba
     old_rope: bool = False  # rope_theta and partial_rotary_factor at the top level
     mtp: bool = True
-    # globs of module names, less the prefix, and how these modules are quantised
+    # glob patterns of module names without the prefix, and the packings of these modules
     quantized: tuple[tuple[str, Packing], ...] = ()
-    claim: str = ""  # quant_method of config.json's quantization_config; "": there is none
-    excluded: tuple[str, ...] | None = None  # its list; None: all that is plain, name by name
+    claim: str = ""  # quant_method in config.json; "": no quantization_config
+    excluded: tuple[str, ...] | None = None  # excluded modules; None: every plain module
     block: tuple[int, int] = (128, 128)
 
 
@@ -131,11 +133,11 @@ MXFP4_ATTENTION = replace(
 MXFP4_CHANNEL = replace(
     MXFP4_ATTENTION, quantized=MXFP4_SHARED.quantized + _modules(FP8_CHANNEL, *MIXERS)
 )
-# Its MTP layer is plain, but not in the list: such a repository is published.
+# The MTP layer is plain, but not in the list. Such a repository is published.
 MXFP4_V2 = replace(
     MXFP4_CHANNEL, excluded=tuple(glob for glob in ATTENTION_GLOBS if glob != "mtp.*")
 )
-# Sizes of which no axis is a multiple of a block, and all that MXFP4 packs are multiples of its group.
+# Sizes that are no multiples of an FP8 block. Those that MXFP4 packs are multiples of its group.
 QUANTIZED_SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "full_attention_interval": 2,
@@ -148,7 +150,8 @@ QUANTIZED_SIZES: dict[str, Any] = {
 
 
 def parameters(config: Config, seed: int = 0) -> dict[str, Tensor]:
-    """Random values that BF16 holds exactly, as float32, so that each dialect can store them."""
+    """Random float32 parameters that BF16 represents exactly, so that each dialect can store
+    them."""
     model = Model(config)
     randomise(model, seed)
     return {name: p.detach().bfloat16().float() for name, p in model.named_parameters()}
@@ -164,10 +167,10 @@ def write(
     tokenizer: bool = False,
     **changes: Any,
 ) -> dict[str, Tensor]:
-    """Write a checkpoint of a family member's small shape; return its parameters in float32, those that
-    are quantised in float64, which holds their products exactly.
+    """Write a checkpoint of a family member's small shape. Returns its parameters: plain ones in
+    float32, quantised ones in float64, which represents code times scale exactly.
 
-    changes: keys of the config to be set otherwise. tokenizer: also write tokenizer.json, the chat
+    changes: keys of the config to be changed. tokenizer: also write tokenizer.json, the chat
     template and generation_config.json (this needs a vocabulary of TEXT_VOCAB).
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +194,8 @@ def write(
 def write_plain(
     folder: Path, expected: dict[str, Tensor], dtype: torch.dtype, sizes: dict[str, Any]
 ) -> None:
-    """A plain checkpoint of these values in `dtype`, rounded by way of float32."""
+    """Write a plain checkpoint of these values in `dtype`. They are rounded to float32 first,
+    except for float64."""
     folder.mkdir(parents=True, exist_ok=True)
     rounded = {
         name: tensor.to(dtype) if dtype == torch.float64 else tensor.float().to(dtype)
@@ -245,7 +249,7 @@ def stored(
 
 
 def packing_of(name: str, dialect: Dialect) -> Packing | None:
-    """How the tensor of this name in the file is quantised; None where it is plain."""
+    """The packing of the tensor with this name in the file, or None if it is plain."""
     module = name.removeprefix(dialect.prefix).removesuffix(".weight")
     fitting = (packing for glob, packing in dialect.quantized if fnmatchcase(module, glob))
     return next(fitting, None) if name.endswith(".weight") else None
@@ -254,8 +258,8 @@ def packing_of(name: str, dialect: Dialect) -> Packing | None:
 def quantize(
     tensors: dict[str, Tensor], config: Config, dialect: Dialect, seed: int
 ) -> dict[str, Tensor]:
-    """Put random codes and scales in the place of what the dialect quantises; return their values by
-    parameter name, in float64."""
+    """Replace the weights that the dialect quantises by random codes and scales, in place. Returns
+    their values in float64, by parameter name."""
     generator = torch.Generator().manual_seed(seed)
     values = {}
     for name in sorted(tensors):
@@ -276,7 +280,8 @@ def random_packed(
     generator: torch.Generator,
     block: tuple[int, int] = (128, 128),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every code, scales for rows of about unit length -> stored weight, scale, values [N, K]."""
+    """Random stored weight, scale, and values [N, K] float64. All codes occur; rows have about unit
+    length."""
     N, K = shape
     n, k = torch.arange(N)[:, None], torch.arange(K)
     if packing.serves == "group":
@@ -298,7 +303,8 @@ def random_packed(
 
 
 def _e4m3(byte: int) -> float:
-    """Sign, four bits of exponent (bias 7), three of mantissa; exponent 0 is subnormal."""
+    """The value of an e4m3 byte: sign, 4 exponent bits (bias 7), 3 mantissa bits. Exponent 0 is
+    subnormal."""
     exponent, mantissa = byte >> 3 & 15, byte & 7
     size = mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
     return -size if byte & 128 else size
@@ -310,7 +316,8 @@ E2M1 = torch.tensor(_SIZES + [-size for size in _SIZES], dtype=torch.float64)
 
 
 def quantization_config(dialect: Dialect, tensors: Iterable[str]) -> dict[str, Any]:
-    """The claim of config.json, in the form of Qwen's FP8 repositories or of AMD's Quark."""
+    """The quantization_config of config.json, in the form of Qwen's FP8 repositories or of AMD's
+    Quark."""
     plain = [name.removesuffix(".weight") for name in tensors if not packing_of(name, dialect)]
     excluded = sorted(plain) if dialect.excluded is None else list(dialect.excluded)
     if dialect.claim == "fp8":
@@ -357,7 +364,8 @@ def quantization_config(dialect: Dialect, tensors: Iterable[str]) -> dict[str, A
 
 
 def fuse_experts(tensors: dict[str, Tensor], chosen: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Per-expert matrices as `gate_up_proj` [E, 2I, D] and `down_proj` [E, D, I]."""
+    """Fuse the matrices of separate experts into `gate_up_proj` [E, 2I, D] and `down_proj` [E, D,
+    I]."""
     fused = {n: t for n, t in tensors.items() if ".experts." not in n or not chosen(n)}
     blocks = sorted({n.split(".experts.")[0] for n in tensors if ".experts." in n and chosen(n)})
     for block in blocks:
@@ -374,7 +382,8 @@ def fuse_experts(tensors: dict[str, Tensor], chosen: Callable[[str], bool]) -> d
 
 
 def group_projections(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Rows of the delta net's projections by key head: [q | k | v.. | z..] and [b.. | a..]."""
+    """Group the rows of the delta net's projections by key head: [q | k | v.. | z..] and [b.. |
+    a..]."""
     H, HV = config.linear_num_key_heads, config.linear_num_value_heads
     K, V = config.linear_key_head_dim, config.linear_value_head_dim
     shared = HV // H
@@ -396,7 +405,8 @@ def group_projections(tensors: dict[str, Tensor], config: Config) -> dict[str, T
 
 
 def ungroup_projections(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """`in_proj_qkvz` back in two: row numbers are grouped, and say where each row came from."""
+    """Split `in_proj_qkvz` again. Row numbers are grouped the same way, to find where each row came
+    from."""
     qkv = config.conv_dim
     rows = torch.arange(qkv + config.linear_num_value_heads * config.linear_value_head_dim)
     heads = torch.arange(config.linear_num_value_heads)
@@ -412,7 +422,7 @@ def ungroup_projections(tensors: dict[str, Tensor], config: Config) -> dict[str,
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> None:
-    """One file, or shards that take the tensors in turn, with an index."""
+    """Write one file, or several shards with an index. The shards take the tensors in turn."""
     if shards == 1:
         save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
         return
@@ -426,7 +436,10 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], shards: int = 1) -> 
 
 
 def write_hole(file: Path, described: Mapping[str, tuple[str, Iterable[int]]]) -> int:
-    """Tensors of zeros that take no disk: a header, then a hole. Returns the bytes of the tensors."""
+    """Write tensors of zeros as a hole in a sparse file. Returns the bytes of the tensors.
+
+    described: dtype (of safetensors) and shape by name.
+    """
     width = {"BF16": 2, "F32": 4, "U8": 1, "F8_E4M3": 1}
     header, offset = {}, 0
     for name, (dtype, shape) in described.items():
@@ -442,7 +455,8 @@ def write_hole(file: Path, described: Mapping[str, tuple[str, Iterable[int]]]) -
 
 
 def write_index(folder: Path, weight_map: Any) -> None:
-    """The index of a sharded checkpoint (any content: tests write bad ones too)."""
+    """Write the index of a sharded checkpoint. Any weight_map is allowed, as some tests need bad
+    ones."""
     document = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(document))
 
@@ -455,7 +469,8 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
 
 
 def always(folder: Path, token: int) -> None:
-    """Let a tied model say one token for ever: its row of the head is the largest there is."""
+    """Edit a tied model so that it always generates one token. Its row of the head is the
+    largest."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         embedding = tensors["model.language_model.embed_tokens.weight"]
@@ -471,7 +486,7 @@ def always(folder: Path, token: int) -> None:
 
 
 def edit_json(file: Path, **changes: Any) -> None:
-    """Set keys of a JSON file; None takes a key out."""
+    """Set keys of a JSON file. The value None removes a key."""
     document = json.loads(file.read_text()) if file.exists() else {}
     document |= changes
     kept = {key: value for key, value in document.items() if value is not None}
@@ -479,7 +494,7 @@ def edit_json(file: Path, **changes: Any) -> None:
 
 
 def write_endless(folder: Path) -> Path:
-    """A checkpoint that says A for ever, with room for a long text."""
+    """Write a checkpoint that generates A without end, with a long context. Returns the folder."""
     write(folder, "0.8B", tokenizer=True, max_position_embeddings=200_000)
     token = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("A")
     assert token is not None
@@ -488,7 +503,8 @@ def write_endless(folder: Path) -> Path:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer without merges (an id a byte), a template and stop ids."""
+    """Write a byte-level tokenizer without merges (one id per byte), a chat template and stop
+    ids."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -502,13 +518,13 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def assert_names(caught: pytest.ExceptionInfo[InputError], words: list[str]) -> None:
-    """The message is one line and holds each of these words."""
+    """Assert that the message is one line and contains each of these words."""
     message = str(caught.value)
     assert "\n" not in message
     assert not [word for word in words if word not in message], message
 
 
 def logits_of(model: Model, ids: Tensor | None = None) -> Tensor:
-    """Logits [T, V] of a prompt of 77 tokens, in one pass."""
+    """Logits [T, V] of a prompt in one pass. ids [1, T]; None is IDS, with 77 tokens."""
     with torch.inference_mode():
         return model.lm_head(model(IDS if ids is None else ids, model.new_cache()))[0]

@@ -1,4 +1,4 @@
-"""A command line in the test's own process."""
+"""Run a command line in the test's own process."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,8 @@ Cli = Callable[..., tuple[int, str, str]]
 def in_process(
     build_parser: Callable[[], Parser], main: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> Cli:
-    """Called with arguments, it gives the exit status, standard output and standard error."""
+    """A function that runs the command with arguments, and returns exit status, stdout and
+    stderr."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:

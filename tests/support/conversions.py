@@ -1,4 +1,4 @@
-"""What the tests of conversions share: small checkpoints, and what a folder holds."""
+"""Helpers of the conversion tests: small checkpoints, contents of folders, expected results."""
 
 import json
 import re
@@ -70,13 +70,13 @@ LITTLE: dict[str, Any] = {
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its name."""
+    """The bytes of every file below a folder, by relative name."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """All tensors, read by the safetensors library; each is in the file that the index says."""
+    """All tensors of a folder. Asserts that each is in the file that the index names."""
     found: dict[str, Tensor] = {}
     home: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -90,7 +90,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """The same names, dtypes, shapes and bits."""
+    """Assert the same names, dtypes, shapes and bits."""
     assert found.keys() == wanted.keys()
     for name, tensor in found.items():
         other = wanted[name]
@@ -99,7 +99,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def quiet_load(folder: Path, dtype: torch.dtype | None = None) -> Model:
-    """Load, and take a warning for an error."""
+    """Load a model; a warning is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return load(folder, dtype=dtype)
@@ -107,7 +107,7 @@ def quiet_load(folder: Path, dtype: torch.dtype | None = None) -> Model:
 
 @contextmanager
 def untouched(folder: Path) -> Iterator[None]:
-    """Nothing in the folder is written, created, renamed or removed."""
+    """Assert that the block does not write, create, rename or remove anything in the folder."""
 
     def state() -> Any:
         files = sorted(folder.rglob("*"))
@@ -133,9 +133,9 @@ CHOSEN = {"experts": EXPERTS_CHOSEN, "all-linear": LINEAR_CHOSEN}
 def wanted_of(
     source: Path, values: dict[str, Tensor], dialect: Dialect, config: Config, what: str | None
 ) -> dict[str, Tensor]:
-    """What a conversion of `source` has to hold, from its bytes and the values of its parameters.
+    """The tensors that a conversion of `source` has to give, from its bytes and parameter values.
 
-    what: key of CHOSEN; None for a conversion to BF16.
+    what: a key of CHOSEN, or None for a conversion to BF16.
     """
     values = group_projections(values, config) if dialect.grouped else values
     wanted: dict[str, Tensor] = {}
@@ -196,7 +196,7 @@ MIXED = {
 def written(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[Dialect], tuple[Path, dict[str, Tensor]]]:
-    """A folder of each dialect, written once, and its parameters."""
+    """A function that gives the folder of a dialect, which is written once, and its parameters."""
     known: dict[Dialect, tuple[Path, dict[str, Tensor]]] = {}
 
     def folder(dialect: Dialect) -> tuple[Path, dict[str, Tensor]]:
@@ -215,7 +215,7 @@ MANY_SOURCES = {**SOURCES, **MIXED}
 
 
 def cli(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """`python -m tools.convert` in this process: status, stdout, stderr."""
+    """Run `python -m tools.convert` in this process. Returns status, stdout and stderr."""
     with pytest.raises(SystemExit) as left:
         run(build_parser(), main, [str(argument) for argument in args])
     out, err = capsys.readouterr()
@@ -230,9 +230,10 @@ def check_refused(
     words: list[str],
     left: bool = False,
 ) -> None:
-    """Exit status 2, one line that holds these words, the source as it was, and nothing left behind.
+    """Assert exit status 2, one line with these words, an unchanged source, and no files left
+    behind.
 
-    left: whether the target was there before and stays as it was, or holds an unfinished conversion.
+    left: whether the target existed before and stays as it was, or holds an unfinished conversion.
     """
     args = args if "--to" in args else ("--to", "mxfp4", *args)
     place = source if source.is_dir() else source.parent
@@ -256,11 +257,11 @@ def little(tmp_path: Path) -> Path:
 
 
 class StoppedError(Exception):
-    """Stands for whatever ends a process early."""
+    """Stands for any event that ends a process early."""
 
 
 def stop_at(source: Path, target: Path, options: Options, part: float) -> None:
-    """Run a conversion until this part of its bytes is done."""
+    """Stop a conversion after a fraction `part` of its bytes. The target is then unfinished."""
 
     def progress(done: int, total: int) -> None:
         if done > part * total:

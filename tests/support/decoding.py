@@ -1,4 +1,4 @@
-"""Decoding round by round, from a prompt's cache."""
+"""A decoder for tests that run decode rounds one by one."""
 
 from torch import Tensor
 
@@ -19,10 +19,10 @@ def decoder(
     sampling: Sampling = GREEDY,
     stop: frozenset[int] = frozenset(),
 ) -> Decoder:
-    """The reference's decoder behind a prompt; no token ends the text unless `stop` has it.
+    """The reference's decoder after a prompt. No token ends the text unless it is in `stop`.
 
-    token: the newest token, which the cache does not hold. hidden: the trunk's state of the token
-    before it, [1, 1, D].
+    token: the newest token, which the cache does not hold. hidden: the trunk's hidden state
+    of the token before it, [1, 1, D].
     """
     return Decoder(
         model, cache, token=token, hidden=hidden, depth=depth, sampling=sampling, stop=stop

@@ -1,4 +1,4 @@
-"""What the tests of checkpoint dialects share."""
+"""Helpers of the tests of checkpoint dialects."""
 
 import shutil
 import warnings
@@ -26,7 +26,7 @@ MEMBER = "397B-A17B"
 
 
 def repacked(dialect: Dialect, **packings: Packing) -> Dialect:
-    """The dialect with other packings: `group` in the place of what serves a group, and so on."""
+    """The dialect with other packings. packings: a new packing for each `Packing.serves`."""
     changed = tuple((glob, packings.get(p.serves, p)) for glob, p in dialect.quantized)
     return replace(dialect, quantized=changed)
 
@@ -35,7 +35,7 @@ def repacked(dialect: Dialect, **packings: Packing) -> Dialect:
 def written(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., tuple[Path, dict[str, Tensor]]]:
-    """A folder of each dialect, written once, and its parameters."""
+    """A function that gives the folder of a dialect, which is written once, and its parameters."""
     known: dict[Any, tuple[Path, dict[str, Tensor]]] = {}
 
     def folder(dialect: Dialect) -> tuple[Path, dict[str, Tensor]]:
@@ -52,7 +52,7 @@ Written = Callable[..., tuple[Path, dict[str, Tensor]]]
 
 @pytest.fixture
 def copied(written: Written, tmp_path: Path) -> Callable[[Dialect], Path]:
-    """A copy of a dialect's folder, in one file, to be damaged."""
+    """A function that copies a dialect's folder, with one weight file, for tests that damage it."""
 
     def copy(dialect: Dialect) -> Path:
         shutil.copytree(written(replace(dialect, shards=1))[0], tmp_path / "model")
@@ -62,14 +62,14 @@ def copied(written: Written, tmp_path: Path) -> Callable[[Dialect], Path]:
 
 
 def quiet_load(folder: Path, dtype: torch.dtype | None = None) -> Model:
-    """Load, and take a warning for an error."""
+    """Load a model; a warning is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return load(folder, dtype=dtype)
 
 
 def cli(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
-    """`python -m qwen35.generate` in this process: status, stdout, stderr."""
+    """Run `python -m qwen35.generate` in this process. Returns status, stdout and stderr."""
     with pytest.raises(SystemExit) as left:
         run(build_parser(), main, [str(argument) for argument in args])
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What the tests of `diff` share: checkpoints, and forwards that are slightly wrong."""
+"""Helpers of the tests of `diff`: checkpoints, and forward functions that are slightly wrong."""
 
 import copy
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def random_ids(length: int, seed: int = 0) -> list[int]:
     return torch.randint(VOCABULARY, (length,), generator=generator).tolist()
 
 
-IDS = random_ids(75)  # prefill of 64 and of 5, then decode of 1, 1 and 4 tokens
+IDS = random_ids(75)  # prefill passes of 64 and 5 tokens, then decode passes of 1, 1 and 4
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,8 @@ FAULTS: dict[str, tuple[str, Forward]] = {}
 
 
 def standing_in(forward: Forward) -> Any:
-    """A replacement that keeps the node's class, weights and signature and computes `forward`."""
+    """A replacement class for nodes. It keeps class, weights and signature, but computes
+    `forward`."""
 
     class StandIn:
         @classmethod
@@ -96,7 +97,7 @@ def standing_in(forward: Forward) -> Any:
 
 
 def fault(node: str) -> Callable[[Forward], Forward]:
-    """Register a fault of this node."""
+    """A decorator that registers a fault of this node in FAULTS."""
 
     def register(forward: Forward) -> Forward:
         FAULTS[forward.__name__] = (node, forward)
@@ -108,7 +109,7 @@ def fault(node: str) -> Callable[[Forward], Forward]:
 def with_rules(
     self: GatedDeltaNet, x: Tensor, state: DeltaState, change: Callable[[dict], dict]
 ) -> Tensor:
-    """The delta net with the arguments of its rules changed on the way in."""
+    """The delta net's forward, with changed arguments of its two delta rules."""
 
     def changed(rule: Callable) -> Callable:
         def wrong(q: Tensor, k: Tensor, v: Tensor, **rest: Tensor) -> Any:
@@ -300,7 +301,7 @@ def convolution_state_not_carried(self: GatedDeltaNet, x: Tensor, state: DeltaSt
 
 @fault(DELTA)
 def convolution_state_lost_afterwards(self: GatedDeltaNet, x: Tensor, state: DeltaState) -> Tensor:
-    """The output is right; the state that it leaves is not."""
+    """The output is right, but the convolution state after it is wrong."""
     out = GatedDeltaNet.forward(self, x, state)
     state.conv = torch.zeros_like(state.conv)
     return out
@@ -308,7 +309,7 @@ def convolution_state_lost_afterwards(self: GatedDeltaNet, x: Tensor, state: Del
 
 @fault(DELTA)
 def values_and_gates_exchanged(self: GatedDeltaNet, x: Tensor, state: DeltaState) -> Tensor:
-    """What the convolution gives is taken for z, and in_proj_z for v."""
+    """z is taken from the convolution, and v from in_proj_z."""
     split = self.num_v_heads, self.head_v_dim
     z = self.in_proj_z(x).float()
     mixed: list[Tensor] = []
@@ -430,14 +431,14 @@ def embedding_one_row_off(self: nn.Embedding, ids: Tensor) -> Tensor:
     return nn.Embedding.forward(self, (ids + 1) % self.num_embeddings)
 
 
-BY_PHASE = {  # faults that the first pass cannot see
+BY_PHASE = {  # faults that do not show in the first pass
     "positions_start_anew_each_pass", "recurrent_state_not_carried",
     "convolution_state_not_carried", "mtp_keys_not_carried",
 }  # fmt: skip
 
 
 def assert_placed(report: Report, node: str) -> None:
-    """The node comes first, and nothing else fails but what contains it."""
+    """Assert that the node is the first row, and that only it and nodes that contain it fail."""
     assert not report.passed
     others = {row.node for row in failing(report)}
     assert report.rows[0].node == node, (report.rows[0], others)

@@ -1,7 +1,8 @@
-"""Every family member's shape in small, and models with random weights of it.
+"""A small shape of every family member, and models with random weights of these shapes.
 
-Structure is kept (3:1 layers, head ratios, partial RoPE, top-k of many, tied or not), sizes are such
-that mix-ups show: K != V, H != HV, I != shared I, nothing square.
+The structure is that of the member: 3:1 layers, head ratios, partial RoPE, top-k of many experts,
+tied or untied embeddings. The sizes differ from each other, so that mix-ups show: K != V, H != HV,
+I != shared I, and no matrix is square.
 """
 
 from typing import Any
@@ -71,7 +72,7 @@ FAMILY: dict[str, dict[str, Any]] = {
 
 
 def randomise(model: torch.nn.Module, seed: int, scale: float = 1.0) -> None:
-    """Random non-zero weights everywhere, norms, A_log and dt_bias too."""
+    """Give all parameters random values in place, also norms, A_log and dt_bias."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in sorted(model.named_parameters()):
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float32)

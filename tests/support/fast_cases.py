@@ -1,14 +1,14 @@
-"""The fast path's launches in the gfx950 emulator, beside the reference: inputs, runs, and what is found.
+"""Run the fast path's launches in the gfx950 emulator, and compare them with the reference.
 
-Everything that a launch writes is filled with NaN, or with ids that lead out of every array, before the
-first launch runs. A finding is a line whose first word says what kind it is:
+Before the first launch, every output is filled with NaN, or with ids that are outside of every
+array. A finding is a line. Its first word is the kind:
 
     memory      an access outside of an array, or a race in the LDS
     unwritten   an output that is NaN
     arrived     a counter of arrivals is not zero again
     numbers     an error above twice the bf16 reference's plus the rounding of the output
-    bits        another order of the waves, or other rows beside it, gave a row other bits
-    choice      the router chose other experts than the reference, or weighted them otherwise
+    bits        the bits of a row depend on the order of the waves, or on the other rows
+    choice      the router chose other experts than the reference, or gave them other weights
     work        a product was computed more than once
 """
 
@@ -34,7 +34,7 @@ from tools.gfx950.target import CompiledKernel, emulate
 
 TARGET = "gfx950"
 CPU = torch.device("cpu")
-HALF_STEP = 2.0**-8  # the rounding of a bf16, relative
+HALF_STEP = 2.0**-8  # relative rounding error of bf16
 WRITTEN = {
     "route": ("parts", "experts", "weights"),
     "gate_up": ("first", "hidden", "shared"),
@@ -49,8 +49,8 @@ WRITTEN = {
     "pick": ("tokens",),
     "accept": ("fresh", "report"),
 }
-PRODUCT = ("out", "scaled", "out_squares")  # of every other launch
-NOWHERE = -1000  # as an id or a pair: outside of every array
+PRODUCT = ("out", "scaled", "out_squares")  # outputs of every other launch
+NOWHERE = -1000  # an id or a pair that is outside of every array
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -66,7 +66,7 @@ def integers(seed: int, low: int, high: int, *shape: int) -> Tensor:
 
 
 def poison(launches: Iterable[Launch]) -> None:
-    """Fill all that the launches write, except what stays from pass to pass."""
+    """Fill all outputs of the launches, except buffers that stay from pass to pass."""
     for launch in launches:
         arguments = launch.arguments
         for name in WRITTEN.get(launch.name.split()[0], PRODUCT):
@@ -78,7 +78,7 @@ def poison(launches: Iterable[Launch]) -> None:
 def emulated(
     launches: list[Launch], *, seed: int | None = None, batch: int = 32
 ) -> list[Statistics]:
-    """Run launches on poisoned memory. EmulatorError is passed on."""
+    """Run launches on poisoned memory. Raises EmulatorError."""
     poison(launches)
     return [emulate([launch], seed=seed, batch=batch) for launch in launches]
 
@@ -99,7 +99,7 @@ def config(E: int, D: int, I: int, top_k: int = 4, shared: int = 0, norm: bool =
 
 
 def mxfp4_linear(seed: int, N: int, K: int) -> MXFP4Linear:
-    """Every code, and scales that differ from group to group; numbers of about K^-1/2."""
+    """A random MXFP4 layer with all codes and different scales. Its weights are about K^-1/2."""
     exponent = 125 - (K.bit_length() - 1) // 2
     codes = integers(seed, 0, 255, N, K // 2).byte()
     scale = integers(seed + 1, exponent - 2, exponent + 2, N, K // 32).byte()
@@ -107,7 +107,7 @@ def mxfp4_linear(seed: int, N: int, K: int) -> MXFP4Linear:
 
 
 def quantised(experts: reference.moe.Experts, seed: int) -> reference.moe.Experts:
-    """Its weights replaced by random MXFP4 ones."""
+    """The experts with random MXFP4 weights."""
     for e, expert in enumerate(experts):
         for p, name in enumerate(("gate_proj", "up_proj", "down_proj")):
             N, K = getattr(expert, name).weight.shape
@@ -128,18 +128,18 @@ def fast_experts(E: int, D: int, I: int) -> Experts:
 
 
 def routing(kind: str, rows: int, top_k: int, E: int) -> Tensor:
-    """[rows, top_k] expert ids; the first expert and the last one are among them where they can be."""
+    """Expert ids [rows, top_k] of a kind of routing."""
     generator = torch.Generator().manual_seed(rows * 31 + top_k)
     some = torch.randperm(E, generator=generator)
     if kind == "random":
         return torch.stack([torch.randperm(E, generator=generator)[:top_k] for _ in range(rows)])
-    if kind == "same":  # in every row, in another order
+    if kind == "same":  # the same experts in every row, in another order
         return torch.stack([some[:top_k].roll(row) for row in range(rows)])
     if kind == "different":
         return some[: rows * top_k].view(rows, top_k)
     if kind == "overlapping":  # each row shares all but one with the row before it
         return (torch.arange(rows)[:, None] + torch.arange(top_k)) % E
-    if kind == "returning":  # a row's own expert first and last, between them those of all rows
+    if kind == "returning":  # a row's own expert is first and last
         ids = some[:top_k].repeat(rows, 1)
         ids[:, 0] = ids[:, -1] = some[top_k : top_k + rows]
         return ids
@@ -179,17 +179,17 @@ def case(
     cancelling: bool = False,
     seed: int = 0,
 ) -> Case:
-    """cancelling: the first slot and the last one have large opposite weights.
+    """A random case. cancelling: the first and the last slot have large weights of opposite signs.
 
-    Where both are of one expert, what is left of the sum shows in which order it was taken; otherwise the
-    rounding to bf16 hides that nearly always.
+    If both slots have the same expert, the rest of the sum shows the order of summation. Otherwise
+    the rounding to bf16 hides the order nearly always.
     """
     N, k = experts.shape
     x = (random(seed, N, D) * scale).bfloat16()
     weights = (random(seed + 1, N, k) * 2).softmax(-1)
     if cancelling:
         weights[:, 0], weights[:, -1] = 50_000, -50_000
-    # About as large as what it is added to: at small x an expert is a product of two of them.
+    # About as large as the sum that it is added to. An expert's output is quadratic at small x.
     beside = (random(seed + 2, N, D) * 4 * scale**2).bfloat16() if residual else None
     return Case(E, D, I, x, experts, weights, beside)
 
@@ -215,8 +215,8 @@ def counters(launches: Iterable[Launch]) -> list[str]:
 
 
 def waits_for_stores(compiled: CompiledKernel) -> bool:
-    """Whether, in a kernel's assembly, each wave waits for its stores to global memory before the barrier
-    behind which the counter of arrivals is raised. A wave that is alone needs no barrier."""
+    """Whether each wave of a kernel waits for its stores to global memory before the barrier that
+    precedes the increment of the arrival counter. A single wave needs no barrier."""
     lines = compiled.text.splitlines()
     names = [line.split()[0] if line.split() else "" for line in lines]
     raised = names.index("global_atomic_add")
@@ -228,14 +228,15 @@ def waits_for_stores(compiled: CompiledKernel) -> bool:
 
 
 def output(chosen: Case, *, seed: int | None = None, batch: int = 32) -> Tensor:
-    """What the fast path makes of the rows; NaN if a counter is not zero again at the end."""
+    """The output of the fast path, [N, D]. It is NaN if a counter is not zero at the end."""
     launches, out = launches_of(chosen)
     emulated(launches, seed=seed, batch=batch)
     return out.fill_(torch.nan) if counters(launches) else out
 
 
 def too_far(got: Tensor, yardstick: Tensor, truth: Tensor) -> list[str]:
-    """The two-times rule, row by row: the largest error against the reference's largest one."""
+    """Findings of the two-times rule, row by row, on the largest errors of ours and of the
+    reference."""
     assert got.dtype == yardstick.dtype == torch.bfloat16
     if got.isnan().any():
         return [f"unwritten: {int(got.isnan().sum())} of {got.numel()}"]
@@ -249,7 +250,7 @@ def too_far(got: Tensor, yardstick: Tensor, truth: Tensor) -> list[str]:
 
 
 def expected(chosen: Case) -> tuple[Tensor, Tensor]:
-    """The bf16 reference's output, and the same in float64."""
+    """The outputs of the reference in bf16 and in float64."""
     slow = slow_experts(chosen.E, chosen.D, chosen.I)
     yardstick = slow(chosen.x, chosen.experts, chosen.weights)
     truth = slow(chosen.x.double(), chosen.experts, chosen.weights.double())
@@ -260,7 +261,7 @@ def expected(chosen: Case) -> tuple[Tensor, Tensor]:
 
 
 def findings(chosen: Case) -> list[str]:
-    """What is wrong with a run."""
+    """The findings of one run."""
     launches, out = launches_of(chosen)
     try:
         emulated(launches)
@@ -272,10 +273,11 @@ def findings(chosen: Case) -> list[str]:
 def bits(
     chosen: Case, *, seeds: tuple[int, ...] = (), batches: tuple[int, ...] = (), rows: bool = True
 ) -> list[str]:
-    """What changes the bits: waves in random order, fewer workgroups at a time, the rows beside a row."""
+    """Findings on bits that change with the order of the waves (seeds), with the number of
+    workgroups at a time (batches), or with the other rows."""
 
     def unlike(name: str, got: Tensor, wanted: Tensor) -> list[str]:
-        if got.isnan().any():  # nobody thought that it was the last one
+        if got.isnan().any():  # no workgroup saw that it was the last one
             return [f"arrived: {name}"]
         return [] if torch.equal(got, wanted) else [f"bits: {name}"]
 
@@ -298,7 +300,8 @@ def bits(
 
 
 def repeated_work(rows: int, top_k: int) -> list[str]:
-    """Rows that choose the same experts must take as many matrix instructions as one of them alone."""
+    """A finding if several rows with the same experts need more matrix instructions than one
+    row."""
     counts = []
     for N in (1, rows):
         launches, _ = launches_of(case(routing("same", N, top_k, 24)))
@@ -318,9 +321,9 @@ def repeated_work(rows: int, top_k: int) -> list[str]:
 def exact_router(
     logits: Tensor, top_k: int, norm: bool = True, D: int = 1024
 ) -> reference.moe.Router:
-    """A router of which row r of `picks(rows)` has the logits [r], bf16 [rows, E].
+    """A router that gives row r of `picks(rows)` the logits[r]. logits is bf16 [rows, E].
 
-    One column of weights for each row: a sum along K has one term that is not zero.
+    Each row has its own column of weights, so a sum along K has only one term that is not zero.
     """
     rows, E = logits.shape
     gate = reference.moe.Router(config(E, D, 128, top_k, norm=norm)).bfloat16()
@@ -330,7 +333,7 @@ def exact_router(
 
 
 def picks(rows: int, D: int = 1024) -> Tensor:
-    """Row r is 1 at column 100 r + 7."""
+    """[rows, D] bf16 for `exact_router`. Row r is 1 at column 100 r + 7 and 0 elsewhere."""
     x = torch.zeros(rows, D, dtype=torch.bfloat16)
     x[range(rows), [100 * row + 7 for row in range(rows)]] = 1
     return x
@@ -343,9 +346,11 @@ def quiet_router(gate: reference.moe.Router) -> Router:
 def choice_findings(
     gate: reference.moe.Router, x: Tensor, *, seed: int | None = None, batch: int = 32
 ) -> list[str]:
-    """The fast router against the reference: equal ids in equal order, weights to float32's rounding.
+    """Findings on the fast router: ids have to be equal and in the same order, weights up to
+    float32 rounding.
 
-    That of exp grows with its argument; so far down it counts in relation to 1.
+    The rounding error of exp grows with its argument. For tiny weights it is measured relative to
+    1.
     """
     ids, weights = gate(x)
     with warnings.catch_warnings():
@@ -376,7 +381,8 @@ def slow_block(
     norm: bool = True,
     fp4: bool = True,
 ) -> reference.moe.SparseMoeBlock:
-    """The router has small multiples of a power of two, so that the logits of `exact_rows` are exact."""
+    """A random block of the reference. The router's weights are small multiples of a power of two,
+    so that the logits of `exact_rows` are exact."""
     block = reference.moe.SparseMoeBlock(config(E, D, I, top_k, shared, norm)).bfloat16()
     if fp4:
         quantised(block.experts, seed=20_000)
@@ -391,7 +397,8 @@ def slow_block(
 
 
 def wide_block(block: reference.moe.SparseMoeBlock, x: Tensor, *, narrow: bool = True) -> Tensor:
-    """x [N, D] float64 -> [N, D]. narrow: with the choice that the bf16 block makes."""
+    """The block in float64: x [N, D] -> [N, D]. narrow: use the experts that the bf16 block
+    chooses."""
     experts, weights = block.gate(x.bfloat16() if narrow else x)
     total = block.experts(x, experts, weights.double())
     if block.shared_expert is not None and block.shared_expert_gate is not None:
@@ -401,15 +408,15 @@ def wide_block(block: reference.moe.SparseMoeBlock, x: Tensor, *, narrow: bool =
 
 @cache
 def fast_block(block: nn.Module) -> SparseMoeBlock:
-    """Of a copy, since the block is taken over."""
+    """The fast block of a copy, because `from_reference` takes over its argument."""
     return SparseMoeBlock.from_reference(copy.deepcopy(block), TARGET)
 
 
 def block_output(
     block: nn.Module, x: Tensor, *, seed: int | None = None, batch: int = 32
 ) -> Tensor:
-    """x [N, D] bf16 through the fast block that is made of a reference's; NaN if a counter is not zero
-    again at the end."""
+    """The output of the fast block for x [N, D] bf16. It is NaN if a counter is not zero at the
+    end."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         launches, out = fast_block(block).launches(x, Scratch(CPU))
@@ -426,5 +433,5 @@ def block_findings(block: reference.moe.SparseMoeBlock, x: Tensor) -> list[str]:
 
 
 def exact_rows(seed: int, N: int, D: int, scale: float = 1.0) -> Tensor:
-    """[N, D] bf16, multiples of scale / 8."""
+    """Random rows [N, D] bf16 that are multiples of scale / 8."""
     return (integers(seed, -16, 16, N, D) / 8 * scale).bfloat16()

@@ -1,6 +1,6 @@
-"""Faults that are planted in the fast path's kernels. Each is a small wrong edit that a check must find.
+"""Faults that are planted in the fast path's kernels: small wrong edits that a check must find.
 
-All kernels are copied into a package of their own with the edit in one of them, which stands in for
+All kernels are copied into another package, with the edit in one of them. This package replaces
 `fast.kernels`.
 """
 
@@ -24,8 +24,8 @@ numbered = count()
 class Fault:
     """Edits of one file of the kernels, the check that must find them, and the kind of its finding.
 
-    module: the file's name, without its suffix. edits: (old, new) texts. kind: the first words that the
-    finding may have, with blanks between.
+    module: the file's name, without its suffix. edits: (old, new) texts. kind: the kinds that the
+    finding may have, separated by blanks.
     """
 
     module: str
@@ -43,12 +43,13 @@ class Faults(dict[str, Fault]):
 
     @property
     def checks(self) -> list[Check]:
-        """Each check once."""
+        """The checks without repetition."""
         return list({what.check: None for what in self.values()})
 
 
 def plant(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Replace the project's kernels by copies with the edits, each of which must fit in one place."""
+    """Replace the project's kernels by copies with the edits. Each edit must fit in exactly one
+    place."""
     package = f"planted_{next(numbered)}"
     names = sorted(file.relative_to(KERNELS) for file in KERNELS.rglob("*.py"))
     for name in names:
@@ -70,7 +71,7 @@ def plant(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def assert_found(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Plant a fault; its check must find something of its kind."""
+    """Plant a fault, and assert that its check has a finding of its kind."""
     plant(what, folder, patch)
     found = what.check()
     assert found, "nothing was found"

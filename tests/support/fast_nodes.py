@@ -1,6 +1,6 @@
-"""The fast path's mixers and layers as gfx950 code in the emulator, beside the reference.
+"""Compare the fast path's mixers and layers, run in the gfx950 emulator, with the reference.
 
-One pass of a few rows is compared, from a state that some tokens have left.
+One pass of a few rows is compared. It begins with the state after some earlier tokens.
 """
 
 import copy
@@ -30,7 +30,7 @@ SIZES = {"linear_key_head_dim": 16, "linear_value_head_dim": 32, "num_hidden_lay
 
 @cache
 def slow_model(name: str, **sizes: Any) -> Model:
-    """A small member of the family in bf16 with random weights, whose heads the kernels take."""
+    """A small family member in bf16 with random weights. Its head sizes suit the kernels."""
     rope = {"rope_theta": 1e7, "partial_rotary_factor": sizes.pop("rotary", 0.25)}
     model = Model(Config.from_dict(FAMILY[name] | SIZES | {"rope_parameters": rope} | sizes))
     randomise(model, 3)
@@ -78,7 +78,7 @@ def a_pass(
         G, K = config.num_key_value_heads, config.head_dim
         state = (FP8KVCache if fp8 else KVCache).empty((1, G, K), torch.bfloat16, CPU)
         if length:
-            # Scales that differ from position to position, where the cache has any.
+            # For an FP8 cache, the scales differ from position to position.
             size = 2.0 ** (torch.arange(length) % 5)[:, None] if fp8 else torch.ones(length, 1)
             k, v = random(3, 1, G, length, K), random(4, 1, G, length, K) * size
             state.append(k.bfloat16(), v.bfloat16())
@@ -87,14 +87,15 @@ def a_pass(
 
 @dataclass(frozen=True)
 class Outcome:
-    """out [N, D]; state: what each row leaves, by name, the rows first."""
+    """The result of a pass: out [N, D], and the state after each row, by name, with the rows
+    first."""
 
     out: Tensor
     state: dict[str, Tensor]
 
 
 def slow(what: Pass, dtype: torch.dtype) -> Outcome:
-    """What the reference computes in a dtype, row by row."""
+    """The result of the reference in a dtype, row by row."""
     node = copy.deepcopy(what.node).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
     outputs: list[Tensor] = []
@@ -114,7 +115,7 @@ def slow(what: Pass, dtype: torch.dtype) -> Outcome:
 
 
 def numbers(state: DeltaState | KVCache) -> dict[str, Tensor]:
-    """The tensors of a state, by name; e4m3 numbers with their scales become float64."""
+    """The tensors of a state, by name. e4m3 numbers are multiplied by their scales, in float64."""
     held = state.tensors()
     if isinstance(state, FP8KVCache):
         return {
@@ -133,7 +134,7 @@ def fast_node(node: nn.Module) -> Any:
 
 
 def buffers(what: Pass, capacity: int, start: int, slots: int) -> Delta | Keys:
-    """The state in the fast path's buffers, whose other places hold NaN."""
+    """The state in the fast path's buffers. All other places hold NaN."""
     config = what.model.config
     if isinstance(what.state, DeltaState):
         own = Delta.empty(config, slots, CPU)
@@ -158,7 +159,7 @@ def fast(
     what: Pass, *, capacity: int = 64, start: int | None = None, seed: int | None = None, batch: int = 32,
     state: Delta | Keys | None = None, slots: int = 8,
 ) -> Outcome:  # fmt: skip
-    """One pass in the emulator. start: the position of the first row, for a delta net."""
+    """Run one pass in the emulator. start: the position of the first row, for a delta net."""
     config, node, N = what.model.config, fast_node(what.node), len(what.x)
     begin = what.length if start is None else start
     own = buffers(what, capacity, begin, slots) if state is None else state
@@ -192,7 +193,8 @@ def fast(
 
 
 def judged(name: str, got: Tensor, yardstick: Tensor, truth: Tensor) -> list[str]:
-    """The two-times rule, row by row: a row's largest error against the bf16 reference's largest one."""
+    """Findings of the two-times rule, row by row, on the largest errors of ours and of the bf16
+    reference."""
     if got.isnan().any():
         return [f"unwritten: {name}, {int(got.isnan().sum())} of {got.numel()}"]
     ours, theirs = ((x.double() - truth).flatten(1).abs().amax(1) for x in (got, yardstick))
@@ -205,7 +207,7 @@ def judged(name: str, got: Tensor, yardstick: Tensor, truth: Tensor) -> list[str
 
 
 def node_findings(what: Pass, **settings: Any) -> list[str]:
-    """Lines on what is wrong with a pass, in its output or in the state that each row leaves."""
+    """The findings of a pass, on its output and on the state after each row."""
     try:
         got = fast(what, **settings)
     except EmulatorError as error:
@@ -221,8 +223,8 @@ def node_findings(what: Pass, **settings: Any) -> list[str]:
 
 
 def unrounded(what: Pass) -> Pass:
-    """The same pass over a cache that holds its new keys and values in full, where one in e4m3 would
-    round them: a number that lies between two of e4m3's may go to either."""
+    """The same pass with a cache that does not round new keys and values to e4m3, because a number
+    midway between two e4m3 values may be rounded to either."""
     if not isinstance(what.state, FP8KVCache):
         return what
     k, v = numbers(what.state).values()
@@ -230,8 +232,8 @@ def unrounded(what: Pass) -> Pass:
 
 
 def rounding_findings(what: Pass) -> list[str]:
-    """Whether new values in e4m3 have the bytes and scales of the reference. They are the
-    projection's own numbers, which may differ in a last place: then a byte in a hundred may, too."""
+    """Findings on new values in e4m3: bytes and scales have to be those of the reference. One byte
+    in a hundred may differ, because the projections may differ in the last place."""
     own = buffers(what, 64, what.length, 8)
     assert isinstance(own, Keys)
     fast(what, state=own)
@@ -246,7 +248,8 @@ def rounding_findings(what: Pass) -> list[str]:
 
 
 def row_findings(what: Pass, parts: Sequence[int], **settings: Any) -> list[str]:
-    """Lines on bits that differ between passes of so many rows each and one pass over all rows."""
+    """Findings on bits that differ between passes of `parts` rows each and one pass over all
+    rows."""
     whole = fast(what, **settings)
     begin = what.length if settings.get("start") is None else settings["start"]
     own = buffers(what, settings.get("capacity", 64), begin, settings.get("slots", 8))

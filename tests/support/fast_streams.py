@@ -1,4 +1,4 @@
-"""The experts' block in the residual stream: a norm before it, its input added, another norm after it."""
+"""The experts' block in the residual stream, with a norm before it and another norm after it."""
 
 import warnings
 
@@ -32,7 +32,7 @@ def norm(seed: int, D: int, eps: float = 1e-6) -> RMSNorm:
 
 
 def stream(x: Tensor, before: RMSNorm, parts: int) -> Stream:
-    """Rows as an earlier launch leaves them. Squares that belong to no row are NaN."""
+    """The residual stream as an earlier launch writes it. Squares that belong to no row are NaN."""
     squares = torch.full((parts, ROWS[TARGET]), torch.nan)
     squares[:, : len(x)] = x.float().square().unflatten(1, (parts, -1)).sum(-1).T
     scaled = (x.float() * (1 + before.weight.float())).bfloat16()
@@ -42,8 +42,9 @@ def stream(x: Tensor, before: RMSNorm, parts: int) -> Stream:
 def clear_rows(
     block: reference.moe.SparseMoeBlock, before: RMSNorm, rows: int, seed: int = 0
 ) -> Tensor:
-    """[rows, D] bf16, of which no rounding changes the choice: the logits of the chosen, and of the next
-    one, are four steps of bf16 apart. Rows differ in size, and so do the two halves of a row."""
+    """Random rows [rows, D] bf16 whose choice of experts does not depend on rounding: the sorted
+    logits of the chosen experts and of the next one are at least four bf16 steps apart. The rows,
+    and the halves of a row, differ in size."""
     D = len(before.weight)
     x = random(seed, 16 * rows, D) * 2.0 ** integers(seed + 1, -3, 3, 16 * rows, 1)
     x[:, : D // 2] *= 3
@@ -68,8 +69,8 @@ def stream_launches(
 def stream_findings(
     block: reference.moe.SparseMoeBlock, before: RMSNorm, after: RMSNorm, x: Tensor, parts: int = 4
 ) -> list[str]:
-    """Lines on what is wrong with x + block(before(x)), its choice of experts, or what the norm `after`
-    gets."""
+    """Findings on x + block(before(x)), on its choice of experts, and on the inputs of the norm
+    `after`."""
     launches, out = stream_launches(block, before, after, x, parts)
     try:
         emulated(launches)
@@ -87,7 +88,8 @@ def stream_findings(
 
 
 def left_findings(out: Stream, after: RMSNorm) -> list[str]:
-    """Lines on what is wrong in a stream for the norm that follows: bits of scaled rows, or squares."""
+    """Findings on what a stream holds for the next norm: the bits of scaled rows, and the
+    squares."""
     found: list[str] = []
     if not torch.equal(out.scaled, (out.x.float() * (1 + after.weight.float())).bfloat16()):
         found.append("numbers: scaled rows")

@@ -1,4 +1,4 @@
-"""Faults that more than one test plants."""
+"""Faults that several tests plant."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def delta_rule_with_late_decay(
     q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, state: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """The delta rule, but the state decays after it was read and not before."""
+    """The delta rule with a fault: the state decays after it is read, not before."""
     outputs, states = [], []
     for t in range(q.shape[1]):
         recalled = torch.einsum("bhk,bhkv->bhv", k[:, t], state)

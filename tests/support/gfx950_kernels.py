@@ -1,4 +1,4 @@
-"""Small Triton kernels, each with random inputs and what numpy makes of them in float64."""
+"""Small Triton kernels, each with random inputs and the outputs that numpy computes in float64."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -
 
 @triton.jit
 def fp4_gemv(w, s, x, o, N, K, BN: tl.constexpr, BK: tl.constexpr):
-    """e2m1 by integer arithmetic: the three low bits are the exponent and mantissa of a tiny f32."""
+    """Decode e2m1 by integer arithmetic: its low three bits become exponent and mantissa of a tiny
+    f32."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK // 2)
     acc = tl.zeros((BN, BK // 2), tl.float32)
@@ -38,7 +39,7 @@ def fp4_gemv(w, s, x, o, N, K, BN: tl.constexpr, BK: tl.constexpr):
 def scaled_matmul(
     a, a_s, b, b_s, o, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FP8: tl.constexpr
 ):
-    """o = a @ b^T, b in mxfp4, a in bf16 or, with its own scales, in fp8."""
+    """o = a @ b^T. b is MXFP4; a is bf16, or fp8 with its own scales."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.float32)
@@ -57,7 +58,7 @@ def scaled_matmul(
 
 @triton.jit
 def matmul(a, b, o, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """b row-major [K, N]: the transposing loads from the LDS."""
+    """o = a @ b with b [K, N] row-major, which uses the transposing loads from the LDS."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), tl.float32)
@@ -87,7 +88,7 @@ def softmax(x, o, N, B: tl.constexpr):
 
 @triton.jit
 def top_k(x, value, index, N, K: tl.constexpr, B: tl.constexpr):
-    """The largest first, of equal ones the lowest place."""
+    """The K largest values and their indices. Of equal values the lowest index comes first."""
     row, i = tl.program_id(0), tl.arange(0, B)
     v = tl.load(x + row * N + i, mask=i < N, other=-float("inf"))
     for k in tl.static_range(K):
@@ -105,7 +106,7 @@ def sort(x, o, B: tl.constexpr):
 
 @triton.jit
 def integers(x, o, N, B: tl.constexpr):
-    """Signed comparisons, shifts, division, 64 bits, a masked tail."""
+    """Uses signed comparisons, shifts, division, 64-bit integers and a masked tail."""
     i = tl.program_id(0) * B + tl.arange(0, B)
     v = tl.load(x + i, mask=i < N, other=-7)
     small = tl.where(v < 0, -v // 3, v % 1000)
@@ -123,7 +124,7 @@ def histogram(x, counts, total, N, B: tl.constexpr):
 
 @triton.jit
 def in_turn(x, partial, done, o, B: tl.constexpr):
-    """Each workgroup waits for the lower ones, then adds to what they made."""
+    """Each workgroup waits for those with lower ids, and then adds to their result."""
     pid, i = tl.program_id(0), tl.arange(0, B)
     v = tl.load(x + pid * B + i)
     while tl.atomic_add(done, 0, sem="acquire", scope="gpu") < pid:
@@ -137,7 +138,7 @@ def in_turn(x, partial, done, o, B: tl.constexpr):
 
 @dataclass(frozen=True)
 class Sample:
-    """A launch, its output, and what that has to be; tolerance: of the largest value."""
+    """A launch, its output, and the expected output. tolerance: relative to the largest value."""
 
     launch: Launch
     output: Tensor
@@ -146,7 +147,7 @@ class Sample:
 
 
 def fp4(rng: np.random.Generator, rows: int, columns: int) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Codes, scales, and values."""
+    """Random MXFP4 codes, scales, and values [rows, columns]."""
     codes = rng.integers(0, 256, (rows, columns // 2), np.uint8)
     scales = rng.integers(120, 131, (rows, columns // 32), np.uint8)
     values = np.stack([E2M1[codes & 15], E2M1[codes >> 4]], -1).reshape(rows, columns)

@@ -1,8 +1,8 @@
 """Evaluates AMD's published pseudocode of CDNA instructions, one lane at a time, in plain Python.
 
-The text is data of the package tinygrad. This evaluator knows nothing of the emulator: it works on Python
-integers and on `fractions`, so that the two agree only if both are right. It does not know all of the
-language; `UnsupportedError` says so.
+The text is data of the package tinygrad. This evaluator shares nothing with the emulator. It works
+on Python integers and on `fractions`, so that the two agree only if both are right. It does not
+know the whole language, and raises `UnsupportedError` for the rest.
 """
 
 import math
@@ -32,7 +32,7 @@ from tests.support.gfx950_values import (
 
 @cache
 def pseudocode() -> dict[str, str]:
-    """Mnemonic in small letters, without encoding suffix -> its text."""
+    """The pseudocode by mnemonic, in lower case and without the encoding suffix."""
     return {re.sub(r"_e(32|64)$", "", op.name.lower()): text for op, text in PCODE.items()}
 
 
@@ -54,7 +54,7 @@ LEVELS += [["+", "-"], ["*", "/", "%"], ["**"]]
 
 
 class Parser:
-    """Text -> a list of statements, as nested tuples."""
+    """Parses a text into a list of statements, as nested tuples."""
 
     def __init__(self, text: str) -> None:
         text = re.sub(r"//.*", "", text).strip()
@@ -221,8 +221,8 @@ def parsed(mnemonic: str) -> list:
 
 
 class Machine:
-    """One lane. names: raw bits by register name (S0, S1, S2, D0, VCC, SCC, EXEC, OPSEL), and
-    variables."""
+    """Runs statements for one lane. registers: raw bits by name (S0, S1, S2, D0, VCC, SCC, EXEC,
+    OPSEL). variables: values by name."""
 
     def __init__(self, lane: int = 0, **registers: int) -> None:
         self.lane = lane
@@ -235,7 +235,7 @@ class Machine:
             **registers,
         }
         self.variables: dict[str, Value] = {}
-        self.is_silent = False  # whether some NaN came of arithmetic, which leaves its bits open
+        self.is_silent = False  # whether arithmetic gave a NaN, whose bits the text does not define
 
     def run(self, statements: list) -> "Machine":
         for statement in statements:
@@ -297,7 +297,7 @@ class Machine:
                 raise UnsupportedError(f"assignment to {target[0]}")
 
     def cast(self, v: Value, kind: str, width: int) -> Value:
-        """A conversion of the number, not of its bits."""
+        """Convert the number, not its bits."""
         if kind == "b":
             return v
         if kind in ("f", "bf"):
@@ -350,7 +350,7 @@ class Machine:
                     raise UnsupportedError("a reversed range of bits")
                 return Value("u", width, bits >> first & ((1 << width) - 1))
             case ("cast", ("value", literal), "f", 32) if literal.value == 0xFFC00000:
-                return from_bits(0xFFC00000, "f", 32)  # of this constant the bits are meant
+                return from_bits(0xFFC00000, "f", 32)  # this constant stands for its bits
             case ("cast", inner, kind, width):
                 return self.cast(self.value(inner), kind, width)
             case ("join", parts):
@@ -374,7 +374,7 @@ class Machine:
             case ("binary", "==", left, ("unary", ("+" | "-") as sign, ("value", zero))) if (
                 zero.value == 0
             ):
-                x = self.value(left).value  # here a zero has a sign
+                x = self.value(left).value  # this comparison distinguishes the sign of zero
                 return Value("u", 1, int(x == 0 and (math.copysign(1, x) < 0) == (sign == "-")))
             case ("binary", operator, left, right):
                 return self.binary(operator, self.value(left), self.value(right))
@@ -475,8 +475,8 @@ def type_of(view: str) -> tuple[str, int]:
 
 
 def evaluate(mnemonic: str, lane: int = 0, **registers: int) -> Machine:
-    """Run an instruction's pseudocode. UnsupportedError if there is none, or it says what is not known
-    here."""
+    """Run an instruction's pseudocode. UnsupportedError if there is none, or if this evaluator does
+    not know a part of it."""
     if mnemonic not in pseudocode():
         raise UnsupportedError("no pseudocode")
     SILENT.clear()

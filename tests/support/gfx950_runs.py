@@ -1,4 +1,4 @@
-"""What the tests of the emulator share."""
+"""Helpers of the emulator's tests."""
 
 import re
 
@@ -82,7 +82,8 @@ EDGE_NANS = {
 
 
 def samples(rng: np.random.Generator, kind: str, count: int) -> NDArray[np.uint64]:
-    """Bits of operands: edges, random ones, NaNs. kind: f16, bf16, f32, f64, or int."""
+    """The bits of `count` operands: edge cases, random numbers and NaNs. kind: f16, bf16, f32, f64
+    or int."""
     numbers = _samples(rng, kind, count)
     if kind not in EDGE_NANS:
         return numbers
@@ -119,7 +120,7 @@ def _samples(rng: np.random.Generator, kind: str, count: int) -> NDArray[np.uint
 
 
 def shape_of(text: str) -> tuple[list[tuple[str, bool]], bool]:
-    """What pseudocode says of its sources, (kind, has 64 bits), and whether the result has 64 bits."""
+    """From a pseudocode, the sources as (kind, has 64 bits), and whether the result has 64 bits."""
     sources: list[tuple[str, bool]] = []
     if not re.search(r"\bS[01]\b|SRC0", text):  # comparisons that are always true or false
         return [("int", "64" in text), ("int", "64" in text)], False
@@ -136,7 +137,8 @@ APPROXIMATE = re.compile(r"v_(exp|log|sin|cos|rcp|rsq|sqrt)")
 
 
 def vector_line(mnemonic: str, text: str, sources: list, wide: bool) -> str:
-    """The instruction on v[0:1], v[2:3], v[4:5], to v[10:11] or the mask s[20:21]; carry in s[22:23]."""
+    """A line of assembly. Sources are v[0:1], v[2:3], v[4:5]; the result is v[10:11], or the mask
+    s[20:21]; the carry in is s[22:23]."""
     operands = []
     if "D0.u64[laneId]" in text:
         operands.append("s[20:21]")
@@ -156,7 +158,7 @@ def vector_line(mnemonic: str, text: str, sources: list, wide: bool) -> str:
 
 
 def same(got: int, want: int, kind: str, approximate: bool) -> bool:
-    """Equal bits; close, where the card's result is not exact."""
+    """Whether the bits are equal, or the values close if the GPU's result is only approximate."""
     if got == want:
         return True
     width = {"f16": 16, "f32": 32, "f64": 64}.get(kind)
@@ -175,7 +177,8 @@ def is_nan(bits: int, width: int) -> bool:
 
 
 def passed_on(sources: list[int], width: int) -> int:
-    """The NaN of arithmetic, of which AMD's text does not give the bits: see `tools/gfx950/nans.py`."""
+    """The bits of a NaN that arithmetic gives. AMD's text does not define them; see
+    `tools/gfx950/nans.py`."""
     mantissa = {16: 10, 32: 23, 64: 52}[width]
     infinity = ((1 << (width - 1 - mantissa)) - 1) << mantissa
     for bits in sources:
@@ -185,9 +188,10 @@ def passed_on(sources: list[int], width: int) -> int:
 
 
 def check_vector(mnemonic: str, select: int = 0) -> None:
-    """Compare one vector instruction with its pseudocode; UnsupportedError if that cannot be evaluated.
+    """Compare one vector instruction with its pseudocode. UnsupportedError if it cannot be
+    evaluated.
 
-    select: OPSEL as a number, written out as op_sel if not 0.
+    select: OPSEL as a number; if it is not 0, the assembly has an op_sel.
     """
     text = pseudocode()[mnemonic]
     sources, wide = shape_of(text)

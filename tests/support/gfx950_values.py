@@ -1,4 +1,4 @@
-"""Numbers of AMD's published pseudocode: typed values, their bits, and exact arithmetic on them."""
+"""The numbers of AMD's published pseudocode: typed values, their bits, and exact arithmetic."""
 
 import math
 import struct
@@ -8,7 +8,7 @@ from functools import cache
 
 FORMATS = {16: "<e", 32: "<f", 64: "<d"}
 MANTISSA = {16: 10, 32: 23, 64: 52}
-SILENT: list[int] = []  # widths of results that are a NaN of which the text does not say the bits
+SILENT: list[int] = []  # widths of NaN results whose bits the text does not define
 
 
 class UnsupportedError(Exception):
@@ -17,8 +17,8 @@ class UnsupportedError(Exception):
 
 @dataclass(frozen=True)
 class Value:
-    """A typed number. kind: u, i, b (bits), f, bf; a float's value is a Python float, exact for its
-    width."""
+    """A typed number. kind: u, i, b (bits), f or bf. The value of a float is a Python float,
+    rounded to its width."""
 
     kind: str
     width: int
@@ -30,9 +30,10 @@ class Value:
 
 
 class NaN(float):
-    """A NaN whose bits the text knows: those of an operand that it passes on, or a constant.
+    """A NaN with known bits: those of an operand that is passed on, or of a constant.
 
-    Arithmetic makes a plain NaN of it. bits: of a float64, which keeps a narrower one's sign and payload.
+    Arithmetic turns it into a plain NaN. bits: those of a float64 with the sign and payload of the
+    NaN.
     """
 
     bits: int
@@ -101,7 +102,7 @@ def from_bits(bits: int, kind: str, width: int) -> Value:
 
 
 def round_to_bf16(x: float) -> int:
-    """Of all finite bf16 the nearest, of two equally near ones the even."""
+    """The bits of the nearest bf16, with ties to even."""
     if isinstance(x, NaN):
         return x.quieted().to(32) >> 16
     if math.isnan(x):
@@ -122,7 +123,8 @@ def round_to_bf16(x: float) -> int:
 
 
 def rounded(x: float | Fraction, width: int) -> float:
-    """To a float of a width. An exact argument is rounded once, but for ties in the 53rd bit."""
+    """Round to a float of a width. An exact argument is rounded only once, except for ties in bit
+    53."""
     if isinstance(x, float) and math.isnan(x):
         return x
     try:
@@ -153,13 +155,13 @@ def small_float(code: int, name: str) -> float:
 
 @cache
 def magnitudes(name: str) -> list[Fraction]:
-    """The finite values without sign, by code."""
+    """The finite non-negative values, by code."""
     codes = range(1 << (3 if name == "fp4" else 7))
     return [Fraction(v) for code in codes if math.isfinite(v := small_float(code, name))]
 
 
 def to_small(x: float, name: str) -> int:
-    """Nearest, ties to even, saturating: by looking at every code."""
+    """The code of the nearest value, with ties to even and saturation. It tries every code."""
     bits = 4 if name == "fp4" else 8
     if math.isnan(x):
         sign = x.bits >> 63 if isinstance(x, NaN) else 0
@@ -171,9 +173,10 @@ def to_small(x: float, name: str) -> int:
 
 
 def convert(v: Value, kind: str, width: int) -> Value:
-    """x_to_y: rounds to nearest (floats) or toward zero with saturation (integers)."""
+    """The conversion x_to_y. It rounds to nearest (floats), or toward zero with saturation
+    (integers)."""
     if kind == "f":
-        if isinstance(v.value, NaN):  # the text is silent; IEEE 754's conversions make it quiet
+        if isinstance(v.value, NaN):  # undefined in the text; IEEE 754 conversions make it quiet
             return Value("f", width, v.value.quieted())
         value = v.value if isinstance(v.value, float) and not math.isfinite(v.value) else None
         return Value("f", width, rounded(v.value, width) if value is None else value)

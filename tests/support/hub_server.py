@@ -1,7 +1,8 @@
-"""A hub on the loopback interface: folders served as model repositories to the real client, with faults.
+"""A model hub on the loopback interface, with faults, for the real client of `huggingface_hub`.
 
-What is served is what `huggingface_hub` asks for: a repository's files at a commit, and a file, whole or
-in ranges. Each request is written down with the bytes that were sent for it.
+It serves folders as repositories. It answers the client's requests: the list of a repository's
+files at a commit, and a file, whole or in ranges. Each request is logged with the bytes that were
+sent.
 """
 
 import hashlib
@@ -19,7 +20,8 @@ PIECE = 1 << 14
 
 @dataclass
 class Request:
-    """One request for a file; file "" is the repository's listing. sent: bytes of the body."""
+    """One request for a file. file "" is the list of the repository's files. sent: bytes of the
+    body."""
 
     method: str
     file: str
@@ -29,10 +31,11 @@ class Request:
 
 @dataclass
 class Faults:
-    """What goes wrong from now on.
+    """The faults of the server.
 
-    ranges: whether ranges are heeded. breaks: by file, how often its connection breaks, once `after`
-    bytes of a body were sent. hold: a file whose body stops there until `released`; `held` tells.
+    ranges: whether range requests are served. breaks: by file, how often its connection breaks
+    after `after` bytes of a body. hold: a file whose body stops after as many bytes, sets `held`,
+    and waits for `released`.
     """
 
     ranges: bool = True
@@ -44,10 +47,10 @@ class Faults:
 
 
 class HubServer:
-    """Repositories by name; a commit is the hash of what a folder holds."""
+    """A hub with repositories by name. A commit is the hash of the contents of a folder."""
 
     def __init__(self) -> None:
-        self.commits: dict[str, dict[str, Path]] = {}  # of a repository, in order: the last is main
+        self.commits: dict[str, dict[str, Path]] = {}  # by repository; the last is main
         self.faults = Faults()
         self.log: list[Request] = []
         self._lock = threading.Lock()
@@ -66,7 +69,8 @@ class HubServer:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def push(self, name: str, folder: Path) -> str:
-        """Make this folder the main branch of a repository; earlier commits stay. Returns the commit."""
+        """Make a folder the main branch of a repository. Earlier commits stay. Returns the
+        commit."""
         content = hashlib.sha1()
         for file in sorted(file for file in folder.iterdir() if file.is_file()):
             content.update(f"{file.name} {_sha256(file)}\n".encode())
@@ -77,13 +81,13 @@ class HubServer:
         return commit
 
     def calm(self) -> None:
-        """No faults, an empty log."""
+        """Remove all faults, and empty the log."""
         self.faults.released.set()
         self.faults = Faults()
         self.log = []
 
     def sent(self, file: str) -> int:
-        """Bytes of this file's bodies that were sent."""
+        """The bytes that were sent of a file."""
         return sum(request.sent for request in self.log if request.file == file)
 
     def fetched(self, file: str) -> list[Request]:
@@ -101,7 +105,7 @@ class HubServer:
         return request
 
     def breaks(self, file: str) -> bool:
-        """Whether this body is to break; counts it."""
+        """Whether this body is to break. Decreases the count of breaks."""
         with self._lock:
             left = self.faults.breaks.get(file, 0)
             self.faults.breaks[file] = max(left - 1, 0)

@@ -1,4 +1,4 @@
-"""What a process has in memory, by /proc: for tests that say what is never read."""
+"""The memory of a process, from /proc. Tests use it to show that some data is never read."""
 
 import time
 from collections.abc import Callable

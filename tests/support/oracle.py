@@ -1,17 +1,16 @@
-"""transformers as the outside oracle: its models with our weights, our modules beside its own.
+"""The transformers library as an independent oracle: its modules, with our weights, beside ours.
 
-A comparison takes our model and transformers' and returns what both compute, by name. Both get the
-same inputs at each module (the residual stream and the logits would hide a broken mixer).
-Comparisons look everything up at call time, so that a fault patched into the reference is seen by
-them.
+A comparison takes our model and that of transformers, and returns the outputs of both, by name.
+Both get the same inputs at each module, because the residual stream and the logits would hide a
+broken mixer. Comparisons look up functions when they are called, so that they see a fault that is
+patched into the reference.
 
-transformers accumulates in float32 by name (`.float()` in the norms,
-`dtype=float` in the softmaxes, `.to(float32)` in the delta rule), so a float64 model of its own is
-no more exact than 1e-7. `as_wide_as_the_input` turns those casts off for tensors that are float64
-already, in its code as it stands; what remains in float32 is the RoPE table, on both sides and with
-the same bits. Under it our float64 model must agree to rounding, which float32 cannot show: every
-term that is wrong by 1e-7 is seen. What it cannot show is what the casts themselves do, which is
-float32's to check.
+transformers casts to float32 explicitly: `.float()` in the norms, `dtype=float` in the softmaxes,
+and `.to(float32)` in the delta rule. Therefore its float64 models have errors of about 1e-7.
+`as_wide_as_the_input` turns these casts off for float64 tensors, without a change of its code. Only
+the RoPE table remains float32, with the same bits on both sides. With it our float64 model must
+agree up to float64 rounding, so that every term that is wrong by 1e-7 is found. The effect of the
+casts themselves is checked in float32.
 """
 
 import logging
@@ -38,14 +37,14 @@ Pairs = dict[str, tuple[Tensor, Tensor]]  # by name, (ours, transformers')
 
 LENGTHS = (1, 63, 64, 65, 130)  # one token; about one chunk of the delta rule; over two of them
 SCALES = (1.0, 0.01)
-# Sequences beside each other in a comparison of mixers. Where a query is nearly orthogonal to its
-# key, the read-out of the delta rule cancels, and the norm after it enlarges the projections'
-# rounding (measured: cosine 0.005, 6e-6 relative for that head from 2.9e-7 in q; 1e-15 in float64).
-# Over enough rows that is an average and not the luck of one.
+# Number of sequences in a comparison of mixers. If a query is nearly orthogonal to its key, the
+# output of the delta rule cancels, and the norm after it magnifies the rounding errors of the
+# projections. Measured at a cosine of 0.005: 2.9e-7 in q becomes 6e-6 in that head (1e-15 in
+# float64). Enough rows average this out.
 BATCH = 8
 
-# The most that a module may differ from transformers' in float64, relative, with the same inputs in both.
-# It proves the formula; rounding is a thousand times smaller.
+# The largest relative difference of a module from that of transformers in float64, with the same
+# inputs. Rounding errors are a thousand times smaller, so this checks the formula.
 EXACT = 1e-12
 
 
@@ -60,7 +59,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 
 def row_error(got: Tensor, truth: Tensor) -> float:
-    """The relative error of the median row, a row being the last axis."""
+    """The median of the relative errors of all rows. A row is the last axis."""
     assert got.shape == truth.shape, f"{tuple(got.shape)} against {tuple(truth.shape)}"
     assert got.isfinite().all() and truth.isfinite().all(), "not finite"
     errors = (got.double() - truth.double()).norm(dim=-1)
@@ -70,14 +69,15 @@ def row_error(got: Tensor, truth: Tensor) -> float:
 
 
 def within_twice(ours: Tensor, yardstick: Tensor, truth: Tensor) -> tuple[float, float]:
-    """The two-times rule: (our error, the most it may be), both against `truth`.
+    """The two-times rule: (our error, the largest allowed error), both against `truth`.
 
-    The most is twice the error of `yardstick`, which computes the same in the same precision, plus
-    the rounding floor of the output's dtype: no constant that a processor decides, since another
-    processor rounds both sides otherwise. The error is the median row's: a few rows enlarge rounding,
-    end to end a hundredfold, and which of two sound computations has the larger error there is luck
-    (ratios from 0.2 to 10 were measured for single rows). That a formula holds in every row is for
-    float64 to show; this shows that float32 loses no more than it must.
+    The limit is twice the error of `yardstick`, which is the same computation in the same
+    precision, plus the machine epsilon of the output's dtype. It is no constant, because each
+    processor rounds both sides in its own way. The error is that of the median row. A few rows
+    magnify rounding errors a hundredfold end to end, and there it is chance which of two correct
+    computations has the larger error (measured ratios for single rows are 0.2 to 10). float64
+    comparisons check the formula in every row. This rule checks that float32 loses no more
+    precision than necessary.
     """
     return row_error(ours, truth), 2 * row_error(yardstick, truth) + torch.finfo(ours.dtype).eps
 
@@ -86,7 +86,7 @@ def within_twice(ours: Tensor, yardstick: Tensor, truth: Tensor) -> tuple[float,
 
 
 class _WideMode(TorchFunctionMode):
-    """Within it a cast of a float64 tensor to float32 by name leaves the tensor alone."""
+    """While it is active, an explicit cast from float64 to float32 returns the tensor unchanged."""
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -104,7 +104,7 @@ class _WideMode(TorchFunctionMode):
 
 @contextmanager
 def as_wide_as_the_input(dtype: torch.dtype) -> Iterator[None]:
-    """For float64, transformers without its casts to float32; for any other dtype, as it is."""
+    """For float64, turn the casts of transformers to float32 off. Other dtypes change nothing."""
     if dtype != torch.float64:
         yield
         return
@@ -131,7 +131,7 @@ def _their_config(name: str) -> tuple[Any, type]:
 
 
 def _grouped(parts: list[Tensor], key_heads: int) -> Tensor:
-    """Qwen3-Next's packing: rows by key head, of each the rows of every part."""
+    """Qwen3-Next's packing: rows grouped by key head, and within a head by part."""
     hidden = parts[0].shape[-1]
     return torch.cat([p.view(key_heads, -1, hidden) for p in parts], dim=1).reshape(-1, hidden)
 
@@ -139,9 +139,9 @@ def _grouped(parts: list[Tensor], key_heads: int) -> Tensor:
 def translate(
     model: nn.Module, wanted: list[str], key_heads: int, prefix: str
 ) -> dict[str, Tensor]:
-    """The tensors that transformers calls `wanted`, made of our parameters.
+    """The tensors with the names `wanted` of transformers, made from our parameters.
 
-    prefix: what transformers has before our name (`model.` in a language model).
+    prefix: what transformers puts before our names (`model.` in a language model).
     """
     ours = dict(model.named_parameters(remove_duplicate=False))
     experts = range(len({n.split(".experts.")[1].split(".")[0] for n in ours if ".experts." in n}))
@@ -169,21 +169,21 @@ def translate(
 
 
 def load_into(theirs: nn.Module, ours: nn.Module, key_heads: int, prefix: str) -> None:
-    """Copy our weights into a module of transformers', all of them and nothing else."""
+    """Copy our weights into a module of transformers. The names have to match exactly."""
     names = list(theirs.state_dict())
     state = translate(ours, names, key_heads, prefix)
     theirs.load_state_dict(state, strict=True)
 
 
 def their_model(name: str, model: Model) -> Any:
-    """transformers' causal language model of a family member, with our weights, in our dtype."""
+    """The causal language model of transformers for a family member, with our weights and dtype."""
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config, cls = _their_config(name)
     theirs = cls(config).eval().requires_grad_(False)
     dtype = model.embed_tokens.weight.dtype
     theirs.to(dtype)
-    # `.to` has also cast the RoPE frequencies; their bits are float32's, and stay so.
+    # `.to` has also cast the RoPE frequencies. They stay float32, with the same bits.
     rotary = theirs.model.rotary_emb
     rotary.inv_freq = rotary.inv_freq.float()
     load_into(theirs, model, config.linear_num_key_heads, "model.")
@@ -198,7 +198,7 @@ def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[Model, Any]:
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """Normal numbers, the same in every dtype up to its rounding."""
+    """Random normal numbers. They are the same in every dtype, up to rounding."""
     generator = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(shape, generator=generator)).to(dtype)
 
@@ -219,7 +219,7 @@ def their_rope(theirs: Any, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
 
 
 def causal_mask(x: Tensor, past: int) -> Tensor:
-    """What eager attention adds to its scores, [1, 1, T, past + T]."""
+    """The mask that eager attention adds to its scores, [1, 1, T, past + T]."""
     T = x.shape[1]
     return torch.full((1, 1, T, past + T), -torch.inf, dtype=x.dtype).triu(past + 1)
 
@@ -233,9 +233,9 @@ def their_attention_arguments(theirs: Any, x: Tensor, cache: Any, past: int) -> 
 
 
 def state_pairs(ours: KVCache | DeltaState, theirs: Any) -> Pairs:
-    """One layer's state beside the same layer of transformers' cache.
+    """The state of a layer in our cache and in that of transformers.
 
-    Theirs keeps four convolution columns, the oldest of which no later token can reach.
+    Theirs has four convolution columns, but no later token uses the oldest.
     """
     if isinstance(ours, KVCache):
         return {
@@ -255,7 +255,8 @@ def state_errors(ours: KVCache | DeltaState, theirs: Any) -> dict[str, float]:
 
 
 def layer_index(model: Model, kind: str) -> int:
-    """The second layer of its kind where there is one: the first would hide a wrong index."""
+    """The index of the second layer of a kind, if there is one. The first would hide a wrong
+    index."""
     found = [i for i, layer_type in enumerate(model.config.layer_types) if layer_type == kind]
     return found[min(1, len(found) - 1)]
 
@@ -273,7 +274,8 @@ def _then_decode(
     run_theirs: Callable[[Tensor, Any, int], Tensor],
     prompt: int,
 ) -> Pairs:
-    """A prompt, then token by token, both with their caches; outputs, and all states."""
+    """Run a prompt and then single tokens on both sides, each with its cache. Returns outputs and
+    states."""
     state = model.new_cache(batch=x.shape[0]).layers[layer]
     their_cache = DynamicCache(config=theirs.config)
     outputs, their_outputs = [], []
@@ -293,8 +295,8 @@ def _then_decode(
 
 
 def _passes(model: Model, prompt: int, scale: float, seed: int) -> list[Tensor]:
-    """Inputs [prompt, D] of passes without state: one, and of a single row many, since the rounding of
-    one row is luck."""
+    """Inputs [prompt, D] of passes without state: one pass, or many if it has only one row, because
+    the rounding of one row is random."""
     count = 2 * BATCH if prompt == 1 else 1
     shape = (count * prompt, model.config.hidden_size)
     return list(random(*shape, seed=seed, dtype=dtype_of(model), scale=scale).split(prompt))
@@ -304,7 +306,7 @@ def _passes(model: Model, prompt: int, scale: float, seed: int) -> list[Tensor]:
 
 
 def compare_norm(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
-    """Every zero-centred norm of the trunk: each has weights of its own."""
+    """Compare every zero-centred norm of the trunk, because each has its own weights."""
     pairs: Pairs = {}
     others = dict(theirs.named_modules())
     for name, module in model.named_modules():
@@ -330,7 +332,7 @@ def compare_gated_norm(model: Model, theirs: Any, prompt: int, scale: float) -> 
 
 
 def compare_rope(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
-    """The table and the turning, from position 0 and from far on."""
+    """Compare the RoPE table and the rotation, from position 0 and from position 3000."""
     config, dtype = model.config, dtype_of(model)
     i = layer_index(model, "full_attention")
     turn = sys.modules[type(theirs.model).__module__].apply_rotary_pos_emb
@@ -362,7 +364,8 @@ def compare_mlp(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
 
 
 def compare_router(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
-    """Weights as a matrix over all experts, in which the order of the chosen does not matter."""
+    """Compare the weights as a matrix over all experts, which hides the order of the chosen
+    ones."""
     if not model.config.num_experts:
         return {}
     i = layer_index(model, "linear_attention")
@@ -384,7 +387,7 @@ def compare_router(model: Model, theirs: Any, prompt: int, scale: float) -> Pair
 
 
 def compare_experts(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
-    """Both get the same choice of experts, which uses few of them."""
+    """Compare the experts. Both sides get the same ids, which leave out the last expert."""
     if not model.config.num_experts:
         return {}
     i = layer_index(model, "linear_attention")
@@ -439,7 +442,7 @@ def compare_moe(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
 
 
 def compare_layer(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs:
-    """A whole decoder layer of each kind of mixer."""
+    """Compare a whole decoder layer with each kind of mixer."""
     pairs: Pairs = {}
     for kind in ("linear_attention", "full_attention"):
         i = layer_index(model, kind)
@@ -458,7 +461,7 @@ def compare_layer(model: Model, theirs: Any, prompt: int, scale: float) -> Pairs
     return pairs
 
 
-# Leaves first: the first that fails is the module that is broken.
+# Leaves come first, so that the first failing comparison names the broken module.
 COMPARISONS: dict[str, Callable[[Model, Any, int, float], Pairs]] = {
     "RMSNorm": compare_norm,
     "RMSNormGated": compare_gated_norm,

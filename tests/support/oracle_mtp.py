@@ -1,4 +1,4 @@
-"""The MTP head and the trunk's outputs as transformers computes them, with our weights."""
+"""The MTP head and the trunk's outputs, computed by transformers with our weights."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ from tests.support.oracle import (
 class OracleMTP(nn.Module):
     """The MTP head, built from parts of transformers, which has no class for it.
 
-    Parameter names are the checkpoint's after `mtp.`. offset: the position of row 0; it should
-    not matter, since RoPE is relative.
+    Parameter names are the checkpoint's after `mtp.`. offset: the position of row 0. It should
+    not matter, because RoPE is relative.
     """
 
     def __init__(self, theirs: Any, model: Model, offset: int = 0) -> None:
@@ -41,7 +41,7 @@ class OracleMTP(nn.Module):
         self.to(dtype_of(model)).eval().requires_grad_(False)
         load_into(self, model.mtp, config.linear_num_key_heads, "")
         self.offset, self.config = offset, config
-        self.__dict__["trunk"] = theirs  # not a submodule: its weights are not the head's
+        self.__dict__["trunk"] = theirs  # not a submodule: not part of the head
 
     def new_cache(self) -> Any:
         return DynamicCache(config=self.config)

@@ -1,7 +1,7 @@
-"""The fast nodes for a prompt's rows as gfx950 code in the emulator, beside the reference.
+"""Run the fast prefill nodes in the gfx950 emulator, and compare them with the reference.
 
-Every buffer is filled with NaN, or with indices that lead out of every array, before it is written.
-Findings are named as in tests/support/fast_cases.py.
+Before it is written, every buffer is filled with NaN, or with indices that are outside of every
+array. The kinds of findings are those of tests/support/fast_cases.py.
 """
 
 import copy
@@ -25,7 +25,7 @@ WORK: dict[str, Callable[..., tuple[list[Work], Tensor]]] = {
 
 
 class Poisoned(Scratch):
-    """Buffers that hold nothing of use before they are written."""
+    """Buffers that are filled with NaN or invalid indices."""
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         buffer = super().__call__(name, *shape, dtype=dtype)
@@ -33,7 +33,7 @@ class Poisoned(Scratch):
 
 
 def state_of(what: Pass, dtype: torch.dtype) -> DeltaState | KVCache:
-    """A copy of the state before the pass, in some dtype."""
+    """A copy of the state before the pass, in `dtype`."""
     wide = torch.promote_types(dtype, torch.float32)
     if isinstance(what.state, DeltaState):
         return DeltaState(
@@ -46,14 +46,15 @@ def state_of(what: Pass, dtype: torch.dtype) -> DeltaState | KVCache:
 
 
 def slow(what: Pass, dtype: torch.dtype) -> Outcome:
-    """The reference in some dtype, all rows in one pass."""
+    """The result of the reference in `dtype`, with all rows in one pass."""
     node, state = copy.deepcopy(what.node).to(dtype), state_of(what, dtype)
     out = node(what.x[None].to(dtype), state)[0]
     return Outcome(out, left(what, state))
 
 
 def left(what: Pass, state: Any) -> dict[str, Tensor]:
-    """What a pass leaves: the new keys and values by position, or the delta net's state by head."""
+    """The state after a pass: the new keys and values by position, or the delta net's state by
+    head."""
     held = numbers(state)
     if isinstance(state, KVCache):
         return {name: rows[0, :, what.length :].transpose(0, 1) for name, rows in held.items()}
@@ -63,7 +64,7 @@ def left(what: Pass, state: Any) -> dict[str, Tensor]:
 def prefilled(
     what: Pass, cuts: Sequence[int] = (), *, batch: int = 32, seed: int | None = None
 ) -> Outcome:
-    """The rows in the emulator, in passes that end at `cuts` and at the last row."""
+    """Run the rows in the emulator, in passes that end at `cuts` and at the last row."""
     node, state = fast_node(what.node), state_of(what, torch.bfloat16)
     outputs: list[Tensor] = []
     for first, last in zip([0, *cuts], [*cuts, len(what.x)], strict=True):
@@ -74,7 +75,7 @@ def prefilled(
 
 
 def prefill_findings(what: Pass, cuts: Sequence[int] = ()) -> list[str]:
-    """What is wrong with a pass: its output, and the state that it leaves."""
+    """The findings on the output of a pass, and on the state after it."""
     try:
         got = prefilled(what, cuts)
     except EmulatorError as error:
@@ -87,7 +88,7 @@ def prefill_findings(what: Pass, cuts: Sequence[int] = ()) -> list[str]:
 
 
 def cut_findings(what: Pass, cuts: Sequence[int]) -> list[str]:
-    """Whether several passes give the bits of one."""
+    """Findings on bits that differ between several passes and a single one."""
     whole, parts = prefilled(what), prefilled(what, cuts)
     same = {"out": (parts.out, whole.out)}
     same |= {name: (parts.state[name], whole.state[name]) for name in whole.state}

@@ -1,4 +1,4 @@
-"""What the tests of the prefix cache in a folder share."""
+"""Helpers of the tests of the prefix cache in a folder."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ PROMPT = random_ids(330)  # segments end at 128, 256 and 320
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A delta net, then attention, with an MTP head."""
+    """A checkpoint with a delta net, then attention, and an MTP head."""
     folder = tmp_path_factory.mktemp("checkpoint")
     write(folder, "397B-A17B", seed=7, **SIZES)
     return folder
@@ -59,7 +59,7 @@ def model(checkpoint: Path) -> Model:
 
 @dataclass
 class Opened:
-    """A prefix cache on a folder, and the lines that it gave."""
+    """A prefix cache on a folder, and its warnings."""
 
     cache: PrefixCache
     store: Folder
@@ -78,7 +78,7 @@ def opened(
 
 
 def ran(model: Model, ids: list[int], kept: Opened | None = None, draft: int = 2) -> Generation:
-    """A generation that has come to its end."""
+    """A finished generation."""
     result = Generation(
         model, ids, TOKENS, Sampling(), frozenset(), draft,
         prefix_cache=kept and kept.cache, digest=True,
@@ -92,7 +92,7 @@ ALONE: dict[tuple[torch.dtype, tuple[int, ...]], Generation] = {}  # runs withou
 
 
 def alone(model: Model, ids: list[int]) -> Generation:
-    """Without any cache, computed once."""
+    """A generation without a prefix cache. It is computed once."""
     key = model.dtype, tuple(ids)
     if key not in ALONE:
         ALONE[key] = ran(model, ids)
@@ -100,7 +100,7 @@ def alone(model: Model, ids: list[int]) -> Generation:
 
 
 def assert_same(result: Generation, model: Model) -> None:
-    """As without any cache."""
+    """Assert that the result has the tokens and logits of a run without a cache."""
     expected = alone(model, result.prompt)
     assert expected.cached_tokens == 0
     assert result.finish_reason == "length"
@@ -109,7 +109,8 @@ def assert_same(result: Generation, model: Model) -> None:
 
 
 def assert_healthy(place: Path, model: Model, ids: list[int] | None = None) -> None:
-    """No problems, nothing unfinished; and a run from it is right, and taken over whole."""
+    """Assert that a folder has no problems and no unfinished files, and that a run from it is right
+    and reuses all whole blocks."""
     again = opened(place, model)
     result = ran(model, ids or PROMPT, again)
     assert_same(result, model)
@@ -119,7 +120,7 @@ def assert_healthy(place: Path, model: Model, ids: list[int] | None = None) -> N
 
 
 def files(place: Path) -> list[Path]:
-    """The segments, by where they begin."""
+    """The files of the segments, sorted by their first token."""
     return sorted(place.glob("*.safetensors"), key=lambda file: int(metadata(file)["first"]))
 
 
@@ -133,7 +134,7 @@ def metadata(file: Path) -> dict[str, str]:
 
 
 def edit_metadata(file: Path, **changes: str) -> None:
-    """The same tensors with another header, in a new file."""
+    """Write the same tensors again with changed metadata."""
     claimed = metadata(file) | changes
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     file.unlink()
@@ -153,7 +154,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, model: Model) -> Path:
 
 @pytest.fixture
 def place(tmp_path: Path, made: Path) -> Path:
-    """A copy of it, for one test."""
+    """A copy of the folder `made`, for one test."""
     return Path(shutil.copytree(made, tmp_path / "prefixes"))
 
 

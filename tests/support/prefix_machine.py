@@ -1,8 +1,10 @@
-"""A random life of a prefix cache, step by step beside runs without any: never another bit.
+"""A state machine that runs random operations on a prefix cache, and compares each with a run
+without it.
 
-Prompts are made of a few blocks, so that they share beginnings; they are submitted, continued with their
-own answers, forked, abandoned in the middle; caches are restarted, shrunk, damaged and held in use. After
-every step the bytes are within the budget, no segment lacks its parent, and nothing is held by nobody.
+Prompts are made of a few blocks, so that they have common prefixes. They are submitted, continued
+with their own answers, forked, and abandoned in the middle. Caches are restarted, shrunk, damaged
+and kept in use. After every step the bytes are within the budget, every segment has its parent, and
+no segment stays pinned without a user.
 """
 
 import shutil
@@ -30,14 +32,14 @@ from reference.model import Model
 from tests.support.family import FAMILY, randomise
 
 VOCABULARY = 16
-TOKENS = 4  # of an answer
+TOKENS = 4  # new tokens of an answer
 SAMPLING = Sampling(temperature=1.0, seed=3)
 SIZES = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "full_attention_interval": 2}
 
 
 @cache
 def small(seed: int) -> Model:
-    """One delta net, one attention, a drafting head."""
+    """A random model with one delta-net layer, one attention layer and an MTP head."""
     model = Model(Config.from_dict(FAMILY["27B"] | SIZES))
     randomise(model, seed)
     return model.eval().requires_grad_(False)
@@ -51,7 +53,7 @@ def block(letter: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one generation gave; cached tokens are no part of it."""
+    """The result of one generation. It does not depend on the cache."""
 
     tokens: tuple[int, ...]
     digest: str
@@ -79,7 +81,7 @@ def cold_answer(seed: int, prompt: tuple[int, ...], depth: int) -> Answer:
 
 
 def tensors_of(state: Cache, hidden: Tensor) -> dict[str, Tensor]:
-    """Everything that a prefill leaves, by name."""
+    """All tensors of the state after a prefill, by name."""
     found = {"hidden": hidden}
     for i, layer in enumerate([*state.layers, state.mtp]):
         if layer is not None:
@@ -99,7 +101,8 @@ def cold_state(seed: int, prompt: tuple[int, ...], draft: bool) -> dict[str, Ten
 def warm_state(
     cache: PrefixCache, reuse: Reuse, prompt: tuple[int, ...], chunk: int, draft: bool
 ) -> dict[str, Tensor]:
-    """The same with what the cache has; what it has not is noted in `reuse`."""
+    """The state after a prefill that uses the prefix cache. Missing segments are noted in
+    `reuse`."""
     state = cache.model.new_cache()
     with torch.inference_mode():
         before = cache.restore(reuse, state, room=len(prompt) + 1, draft=draft)
@@ -124,9 +127,9 @@ CHUNKS = st.sampled_from([GRID, 2 * GRID, 8 * GRID])
 
 
 class Machine(RuleBasedStateMachine):
-    """The steps; a store is chosen by those who inherit."""
+    """The operations. Subclasses choose the store."""
 
-    models = 1  # how many share the store
+    models = 1  # how many models share the store
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,10 +139,10 @@ class Machine(RuleBasedStateMachine):
         self.damaged = False
         self.warned: list[str] = []
 
-    # A store's own
+    # Methods of a store
 
     def restarted(self) -> None:
-        """A new process: what is in memory is gone, what is in a folder stays."""
+        """Begin a new process. A store in memory is lost, and a folder stays."""
         raise NotImplementedError
 
     def sizes(self) -> dict[str, int]:
@@ -155,7 +158,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(budget=st.sampled_from([1, 4, 10, 10_000]), interval=st.sampled_from([1, 2, 32]))
     def begin(self, budget: int, interval: int) -> None:
-        """Budgets are in units of about one block with its snapshot."""
+        """Open the caches. The unit of a budget is about one block with its snapshot."""
         self.interval = interval
         self.unit = 150_000
         self.budget = budget * self.unit
@@ -175,7 +178,7 @@ class Machine(RuleBasedStateMachine):
     def ask(self, prompt: tuple[int, ...], depth: int, chunk: int, seed: int) -> None:
         cache = self.caches[seed]
         assert answer(small(seed), prompt, depth, chunk, cache) == cold_answer(seed, prompt, depth)
-        # What somebody uses without the drafting head's keys is not replaced meanwhile.
+        # Segments in use without the MTP head's keys are not replaced.
         if self.budget >= 1000 * self.unit and not self.held:
             again = cache.begin(list(prompt), draft=depth > 0)
             cache.release(again)
@@ -190,7 +193,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.asked)
     @rule(which=st.integers(0, 8), more=TAILS, depth=DEPTHS, chunk=CHUNKS, seed=st.integers(0, 1))
     def go_on(self, which: int, more: int, depth: int, chunk: int, seed: int) -> None:
-        """The next turn: a prompt, its answer, and more."""
+        """Submit the next turn: a prompt, its answer, and more."""
         seed %= self.models
         prompt = self.asked[which % len(self.asked)]
         longer = prompt + cold_answer(seed, prompt, depth).tokens + block(4)[:more]
@@ -198,7 +201,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(letters=LETTERS, tail=st.sampled_from([61, 62, 63]), depth=DEPTHS, more=TAILS)
     def converse(self, letters: list[int], tail: int, depth: int, more: int) -> None:
-        """Two turns; the first answer ends just beyond a block."""
+        """Submit two turns. The first answer ends just after the end of a block."""
         prompt = sum((block(letter) for letter in letters), ()) + block(3)[:tail]
         self.ask(prompt, depth, GRID, 0)
         self.ask(prompt + cold_answer(0, prompt, depth).tokens + block(4)[:more], depth, GRID, 0)
@@ -206,7 +209,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.asked)
     @rule(which=st.integers(0, 8), at=st.integers(1, 300), depth=DEPTHS, chunk=CHUNKS)
     def fork(self, which: int, at: int, depth: int, chunk: int) -> None:
-        """Two continuations of one beginning."""
+        """Submit two continuations of the same prefix."""
         start = self.asked[which % len(self.asked)][:at]
         for letter in (5, 6):
             self.ask(start + block(letter)[:40], depth, chunk, 0)
@@ -214,20 +217,21 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.asked)
     @rule(which=st.integers(0, 8), at=st.integers(0, 300), depth=DEPTHS, chunk=CHUNKS)
     def almost(self, which: int, at: int, depth: int, chunk: int) -> None:
-        """One token is another one."""
+        """Submit a prompt with one changed token."""
         prompt = list(self.asked[which % len(self.asked)])
         prompt[at % len(prompt)] ^= 1
         self.ask(tuple(prompt), depth, chunk, 0)
 
     @rule(first=st.permutations([0, 1, 2]), tail=TAILS, depth=DEPTHS, chunk=CHUNKS)
     def meet_again(self, first: list[int], tail: int, depth: int, chunk: int) -> None:
-        """Two prompts that begin differently and then have a block in common."""
+        """Submit two prompts with different first blocks and the same second block."""
         for letter in first[:2]:
             self.ask(block(letter) + block(first[2]) + block(3)[:tail], depth, chunk, 0)
 
     @rule(letters=LETTERS, tail=TAILS, draft=st.booleans(), chunk=CHUNKS)
     def prefill_alone(self, letters: list[int], tail: int, draft: bool, chunk: int) -> None:
-        """Every tensor of the state, the MTP head's too."""
+        """Prefill without generation, and compare every tensor of the state, also the MTP
+        head's."""
         prompt = sum((block(letter) for letter in letters), ()) + block(3)[: tail + 1]
         cache = self.caches[0]
         reuse = cache.begin(list(prompt), draft=draft)
@@ -237,7 +241,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(letters=LETTERS, tail=TAILS, depth=DEPTHS)
     def abandon(self, letters: list[int], tail: int, depth: int) -> None:
-        """Stopped after the first token, as by Ctrl-C."""
+        """Stop a generation after the first token, as Ctrl-C does."""
         prompt = sum((block(letter) for letter in letters), ()) + block(3)[: tail + 1]
         steps = iter(
             Generation(
@@ -250,7 +254,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.held) < 3)
     @rule(letters=LETTERS, draft=st.booleans(), chunk=CHUNKS)
     def hold(self, letters: list[int], draft: bool, chunk: int) -> None:
-        """A slow run: it has begun, others go on meanwhile."""
+        """Begin a run that stays open while other steps follow."""
         prompt = sum((block(letter) for letter in letters), ()) + block(3)[:5]
         cache = self.caches[0]
         reuse = cache.begin(list(prompt), draft=draft)
@@ -270,7 +274,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: not self.held)
     @rule(budget=st.sampled_from([0, 1, 3, 6, 10_000]))
     def restart(self, budget: int) -> None:
-        """With another budget."""
+        """Restart with another budget."""
         self.budget = budget * self.unit
         self.restarted()
         self.limit = max(self.budget, sum(self.sizes().values()))
@@ -301,7 +305,7 @@ class Machine(RuleBasedStateMachine):
 
 
 class InMemory(Machine):
-    """One process."""
+    """The machine with a store in memory."""
 
     def restarted(self) -> None:
         self.memory = Memory()
@@ -310,7 +314,7 @@ class InMemory(Machine):
         return self.memory
 
     def sizes(self) -> dict[str, int]:
-        """Counted anew from the tensors."""
+        """The bytes of the segments, counted from their tensors."""
         held = self.memory.held if hasattr(self, "memory") else {}
         return {key: sum(t.nbytes for t in tensors.values()) for key, (_, tensors) in held.items()}
 
@@ -319,7 +323,8 @@ class InMemory(Machine):
 
 
 class InFolder(Machine):
-    """Two checkpoints' caches in one folder; files are damaged, writers die."""
+    """The machine with caches of two checkpoints in one folder. Files are damaged, and writers
+    die."""
 
     models = 2
 
@@ -344,7 +349,7 @@ class InFolder(Machine):
         which=st.integers(0, 8), file=st.integers(0, 8), at=st.integers(0, 999), cut=st.booleans()
     )
     def damage(self, which: int, file: int, at: int, cut: bool) -> None:
-        """A file that a prompt would use is cut off, or some of its bytes change; then it comes."""
+        """Cut off or change a file that a prompt would use, and then submit the prompt."""
         prompt = self.asked[which % len(self.asked)]
         reuse = self.caches[0].begin(list(prompt), draft=False)
         used = [self.folder / f"{key}.safetensors" for key in reuse.pinned]
@@ -356,12 +361,12 @@ class InFolder(Machine):
         place = at * len(content) // 1000
         content[place : place + 16] = bytes(byte ^ 0x10 for byte in content[place : place + 16])
         damaged.write_bytes(content[:place] if cut else content)
-        self.damaged = True  # its children wait for it to be computed again
+        self.damaged = True  # its children have no parent until it is computed again
         self.ask(prompt, 1, GRID, 0)
 
     @rule()
     def die_while_writing(self) -> None:
-        """Half a file under the name that an unfinished one has."""
+        """Leave a partial file with the name of an unfinished segment."""
         (self.folder / f".{64 * 'a'}.unfinished").write_bytes(b"half")
 
     def teardown(self) -> None:

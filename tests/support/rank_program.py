@@ -1,5 +1,8 @@
-"""A program for ranks: `python -m tests.support.rank_program OUT --tp N` continues a prompt in many ways,
-and writes what each rank found. With --do it fails in one of the ways that tests look at."""
+"""A program for several ranks: `python -m tests.support.rank_program OUT --tp N`.
+
+It continues a prompt in many ways, and writes the results of each rank. With --do it fails in one
+of the ways that tests check.
+"""
 
 import argparse
 import json
@@ -46,7 +49,7 @@ def refuse(ranks: Ranks) -> NoReturn:
 
 
 def everywhere(ranks: Ranks) -> NoReturn:
-    time.sleep(0.1 * (ranks.size - ranks.rank))  # rank 0 comes to it last
+    time.sleep(0.1 * (ranks.size - ranks.rank))  # rank 0 raises it last
     raise InputError("what everyone was given is bad")
 
 
@@ -62,7 +65,7 @@ FAILURES = {f.__name__: f for f in (die, hang, refuse, everywhere, bug, stop_rea
 
 
 def fail(args: argparse.Namespace) -> NoReturn:
-    """In the middle of sums over the ranks."""
+    """Fail between sums over the ranks."""
     for number in count():
         args.ranks.sum(torch.ones(100))
         if number == 20 and args.on in (None, args.ranks.rank):
@@ -76,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
     ranks: Ranks = args.ranks
     model = load(TINY, ranks=ranks)
     prompt = prompt_of(70, 2000)
-    # Without a cache, a miss, a hit of 64 tokens.
+    # The first three cells: no cache, a miss, a hit of 64 tokens.
     found = [cell for way in WAYS for cell in islice(cells(model, prompt, *way, tokens=4), 3)]
     with torch.inference_mode():
         cache = model.new_cache()

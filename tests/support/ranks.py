@@ -1,4 +1,4 @@
-"""Ranks for the tests: as threads of one process, where only numbers matter, and as processes."""
+"""Ranks for the tests: as threads of one process if only numbers matter, or as processes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Meeting:
-    """Where the threads of one group put what they have, and take what the others have."""
+    """The exchange of values between the threads of one group."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=60)
@@ -49,7 +49,7 @@ class Thread:
         return ordered_sum(self.gather(x))
 
     def exchange(self, name: str, value: Any, wait_s: float | None) -> list[Any]:
-        """As JSON, like the real one."""
+        """Exchange values as JSON, like the real connection."""
         texts = self.meeting.together(self.rank, [name, json.dumps(value)])
         assert {text[0] for text in texts} == {name}
         return [json.loads(text[1]) for text in texts]
@@ -84,8 +84,8 @@ def start(
     of_rank: Callable[[int], Sequence[object]] = lambda rank: (),
     environment: Callable[[int], dict[str, str]] = lambda rank: {},
 ) -> list[subprocess.Popen[str]]:
-    """`python -m ARGUMENTS` as `size` ranks over gloo, as torchrun would start them. of_rank and
-    environment: what one rank has of its own."""
+    """Start `python -m ARGUMENTS` as `size` ranks over gloo, as torchrun does. of_rank,
+    environment: further arguments and environment variables of one rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -108,7 +108,7 @@ def start(
 def ended(
     processes: list[subprocess.Popen[str]], within_s: float = 60
 ) -> list[tuple[int, str, str]]:
-    """Status, stdout and stderr of each rank; none outlives the test."""
+    """Status, stdout and stderr of each rank. All processes are killed in the end."""
     try:
         return [
             (process.returncode, out, err)

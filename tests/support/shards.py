@@ -1,4 +1,4 @@
-"""What the tests of the tensor-parallel plan share."""
+"""Helpers of the tests of the tensor-parallel plan."""
 
 import torch
 from torch import Tensor

@@ -1,11 +1,15 @@
-"""The delta rule for the tokens of a prompt, CHUNK at a time (the WY form of `reference.deltanet.chunk`).
+"""The gated delta rule for a prompt, in chunks (the WY form of `reference.deltanet.chunk`).
 
-What a chunk needs of itself is computed for all chunks at once; then its state is passed from chunk to
-chunk; then all chunks are read at once. Products take fp16 and add in fp32; the solution of the
-triangular system inside a chunk, and the state from chunk to chunk, are fp32. Queries and keys have
-length one and values come from a normalised row, so fp16 holds them, and an error of its rounding is an
-eighth of bf16's: with bf16 the seven roundings between the projections would add up to twice the
-reference's error. A number beyond 65,504 becomes infinite, which generation reports.
+First the terms inside a chunk are computed for all chunks in parallel (`mix`, `solve`, `write`).
+Then the state is passed from chunk to chunk (`scan`). Then the outputs of all chunks are computed
+in parallel (`read`). "Memory" is the recurrent state [K, V] of a value head.
+
+Matrix products have fp16 inputs and fp32 accumulators. The triangular system of a chunk is solved
+in fp32, and its inverse is stored in fp16. The state that is carried from chunk to chunk is fp32.
+fp16 is sufficient because queries and keys have length one, and values come from a normalised row.
+Its rounding error is an eighth of that of bf16. With bf16 the seven roundings between the
+projections would add up to twice the reference's error. A number beyond 65,504 becomes infinite,
+which generation reports.
 """
 
 import triton
@@ -14,18 +18,18 @@ from triton.language.target_info import is_hip
 
 from fast.kernels.deltanet import softplus
 
-CHUNK = tl.constexpr(64)  # tokens; as reference.linear.GRID
-DOUBLINGS = tl.constexpr(6)  # from 1 to CHUNK
+CHUNK = tl.constexpr(64)  # tokens; the same as reference.linear.GRID
+DOUBLINGS = tl.constexpr(6)  # how often 1 is doubled to give CHUNK
 
 
 @triton.jit
 def _convolved(
     projected, before, taps, token, column, rows, M, C: tl.constexpr, TAPS: tl.constexpr
 ):  # fmt: skip
-    """Causal convolution, then SiLU: [tokens, columns] fp32, zeros from row `rows` on.
+    """Causal convolution, then SiLU. Returns [tokens, columns] fp32, with zeros from row `rows` on.
 
-    projected [rows, M] bf16; before [TAPS - 1, C] bf16: the rows before the pass; taps [C, TAPS] bf16.
-    token [tokens, 1], column [1, columns].
+    projected [rows, M] bf16; before [TAPS - 1, C] bf16, the rows before the pass; taps [C, TAPS]
+    bf16, the weights of the convolution. token [tokens, 1] and column [1, columns] are indices.
     """
     total = tl.zeros((token.shape[0], column.shape[1]), tl.float32)
     for tap in tl.static_range(TAPS):
@@ -43,11 +47,11 @@ def mix(
     projected, before, taps, qk, v, rows, M, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     V: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Queries and keys after convolution and l2 norm (queries also scaled), and values.
+    """Compute queries and keys after convolution and L2 norm (queries are also scaled), and values.
 
-    Arguments as of `_convolved`, with columns q (H * K), k (H * K), v (HV * V) of projected and before.
-    -> qk [chunks * CHUNK, 2, H, K] and v [chunks * CHUNK, HV, V] fp16, zeros from row `rows` on.
-    Grid (chunks * CHUNK / TOKENS, 2 H + HV).
+    The arguments are those of `_convolved`. The columns of projected and before are q (H * K), k (H
+    * K) and v (HV * V). Writes qk [chunks * CHUNK, 2, H, K] and v [chunks * CHUNK, HV, V] in fp16,
+    with zeros from row `rows` on. Grid (chunks * CHUNK / TOKENS, 2 H + HV).
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     head = tl.program_id(1)
@@ -69,7 +73,7 @@ def mix(
 
 @triton.jit
 def _product(a, b):
-    """a @ b of fp32 matrices, to fp32's precision."""
+    """a @ b of fp32 matrices, with fp32 precision."""
     if is_hip():
         product = tl.dot(a, b, input_precision="ieee")
     else:
@@ -79,15 +83,16 @@ def _product(a, b):
 
 @triton.jit
 def _inverse(lower, i, j):
-    """(1 + lower)^-1 of a strictly lower triangular matrix [CHUNK, CHUNK] fp32; its indices i, j.
+    """The inverse (1 + lower)^-1 for a strictly lower triangular matrix [CHUNK, CHUNK] in fp32.
 
-    The inverse of the blocks on the diagonal is known for a single row, and of twice as many rows it
-    follows: of ((A, 0), (C, B)) it is ((A', 0), (-B' C A', B')) with the inverses A', B'.
+    i [CHUNK, 1] and j [1, CHUNK] are its indices. The inverses of the diagonal blocks are known for
+    blocks of one row. Each step doubles the blocks: the inverse of ((A, 0), (C, B)) is ((A', 0),
+    (-B' C A', B')) with the inverses A' and B'.
     """
     inverse = tl.where(i == j, 1.0, 0.0)
     for doubling in tl.range(0, DOUBLINGS):  # pyright: ignore
-        # Outside of the blocks that are known but inside of those of twice as many: the highest bit in
-        # which i and j differ is this one.
+        # The part C of the doubled blocks. There the highest bit in which i and j differ is
+        # `doubling`.
         between = tl.where((i > j) & ((i ^ j) >> doubling == 1), lower, 0.0)
         inverse -= _product(inverse, _product(between, inverse))
     return inverse
@@ -98,12 +103,13 @@ def solve(
     projected, qk, decay_log, decay_bias, decays, strengths, solved, rows, M,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """The inverse of a chunk's triangular system, and its gates.
+    """Compute the inverse of each chunk's triangular system, and the gates.
 
-    projected [rows, M] bf16, whose columns end with z (HV * V), b (HV) and a (HV); qk as `mix` leaves it;
-    decay_log (A_log) and decay_bias (dt_bias) [HV] fp32. -> decays and strengths [HV, chunks * CHUNK]
-    fp32: the sum of the log decay since the chunk's start, and beta (0 from row `rows` on); solved
-    [HV, chunks * CHUNK, CHUNK] fp16. Grid (chunks, HV).
+    projected [rows, M] bf16; its columns end with z (HV * V), b (HV) and a (HV). qk is the output
+    of `mix`. decay_log (A_log) and decay_bias (dt_bias) are [HV] fp32. Writes decays and strengths
+    [HV, chunks * CHUNK] in fp32. decays is the sum of the log decay since the chunk's start.
+    strengths is beta, with 0 from row `rows` on. Writes solved, the inverse, [HV, chunks * CHUNK,
+    CHUNK] in fp16. Grid (chunks, HV).
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     key_head = head // (HV // H)
@@ -116,7 +122,7 @@ def solve(
     strength = 1 / (1 + tl.exp(-opened))  # [CHUNK]
     step = tl.load(gates + HV, mask=is_row, other=0.0).to(tl.float32) + tl.load(decay_bias + head)
     log_decay = tl.where(is_row, -tl.exp(tl.load(decay_log + head)) * softplus(step), 0.0)
-    # The sum of those up to i, once along the rows and once along the columns.
+    # The cumulative sums of log_decay, [CHUNK], once along the columns and once along the rows.
     earlier = tl.where(i <= j, tl.sum(tl.where(i == j, log_decay[None, :], 0.0), 1)[:, None], 0.0)
     along_j = tl.sum(earlier, 0)
     along_i = tl.sum(tl.where(i >= j, log_decay[None, :], 0.0), 1)
@@ -126,7 +132,7 @@ def solve(
     line = (chunk * CHUNK + i).to(tl.int64)
     key = tl.load(qk + (line * (2 * H) + H + key_head) * K + tl.arange(0, K)[None, :])  # [CHUNK, K]
     strong = tl.sum(tl.where(i == j, strength[None, :], 0.0), 1)[:, None]  # [CHUNK, 1]
-    # Above the diagonal exp would overflow.
+    # exp could overflow above the diagonal, so the exponents there are 0.
     since = tl.where(i > j, along_i[:, None] - along_j[None, :], 0.0)
     overlap = tl.where(i > j, strong * tl.dot(key, tl.trans(key)) * tl.exp(since), 0.0)
     tl.store(solved + (total + line) * CHUNK + j, _inverse(overlap, i, j).to(tl.float16))
@@ -137,15 +143,15 @@ def write(
     source, decays, strengths, solved, out, HEADS: tl.constexpr, FIRST: tl.constexpr,
     SHARED: tl.constexpr, WIDTH: tl.constexpr, DECAYED: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk writes into the memory, up to what the memory holds before it: one of two terms.
+    """Compute one of the two terms of a chunk's corrections, which are wanted - erased @ memory.
 
-    The corrections are wanted - erased @ memory. Of values, source v [chunks * CHUNK, HV, V], out is
-    wanted [HV, chunks * CHUNK, V] fp16; of keys that have decayed since the chunk's start, source qk
-    [chunks * CHUNK, 2 H, K], it is erased [HV, chunks * CHUNK, K] fp16. Of HEADS heads of WIDTH columns
-    in source, head FIRST + h / SHARED is that of value head h. The others as `solve` leaves them. Grid
-    (chunks, HV).
+    One launch has the values as source, v [chunks * CHUNK, HV, V]; then out is wanted [HV, chunks *
+    CHUNK, V] fp16. The other has the keys as source, qk [chunks * CHUNK, 2 H, K], and DECAYED,
+    which applies the decay since the chunk's start; then out is erased [HV, chunks * CHUNK, K]
+    fp16. source has HEADS heads of WIDTH columns. Value head h uses its head FIRST + h / SHARED.
+    The other arguments are the outputs of `solve`. Grid (chunks, HV).
 
-    Two launches, for the reason that `read` gives for its WIDE.
+    The two terms are separate launches because of the compiler error that `read` describes.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     i, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, WIDTH)[None, :]
@@ -165,12 +171,11 @@ def scan(
     qk, decays, wanted, erased, before, memories, after, chunks,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The memory from chunk to chunk, BLOCK_V columns of a value head.
+    """Carry the memory from chunk to chunk, for BLOCK_V columns of a value head.
 
-    Arguments as the launches before leave them; before, after [HV, K, V] fp32: the memory before and
-    behind the pass. -> memories [HV, chunks, K, V] fp16: the one before each chunk. wanted becomes the
-    corrections.
-    Grid (HV, V / BLOCK_V).
+    The arguments are the outputs of the launches before. before and after [HV, K, V] fp32 are the
+    memory before and after the pass. Writes memories [HV, chunks, K, V] in fp16, the memory before
+    each chunk. Overwrites wanted by the corrections. Grid (HV, V / BLOCK_V).
     """
     head = tl.program_id(0)
     key_head = head // (HV // H)
@@ -201,16 +206,17 @@ def read(
     projected, qk, decays, corrections, memories, norm, out, rows, M, eps, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
-    """out[row, head] = the gated norm of what the memory gives for a row's query. [rows, HV * V] bf16.
+    """Read the memory with each row's query, apply the gated norm, and write out [rows, HV * V]
+    bf16.
 
-    Arguments as the launches before leave them; norm [V] fp32. SIGMOID: the gate is sigmoid(z), not
-    silu(z). Grid (chunks, HV).
+    The arguments are the outputs of the launches before; corrections is wanted after `scan`. norm
+    [V] is fp32. SIGMOID: the gate is sigmoid(z), not silu(z). Grid (chunks, HV).
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     key_head = head // (HV // H)
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    # Triton 3.6 reads outside of the shared memory on Hopper where the matrices of a product have rows of
-    # unequal length below 128 bytes.
+    # Triton 3.6 reads outside of the shared memory on Hopper if the matrices of a product have rows
+    # of unequal length, with one below 128 bytes. Therefore a row has at least 64 columns.
     WIDE: tl.constexpr = V if V > 64 else 64  # pyright: ignore
     k, v = tl.arange(0, K)[None, :], tl.arange(0, WIDE)[None, :]
     C: tl.constexpr = 2 * H * K + HV * V
