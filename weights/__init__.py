@@ -1,1 +1,1 @@
-"""Checkpoint formats: from bytes to tensors and between formats. Knows no model code."""
+"""Checkpoint formats: reading tensors, and conversion between formats. It imports no model code."""

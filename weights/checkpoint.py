@@ -1,7 +1,7 @@
-"""A checkpoint folder: which parameters it holds, under the model's own names, in whatever dialect.
+"""A checkpoint folder of any dialect: its parameters by the model's own names.
 
-One name space: `Checkpoint.entries` is keyed by parameter names of `reference.model.Model`. An entry
-knows the format of its numbers, where they lie, and how to get them.
+The keys of `Checkpoint.entries` are the parameter names of `reference.model.Model`. An entry knows
+the format of its numbers, where they are stored, and how to read them.
 """
 
 import copy
@@ -36,7 +36,7 @@ from weights.ranks import join_command, open_ranks, rank_folders, rank_of
 from weights.shard import Plan
 from weights.storage import DTYPE_NAMES, Stored, open_folder, same_values, some
 
-# Buffers that older versions of transformers stored too.
+# Buffers that older versions of transformers also stored.
 COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 FOREIGN = "in a file that no index lists, and not part of this model"
 
@@ -92,7 +92,7 @@ class Checkpoint:
         self.entries: dict[str, Entry] = {}
         self.parts: dict[str, list[str]] = {}
         self.ignored: dict[str, str] = {}
-        self.idle: dict[str, Stored] = {}  # scale's name -> the plain weight beside it
+        self.idle: dict[str, Stored] = {}  # name of an unused scale -> the plain weight beside it
         ranks = self.ranks
         opened = open_ranks(ranks, self.config) if ranks else open_folder(self.folder)
         self.listed = {stored.name: stored for stored in opened.listed}
@@ -101,7 +101,7 @@ class Checkpoint:
         self.problems = list(opened.problems)
         self.unlisted: set[str] = set()
         self.computed: list[Stored] = []
-        self.rivals: list[tuple[Stored, Stored]] = []  # one name in two files that no index lists
+        self.rivals: list[tuple[Stored, Stored]] = []  # equal names in unlisted files
         self._merge(opened.unlisted)
         formats: dict[str, str] = {}
         # A foreign format's own tensors say more than its weights' dtypes, so they are checked first.
@@ -118,14 +118,14 @@ class Checkpoint:
         self.notes += notes
 
     def copy(self) -> "Checkpoint":
-        """A copy with entries, ignored tensors, notes and problems of its own."""
+        """A copy with separate entries, ignored tensors, notes and problems."""
         other = copy.copy(self)
         other.entries, other.ignored = dict(self.entries), dict(self.ignored)
         other.notes, other.problems = list(self.notes), list(self.problems)
         return other
 
     def _merge(self, unlisted: list[Stored]) -> None:
-        """Take what no index lists where its name, less the prefix, is new."""
+        """Add tensors of files that no index lists, if their names without prefix are new."""
         homes = {PREFIX.sub("", name): stored for name, stored in self.stored.items()}
         passed: dict[tuple[str, str], list[str]] = {}
         for stored in unlisted:
@@ -192,8 +192,7 @@ class Checkpoint:
             self.idle[scale.name] = weight
 
     def whole(self, stored: Stored) -> Entry:
-        """A stored tensor as an entry, with all that it holds. Its scales are those that the index lists,
-        if it lists them."""
+        """A whole stored tensor as an entry. If the index lists scales for it, they are used."""
         block = self.quantization.block if self.quantization else fp8.BLOCK
         try:
             return entry_of(stored, self.listed, block, self.config.num_experts)
@@ -219,9 +218,9 @@ class Checkpoint:
                 )
 
     def _judge_unlisted(self, expected: Container[str]) -> None:
-        """Note what is used of the files that no index lists, and put the rest aside.
+        """Note which tensors of files without an index are used, and set the others aside.
 
-        InputError where two of them differ in what the model needs.
+        InputError if two of these files have a different tensor that the model needs.
         """
         used: set[str] = set()
         for name, entry in list(self.entries.items()):
@@ -272,15 +271,16 @@ class Checkpoint:
 
     @property
     def run_time(self) -> dict[str, Stored]:
-        """Scales for run time, such as those of an FP8 cache, by their names less the prefix."""
+        """Run-time scales, such as those of an FP8 cache, by their names without prefix."""
         found = (name for name in self.ignored if RUN_TIME.match(name))
         return {PREFIX.sub("", name): self.stored[name] for name in found}
 
     def check_idle(self) -> None:
-        """Add a problem for unused scales that are not 1, where numbers are there to be read.
+        """Add a problem for unused scales that are not 1. Nothing is checked in a hollow
+        checkpoint.
 
-        InputError where the plain weight beside one seems to hold nothing but FP8 numbers: then somebody
-        forgot to apply it.
+        InputError if the plain weight beside such a scale has only FP8 numbers, as if the scale had
+        not been applied.
         """
         kinds: Counter[str] = Counter()
         for name, weight in self.idle.items():
@@ -303,13 +303,13 @@ class Checkpoint:
         ]
 
     def ignore(self, prefix: str, reason: str) -> None:
-        """Put the entries under `prefix` aside, as no part of the model to be built."""
+        """Set the entries under `prefix` aside, because the model does not have them."""
         for name in [name for name in self.entries if name.startswith(prefix)]:
             self.ignored[self.entries.pop(name).stored_as] = reason
 
 
 def _split(name: str, whole: Entry, config: Config) -> Iterable[tuple[str, Entry]]:
-    """The parameters that one stored tensor carries: several where experts or projections are fused."""
+    """The parameters in one stored tensor. Fused experts or projections have several."""
     layer, _, leaf = name.rpartition(".experts.")
     if leaf in FUSED and _size(whole, 3)[0] != config.num_experts:
         raise InputError(
@@ -347,7 +347,7 @@ def _size(entry: Entry, dims: int) -> tuple[int, ...]:
 
 
 def _expert(whole: Entry, expert: int, first: int, rows: int) -> Entry:
-    """Rows first .. first + rows of one expert of a fused tensor, as an entry of their own."""
+    """Rows first .. first + rows of one expert of a fused tensor, as an entry."""
 
     def numbers(t: Tensor) -> Tensor:
         return t[expert, first : first + rows]
@@ -363,7 +363,7 @@ def _expert(whole: Entry, expert: int, first: int, rows: int) -> Entry:
 
 
 def _part(whole: Entry, view: Callable[[Tensor], Tensor]) -> Entry:
-    """A view of a stored tensor as an entry of its own; the shape is found without reading."""
+    """A view of a stored tensor as an entry. Its shape is found without reading the tensor."""
     try:
         shape = view(torch.empty(whole.shape, device="meta")).shape
     except RuntimeError:
@@ -374,8 +374,11 @@ def _part(whole: Entry, view: Callable[[Tensor], Tensor]) -> Entry:
 
 
 def _ungroup(packed: Tensor, config: Config, wanted: str) -> Tensor:
-    """Qwen3-Next's rows, grouped by key head as [q | k | v r heads | z r heads] (or [b r | a r] with
-    r = HV / H value heads a key head), in Qwen3.5's order: all of q, then k, then v; z; b; a."""
+    """Qwen3-Next's grouped rows in Qwen3.5's order: all of q, then k, then v; or z; or b; or a.
+
+    They are grouped by key head as [q | k | v r heads | z r heads], or as [b r | a r], with r = HV
+    / H value heads per key head.
+    """
     H, D = config.linear_num_key_heads, packed.shape[-1]
     shared = config.linear_num_value_heads // H
     K, V = config.linear_key_head_dim, config.linear_value_head_dim * shared

@@ -1,4 +1,4 @@
-"""The command line of a conversion, and where it is noted while the conversion runs."""
+"""The command line of a conversion, and the file that records it while the conversion runs."""
 
 import shlex
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from weights.storage import read_json
 
 UNFINISHED = ".conversion"  # in a folder that weights/convert.py is still writing
 TASK = "task.json"  # in UNFINISHED: what was asked for
-SHARD_BYTES = 4_000_000_000  # of an output file, at most, unless something else is asked for
+SHARD_BYTES = 4_000_000_000  # default for the largest size of an output file
 USUAL_WHAT = {"mxfp4": "experts", "fp8": "all-linear", "bf16": "experts"}  # by --to
 
 

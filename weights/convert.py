@@ -1,10 +1,10 @@
-"""Checkpoint to checkpoint, tensor by tensor: to MXFP4 in AMD's dialect, to FP8 in Qwen's, or back to
-BF16; whole, or a folder for each rank.
+"""Convert a checkpoint tensor by tensor: to MXFP4 in AMD's dialect, to FP8 in Qwen's, or to BF16.
 
-What is written is decided from headers, before any weight is read (`weights/output.py`). A file is
-written under another name and renamed when it is whole; `config.json` comes last. So a conversion that
-was killed continues with the first file that is missing, and its folder is no checkpoint until then.
-Progress lies in a sub-folder, UNFINISHED, that is removed at the end.
+The result is a whole checkpoint, or a folder for each rank. The output is planned from headers,
+before any weight is read (`weights/output.py`). A file is written under another name, and renamed
+when it is complete. `config.json` is written last. Therefore a conversion that was killed continues
+with the first missing file, and its folder is no checkpoint until it is finished. The progress is
+recorded in a sub-folder, UNFINISHED, which is removed at the end.
 """
 
 import fcntl
@@ -31,7 +31,7 @@ from weights.rounding import Rounding
 from weights.source import Hub, Source, folder_source
 from weights.storage import INDEX, PARTIAL, Stored, open_file, read_json, row_major, write_whole
 
-FINISHED = f"{UNFINISHED}.done"  # what is about to be removed
+FINISHED = f"{UNFINISHED}.done"  # the name of UNFINISHED while it is removed
 
 # --- the conversion ---------------------------------------------------------------------------------
 
@@ -60,7 +60,7 @@ def convert(
         raise InputError(f"{target}: lies inside {source}, which is only read")
     with _disk_errors(target), ExitStack() as stack:
         work, finished = target / UNFINISHED, target / FINISHED
-        if finished.exists():  # killed when only the traces were left to remove
+        if finished.exists():  # a killed conversion that only had its traces left to remove
             return _finished(target, source, options)
         check_target(target)
         made = [folder for folder in (target, *target.parents) if not folder.exists()]
@@ -80,7 +80,7 @@ def convert(
 
 
 def check_target(target: Path) -> None:
-    """InputError where a folder can neither be begun nor continued."""
+    """InputError if a conversion into this folder can neither begin nor continue."""
     is_new = not target.exists() or (target / UNFINISHED).exists()
     if not is_new and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: is there already and not empty; nothing is overwritten")
@@ -91,7 +91,7 @@ class WeightError(InputError):
 
 
 class _Conversion:
-    """A conversion that is planned: `run` does what is left of it."""
+    """A planned conversion. `run` does what is left of it."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _Conversion:
         report, is_tied = self._report(), self.outline.is_tied(written)
         for rank, folder in enumerate(self.folders):
             self._finish(folder, rank, report, is_tied=is_tied)
-        finished = self.work.rename(self.target / FINISHED)  # at once: from here on it is whole
+        finished = self.work.rename(self.target / FINISHED)  # now it is complete
         shutil.rmtree(finished)
         return report
 
@@ -201,7 +201,7 @@ class _Conversion:
         return tensors
 
     def _real(self, stored: Stored) -> Stored:
-        """The same tensor in its source file, of which only the header may have been here until now."""
+        """The same tensor in its source file, which is opened (and downloaded) if it is not yet."""
         file = stored.file.name
         if file not in self.opened:
             self.opened[file] = self.source.open(file)
@@ -220,7 +220,8 @@ class _Conversion:
         }
 
     def _finish(self, folder: Path, rank: int, report: dict[str, Any], *, is_tied: bool) -> None:
-        """Write the files beside the weights; config.json, without which nothing loads, comes last."""
+        """Write the files beside the weights. config.json comes last, because nothing loads without
+        it."""
         for file in self.outline.beside:
             write_whole(folder / file.name, file.read_bytes())
         write_whole(folder / INDEX, self.outline.index())
@@ -230,7 +231,7 @@ class _Conversion:
 
 
 def with_stored(entry: Entry, real: Callable[[Stored], Stored]) -> Entry:
-    """An entry whose numbers lie where `real` says."""
+    """An entry whose stored tensors are replaced by `real`."""
     scale = entry.scale
     return replace(entry, weight=real(entry.weight), scale=real(scale) if scale else None)
 
@@ -239,18 +240,19 @@ def with_stored(entry: Entry, real: Callable[[Stored], Stored]) -> Entry:
 
 
 def errors_of(target: Path, number: int) -> Path:
-    """The note on what the conversion of an output file lost, for as long as the whole is unfinished."""
+    """The file with the rounding errors of an output file. It exists while the conversion is
+    unfinished."""
     return target / UNFINISHED / f"{number + 1:05d}.json"
 
 
 def is_done(target: Path, outline: Outline, number: int) -> bool:
-    """Whether an output file of an unfinished conversion is whole, for every rank."""
+    """Whether an output file of an unfinished conversion is complete on every rank."""
     files = [target / folder / outline.name(number) for folder in outline.folders]
     return errors_of(target, number).exists() and all(file.exists() for file in files)
 
 
 def _compare(target: Path, begun: dict[str, Any], task: dict[str, Any]) -> None:
-    """Raise InputError naming what is not as when the conversion was begun."""
+    """InputError, with the first setting that has changed since the conversion was begun."""
     for part, now in task.items():
         before = begun[part]
         for key in {**before, **now}:
@@ -262,7 +264,8 @@ def _compare(target: Path, begun: dict[str, Any], task: dict[str, Any]) -> None:
 
 
 def _clear(target: Path, made: list[Path]) -> None:
-    """Take away what a conversion wrote. made: the folders that it had to make, the innermost first."""
+    """Remove everything that a conversion wrote. made: the folders that it created, innermost
+    first."""
     if made:
         shutil.rmtree(made[-1])
         return
@@ -274,8 +277,8 @@ def _clear(target: Path, made: list[Path]) -> None:
 
 
 def _finished(target: Path, source: Path | str, options: Options) -> dict[str, Any]:
-    """Remove the traces of a conversion that is whole; return its report. InputError when it was not the
-    one that is asked for."""
+    """Remove the traces of a complete conversion, and return its report. InputError if its settings
+    were other ones."""
     traces = target / FINISHED
     begun = read_json(traces / TASK)
     if begun is not None:  # None: it was being removed already
@@ -295,7 +298,7 @@ def _finished(target: Path, source: Path | str, options: Options) -> dict[str, A
 
 @contextmanager
 def _locked(file: Path, target: Path) -> Iterator[None]:
-    """Keep other processes out; the lock ends with this process, however it ends."""
+    """Hold a lock that keeps other processes out. The system releases it when this process ends."""
     with file.open("w", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -312,7 +315,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
     except InputError:
         raise
     except OSError as error:
-        if (target / UNFINISHED).exists():  # else such files are somebody else's
+        if (target / UNFINISHED).exists():  # otherwise such files are not ours
             for partial in target.rglob(f"*{PARTIAL}"):
                 partial.unlink(missing_ok=True)
         begun = (target / UNFINISHED / TASK).exists()

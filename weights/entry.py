@@ -1,4 +1,4 @@
-"""One parameter of a checkpoint: in which format its numbers are stored, where they lie, how to get them.
+"""One parameter of a checkpoint: the format of its numbers, their location, and how to read them.
 
 A tensor's format follows from its dtype and from the scales beside it, whatever config.json claims:
 
@@ -27,13 +27,13 @@ from weights.storage import DTYPE_NAMES, Stored
 
 Format = Literal["plain", "mxfp4", "fp8"]
 PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-PACKED = ".weight_packed"  # what compressed-tensors calls a weight whose codes share bytes
+PACKED = ".weight_packed"  # the name of compressed-tensors for a weight with two codes per byte
 SCALES = (".weight_scale", ".weight_scale_inv")
 FUSED = ("gate_up_proj", "down_proj")  # all experts of a layer in one tensor
 FUSED_SCALES = tuple(f"{name}{suffix}" for name in FUSED for suffix in ("_scale", "_scale_inv"))
 ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
-# Scales of activations, of attention and of the KV cache. The weights are exact without them.
+# Scales of activations, of attention and of the KV cache. The weights do not need them.
 RUN_TIME = re.compile(
     r".*(\.(k|v|kv|q|prob)_scale|[._](input|output|activation|act)(_global)?_scale(_inv)?)$"
 )
@@ -50,11 +50,12 @@ FOREIGN = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: what the header says of it, and how to get it.
+    """One parameter: what the header says of it, and how to read it.
 
-    shape: of the parameter, whatever its numbers are packed in. view: decoded tensor -> parameter, a
-    slice or a permutation of rows; None: all of it. slices: where a quantised tensor holds several
-    parameters, two functions that cut this one's numbers and scales out of the stored ones.
+    shape: that of the parameter, independent of the packing. view: maps the decoded tensor to the
+    parameter (a slice, or a permutation of rows); None: the whole tensor. slices: if a quantised
+    tensor has several parameters, two functions that cut the numbers and the scales of this one out
+    of the stored tensors.
     """
 
     weight: Stored
@@ -64,7 +65,7 @@ class Entry:
     block: tuple[int, int] = fp8.BLOCK
     view: View | None = None
     slices: tuple[View, View] | None = None
-    scale_share: float = 1.0  # the part of the stored scales that serves this parameter
+    scale_share: float = 1.0  # the fraction of the stored scales that is for this parameter
 
     @property
     def stored_as(self) -> str:
@@ -82,7 +83,8 @@ class Entry:
 
     @property
     def scale_block(self) -> tuple[int, int] | None:
-        """Rows and columns that share a scale; None where a scale serves a row or the whole weight."""
+        """Rows and columns that share a scale. None if a scale is for a row or for the whole
+        weight."""
         if self.format == "mxfp4":
             return (1, mxfp4.GROUP)
         if self.scale is None or len(self.shape) != 2:
@@ -92,13 +94,14 @@ class Entry:
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
-        """The shape of a quantised parameter's scales: its own, also in a tensor that holds several."""
+        """The shape of the scales of this quantised parameter alone."""
         assert self.scale is not None
         return self.scale.shape if self.slices is None else _shape_of(self.slices[1], self.scale)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored numbers and their scales; a part of a fused tensor has its share."""
+        """Bytes of the stored numbers and scales. A part of a fused tensor has its share of
+        them."""
         packed = 2 if self.format == "mxfp4" else 1
         whole = math.prod(self.weight.shape) * packed
         share = math.prod(self.shape) / whole if whole else 0
@@ -107,7 +110,7 @@ class Entry:
         return int(self.weight.nbytes * share + scales)
 
     def numbers(self) -> tuple[Tensor, Tensor]:
-        """A quantised parameter's stored numbers and scales: its own, also in a tensor of several."""
+        """The stored numbers and scales of this quantised parameter alone."""
         assert self.scale is not None
         weight, scale = self.weight.read(), self.scale.read()
         if self.slices is None:
@@ -116,9 +119,11 @@ class Entry:
         return of_weight(weight), of_scale(scale)
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The parameter in `dtype`, decoded where it is quantised; mapped where nothing has to change.
+        """The parameter in `dtype`, decoded if it is quantised. It stays mapped if nothing has to
+        change.
 
-        None: the stored dtype, and bfloat16 for what is quantised. InputError for a scale that is NaN.
+        dtype None: the stored dtype, or bfloat16 for a quantised parameter. InputError if a scale
+        is NaN.
         """
         if self.scale is None:
             stored = self.weight.read()
@@ -139,7 +144,8 @@ def decode(
     name: str,
     block: tuple[int, int] = fp8.BLOCK,
 ) -> Tensor:
-    """A quantised weight [N, K] as stored, in `dtype`. InputError naming it for a scale that is NaN."""
+    """Decode a stored quantised weight to [N, K] in `dtype`. InputError, with `name`, if a scale is
+    NaN."""
     if format == "mxfp4":
         powers = scale.view(torch.uint8)
         check_scale(powers, name)
@@ -198,7 +204,7 @@ def is_run_time_scale(tensor: Stored, config: Config) -> bool:
 
 
 def check_readable(tensor: Stored) -> None:
-    """Raise InputError for a tensor of a format that is not read."""
+    """InputError for a tensor of an unsupported format."""
     for name, endings in FOREIGN.items():
         if tensor.name.endswith(endings):
             raise InputError(
@@ -209,10 +215,10 @@ def check_readable(tensor: Stored) -> None:
 def entry_of(
     tensor: Stored, stored: Mapping[str, Stored], block: tuple[int, int], experts: int
 ) -> Entry:
-    """A stored tensor as an entry: its format follows from its dtype and the scales beside it.
+    """A stored tensor as an entry. Its format follows from its dtype and from the scales beside it.
 
     stored: all tensors by name. block: rows and columns of an FP8 block. experts: of the model.
-    InputError, naming the tensor, for what is in no format that is known.
+    InputError, with the name of the tensor, for an unknown format.
     """
     kind = DTYPE_NAMES[tensor.dtype]
     if tensor.dtype in PLAIN:
@@ -279,9 +285,9 @@ def _fp8_block(tensor: Stored, scale: Stored, block: tuple[int, int]) -> tuple[i
 def _of_fused_scales(
     tensor: Stored, scale: Stored, block: tuple[int, int], experts: int
 ) -> Entry | None:
-    """FP8 experts whose scales are in one tensor a layer, themselves fused or one by one.
+    """The entry of FP8 experts (fused or separate) whose scales are in one tensor per layer.
 
-    None for a fused tensor that has not three axes.
+    None for a fused tensor without three axes.
     """
     one = ONE_EXPERT.fullmatch(tensor.name)
     if one is None and len(tensor.shape) != 3:

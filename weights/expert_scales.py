@@ -1,6 +1,7 @@
-"""The scales of FP8 experts where one tensor holds those of all experts of a layer.
+"""The scales of FP8 experts, if one tensor has those of all experts of a layer.
 
-transformers writes them so, under `experts.gate_up_proj_scale_inv` and `experts.down_proj_scale_inv`.
+transformers writes them like this, as `experts.gate_up_proj_scale_inv` and
+`experts.down_proj_scale_inv`.
 """
 
 import math
@@ -22,8 +23,8 @@ def block_of(
 ) -> tuple[int, int]:
     """Rows and columns of a matrix that share a scale.
 
-    These are `block`, or 32 elements of a row (MXFP8) where scales in e8m0 have the shape for that and
-    not the one for `block`. shape: of the matrix's own scales.
+    They are `block`, or 32 elements of a row (MXFP8) if e8m0 scales have the shape for that and not
+    the one for `block`. shape: that of the scales of this matrix.
     """
     counts = [
         tuple(-(-size // per) for size, per in zip(matrix, pair, strict=True))
@@ -41,15 +42,17 @@ def expert_scales(
     rows: range,
     block: tuple[int, int],
 ) -> tuple[View, tuple[int, int]]:
-    """A view of the scales of some rows of one expert's matrix, and the block that each then serves.
+    """A view that cuts out the scales of some rows of one expert's matrix, and the block of each
+    scale.
 
-    scale: [E] or [E, 1, 1] (one an expert), [E, N] or [E, N, 1] (one a row), [E, blocks, blocks].
-    experts: how many there are. matrix: (N, K) of the fused matrix, gate over up, or of down. rows:
-    those of that matrix that the part has.
+    scale: [E] or [E, 1, 1] (one per expert), [E, N] or [E, N, 1] (one per row), or [E, blocks,
+    blocks]. experts: their number. matrix: (N, K) of the fused matrix (gate rows, then up rows), or
+    of down. rows: the wanted rows of that matrix.
 
-    Blocks of gate and up are counted either through both, as transformers quantises a fused tensor, or
-    from the start of each, as it joins two that were quantised one by one. InputError where neither fits,
-    or where both do and differ: transformers decodes that one way and multiplies the other.
+    The blocks of gate and up are counted either through both, as when transformers quantises a
+    fused tensor, or from the start of each, as when it joins two that were quantised separately.
+    InputError if neither fits, or if both fit and differ, because transformers decodes in one way
+    and multiplies in the other.
     """
     N, K = matrix
     shape = scale.shape[1:]
@@ -77,7 +80,7 @@ def expert_scales(
             f"{[experts, -(-N // tall), columns]} (a block of {tall} x {wide}), {[experts, N, 1]} "
             f"(a row) or {[experts, 1, 1]} (an expert)"
         )
-    # A block may begin above these rows, so the scales are repeated for blocks of fewer rows.
+    # A block may begin before these rows, so the scales are repeated for smaller blocks.
     fine = math.gcd(rows.start, tall)
     inner = slice(rows.start // fine, -(-rows.stop // fine))
     return (lambda scales: scales[expert].repeat_interleave(tall // fine, 0)[inner]), (fine, wide)

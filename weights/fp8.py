@@ -1,10 +1,10 @@
 """FP8 weights: e4m3 numbers with a scale for each 128 x 128 block, each row, or the whole matrix.
 
-Numbers are multiplied by their scale, also where a file calls it `weight_scale_inv`: W[n, k] =
-weight[n, k] * scale. The shape of the scales alone says which of the three cases it is.
+Numbers are multiplied by their scale, also if a file names it `weight_scale_inv`: W[n, k] =
+weight[n, k] * scale. The shape of the scales alone determines which of the three cases it is.
 
-Format: OCP 8-bit Floating Point (e4m3: no infinities, largest magnitude 448). Scales per block: the FP8
-repositories of the family; per row ("per channel"): AMD's Quark.
+The format is OCP 8-bit Floating Point (e4m3: no infinities, largest magnitude 448). The FP8
+repositories of the family have scales per block. AMD's Quark has scales per row ("per channel").
 """
 
 import torch
@@ -21,9 +21,9 @@ BLOCK = (128, 128)
 def granularity(
     shape: tuple[int, ...], scale_shape: tuple[int, ...], block: tuple[int, int] = BLOCK
 ) -> str:
-    """ "tensor", "channel" or "block": what one scale of scale_shape serves in a weight [N, K].
+    """What shares a scale in a weight [N, K]: "tensor", "channel" or "block".
 
-    InputError naming both shapes when it is none of them.
+    InputError, with both shapes, if scale_shape fits none of them.
     """
     N, K = shape
     blocks = (-(-N // block[0]), -(-K // block[1]))
@@ -42,14 +42,14 @@ def granularity(
 def dequantize(
     weight: Tensor, scale: Tensor, dtype: torch.dtype, block: tuple[int, int] = BLOCK
 ) -> Tensor:
-    """weight [N, K] e4m3, scale [], [1], [N], [N, 1] or [ceil(N/128), ceil(K/128)] -> [N, K] in dtype.
+    """weight [N, K] e4m3, scale [], [1], [N], [N, 1] or [ceil(N/128), ceil(K/128)] -> [N, K] in
+    dtype.
 
-    A scale [1, 1] is one number too; 128 stands for the sizes of `block`. weight [E, N, K] with scale
-    [E, ...] is decoded matrix by matrix.
+    A scale [1, 1] is one number too; 128 stands for the sizes of `block`. weight [E, N, K] with
+    scale [E, ...] is decoded matrix by matrix.
 
-    The product is taken in float32 (in float64 when that is asked for) and rounded to dtype once. A NaN
-    in either makes its products NaN. InputError when the shapes do not belong together, or for numbers
-    that are not e4m3.
+    The product is computed in float32 (in float64 for dtype float64) and rounded to dtype once. A
+    NaN in either gives NaN. InputError if the shapes do not fit together, or if weight is not e4m3.
     """
     if weight.dtype != E4M3:
         raise InputError(f"FP8 numbers have {weight.dtype}; expected {E4M3}")
@@ -95,9 +95,10 @@ def quantize_channels(
 ) -> tuple[Tensor, Tensor]:
     """weight [N, K], floating point -> e4m3 [N, K], scale [N, 1] in scale_dtype.
 
-    In float32: scale = amax / 448, at least 2^-126, rounded to scale_dtype; then x / scale, rounded to
-    the nearest e4m3, ties to even, saturated at 448. All zeros: scale 1. With an infinity or a NaN among
-    them: scale and numbers NaN. InputError for what is not a matrix of floating-point numbers.
+    The computation is in float32. The scale of a row is amax / 448, at least 2^-126, rounded to
+    scale_dtype. The numbers are x / scale, rounded to the nearest e4m3 with ties to even, and
+    saturated at 448. A row of zeros has scale 1. If a row has an infinity or a NaN, its scale and
+    numbers are NaN. InputError unless weight is a matrix of floating-point numbers.
     """
     _matrix(weight)
     wide = weight.float()
@@ -115,7 +116,8 @@ def _matrix(weight: Tensor) -> tuple[int, int]:
 
 
 def _scale_of(amax: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Scales of the largest magnitudes, of the same shape; NaN where one is not finite."""
+    """The scales for the largest magnitudes `amax`, in the same shape. NaN where amax is not
+    finite."""
     least = torch.finfo(torch.float32).tiny
     scale = torch.where(amax == 0, 1.0, (amax / LARGEST).clamp(min=least)).to(scale_dtype)
     return torch.where(amax.isfinite(), scale, torch.nan)

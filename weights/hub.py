@@ -16,13 +16,14 @@ from qwen35.errors import InputError
 WEIGHTS = ".safetensors"
 # Endings of the small files that belong to a model.
 BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-PROBABLY = 1 << 17  # bytes of a first request, which most headers fit into
-ATTEMPTS = 3  # at a request for a header
+PROBABLY = 1 << 17  # bytes of the first request; most headers are shorter
+ATTEMPTS = 3  # per request for a header
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses longer ones
 
 
 class Repository:
-    """A repository at one commit: that of `main` unless given. InputError where the hub has none.
+    """A repository at one commit, by default that of `main`. InputError if the hub has no such
+    repository.
 
     sizes: bytes of each file in the repository's top folder.
     """
@@ -41,7 +42,7 @@ class Repository:
     def fetch(self, file: str, folder: Path | None) -> Path:
         """Download one file into `folder`, or into the hub's own cache (None), and return its path.
 
-        A connection that breaks is taken up again where it was, a few times.
+        If the connection breaks, the download is resumed, a few times at most.
         """
         with one_line(f"{self.name}/{file}"):
             return Path(hf_hub_download(self.name, file, revision=self.commit, local_dir=folder))
@@ -106,7 +107,7 @@ def is_hub_id(name: str) -> bool:
 
 @contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """Turn what the hub's client raises into one line that names `what`."""
+    """Turn errors of the hub's client into an InputError of one line that names `what`."""
     try:
         yield
     except (

@@ -1,16 +1,18 @@
-"""The orders in memory in which kernels walk a matrix, and the way there and back, bit for bit.
+"""The orders in memory in which kernels read a matrix, with lossless conversion in both directions.
 
-Each order is defined twice. The names of axes in `Layout` are the form that moves a whole tensor: split
-rows and columns into axes, write them out in another order. `Layout.offset` is the closed formula that a
-kernel evaluates for one element. The tests hold the two against each other.
+Each order is defined twice. The axis names in `Layout` convert a whole tensor: rows and columns are
+split into axes, which are written in another order. `Layout.offset` is the closed formula that a
+kernel evaluates for one element. The tests compare the two.
 
-| name            | what it holds             | what lies side by side                                  |
+| name            | what it holds             | what lies side by side
+|
 |-----------------|---------------------------|---------------------------------------------------------|
-| `flat`          | anything, any dtype       | a row (the checkpoint's own order)                      |
-| `interleaved`   | gate rows, then up rows   | gate row 0, up row 0, gate row 1, ...                   |
-| `interleaved16` | the same                  | gate rows 0 to 15, up rows 0 to 15, gate rows 16 to 31  |
-| `aiter_weight`  | MXFP4 weights, two a byte | 16 rows x 16 bytes: of each row the block of one scale  |
-| `aiter_scale`   | e8m0 scales, one a byte   | rows r, r + 16 of columns c, c + 4: one 32-bit word     |
+| `flat`          | anything, any dtype       | a row (the checkpoint's own order)
+| | `interleaved`   | gate rows, then up rows   | gate row 0, up row 0, gate row 1, ...
+| | `interleaved16` | the same                  | gate rows 0 to 15, up rows 0 to 15, gate rows 16
+to 31  | | `aiter_weight`  | MXFP4 weights, two a byte | 16 rows x 16 bytes: of each row the block
+of one scale  | | `aiter_scale`   | e8m0 scales, one a byte   | rows r, r + 16 of columns c, c + 4:
+one 32-bit word     |
 
 A chain of layouts is written with "+", applied from the left: `interleaved+aiter_weight`.
 The AITER orders are those of `shuffle_weight(layout=(16, 16))` and `shuffle_scale` in ROCm/aiter,
@@ -53,11 +55,11 @@ class Layout:
     column_axes: Mapping[str, int] = field(default_factory=dict)
     pads: bool = False
     filled_to: Size | None = None
-    only_bytes: bool = False  # whether the dtype has to be uint8
+    only_bytes: bool = False  # only uint8 is allowed
 
     @property
     def multiple(self) -> Size:
-        """What R and C have to be multiples of."""
+        """The numbers of which R and C have to be multiples."""
         own = math.prod(self.row_axes.values()), math.prod(self.column_axes.values())
         return self.filled_to or own
 
@@ -119,7 +121,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A tensor together with the order that it lies in.
+    """A tensor together with its order in memory.
 
     data [..., R', C']: contiguous, in the dtype of the original; R', C' are R, C, filled up where the
     layout pads. These axes only give its size; `offset` says which element lies where.
@@ -132,7 +134,7 @@ class Packed:
 
 
 def pack(x: Tensor, layout: str) -> Packed:
-    """A row-major tensor [..., R, C] in another order, as a copy; leading axes (experts) stay.
+    """A copy of a row-major tensor [..., R, C] in another order. Leading axes (experts) stay.
 
     x: any strides; uint8 for the AITER layouts, any dtype for the others.
 
@@ -153,7 +155,7 @@ def pack(x: Tensor, layout: str) -> Packed:
 
 
 def unpack(packed: Packed) -> Tensor:
-    """The row-major tensor that was packed, bit for bit and in its shape, as a copy.
+    """A copy of the row-major tensor that was packed, with the same bits and shape.
 
     Raises InputError as `pack` does, and for data of another shape than layout and shape imply.
     """

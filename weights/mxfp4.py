@@ -1,11 +1,11 @@
-"""MXFP4: four-bit numbers (e2m1) in groups of 32 along K, with one power of two (e8m0) a group.
+"""MXFP4: four-bit numbers (e2m1) in groups of 32 along K. Each group has one power of two (e8m0).
 
-    code     bit 3 is the sign; bits 0 to 2 pick one of 0, 0.5, 1, 1.5, 2, 3, 4, 6
+    code     bit 3 is the sign; bits 0 to 2 choose one of 0, 0.5, 1, 1.5, 2, 3, 4, 6
     byte     two codes: element 2j in the low nibble, 2j + 1 in the high one
     scale    byte s stands for 2^(s - 127); 255 is NaN
 
-Format: OCP Microscaling Formats (MX) v1.0. Rounding: the "even" rule of AMD's Quark, by which the
-published MXFP4 checkpoints of this family were made.
+The format is OCP Microscaling Formats (MX) v1.0. The rounding is the "even" rule of AMD's Quark,
+which made the published MXFP4 checkpoints of this family.
 """
 
 import torch
@@ -21,7 +21,7 @@ CHUNK = 1 << 19  # elements quantised at a time: intermediate results stay in th
 _VALUES = torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], dtype=torch.float64)
 _BYTES = torch.arange(256)
 _PAIRS = torch.stack([_VALUES[_BYTES & 15], _VALUES[_BYTES >> 4]], dim=-1)  # [256, 2]
-# A pair of numbers as one word, so that decoding is one look-up a byte.
+# A pair of numbers is one word, so that decoding is one look-up per byte.
 _WORDS = {
     torch.bfloat16: _PAIRS.bfloat16().view(torch.int32).flatten(),
     torch.float32: _PAIRS.float().view(torch.int64).flatten(),
@@ -32,9 +32,9 @@ _WORDS = {
 def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """packed [..., K/2] uint8, scale [..., K/32] uint8 -> [..., K] in dtype, row-major.
 
-    Exact in bfloat16, float32 and float64 (a product with a power of two), but for magnitudes from
-    2^128, which are infinite in the first two. A scale of 255 makes its group NaN. InputError when the
-    shapes do not belong together, or for another dtype of any of the three.
+    The result is exact in bfloat16, float32 and float64, since it is a product with a power of two.
+    Only magnitudes from 2^128 on are infinite in the first two. A scale of 255 makes its group NaN.
+    InputError if the shapes do not fit together, or for other dtypes.
     """
     if dtype not in _WORDS:
         known = ", ".join(str(known) for known in _WORDS)
@@ -56,12 +56,12 @@ def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat1
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [..., K], floating point -> packed [..., K/2] uint8, scale [..., K/32] uint8.
 
-    The rule, for each group of 32, in float32 (float64 is rounded to it first):
+    The rule for each group of 32, in float32 (float64 is rounded to float32 first):
         exponent = floor(log2(amax after its mantissa is rounded to the two leading bits)) - 2,
         at least -127; scale = exponent + 127; code = x / 2^exponent, rounded to the nearest e2m1,
         ties to the even code, magnitudes above 6 to 6; the sign is kept, of zeros too.
-    A group of zeros has scale 0. A group with an infinity or a NaN, which e2m1 cannot hold, becomes NaN
-    as a whole: scale 255, codes 0. InputError when 32 does not divide K.
+    A group of zeros has scale 0. e2m1 has neither infinity nor NaN, so a group with one of them
+    becomes NaN as a whole, with scale 255 and codes 0. InputError if 32 does not divide K.
     """
     *rows, K = weight.shape
     if K % GROUP or not weight.is_floating_point():
@@ -73,7 +73,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     packed = torch.empty(len(groups), GROUP // 2, dtype=torch.uint8, device=weight.device)
     scale = torch.empty(len(groups), dtype=torch.uint8, device=weight.device)
     step = min(CHUNK // GROUP, len(groups))
-    # Reused: fresh memory costs more than a pass over it.
+    # The buffers are reused, because allocating memory costs more than a pass over it.
     buffers = torch.empty(2, step, GROUP, device=weight.device)
     for first in range(0, len(groups), step or 1):
         part = slice(first, first + step)
@@ -90,7 +90,8 @@ def _quantize_groups(groups: Tensor, x: Tensor, size: Tensor) -> tuple[Tensor, T
     finite = amax < torch.inf  # not for NaN either
     if not finite.all():
         x, size = x.where(finite, 0.0), size.where(finite, 0.0)
-    # float32 keeps exponent + 127 in the bits from 23 up: adding a quarter of a mantissa carries there.
+    # float32 has exponent + 127 from bit 23 up. Adding a quarter of a mantissa carries into these
+    # bits.
     stored = ((amax.view(torch.int32) + 0x200000 >> 23) - 2).clamp_(min=0)  # [n, 1], at most 253
     inverse = (254 - stored << 23).view(torch.float32)  # 2^-exponent: a product with it is exact
     size *= inverse  # [n, 32], below 7

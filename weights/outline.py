@@ -1,4 +1,4 @@
-"""The outline of a conversion: what it will write, down to the bytes on the disk."""
+"""The outline of a conversion: the files that it will write, with their sizes on the disk."""
 
 import json
 from collections import Counter
@@ -14,8 +14,8 @@ from weights.shard import Plan, Shard
 from weights.source import Source
 from weights.storage import DTYPE_NAMES, INDEX, Stored, header, same_values
 
-BLOCK = 4096  # bytes of a disk that a file takes at a time
-OF_A_KIND = 1024  # most bytes that the report takes for a kind of tensor, beside its name
+BLOCK = 4096  # bytes in which a file takes space on the disk
+OF_A_KIND = 1024  # upper bound of bytes in the report per kind of tensor, without its name
 ENDS = ("embed_tokens.weight", "lm_head.weight")
 
 
@@ -68,7 +68,7 @@ class Outline:
         return json.dumps(index, indent=2)
 
     def config(self, rank: int, *, is_tied: bool) -> dict[str, Any]:
-        """The source's config.json with what the output claims about its formats and its head."""
+        """The source's config.json, changed to describe the formats and the head of the output."""
         document = dict(self.checkpoint.document)
         document.pop("quantization_config", None)
         if isinstance(text := document.get("text_config"), dict):
@@ -87,7 +87,8 @@ class Outline:
         return document
 
     def is_tied(self, written: Callable[[str, str], Stored]) -> bool:
-        """Whether the config ties the head to the embedding, and the head that is written allows it.
+        """Whether the config ties the head to the embedding, and the written head has the same
+        values.
 
         written: (folder of a rank, name) -> a tensor of the output.
         """
@@ -108,8 +109,8 @@ class Outline:
         }
 
     def _excluded(self) -> list[str]:
-        """The modules with a matrix (or a filter) that is not quantised, by their names in the file.
-        Fused experts are listed one by one, since engines ask for each."""
+        """The modules with an unquantised matrix or convolution, by their names in the file. Fused
+        experts are listed one by one, because engines look up each."""
         excluded = ["lm_head"]
         for item in (item for file in self.files for item, _ in file.items):
             is_quantised = item.format == self.options.to
@@ -127,7 +128,7 @@ class Outline:
     # --- room -----------------------------------------------------------------------------------------
 
     def room(self, left: list[int]) -> int:
-        """The most bytes of disk that a conversion still takes, in whole blocks, with its own notes.
+        """An upper bound of the disk space that a conversion still needs, in bytes.
 
         left: numbers of the files that are not there yet.
         """
@@ -139,7 +140,7 @@ class Outline:
         config = len(json.dumps(self.config(0, is_tied=False), indent=2))
         small = [len(self.index()), config, report, *(f.stat().st_size for f in self.beside)]
         of_a_rank = weights + sum(map(_on_disk, small)) + BLOCK  # and the folder itself
-        traces = 4 * BLOCK  # the folder of the notes, the task, the lock
+        traces = 4 * BLOCK  # the folder UNFINISHED, the task and the lock
         return of_a_rank * self.options.tp + notes + traces + self.source.room()
 
     def _kinds(self, file: OutputFile) -> set[str]:
@@ -148,7 +149,7 @@ class Outline:
         return {name_pattern(PREFIX.sub("", name)) for name in changed}
 
     def describe(self) -> dict[str, Any]:
-        """The document that `tools.convert --dry-run` prints, but for the keys about the target."""
+        """The document that `tools.convert --dry-run` prints, without the keys about the target."""
         nbytes: Counter[str] = Counter()
         for file in self.files:
             for slot in file.slots:
@@ -176,5 +177,5 @@ def _on_disk(nbytes: int) -> int:
 
 
 def _said(kinds: set[str]) -> int:
-    """The most bytes that a note on these kinds of tensors takes."""
+    """An upper bound of the bytes of a note on these kinds of tensors."""
     return OF_A_KIND + sum(OF_A_KIND + len(kind) for kind in kinds)

@@ -1,4 +1,4 @@
-"""Decides from headers what a conversion writes: what becomes of each tensor, and in which file."""
+"""Plans from headers what a conversion writes: the new format of each tensor, and its file."""
 
 import math
 from collections.abc import Sequence
@@ -31,11 +31,11 @@ from weights.shard import Plan, Shard
 Target = Literal["mxfp4", "fp8", "bf16"]
 To = Literal["copy", "mxfp4", "fp8", "bf16"]
 LARGEST_SCALE = 252  # with 253, the numbers 4 and 6 exceed float32 and bfloat16
-SCALE_NAMES = {"mxfp4": "_scale", "fp8": "_scale_inv"}  # after the weight's own name
+SCALE_NAMES = {"mxfp4": "_scale", "fp8": "_scale_inv"}  # suffixes of the weight's name
 
-# Which linear layers are quantised, by name less the prefix. Whatever is chosen, the router, the gate of
-# the shared expert, in_proj_a and in_proj_b (in_proj_ba), the convolution, mtp.fc, embedding, head and
-# the vision tower are not, as in all published repositories.
+# The linear layers that are quantised, by name without prefix. As in all published repositories,
+# the router, the gate of the shared expert, in_proj_a and in_proj_b (in_proj_ba), the convolution,
+# mtp.fc, embedding, head and the vision tower are never quantised.
 WHAT = {
     "experts": ("layers.*.mlp.experts.*_proj",),
     "all-linear": tuple(
@@ -54,10 +54,11 @@ WHAT = {
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert.
+    """The options of a conversion.
 
-    to: the format. what: key of WHAT, for MXFP4 and FP8. activations: what MXFP4's claim says of them:
-    "mxfp4", as AMD's does, or "bf16", weights only. tp: ranks. shard_bytes: of a file, at most.
+    to: the format. what: a key of WHAT, for MXFP4 and FP8. activations: their format in the
+    quantization_config of MXFP4: "mxfp4", as AMD writes it, or "bf16" (only weights are quantised).
+    tp: the number of ranks. shard_bytes: the largest size of a file.
     """
 
     to: Target
@@ -72,8 +73,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the output. per: rows and columns of the parameter that one of its values is for; 0
-    stands for all of them, so that there is nothing to be cut."""
+    """One tensor of the output. per: how many rows and columns of the parameter one value is for. 0
+    means all of them, so that the axis is not cut."""
 
     name: str
     dtype: torch.dtype
@@ -87,7 +88,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class Item:
-    """One parameter of the output: `entry` is what it is made of, `name` and `to` what it becomes."""
+    """One parameter of the output. entry: its source. name, to: its name and format in the
+    output."""
 
     name: str
     entry: Entry
@@ -95,17 +97,17 @@ class Item:
 
     @property
     def format(self) -> str:
-        """Its format in the output: "mxfp4", "fp8" or "plain"."""
+        """The format in the output: "mxfp4", "fp8" or "plain"."""
         return {"copy": self.entry.format, "bf16": "plain"}.get(self.to, self.to)
 
     @property
     def files(self) -> list[str]:
-        """The source files that hold it: two where its scales lie in the next one."""
+        """The source files of the parameter: two if its scales are in another file."""
         parts = (self.entry.weight, self.entry.scale)
         return list(dict.fromkeys(part.file.name for part in parts if part is not None))
 
     def slots(self) -> tuple[Slot, ...]:
-        """The tensors that are written for it, before they are cut for ranks."""
+        """The tensors that are written for the parameter, before they are cut for ranks."""
         shape = self.entry.shape
         if self.format == "plain":
             dtype = torch.bfloat16 if self.to == "bf16" else self.entry.dtype
@@ -130,7 +132,7 @@ class Item:
         )
 
     def _served(self) -> tuple[int, int]:
-        """Rows and columns that share a scale of the stored FP8 numbers; 0 for all of them."""
+        """Rows and columns that share a scale of the stored FP8 numbers; 0 means all."""
         if (block := self.entry.scale_block) is not None:
             return block
         return (1, 0) if self.entry.scale_shape[:1] == self.entry.shape[:1] else (0, 0)
@@ -146,10 +148,10 @@ def is_chosen(name: str, options: Options) -> bool:
 def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
     """The parameters of the output, in the order of the source's files.
 
-    To MXFP4: what is chosen is quantised, fused experts one by one; what is MXFP4 already stays so; what
-    is FP8 and not chosen becomes BF16. To FP8: the same with FP8 and MXFP4 exchanged, where FP8 that has
-    other blocks than ours is quantised anew. To BF16: all that is quantised is decoded. The rest is
-    copied as it is, under its own name. See `check_choice` for what is refused.
+    To MXFP4: chosen parameters are quantised (fused experts one by one), MXFP4 parameters stay, and
+    FP8 parameters that are not chosen become BF16. To FP8: the same with FP8 and MXFP4 exchanged;
+    FP8 with other blocks than ours is quantised again. To BF16: all quantised parameters are
+    decoded. All others are copied under their own names. `check_choice` says what is refused.
     """
     ignored = set(checkpoint.ignored)
     items: list[Item] = []
@@ -157,7 +159,8 @@ def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
         if owner_of(stored.name, checkpoint.stored) is not None:  # written with its weight
             continue
         if stored.name in ignored:
-            # Scales of activations belong to the old format; those of keys and values to any.
+            # Scales of activations belong to the old format. Those of keys and values fit any
+            # format.
             is_stale = RUN_TIME.match(stored.name) and not KEYS_AND_VALUES.match(stored.name)
             if stored.name not in checkpoint.unlisted and not is_stale:
                 items.append(Item(stored.name, Entry(stored, stored.shape), "copy"))
@@ -178,7 +181,8 @@ def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
                 for name, entry in named
             ]
         else:
-            # Experts that are quantised in one tensor have scales of their own: they go one by one.
+            # Experts that are quantised in a fused tensor have separate scales, so they are written
+            # separately.
             kept = named if is_decoded else [(own_name, whole)]
             to = "bf16" if is_decoded else "copy"
             if whole.format == "fp8" and not is_decoded and not _is_already(whole, "fp8"):
@@ -189,8 +193,8 @@ def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
 
 
 def check_choice(items: Sequence[Item], options: Options, source: str) -> None:
-    """InputError where `options.what` chooses nothing of the model, so that the output would hold nothing
-    in the target's format. (Where all is in that format already, a conversion copies.)"""
+    """InputError if no parameter of the output has the target's format, because `options.what`
+    chooses none. If all are in that format already, the conversion copies them."""
     if options.to != "bf16" and not any(item.format == options.to for item in items):
         others = " or ".join(f"--what {what}" for what in WHAT if what != options.what)
         raise InputError(
@@ -200,7 +204,7 @@ def check_choice(items: Sequence[Item], options: Options, source: str) -> None:
 
 
 def _is_already(entry: Entry, target: Target) -> bool:
-    """Whether a parameter can be copied: FP8 in our own blocks, or MXFP4, by itself in its tensor."""
+    """Whether a parameter can be copied: MXFP4, or FP8 with our block size, in its own tensor."""
     if entry.format != target or entry.slices is not None:
         return False
     if target == "mxfp4":
@@ -211,20 +215,20 @@ def _is_already(entry: Entry, target: Target) -> bool:
 
 # --- what a rank holds, and where it goes -----------------------------------------------------------
 
-Held = tuple[Item, tuple[Slot, ...]]  # an item, and what one rank has of it
+Held = tuple[Item, tuple[Slot, ...]]  # an item, and its slots on one rank
 
 
 def fit(items: Sequence[Item], config: Config, size: int) -> list[Held]:
-    """Every item with the slots that one of `size` ranks has of it, which are the same for all ranks.
+    """Every item with its slots on one of `size` ranks. They are the same for all ranks.
 
-    This alone decides what fits: `tools.inspect` lists by it, and a conversion writes by it. InputError
-    naming what is in the way: a count of the config that the size does not divide, a name that the plan
-    lacks, a range of rows or columns that would split what shares a scale, a K that 32 does not divide.
+    `tools.inspect` and conversions both use this to decide what fits. InputError, with the reason:
+    a count of the config that the size does not divide, a name that the plan lacks, a range of rows
+    or columns that would split a scale block, or a K that 32 does not divide.
     """
     plan = Plan(config, size)
     if size == 1:
         return [(item, item.slots()) for item in items]
-    shapes: dict[tuple[object, ...], list[tuple[int, ...]]] = {}  # of a kind of parameter, cut once
+    shapes: dict[tuple[object, ...], list[tuple[int, ...]]] = {}  # by kind of parameter
     held: list[Held] = []
     for item in items:
         slots = item.slots()
@@ -253,23 +257,23 @@ def _cut_shape(item: Item, slot: Slot, shard: Shard) -> tuple[int, ...]:
 
 
 def _along(shard: Shard, per: tuple[int, int]) -> tuple[Shard, int]:
-    """The shard of a parameter as that of a tensor whose values are for `per` rows and columns each, and
-    how many elements a value stands for along its axis."""
+    """The shard for a tensor whose values are for `per` rows and columns each, and how many
+    elements a value is for along the shard's axis."""
     if shard.axis is None or shard.axis >= len(per):
         return shard, 1
     return (shard, per[shard.axis]) if per[shard.axis] else (Shard(None), 1)
 
 
 def cut(tensor: Tensor, shard: Shard, per: tuple[int, int]) -> Tensor:
-    """A rank's part of a tensor whose values are for `per` rows and columns each; see `Slot`."""
+    """A rank's part of a tensor whose values are for `per` rows and columns each (see `Slot`)."""
     along, count = _along(shard, per)
     return along.cut(tensor, count)
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """Items of one source file that go into one file (one for each rank), with a rank's slots: the same
-    names, sizes and places for all ranks."""
+    """Items of one source file that go into one output file per rank, with the slots of a rank.
+    Names, sizes and offsets are the same for all ranks."""
 
     items: tuple[Held, ...]
 
@@ -287,8 +291,8 @@ class OutputFile:
 
 
 def arrange(held: Sequence[Held], limit: int) -> list[OutputFile]:
-    """Fill files of at most `limit` bytes (or one item) in order; no file takes from two source files
-    except for scales."""
+    """Distribute items over files of at most `limit` bytes (or one item), in order. A file has
+    items of one source file only, except for scales."""
     files: list[OutputFile] = []
     current: list[Held] = []
     size = 0
@@ -307,10 +311,10 @@ def arrange(held: Sequence[Held], limit: int) -> list[OutputFile]:
 
 
 def convert_tensor(entry: Entry, name: str, to: To, error: Rounding) -> list[Tensor]:
-    """A parameter in another format: one tensor, or numbers and scales: MXFP4's bytes [N, K/2] and
-    [N, K/32], FP8's e4m3 [N, K] and a scale for each block.
+    """Convert a parameter. Returns one plain tensor, or numbers and scales: uint8 [N, K/2] and [N,
+    K/32] for MXFP4; e4m3 [N, K] and a scale per block for FP8.
 
-    error: what is lost is added to it, under `name`. InputError for a number that is not finite.
+    error: the rounding error is added to it, under `name`. InputError if a number is not finite.
     """
     if to == "copy":
         if entry.scale is None:
@@ -332,7 +336,7 @@ def convert_tensor(entry: Entry, name: str, to: To, error: Rounding) -> list[Ten
         first_block = fp8.BLOCK[0]
 
         def decoded_blocks(rows: slice) -> Tensor:
-            # Decoding starts at the block row in which the first of these rows lies.
+            # Decoding starts at the block row that contains the first of these rows.
             top = rows.start // first_block
             end = min(rows.stop, len(numbers))
             part = slice(top * first_block, end)

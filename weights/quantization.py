@@ -1,7 +1,7 @@
-"""`quantization_config` of a config.json: a claim about which modules are quantised.
+"""The `quantization_config` of a config.json: a claim about which modules are quantised.
 
-The format of a tensor follows from its dtype and from the scales beside it (`weights/entry.py`). The
-claim is only compared with that: repositories exist whose lists are wrong.
+The format of a tensor follows from its dtype and from the scales beside it (`weights/entry.py`).
+The claim is only compared with these formats, because some repositories have wrong lists.
 """
 
 import re
@@ -17,7 +17,7 @@ from qwen35.config_json import without_nulls
 from qwen35.errors import InputError
 from weights import fp8
 
-# The keys under which clients list the modules that they left alone. All of them are read.
+# The keys under which clients list unquantised modules. All of them are read.
 EXCLUDED = (
     "exclude",
     "modules_to_not_convert",
@@ -26,21 +26,22 @@ EXCLUDED = (
     "exclude_modules",
     "ignored_modules",
 )
-# The methods whose lists are understood. What others claim is not compared with the tensors.
+# The methods whose lists are understood. The claims of others are not compared with the tensors.
 METHODS = ("fp8", "quark", "compressed-tensors", "modelopt", "fbgemm_fp8", "mxfp4")
-LARGEST_BLOCK = 1 << 16  # rows or columns: decoding takes memory in proportion to them
+LARGEST_BLOCK = 1 << 16  # rows or columns; the memory of decoding is proportional to them
 PREFIX = re.compile(r"^model\.(language_model\.)?")
 
 
 class Modules:
-    """A list that names modules of the file: by name or a parent's, with or without the prefix, by globs
-    (`*mlp.gate`) and by expressions (`re:.*mlp.gate`). InputError for an invalid expression."""
+    """A list of modules of the file. Its entries are names of modules or of parents (with or
+    without prefix), globs (`*mlp.gate`) and regular expressions (`re:.*mlp.gate`). InputError for
+    an invalid expression."""
 
     def __init__(self, entries: Iterable[str]) -> None:
         expressions = [e[3:] for e in entries if e.startswith("re:")]
         others = [PREFIX.sub("", e) for e in entries if not e.startswith("re:")]
         self.globs = [entry for entry in others if set("*?[") & set(entry)]
-        self.names = frozenset(others).difference(self.globs)  # looked up: there may be thousands
+        self.names = frozenset(others).difference(self.globs)  # a set, as there may be thousands
         try:
             self.expressions = [re.compile(expression) for expression in expressions]
         except re.error as error:
@@ -60,11 +61,11 @@ class Modules:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What a `quantization_config` claims.
+    """The claims of a `quantization_config`.
 
-    method: what wrote it, as in "fp8" (Qwen) or "quark" (AMD). excluded: names, globs and expressions of
-    modules that it leaves alone. block: rows and columns of an FP8 block. targets: what is quantised,
-    "Linear" or entries as in `excluded` (compressed-tensors).
+    method: the quant_method, as in "fp8" (Qwen) or "quark" (AMD). excluded: entries of `Modules`
+    that are not quantised. block: rows and columns of an FP8 block. targets: what is quantised:
+    "Linear", or entries as in `excluded` (compressed-tensors).
     """
 
     method: str
@@ -74,8 +75,8 @@ class Quantization:
 
     @classmethod
     def from_config(cls, document: Mapping[str, Any]) -> "Quantization | None":
-        """The claim of a parsed config.json; None where it claims nothing. InputError for names that
-        are no list, and for an invalid block."""
+        """The claim of a parsed config.json, or None if it has none. InputError for an invalid list
+        of names or an invalid block."""
         text = document.get("text_config")
         inner = text if isinstance(text, dict) else {}
         keys = ("quantization_config", "compression_config")
@@ -106,11 +107,11 @@ class Quantization:
 
     @property
     def is_compared(self) -> bool:
-        """Whether its method's lists are understood."""
+        """Whether the lists of its method are understood."""
         return self.method in METHODS
 
     def claims(self, module: str) -> bool:
-        """Whether it says that this linear layer of the file is quantised."""
+        """Whether it claims that this linear layer of the file is quantised."""
         is_target = "Linear" in self.targets or module in self._targets
         return is_target and module not in self._excluded
 
@@ -137,8 +138,8 @@ def fp8_claim(excluded: list[str]) -> dict[str, Any]:
 def mxfp4_claim(excluded: list[str], activations: str = "mxfp4") -> dict[str, Any]:
     """The quantization_config of AMD's MXFP4 repositories, with these modules left out.
 
-    activations: "mxfp4" says that they are quantised too, as AMD's does, and an engine may follow or
-    not; "bf16" says that only weights are.
+    activations: "mxfp4" claims that they are quantised too, as AMD's repositories do (engines may
+    ignore it); "bf16" claims that only weights are.
     """
     weight = {
         "dtype": "fp4",
@@ -179,7 +180,7 @@ def mxfp4_claim(excluded: list[str], activations: str = "mxfp4") -> dict[str, An
 
 
 def compare(claim: Quantization | None, formats: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Problems and notes: a line for each kind of module that is not as claimed.
+    """Problems and notes: a line for each kind of module that differs from the claim.
 
     formats: the format, "mxfp4", "fp8" or "plain", of each linear module of the file (a matrix `.weight`
     that is no embedding), by its name. Layer and expert numbers are left out of the lines.
@@ -217,7 +218,8 @@ def compare(claim: Quantization | None, formats: Mapping[str, str]) -> tuple[lis
 
 
 def name_pattern(name: str) -> str:
-    """A name with its layer and expert numbers as `*`: what many tensors have in common."""
+    """A name with `*` for its layer and expert numbers, so that tensors of one kind have the
+    same."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
@@ -229,7 +231,7 @@ def _names(claim: Mapping[str, Any], key: str) -> list[str]:
 
 
 def _block_structure(groups: Iterable[Mapping[str, Any]]) -> Any:
-    """The FP8 block of compressed-tensors' claim; None where it states none."""
+    """The FP8 block in the claim of compressed-tensors, or None."""
     weights = [group.get("weights") for group in groups]
     blocks = [w.get("block_structure") for w in weights if isinstance(w, dict)]
     return next((block for block in blocks if block), None)

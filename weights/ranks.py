@@ -1,5 +1,7 @@
-"""The folders of ranks that `tools.convert --tp N` writes, read as the checkpoint that was cut: each of
-its tensors is joined from the ranks' parts when it is read."""
+"""Reads the folders of ranks that `tools.convert --tp N` writes as one whole checkpoint.
+
+A tensor is joined from the ranks' parts when it is read.
+"""
 
 import json
 import re
@@ -17,8 +19,8 @@ from weights.shard import Plan, Shard, join
 from weights.storage import DTYPE_NAMES, Opened, Stored, open_folder, read_json, some
 
 FOLDER = re.compile(r"rank-(\d+)-of-(\d+)")
-REPORT = "conversion.json"  # what a conversion says of itself, beside its weights
-PACKED = (1, 2, 32, 128)  # elements that one stored value may stand for along the axis of a cut
+REPORT = "conversion.json"  # the report of a conversion, beside its weights
+PACKED = (1, 2, 32, 128)  # possible numbers of elements per stored value, along the axis of a cut
 
 
 def folder_names(size: int) -> list[str]:
@@ -27,10 +29,10 @@ def folder_names(size: int) -> list[str]:
 
 
 def rank_folders(parent: Path) -> list[Path]:
-    """The ranks' folders inside of `parent`, in their order; empty where there are none.
+    """The folders of all ranks in `parent`, in their order. Empty if there are none.
 
-    InputError where one is missing, or where they are of several sizes. A folder that has a config.json
-    of its own is a checkpoint, whatever else lies in it.
+    InputError if one is missing, or if they belong to groups of several sizes. A folder with its
+    own config.json is a checkpoint, whatever else is in it.
     """
     if not parent.is_dir() or (parent / "config.json").exists():
         return []
@@ -52,7 +54,8 @@ def rank_folders(parent: Path) -> list[Path]:
 
 
 def rank_of(document: Mapping[str, Any], file: Path) -> tuple[int, int] | None:
-    """(rank, size) by a config.json; None for a whole checkpoint. InputError for what is neither."""
+    """The (rank, size) in a config.json, or None for a whole checkpoint. InputError if they are
+    invalid."""
     if (claim := document.get("tensor_parallel")) is None:
         return None
     rank, size = (claim.get("rank"), claim.get("size")) if isinstance(claim, dict) else (None, None)
@@ -64,7 +67,7 @@ def rank_of(document: Mapping[str, Any], file: Path) -> tuple[int, int] | None:
 
 
 def join_command(parent: Path) -> str:
-    """The command that makes one checkpoint of the ranks in `parent`, in the format that they are in."""
+    """The command that joins the ranks in `parent` to one checkpoint, in the same format."""
     asked = {"to": "bf16", "what": USUAL_WHAT["bf16"], "activations": "mxfp4"}
     reports = sorted(parent.glob(f"*/{REPORT}"))
     written = read_json(reports[0]) if reports else {}
@@ -74,7 +77,7 @@ def join_command(parent: Path) -> str:
 
 
 def without_config(folder: Path) -> str:
-    """Why a folder without config.json is no checkpoint, and what makes one of it."""
+    """An error message: why a folder without config.json is no checkpoint, and how to get one."""
     if (folder / UNFINISHED).exists():
         return f"{folder}: an unfinished conversion; {continuing(folder)}"
     if ranks := rank_folders(folder):
@@ -86,7 +89,7 @@ def without_config(folder: Path) -> str:
 def open_ranks(folders: list[Path], config: Config) -> Opened:
     """The tensors of all ranks, joined. config: of the whole model.
 
-    InputError for ranks that do not hold the same names, or parts that are not as the plan cuts them.
+    InputError if the ranks have different names, or if parts do not fit the plan.
     """
     for rank, folder in enumerate(folders):
         document = json.loads((folder / "config.json").read_bytes())

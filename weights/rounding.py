@@ -1,4 +1,4 @@
-"""Measures what a change of format loses."""
+"""Measures the rounding error of a change of format."""
 
 import math
 from collections.abc import Callable
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from weights import mxfp4
 
-MEASURED = 1 << 18  # elements whose error is taken at a time, in float64
+MEASURED = 1 << 18  # elements that are compared at a time, in float64
 
 
 @dataclass
 class Rounding:
-    """The error of all tensors of a kind: sums, and the group (32 along K, or a row) that lost most."""
+    """The error of all tensors of a kind: sums, and the group (32 along K, or a row) with the
+    largest error."""
 
     tensors: int = 0
     elements: int = 0

@@ -1,9 +1,9 @@
 """Which rank of a tensor-parallel group holds which rows or columns of each tensor.
 
-TABLE has one line for each kind of tensor, also for those that each rank holds whole. A rank's modules
-are the reference's own, built from `Plan.rank_config` and filled with its shards. The ranks then add up
-the results of mixers, feed-forwards and the embedding (a row that a rank lacks counts as zero), and
-concatenate the head's logits along the vocabulary.
+TABLE has one line for each kind of tensor, also for those that each rank has whole. The modules of
+a rank are those of the reference, built from `Plan.rank_config` and filled with its shards. The
+ranks then add up the results of mixers, feed-forwards and the embedding (a row that a rank lacks
+counts as zero), and concatenate the head's logits along the vocabulary.
 """
 
 import re
@@ -22,9 +22,9 @@ SIZES = (1, 2, 4, 8)  # ranks of a group
 
 @dataclass(frozen=True)
 class Section:
-    """A stretch of an axis: units of `width` elements, as many as the config's field `count` says.
+    """A section of an axis: units of `width` elements. The config's field `count` is their number.
 
-    The units are dealt out in order, equally many to each rank (see `units`).
+    Each rank gets the same number of units, in order (see `units`).
     """
 
     count: str
@@ -36,7 +36,7 @@ def _value_heads_per_key_head(c: Config) -> int:
 
 
 VOCABULARY = Section("vocab_size")
-# Delta net. Value heads go to the rank that has the key head which serves them.
+# Delta net. Value heads go to the rank that has their key head.
 KEYS = Section("linear_num_key_heads", lambda c: c.linear_key_head_dim)
 VALUES = Section("linear_num_value_heads", lambda c: c.linear_value_head_dim)
 VALUE_HEADS = Section("linear_num_value_heads")
@@ -54,8 +54,8 @@ ROUTED = Section("moe_intermediate_size")
 SHARED = Section("shared_expert_intermediate_size")
 DENSE = Section("intermediate_size")
 
-# (names, axis that is cut, its sections from first to last); axis None: whole on each rank. The first
-# line that matches holds. N is a number, * anything, (a|b) either; layers.N is also mtp.layers.N.
+# (names, axis that is cut, its sections in order). Axis None: whole on each rank. The first line
+# that matches counts. N is a number, * is anything, (a|b) is either. layers.N is also mtp.layers.N.
 TABLE: tuple[tuple[str, int | None, tuple[Section, ...]], ...] = (
     ("layers.N.mlp.experts.N.(gate|up)_proj.weight", 0, (ROUTED,)),
     ("layers.N.mlp.experts.N.down_proj.weight", 1, (ROUTED,)),
@@ -89,25 +89,26 @@ TABLE: tuple[tuple[str, int | None, tuple[Section, ...]], ...] = (
     ("visual.*", None, ()),
 )
 
-# Nodes whose results the ranks add up, since a matrix of theirs is cut along the axis that its product
-# sums over; written as in TABLE.
+# Nodes whose results the ranks add up, because one of their matrices is cut along the axis that its
+# product sums over. The names are written as in TABLE.
 SUMMED = "layers.N.(linear_attn|self_attn|mlp)"
 
-# Heads that neighbouring ranks hold together where there are fewer of them than ranks: each computes
+# Heads that neighbouring ranks share if there are fewer heads than ranks. Each rank then computes
 # with the same keys.
 SHARED_HEADS = (KV.count, KEYS.count)
 
 
 def units(count: int, size: int, rank: int) -> tuple[int, int]:
-    """(first, end) of the units that a rank holds: count / size of them, or, where there are fewer
-    units than ranks (SHARED_HEADS), the one that it shares with its neighbours."""
+    """(first, end) of the units of a rank. There are count / size of them. If there are fewer units
+    than ranks (SHARED_HEADS), it is the one that the rank shares with its neighbours."""
     first = rank * count // size
     return first, first - (-count // size)  # count / size, rounded up
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What a rank holds: ranges (first, end) along one axis, joined in order. Axis None: all of it."""
+    """The part of a tensor on a rank: ranges (first, end) along one axis, joined in order. Axis
+    None: the whole tensor."""
 
     axis: int | None
     ranges: tuple[tuple[int, int], ...] = ()
@@ -137,8 +138,8 @@ class Shard:
         return (*shape[: self.axis], held, *shape[self.axis + 1 :])
 
     def cut(self, tensor: Tensor, per: int = 1) -> Tensor:
-        """The rank's part of `tensor`: a view if it is one range, else a copy. per: see `shape_of`, which
-        refuses what cannot be cut."""
+        """The rank's part of `tensor`: a view if it is one range, else a copy. per, errors: as in
+        `shape_of`."""
         self.shape_of(tensor.shape, per)
         if self.axis is None:
             return tensor
@@ -150,11 +151,12 @@ class Shard:
 
 
 def join(shards: Sequence[Shard], tensors: Sequence[Tensor], per: int = 1) -> Tensor:
-    """The whole tensor from every rank's part: what `Shard.cut` took apart, with the same `per`."""
+    """Join the parts of all ranks to the whole tensor. It reverses `Shard.cut` with the same
+    `per`."""
     axis = shards[0].axis
     if axis is None:
         return tensors[0]
-    pieces: dict[tuple[int, int], Tensor] = {}  # what several ranks hold counts once
+    pieces: dict[tuple[int, int], Tensor] = {}  # parts that several ranks share count once
     for shard, tensor in zip(shards, tensors, strict=True):
         lengths = [(end - first) // per for first, end in shard.ranges]
         pieces |= zip(shard.ranges, tensor.split(lengths, axis), strict=True)
@@ -164,8 +166,9 @@ def join(shards: Sequence[Shard], tensors: Sequence[Tensor], per: int = 1) -> Te
 class Plan:
     """The shards of one model over `size` ranks.
 
-    Raises InputError where the config's sizes do not divide: a plan that exists can cut every tensor, but
-    for packed groups (checked by `Shard.cut`) and Qwen3-Next's projections (checked by `shard`).
+    InputError if `size` does not divide the config's sizes. A plan that exists can cut every
+    tensor, except for packed groups (checked by `Shard.cut`) and Qwen3-Next's projections (checked
+    by `shard`).
     """
 
     def __init__(self, config: Config, size: int) -> None:
@@ -203,7 +206,7 @@ class Plan:
             raise InputError(
                 f"{name} has shape {list(shape)}; the config needs {sum(lengths)} on axis {axis}"
             )
-        if self.size == 1:  # nothing is cut, so no group can be in the way, and nothing is copied
+        if self.size == 1:  # nothing is cut or copied
             return Shard(None)
         ranges, start = [], 0
         for section, length in zip(sections, lengths, strict=True):
@@ -219,8 +222,8 @@ class Plan:
         return Shard(axis, tuple(ranges))
 
     def extent(self, name: str) -> tuple[int, int] | None:
-        """The axis along which a tensor is cut, and its elements on it; None for what is whole on each
-        rank. InputError as `shard` says."""
+        """The axis along which a tensor is cut, and its length. None for a tensor that is whole on
+        each rank. InputError as in `shard`."""
         axis, sections = self._rule(name)
         return None if axis is None else (axis, sum(self._lengths(name, sections)))
 
@@ -257,7 +260,8 @@ class Plan:
 
 
 def _counted(config: Config) -> list[str]:
-    """The fields that count something to be dealt out in this config: others may have any value."""
+    """The fields of this config whose units are distributed over ranks. Others may have any
+    value."""
     sparse = [config.is_sparse(i) for i in range(config.num_hidden_layers)]
     has_attention = "full_attention" in config.layer_types or config.mtp_num_hidden_layers > 0
     used = {

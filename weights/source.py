@@ -14,9 +14,10 @@ from weights.storage import Stored, open_file, read_json, write_whole
 class Source(Protocol):
     """The interface of a source.
 
-    name: as it is asked for. folder: what is read as a checkpoint; its files may be hollow, with no more
-    than their headers. identity: what must not change until the end. open: the tensors of one file.
-    close: release a file that is not needed again. room: bytes of disk that it takes meanwhile.
+    name: as the user gives it. folder: the checkpoint folder; its files may be hollow, with only
+    their headers. identity: facts that must not change until the end. open: the tensors of one
+    file. close: release a file that is not needed again. room: bytes of disk that the source itself
+    needs.
     """
 
     name: str
@@ -30,7 +31,7 @@ class Source(Protocol):
 
 
 class Folder:
-    """A checkpoint folder as a source; it is only read."""
+    """A checkpoint folder as a source. It is only read."""
 
     def __init__(self, folder: Path) -> None:
         self.name, self.folder, self.is_hollow = str(folder.resolve()), folder, False
@@ -66,16 +67,17 @@ def folder_source(folder: Path) -> Folder:
 
 
 def _identity(folder: Path, holders: list[Path]) -> dict[str, Any]:
-    """Size and time of change of each file in these folders, by its name below `folder`."""
+    """Size and modification time of each file in these folders, by its name relative to
+    `folder`."""
     files = sorted(file for holder in holders for file in holder.glob("*") if file.is_file())
     stats = {str(file.relative_to(folder)): file.stat() for file in files}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 class Hub:
-    """A hub repository as a source: its files are fetched one at a time into `work`, and dropped, or
-    into the hub's own cache, and kept. `work` remembers the commit: a conversion that is continued stays
-    with it."""
+    """A hub repository as a source. Its files are fetched one at a time: into `work`, and removed
+    after use, or into the hub's own cache, and kept. `work` records the commit, so that a continued
+    conversion uses the same one."""
 
     def __init__(self, name: str, work: Path, *, keep: bool) -> None:
         begun = read_json(work / "source.json") or {"repository": name, "commit": None}
@@ -101,5 +103,5 @@ class Hub:
             (self.files / file).unlink(missing_ok=True)
 
     def room(self) -> int:
-        # A scale may lie in the file after its weight's: two are here at times.
+        # A scale may be in another file than its weight, so two files may be here at a time.
         return sum(sorted(self.repository.sizes.values())[-2:]) if self.files else 0

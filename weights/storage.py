@@ -1,8 +1,8 @@
-"""Safetensors files as named tensors: headers first, bytes mapped, nothing read before it is asked for.
+"""Safetensors files as named tensors, with mapped bytes that are read on demand.
 
-The safetensors library checks each file; the bytes are mapped here, once for each file, because the
-library's own reads touch the first page of every tensor, and a checkpoint with one tensor for each
-expert's matrix has a hundred thousand of them.
+The safetensors library checks each file. The bytes are mapped here, once per file, because the
+library's own reads touch the first page of every tensor, and a checkpoint with separate experts has
+a hundred thousand tensors.
 """
 
 import json
@@ -22,8 +22,8 @@ from qwen35.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PIECE = 1 << 22  # numbers that are compared at once
-PARTIAL = ".partial"  # ends the name of a file that is being written
+PIECE = 1 << 22  # elements that are compared at a time
+PARTIAL = ".partial"  # suffix of a file that is being written
 
 # Dtypes as safetensors writes them.
 DTYPES = {
@@ -99,7 +99,7 @@ def indexed_files(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """All safetensors files of a folder, sorted, but for hidden ones."""
+    """All safetensors files of a folder, sorted, without hidden ones."""
     return sorted(f for f in folder.glob("*.safetensors") if not f.name.startswith("."))
 
 
@@ -149,7 +149,8 @@ def open_folder(folder: Path) -> Opened:
 
 
 def open_file(file: Path) -> dict[str, Stored]:
-    """The tensors of one file by name, as views of its mapping. InputError where it is damaged."""
+    """The tensors of one file by name, as views of its mapping. InputError if it is missing or
+    damaged."""
     try:
         with safe_open(file, framework="pt"):  # checks the header against the file
             pass
@@ -174,7 +175,7 @@ def open_file(file: Path) -> dict[str, Stored]:
         def read() -> Tensor:
             first, end = described["data_offsets"]
             numbers = content[first:end]
-            if numbers.storage_offset() % dtype.itemsize:  # legal, but rare: it is copied
+            if numbers.storage_offset() % dtype.itemsize:  # legal but rare; it needs a copy
                 numbers = numbers.clone()
             return numbers.view(dtype).view(shape)
 
@@ -184,8 +185,8 @@ def open_file(file: Path) -> dict[str, Stored]:
 
 
 def same_values(a: Stored, b: Stored) -> bool:
-    """Whether two tensors hold the same numbers, bit for bit where they have one dtype. Read in pieces: a
-    head may have 2 GB."""
+    """Whether two tensors have the same values; the same bits if they have the same dtype. They are
+    read in pieces, because a head may have 2 GB."""
     if a.shape != b.shape or (a.dtype != b.dtype and 1 in (a.dtype.itemsize, b.dtype.itemsize)):
         return False  # one-byte numbers mean nothing without their scales
     pieces = zip(a.read().flatten().split(PIECE), b.read().flatten().split(PIECE), strict=True)
@@ -204,8 +205,8 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def header(described: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
-    """The start of a safetensors file that holds tensors of these names, dtypes and shapes in this order:
-    its length and its JSON. Their bytes follow without gaps."""
+    """The start of a safetensors file with tensors of these names, dtypes and shapes in this order:
+    the length of the header and its JSON. The bytes of the tensors follow without gaps."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in described:
@@ -220,16 +221,17 @@ def header(described: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> bytes:
 
 
 def row_major(tensor: Tensor) -> memoryview:
-    """A tensor's bytes as they stand in a file, without a copy where they lie so already."""
+    """The bytes of a tensor in row-major order, as in a file. Contiguous tensors are not copied."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @contextmanager
 def whole(file: Path, partial: Path | None = None) -> Iterator[Path]:
-    """Give a path to write to. It is renamed to `file` when the block ends, and removed when it fails.
+    """Yield a path to write to. It is renamed to `file` when the block ends, and removed if the
+    block fails.
 
-    partial: that path; by default a hidden name of this process beside the file. An OSError names `file`,
-    also where the disk is full.
+    partial: that path; by default a hidden file beside `file`, with the process id in its name. An
+    OSError names `file`, also if the disk is full.
     """
     path = partial or file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -243,7 +245,7 @@ def whole(file: Path, partial: Path | None = None) -> Iterator[Path]:
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash of the machine."""
+    """Write a file atomically: it is complete or not there, even after a crash of the machine."""
     with (
         whole(file, file.with_name(f"{file.name}{PARTIAL}")) as partial,
         partial.open("wb") as handle,
@@ -254,11 +256,11 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """A JSON file of our own; None where it is not there."""
+    """The content of a JSON file that we wrote, or None if there is no such file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def some(names: list[str]) -> str:
-    """The first few of a list of names, and how many more."""
+    """The first three of a list of names, and the number of the others."""
     shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,4 +1,4 @@
-"""A finished conversion against its source: every tensor computed again and compared bit for bit."""
+"""Verifies a finished conversion: every tensor is computed again from the source and compared."""
 
 import json
 import tempfile
@@ -21,7 +21,7 @@ from weights.rounding import Rounding
 from weights.source import Hub, Source, folder_source
 from weights.storage import DTYPE_NAMES, Stored, open_folder, row_major, some
 
-LISTS = ("exclude", "modules_to_not_convert")  # in quantization_config; their order means nothing
+LISTS = ("exclude", "modules_to_not_convert")  # their order does not matter
 
 
 @contextmanager
@@ -53,7 +53,8 @@ def dry_run(
 
 @dataclass(frozen=True)
 class Verified:
-    """tensors, nbytes: what was compared and is the same. difference: a line on the first difference."""
+    """The result of a comparison. tensors, nbytes: what is equal. difference: the first difference,
+    or None."""
 
     tensors: int
     nbytes: int
@@ -61,7 +62,7 @@ class Verified:
 
 
 class _DifferenceError(Exception):
-    """The first difference ends the comparison."""
+    """Raised at the first difference, which ends the comparison."""
 
 
 def verify(
@@ -176,7 +177,7 @@ def _unordered(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare(found: Stored, wanted: Tensor) -> None:
-    """Raise _DifferenceError naming the first number that differs."""
+    """Raise _DifferenceError, with the first number that differs."""
     where = f"{found.file}: {found.name}"
     if (found.dtype, found.shape) != (wanted.dtype, tuple(wanted.shape)):
         raise _DifferenceError(

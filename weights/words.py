@@ -1,23 +1,25 @@
-"""MXFP4 codes in an order that Hopper decodes with few instructions, and the way back, bit for bit.
+"""MXFP4 codes in an order that Hopper decodes with few instructions, with lossless conversion back.
 
-Hopper's matrix unit wants bf16 pairs: element 2p in the low half of a register, 2p + 1 in the high half.
-A code's bits, sign s and magnitude e1 e0 m, belong at bits 15 and 8, 7, 6 of its half: there they are the
-number times 2^-126. A 32-bit word has eight codes. Its pair 0 lies there already; the others are rotated
-there:
+Hopper's tensor cores take bf16 pairs: element 2p in the low half of a register, 2p + 1 in the high
+half. The bits of a code, sign s and magnitude e1 e0 m, belong at bits 15 and 8, 7, 6 of its half.
+There they are the number times 2^-126. A 32-bit word has eight codes, which are four pairs. Pair 0
+is in place already; the others are rotated into place:
 
     pair 0    in place
     pair 1    by 6 to the left
     pair 2    by 10 to the left, around the end
     pair 3    by 12 to the left; e1 alone by 4
 
-The four pairs cannot all be one rotation away: sixteen bits have no tiling by the shape {15, 8, 7, 6}.
+A single rotation per pair is impossible, because four shapes {15, 8, 7, 6} cannot tile sixteen
+bits.
 
-In a span of 128 elements, word 4c + 2t + u (c = 0 to 3, t and u = 0 or 1) holds the four elements from
-64t + 16c + 4u on and the four that are 8 further. So words 2t + u of all c, which `ldmatrix` deals to one
-thread, meet two scales only, and the activations beside two neighbouring words are 16 bytes.
+In a span of 128 elements, word 4c + 2t + u (c = 0 to 3, t and u = 0 or 1) holds the four elements
+from 64t + 16c + 4u on, and the four that are 8 further. Then the words 2t + u of all c, which
+`ldmatrix` gives to one thread, need only two scales, and the activations for two neighbouring words
+are 16 contiguous bytes.
 
-For gate-up, whose rows are long, `tiles` puts together what a program reads in one step: 8 KB from one
-place instead of 128 bytes from each of 64.
+For gate-up, whose rows are long, `tiles` makes the bytes that a program reads in one step
+contiguous: 8 KB from one place instead of 128 bytes from each of 64.
 """
 
 import torch
@@ -26,8 +28,8 @@ from torch import Tensor
 
 from qwen35.errors import InputError
 
-SPAN = 128  # elements along K that are permuted among themselves
-TILE_N, TILE_K = 64, 256  # rows and elements of `tiles`: what a program reads at once
+SPAN = 128  # elements along K within which codes are permuted
+TILE_N, TILE_K = 64, 256  # rows and elements that a program reads at once
 TURNS = ((0, 0, 0, 0), (6, 6, 6, 6), (10, 10, 10, 10), (12, 12, 4, 12))  # of pair p: m, e0, e1, s
 HOMES = (6, 7, 8, 15)  # where m, e0, e1, s belong in a half
 
@@ -38,9 +40,10 @@ PLACES = tuple(
 
 
 def encode(codes: Tensor) -> Tensor:
-    """codes [..., K/2] uint8, two a byte as in a checkpoint -> the same shape and dtype in this order.
+    """Reorder codes [..., K/2] uint8, two per byte as in a checkpoint. Returns a copy of the same
+    shape.
 
-    A copy, on the same device. InputError for another dtype, or when 128 does not divide K.
+    InputError for another dtype, or if 128 does not divide K.
     """
     order = "... (t c half u) -> ... (c t u half)"
     words = rearrange(_fours(codes), order, t=2, c=4, half=2, u=2).contiguous()
@@ -57,10 +60,10 @@ def decode(encoded: Tensor) -> Tensor:
 
 
 def tiles(x: Tensor, width: int) -> Tensor:
-    """x [N, L] -> the same shape and dtype, with 64 rows by `width` columns side by side in memory.
+    """Reorder x [N, L] into tiles of 64 rows by `width` columns. Returns the same shape and dtype.
 
-    Tile after tile along L; inside a tile, row after row. InputError when 64 does not divide N, or the
-    width L.
+    Tiles follow one another along L. A tile is row-major. InputError if 64 does not divide N, or if
+    `width` does not divide L.
     """
     N, L = _tiled(x, width)
     tiled = rearrange(x, "(n row) (l column) -> n l row column", row=TILE_N, column=width)
@@ -84,7 +87,7 @@ def _tiled(x: Tensor, width: int) -> tuple[int, int]:
 
 
 def _fours(codes: Tensor) -> Tensor:
-    """The codes as int16 [..., spans, 32], four in each number."""
+    """The codes as int16 [..., spans, 32], with four codes per number."""
     *rows, half = codes.shape
     if codes.dtype != torch.uint8 or half * 2 % SPAN:
         raise InputError(

@@ -1,7 +1,7 @@
-"""A prompt's rows through the fast nodes: passes of 9 rows and more.
+"""The fast path for the rows of a prompt: passes of 9 rows and more.
 
-Each file has functions (`work` for the mixers) that give the launches of a node's pass as a list, and
-the buffer that they fill. Between launches there may be operations of torch on fixed buffers.
-A row's bits depend on nothing but the tokens up to it: neither on the rows beside it nor on where a
-prompt is cut, as long as that is on the grid of 64 tokens.
+Each file has functions (`work` for the mixers) that return the launches of a node's pass as a list,
+and the buffer that they fill. Between launches there may be torch operations on fixed buffers. The
+bits of a row depend only on the tokens up to it. They depend neither on the other rows nor on where
+a prompt is cut into passes, as long as the cuts are on the grid of 64 tokens.
 """

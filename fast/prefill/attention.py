@@ -1,4 +1,4 @@
-"""Gated attention for a prompt's rows."""
+"""Gated attention for the rows of a prompt."""
 
 import math
 from typing import Any
@@ -17,8 +17,11 @@ TOKENS = 16  # rows for which one program rotates one head
 def work(
     node: Any, x: Tensor, cache: KVCache, scratch: Scratch, *, residual: Tensor | None = None
 ) -> tuple[list[Work], Tensor]:
-    """x [N, D] bf16 through a `fast.attention.GatedAttention`: [N, D] bf16, filled when the work runs.
-    The work also adds the rows' keys and values to `cache`."""
+    """The work of a `fast.attention.GatedAttention` for x [N, D] bf16, and its output [N, D] bf16.
+
+    The output is filled when the work runs. The work also adds the rows' keys and values to
+    `cache`. residual [N, D] bf16 is added to the output.
+    """
     from fast.kernels.prefill import attention as kernels  # Triton is needed from here on
 
     N, start, target = len(x), cache.length, node.target
@@ -26,7 +29,7 @@ def work(
     first, projected = product(x, node.in_proj, target, scratch, name="attention_in")
     q, k = scratch("attention q", N, H, K), scratch("attention k", N, G, K)
     read = scratch("attention read", N, H * K)
-    cache.grow(start + N)  # before the launches take its addresses
+    cache.grow(start + N)  # before the launches use the addresses of its buffers
     is_fp8 = isinstance(cache, FP8KVCache)
     keys, values = cache.k[0], cache.v[0]  # [G, capacity, K]
     if is_fp8:  # all cached tokens are decoded once per pass

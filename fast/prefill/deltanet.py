@@ -1,4 +1,4 @@
-"""The gated delta net for a prompt's rows."""
+"""The gated delta net for the rows of a prompt."""
 
 import math
 from typing import Any
@@ -18,8 +18,11 @@ TOKENS = 16  # tokens that one program convolves
 def work(
     node: Any, x: Tensor, state: DeltaState, scratch: Scratch, *, residual: Tensor | None = None
 ) -> tuple[list[Work], Tensor]:
-    """x [N, D] bf16 through a `fast.deltanet.GatedDeltaNet`: [N, D] bf16, filled when the work
-    runs. The work also advances `state` past the rows."""
+    """The work of a `fast.deltanet.GatedDeltaNet` for x [N, D] bf16, and its output [N, D] bf16.
+
+    The output is filled when the work runs. The work also advances `state` past the rows. residual
+    [N, D] bf16 is added to the output.
+    """
     from fast.kernels.prefill import deltanet as kernels  # Triton is needed from here on
 
     N, target = len(x), node.target

@@ -1,4 +1,4 @@
-"""A decoder layer for a prompt's rows."""
+"""A decoder layer for the rows of a prompt."""
 
 from typing import Any
 
@@ -11,7 +11,8 @@ from fast.prefill.linear import normed
 
 
 def prefilled(work: Any, node: Any, x: Tensor, *state: Any) -> Tensor:
-    """Build the launches of a pass with a function `work` and run them: x [1, T, D] bf16 -> [1, T, D]."""
+    """Build the work of a pass with the function `work`, and run it. x [1, T, D] bf16 -> [1, T,
+    D]."""
     scratch = Scratch(x.device)
     todo, out = work(node, x[0], *state, scratch)
     run(todo, x.device)
@@ -19,8 +20,10 @@ def prefilled(work: Any, node: Any, x: Tensor, *state: Any) -> Tensor:
 
 
 def work(layer: Any, x: Tensor, state: Any, scratch: Scratch) -> tuple[list[Work], Tensor]:
-    """x [N, D] bf16 through a `fast.layer.DecoderLayer`: [N, D] bf16, filled when the work runs.
-    The work also advances `state` past the rows."""
+    """The work of a `fast.layer.DecoderLayer` for x [N, D] bf16, and its output [N, D] bf16.
+
+    The output is filled when the work runs. The work also advances `state` past the rows.
+    """
     before: Norm = layer.input_layernorm
     between: Norm = layer.post_attention_layernorm
     first, rows = normed(x, before, scratch, name="normed")

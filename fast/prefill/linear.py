@@ -1,4 +1,4 @@
-"""The norm, and the product with a bf16 matrix, of a prompt's rows."""
+"""RMS norm, and the product with a bf16 matrix, for the rows of a prompt."""
 
 import math
 
@@ -11,7 +11,7 @@ from fast.prefill.tiles import tiles
 from fast.router import power_of_two
 from fast.target import check_width
 
-GROUP = 8  # blocks of rows that share what the last-level cache holds of the weights
+GROUP = 8  # blocks of rows that reuse the weights in the last-level cache
 
 
 def product(
@@ -25,10 +25,11 @@ def product(
     activated: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Launch, Tensor]:
-    """x [N, K] bf16, weight [M, K] bf16 -> [N, M] in `dtype`: (residual +) x W^T.
+    """The launch of x W^T (+ residual), and its output [N, M] in `dtype`. x [N, K], weight [M, K]
+    bf16.
 
-    residual [N, M] bf16. activated: rows 2 i and 2 i + 1 of weight are a gate and an up; the result is
-    silu(gate) * up, [N, M / 2], without a residual.
+    residual [N, M] bf16. activated: rows 2 i and 2 i + 1 of weight are a gate and an up. The output
+    is then silu(gate) * up, [N, M / 2], and there can be no residual.
     """
     assert not (activated and residual is not None)
     from fast.kernels.prefill import linear as kernels  # Triton is needed from here on
@@ -53,7 +54,7 @@ def product(
 
 
 def normed(x: Tensor, norm: Norm, scratch: Scratch, *, name: str) -> tuple[Launch, Tensor]:
-    """x [N, D] bf16 after a norm, [N, D] bf16."""
+    """The launch of a norm for x [N, D] bf16, and its output [N, D] bf16."""
     from fast.kernels import norm as kernels  # Triton is needed from here on
 
     D = x.shape[1]

@@ -1,4 +1,4 @@
-"""The feed-forward of a prompt's rows: the mixture of experts, and the dense MLP."""
+"""The feed-forward for the rows of a prompt: mixture of experts (MoE), or dense MLP."""
 
 import math
 from typing import Any
@@ -12,13 +12,14 @@ from fast.prefill.tiles import tiles
 from fast.router import Choice, power_of_two
 from fast.target import check_width
 
-ROW_BLOCK = 1024  # columns of a row that a program adds up
+ROW_BLOCK = 1024  # columns of a row that one program handles
 
 
 def route(router: Any, x: Tensor, scratch: Scratch) -> tuple[list[Work], Choice]:
-    """Choose experts for rows x [N, D] bf16 by a `fast.router.Router`; filled when the work runs.
+    """The work of a `fast.router.Router` for x [N, D] bf16, and the choice, which is filled when it
+    runs.
 
-    `parts` of the choice is the whole product of the router's matrix, [1, N, M] fp32.
+    `parts` of the choice is the product with the router's whole matrix, [1, N, M] fp32.
     """
     from fast.kernels.prefill import moe as kernels  # Triton is needed from here on
 
@@ -50,11 +51,11 @@ def experts(
     node: Any, x: Tensor, chosen: Tensor, weights: Tensor, scratch: Scratch, *,
     shared: tuple[Tensor, Tensor, Tensor] | None = None, residual: Tensor | None = None,
 ) -> tuple[list[Work], Tensor]:  # fmt: skip
-    """The weighted sum of each row's experts, by a `fast.moe.Experts`: [N, D] bf16, filled when the work
-    runs.
+    """The work of a `fast.moe.Experts`: the weighted sum of each row's experts, [N, D] bf16. It is
+    filled when the work runs.
 
-    chosen [N, k] int32, weights [N, k] fp32. shared: the shared expert's activation [N, I] bf16, its down
-    weight [D, I] bf16, and the router's product [N, M] fp32, whose column E is the shared
+    chosen [N, k] int32, weights [N, k] fp32. shared: the shared expert's activation [N, I] bf16,
+    its down weight [D, I] bf16, and the router's product [N, M] fp32, whose column E is the shared
     expert's gate. residual [N, D] bf16.
     """
     from fast.kernels.prefill import moe as kernels  # Triton is needed from here on
@@ -119,16 +120,18 @@ def experts(
 
 
 class Sort:
-    """Sorts the pairs (row, slot) by expert with torch operations on fixed buffers, without a host sync.
+    """Sorts the pairs (row, slot) by expert with torch operations on fixed buffers, without a host
+    sync.
 
-    order [pairs] int64: the pair at each place; place_of_pair: the reverse. expert_first [E + 1] int32:
-    where each expert's pairs begin. A tile is up to `block` pairs of one expert: tile_expert [tiles]
-    int32 holds its expert (E for an unused tile), tile_first [tiles] int32 its first place.
+    order [pairs] int64: the pair at each place. place_of_pair [pairs] int64: the place of each
+    pair. expert_first [E + 1] int32: the first place of each expert. A tile is up to `block` pairs
+    of one expert. tile_expert [tiles] int32: its expert, or E for an unused tile. tile_first
+    [tiles] int32: its first place.
     """
 
     def __init__(self, pairs: int, E: int, block: int, experts: Tensor, scratch: Scratch) -> None:
         self.experts, self.E, self.block = experts, E, block
-        tiles = min(pairs, pairs // block + E)  # an expert's last tile may be part of one
+        tiles = min(pairs, pairs // block + E)  # the last tile of an expert may be partial
         self.order = scratch("pair order", pairs, dtype=torch.int64)
         self.place_of_pair = scratch("pair places", pairs, dtype=torch.int64)
         self.expert_first = scratch("expert first", E + 1, dtype=torch.int32)
@@ -156,7 +159,7 @@ class Sort:
 def block(
     node: Any, x: Tensor, scratch: Scratch, *, residual: Tensor | None = None
 ) -> tuple[list[Work], Tensor]:
-    """x [N, D] bf16 through a `fast.moe.SparseMoeBlock`: [N, D] bf16, filled when the work runs."""
+    """The work of a `fast.moe.SparseMoeBlock` for x [N, D] bf16, and its output [N, D] bf16."""
     from fast.kernels.prefill import moe as kernels  # Triton is needed from here on
 
     work, choice = route(node.gate, x, scratch)
@@ -186,7 +189,7 @@ def block(
 def mlp(
     node: Any, x: Tensor, scratch: Scratch, *, residual: Tensor | None = None
 ) -> tuple[list[Work], Tensor]:
-    """x [N, D] bf16 through a `fast.moe.MLP`: [N, D] bf16, filled when the work runs."""
+    """The work of a `fast.moe.MLP` for x [N, D] bf16, and its output [N, D] bf16."""
     first, hidden = product(
         x, node.gate_up, node.target, scratch, name="mlp_gate_up", activated=True
     )

@@ -1,4 +1,4 @@
-"""Sizes of the blocks that the kernels for many rows work on, by target. The same for every shape."""
+"""Block sizes of the prefill kernels, by target. They are the same for every shape."""
 
 from math import gcd
 
@@ -33,6 +33,7 @@ TILES: dict[str, dict[str, Tiles]] = {
 
 
 def tiles(target: str, kernel: str, **sizes: int) -> Tiles:
-    """Block sizes of a kernel. Each name in `sizes` (BLOCK_K=4096) is cut to its gcd with that size."""
+    """Block sizes of a kernel. For each name in `sizes` (as in BLOCK_K=4096), the gcd with that
+    size."""
     known = TILES[target][kernel]
     return known | {name: gcd(known[name], size) for name, size in sizes.items()}

@@ -1,5 +1,4 @@
-"""A state machine that runs random operations on a prefix cache, and compares each with a run
-without it.
+"""A state machine of random operations on a prefix cache, compared with runs without it.
 
 Prompts are made of a few blocks, so that they have common prefixes. They are submitted, continued
 with their own answers, forked, and abandoned in the middle. Caches are restarted, shrunk, damaged

@@ -1,8 +1,8 @@
-"""Causal attention of a prompt's rows: heads turned, then one pass over the keys for a block of rows.
+"""Causal attention for the rows of a prompt: RoPE (`turn`), then one pass over the keys (`attend`).
 
-Each program reads the keys from position 0 on, in tiles of one size. A tile that is fully masked for a
-row changes no bit of its result, so a row's bits do not depend on the rows beside it, nor on
-how the prompt is cut.
+Each program of `attend` reads the keys from position 0 on, in tiles of a fixed size. A tile that is
+fully masked for a row changes no bit of its result. Therefore the bits of a row depend neither on
+the other rows nor on how the prompt is cut into passes.
 """
 
 import triton
@@ -16,11 +16,11 @@ def turn(
     projected, q_gain, k_gain, cosine, sine, q, k, rows, eps, H: tl.constexpr, G: tl.constexpr,
     K: tl.constexpr, ROTARY: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Queries and keys after norm and RoPE, q [rows, H, K] and k [rows, G, K] bf16.
+    """Apply norm and RoPE to queries and keys. Writes q [rows, H, K] and k [rows, G, K] in bf16.
 
-    projected [rows, 2 H K + 2 G K] bf16: of each head the query and its gate, then the keys, then the
-    values. q_gain, k_gain [K] bf16; cosine, sine [rows, ROTARY / 2] fp32, of these rows' positions.
-    Grid (rows / TOKENS rounded up, H + G).
+    projected [rows, 2 H K + 2 G K] bf16: for each query head its query and its gate, then all keys,
+    then all values. q_gain, k_gain [K] bf16. cosine, sine [rows, ROTARY / 2] fp32, for the rows'
+    positions. Grid (rows / TOKENS rounded up, H + G).
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     head = tl.program_id(1)
@@ -45,9 +45,9 @@ def attend(
 ):  # fmt: skip
     """out[row, head] = sigmoid(gate) * attention of the query at position start + row, bf16.
 
-    projected as in `turn`; only its gates are read. q [rows, H, K]; keys, values [G, capacity, K] bf16,
-    which hold the positions below start + rows. -> out [rows, H * K].
-    Grid (H, rows / BLOCK_M rounded up).
+    projected is that of `turn`; only its gates are read. q [rows, H, K]; keys, values [G, capacity,
+    K] bf16, which hold the positions below start + rows. Writes out [rows, H * K]. Grid (H, rows /
+    BLOCK_M rounded up).
     """
     head = tl.program_id(0)
     # The last rows see the most keys, so their programs start first.
@@ -55,7 +55,8 @@ def attend(
     m = tl.arange(0, BLOCK_M)[:, None]
     row = block * BLOCK_M + m
     channel = tl.arange(0, K)[None, :]
-    # Scalars have 64 bits and blocks of offsets 32, or these would take all registers.
+    # Scalar offsets are int64 and blocks of offsets int32, because int64 blocks need too many
+    # registers.
     first = (block * BLOCK_M).to(tl.int64)
     own = (first * H + head) * K
     query = tl.load(q + own + (m * (H * K) + channel), mask=row < rows, other=0.0)
@@ -68,14 +69,14 @@ def attend(
     end = tl.minimum(start + (block + 1) * BLOCK_M, start + rows)
     for at in tl.range(0, end, TILE):
         p = at + tile
-        lines = tl.minimum(p, end - 1) * K  # what lies beyond the end is masked below
+        lines = tl.minimum(p, end - 1) * K  # positions from `end` on are masked below
         key = tl.load(keys + held + (lines[:, None] + channel))  # [TILE, K]
         value = tl.load(values + held + (lines[:, None] + channel))
-        # In powers of two: exp(x) = 2^(x log2 e).
+        # exp2 is used instead of exp: exp(x) = 2^(x log2 e).
         score = tl.dot(query, tl.trans(key)) * (K**-0.5 * 1.4426950408889634)  # [BLOCK_M, TILE]
         score = tl.where(p[None, :] <= position, score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
-        share = tl.exp2(score - higher[:, None])  # position 0 is seen by all: no peak is infinite
+        share = tl.exp2(score - higher[:, None])  # finite, as all rows see position 0
         fade = tl.exp2(peak - higher)
         total = total * fade + tl.sum(share, 1)
         acc = tl.dot(share.to(tl.bfloat16), value, acc * fade[:, None])
@@ -83,7 +84,7 @@ def attend(
     M: tl.constexpr = 2 * H * K + 2 * G * K
     gates = projected + first * M + head * 2 * K + K + m * M
     read = (acc / total[:, None]).to(tl.bfloat16).reshape(BLOCK_M, 2, K // 2).permute(0, 2, 1)
-    low, high = read.split()  # halves, so that a thread's registers hold them and their gates
+    low, high = read.split()  # halves, so that gates and rows fit into registers
     column = tl.arange(0, K // 2)[None, :]
     lines = out + own + m * (H * K)
     gate = tl.load(gates + column, mask=row < rows, other=0.0).to(tl.float32)

@@ -1,7 +1,7 @@
-"""Products of many rows with a bf16 matrix.
+"""Matrix products of many rows with a bf16 weight.
 
-The sum of a row runs along K in blocks of one size, so its bits depend neither on the number of rows nor
-on its place among them.
+Each sum runs along K in blocks of a fixed size. Therefore the bits of a row depend neither on the
+number of rows nor on its position among them.
 """
 
 import triton
@@ -32,8 +32,8 @@ def linear(
     """out[row, n] = (residual[row, n] +) sum over k of x[row, k] * weight[n, k].
 
     x [rows, K] bf16, weight [N, K] bf16, residual [rows, N] bf16 -> out [rows, N] bf16 or fp32.
-    ACTIVATED: rows 2 i and 2 i + 1 of weight are a gate and an up, and out [rows, N / 2] is silu(gate)
-    * up. Grid (rows / BLOCK_M rounded up, times N / BLOCK_N rounded up).
+    ACTIVATED: rows 2 i and 2 i + 1 of weight are a gate and an up, and out [rows, N / 2] is
+    silu(gate) * up. Grid ((rows / BLOCK_M rounded up) * (N / BLOCK_N rounded up)).
     """
     block, column_block = tile_of(  # pyright: ignore
         tl.program_id(0), rows, N, GROUP, BLOCK_M, BLOCK_N

@@ -1,8 +1,8 @@
-"""The experts for many rows: pairs (row, slot) sorted by expert, and products of one expert's rows each.
+"""The experts for many rows: a grouped matrix product over (row, slot) pairs sorted by expert.
 
-A program multiplies BLOCK_M pairs of one expert with BLOCK_N rows of that expert's weights, decoded on
-the way into the matrix unit. Each pair is a separate row of the product, so no other pair
-affects its bits.
+A program multiplies BLOCK_M pairs of one expert by BLOCK_N rows of that expert's weights. MXFP4
+weights are decoded right before the product. Each pair is a separate row of the product, so no
+other pair affects its bits.
 """
 
 import triton
@@ -29,8 +29,11 @@ def choose(
 
 @triton.jit(do_not_specialize=["rows"])
 def activate(logits, out, rows, N, FIRST: tl.constexpr, I: tl.constexpr, BLOCK: tl.constexpr):
-    """out[row, i] = silu(gate) * up of the shared expert; logits [rows, N] fp32 has its gates in columns
-    FIRST to FIRST + I and its ups behind them. -> [rows, I] bf16. Grid (rows)."""
+    """Compute silu(gate) * up of the shared expert, out [rows, I] bf16.
+
+    logits [rows, N] fp32 has the gates in columns FIRST to FIRST + I, and the ups after them. Grid
+    (rows).
+    """
     line = tl.program_id(0).to(tl.int64)
     for first in tl.range(0, I, BLOCK):  # pyright: ignore
         i = first + tl.arange(0, BLOCK)
@@ -51,13 +54,13 @@ def grouped(
 ):  # fmt: skip
     """out[p] = weight[expert of p] @ x of p, for the pairs p in the order of their experts.
 
-    TOP_K > 0: x [rows, K] bf16, and pair p reads row order[p] // TOP_K, order [pairs] int64; otherwise x
-    [pairs, K] bf16. tile_expert, tile_first [tiles] int32: the expert of each tile of BLOCK_M pairs, E
-    where there is none, and its first pair; expert_first [E + 1] int32: where the pairs of each expert
-    begin. FP4: weight [E, N, K/2] and scale [E, N, K/32] uint8, in tiles of TILE_N rows by TILE_K
-    elements; otherwise weight [E, N, K] bf16. -> out [pairs, N] bf16, or with ACTIVATED, where rows 2 i
-    and 2 i + 1 of weight are a gate and an up, silu(gate) * up, [pairs, N / 2]. Grid (N / BLOCK_N,
-    tiles).
+    TOP_K > 0: x is [rows, K] bf16, and pair p reads row order[p] // TOP_K, with order [pairs]
+    int64. TOP_K = 0: x is [pairs, K] bf16. tile_expert [tiles] int32: the expert of each tile of
+    BLOCK_M pairs, or E for an unused tile. tile_first [tiles] int32: its first pair. expert_first
+    [E + 1] int32: the first pair of each expert. FP4: weight [E, N, K/2] and scale [E, N, K/32]
+    uint8, in tiles of TILE_N rows by TILE_K elements; otherwise weight [E, N, K] bf16. Writes out
+    [pairs, N] bf16. ACTIVATED: rows 2 i and 2 i + 1 of weight are a gate and an up, and out [pairs,
+    N / 2] is silu(gate) * up. Grid (N / BLOCK_N, tiles).
     """
     expert = tl.load(tile_expert + tl.program_id(1))
     if (expert >= 0) & (expert < E):
@@ -104,13 +107,13 @@ def combine(
     TOP_K: tl.constexpr, GATE: tl.constexpr, HAS_SHARED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = sum over slots of weights[row, slot] * by_pair of the slot, in their order, (+ the
-    shared expert behind its sigmoid gate) (+ residual[row]).
+    """Sum the outputs of each row's experts with their weights, in the order of slots. out [rows,
+    D] bf16.
 
-    by_pair [rows * TOP_K, D] bf16, in the order of experts, and place_of_pair [rows * TOP_K] int64: where
-    each pair lies there. weights [rows, TOP_K] fp32; shared, residual [rows, D] bf16; logits [rows, N]
-    fp32, whose column GATE is the shared expert's gate. -> out [rows, D] bf16. Grid (rows,
-    D / BLOCK rounded up).
+    The shared expert, times its sigmoid gate, and the residual are added if they are there. by_pair
+    [rows * TOP_K, D] bf16 is sorted by expert. place_of_pair [rows * TOP_K] int64 is the place of
+    each pair in it. weights [rows, TOP_K] fp32; shared, residual [rows, D] bf16; logits [rows, N]
+    fp32, whose column GATE is the shared expert's gate. Grid (rows, D / BLOCK rounded up).
     """
     line = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
