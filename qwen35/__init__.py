@@ -1,12 +1,13 @@
-"""The front door of a notebook.
+"""The interface for notebooks and programs.
 
     import qwen35
     model = qwen35.load("tiny")
     print(qwen35.generate(model, "In the beginning"))
 
-`load`, `generate`, `swap`, `swapped`, `trace` and `diff` are imported when they are first used: `import
-qwen35` alone imports nothing. Each takes the name that its module may have too, so `qwen35.load` is the
-function; write `from qwen35.load import ...` for what else that module holds.
+`load`, `generate`, `swap`, `swapped`, `trace` and `diff` are imported when they are first used;
+`import qwen35` alone imports no other module of the project. `qwen35.load` is the function,
+although there is a module of this name; `from qwen35.load import ...` gives the other names of the
+module.
 """
 
 import importlib
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
     from qwen35.load import load
     from qwen35.swap import swap, swapped
 
-# torch's threads spin while they wait for each other, which starves them where anything else runs on the
-# same cores. libgomp reads this when torch is imported: after so many turns a thread sleeps (LOG.md).
+# torch's threads spin while they wait for each other, which makes them slow if anything else runs
+# on the same cores. With this variable a thread sleeps after 1000 turns (LOG.md). libgomp reads it
+# when torch is imported.
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
-# As a program (`python -m`), Ctrl-C while torch is being imported ends it in silence; `cli.run` puts
-# Python's handler back before the work begins.
+# In a command (`python -m`), Ctrl-C during the import of torch ends the process without a
+# traceback. `cli.run` restores Python's handler before the work begins.
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -46,7 +48,7 @@ MODULES = {
 
 
 class _FrontDoor(ModuleType):
-    """A package that gives functions where it has submodules of the same name."""
+    """A package whose attributes are functions, although it has submodules of the same names."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in MODULES:

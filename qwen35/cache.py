@@ -1,6 +1,6 @@
-"""What a sequence carries from one pass to the next: plain dataclasses of tensors, one entry a layer.
+"""The state of a sequence between passes: plain dataclasses of tensors, with one entry per layer.
 
-`Cache` is the one visible object: a forward reads it and writes it, nothing else holds state.
+`Cache` has the whole state. A forward reads and writes it; nothing else holds state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from qwen35.config import Config
 
-KV_CACHE_DTYPES = ("auto", "fp8")  # the model's own, or e4m3 with scales
+KV_CACHE_DTYPES = ("auto", "fp8")  # the model's dtype, or e4m3 with scales
 
 
 @dataclass(repr=False)
 class KVCache:
     """Keys (after norm and RoPE) and values of one full-attention layer.
 
-    k, v: [B, G, capacity, K]; positions at and beyond `length` hold nothing of meaning.
+    k, v: [B, G, capacity, K]. Positions from `length` on are undefined.
     """
 
     k: Tensor
@@ -35,12 +35,13 @@ class KVCache:
         return cls(*(torch.empty(B, G, 0, K, dtype=dtype, device=device) for _ in range(2)))
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add k, v [B, G, T, K] and return everything held, [B, G, P, K] each (views)."""
+        """Append k, v [B, G, T, K]. Returns all keys and values, [B, G, P, K] each (views)."""
         self.take(k, v)
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
     def take(self, *rows: Tensor) -> None:
-        """Add T positions of every tensor that `tensors` names, in its order, from any device."""
+        """Append T positions of every tensor, in the order of `tensors`. They may be on any
+        device."""
         end = self.length + rows[0].shape[2]
         self.grow(end)
         for buffer, new in zip(self.buffers().values(), rows, strict=True):
@@ -49,17 +50,17 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Positions that there is room for."""
+        """The number of positions in the buffers."""
         return self.k.shape[2]
 
     def grow(self, length: int) -> None:
-        """Make room for a sequence of that length. Where there is too little, the capacity at least
-        doubles, which keeps the copying linear in the length of the sequence."""
+        """Make room for a sequence of that length. The capacity at least doubles if it is too
+        small, so that the total cost of copies is linear in the length."""
         if length > self.capacity:
             self.reserve(max(length, 2 * self.capacity))
 
     def reserve(self, capacity: int) -> None:
-        """Make room for that many positions in all; what is held stays."""
+        """Make room for `capacity` positions in total. The stored positions stay."""
         if capacity <= self.capacity:
             return
         for name, held in self.buffers().items():
@@ -69,22 +70,22 @@ class KVCache:
             setattr(self, name, grown)
 
     def rollback(self, tokens: int) -> None:
-        """Forget the last `tokens` positions."""
+        """Remove the last `tokens` positions."""
         self.length -= tokens
 
     def buffers(self) -> dict[str, Tensor]:
-        """The tensors by name, with the room behind what is held."""
+        """The whole buffers by name, [B, G, capacity, ...] each."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def __repr__(self) -> str:
         return described(self, f"length {self.length} of {self.capacity}")
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is held, by name, [B, G, length, K] each (views)."""
+        """The stored positions by name, [B, G, length, ...] each (views)."""
         return {name: buffer[:, :, : self.length] for name, buffer in self.buffers().items()}
 
     def copy(self, like: Self | None = None) -> Self:
-        """A copy with buffers of its own, in the dtypes of `like`, or else in its own."""
+        """A copy with new buffers, in the dtypes of `like` (default: its own)."""
         dtypes = [buffer.dtype for buffer in (like or self).buffers().values()]
         held = zip(self.tensors().values(), dtypes, strict=True)
         return type(self)(*(t.to(dtype, copy=True) for t, dtype in held), length=self.length)
@@ -92,13 +93,14 @@ class KVCache:
 
 @dataclass(repr=False)
 class FP8KVCache(KVCache):
-    """Keys and values in e4m3, with one scale a position and head: half the bytes of bfloat16.
+    """Keys and values in e4m3, with one scale per position and head. It takes half the bytes of
+    bfloat16.
 
-    k, v: [B, G, capacity, K] float8_e4m3fn. k_scale, v_scale: [B, G, capacity, 1] uint8, exponents s as
-    in e8m0: a number is its e4m3 value times 2^(s - 127).
+    k, v: [B, G, capacity, K] float8_e4m3fn. k_scale, v_scale: [B, G, capacity, 1] uint8, exponents
+    s as in e8m0: a number is its e4m3 value times 2^(s - 127).
 
-    Attention reads the rounded numbers also for the tokens of the pass itself, so neither a prompt's
-    chunks nor a hit of the prefix cache change a bit.
+    Attention reads the rounded numbers also for the tokens of the same pass. Therefore neither the
+    chunks of a prompt nor a hit of the prefix cache change the bits.
     """
 
     k_scale: Tensor
@@ -115,7 +117,8 @@ class FP8KVCache(KVCache):
         return cls(*numbers, *scales)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Round and add k, v [B, G, T, K]; return everything held, [B, G, P, K] each, in k's dtype."""
+        """Round and append k, v [B, G, T, K]. Returns all keys and values, [B, G, P, K] each, in
+        k's dtype."""
         (k8, k_scale), (v8, v_scale) = to_e4m3(k), to_e4m3(v)
         self.take(k8, v8, k_scale, v_scale)
         held = self.tensors()
@@ -129,8 +132,10 @@ E4M3 = torch.float8_e4m3fn  # largest number 448 = 1.75 * 2^8
 
 
 def to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., K] as e4m3 [..., K] and exponents [..., 1] uint8: the smallest power of two by which no
-    number exceeds e4m3's range. Powers of two cost no rounding of their own. NaN and infinity give NaN.
+    """x [..., K] as e4m3 [..., K] and exponents [..., 1] uint8.
+
+    The scale is the smallest power of two with which all numbers are in the range of e4m3. Powers
+    of two cause no rounding error. NaN and infinity give NaN.
     """
     bits = x.abs().amax(-1, keepdim=True).float().view(torch.int32)
     exponent = (bits >> 23) - 8 + (bits & 0x7FFFFF > 0x600000).int()  # 1.75 is 1 + 0x600000 / 2^23
@@ -139,12 +144,13 @@ def to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_e4m3(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers that `to_e4m3` wrote. bfloat16 holds all of them."""
+    """The numbers [..., K] of the result of `to_e4m3`, in dtype. bfloat16 represents all of them
+    exactly."""
     return (x.float() * from_e8m0(scale.int())).to(dtype)
 
 
 def from_e8m0(exponent: Tensor) -> Tensor:
-    """2^(exponent - 127) in float32, of int32 from 1 to 254."""
+    """2^(exponent - 127) in float32. exponent: int32, 1 to 254."""
     return (exponent << 23).view(torch.float32)
 
 
@@ -165,7 +171,7 @@ class DeltaState:
     trail: list[Tensor] = field(default_factory=list)
 
     def advance(self, rows: Tensor, states: list[Tensor]) -> None:
-        """Move past a pass that saw `rows`. states: one after each token (decode), or only the last."""
+        """Advance by a pass with raw `rows`. states: one per token (decode), or only the last."""
         kept = self.conv.shape[1]
         T = rows.shape[1] - kept
         by_token = len(states) == T
@@ -173,7 +179,7 @@ class DeltaState:
         self.conv, self.recurrent = rows[:, T:].clone(), states[-1]
 
     def rollback(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens of the last pass, which has to be a decode pass."""
+        """Remove the last `tokens` tokens of the last pass, which has to be a decode pass."""
         if tokens == 0:
             return
         assert self.rows is not None and tokens < len(self.trail), "only a decode pass goes back"
@@ -182,7 +188,7 @@ class DeltaState:
         self.recurrent = self.trail[-1]
 
     def take(self, conv: Tensor, recurrent: Tensor) -> None:
-        """Go on from copies of conv and recurrent, which may be on any device."""
+        """Replace the state by copies of conv and recurrent, which may be on any device."""
         device = self.conv.device
         self.conv, self.recurrent = (t.to(device, copy=True) for t in (conv, recurrent))
         self.rows, self.trail = None, []
@@ -192,11 +198,11 @@ class DeltaState:
         return described(self, *more)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the next pass starts from, by name."""
+        """The tensors that the next pass starts from, by name."""
         return {"conv": self.conv, "recurrent": self.recurrent}
 
     def copy(self, like: Self | None = None) -> Self:
-        """A copy in the dtypes of `like`, or else in its own; it cannot be rolled back."""
+        """A copy in the dtypes of `like` (default: its own). It cannot be rolled back."""
         kind = like or self
         conv = self.conv.to(kind.conv.dtype, copy=True)
         return type(self)(conv, self.recurrent.to(kind.recurrent.dtype, copy=True))
@@ -218,7 +224,7 @@ def described(state: State, *more: str) -> str:
 
 @dataclass
 class Cache:
-    """All state of one batch of sequences. `length` is the number of trunk positions computed."""
+    """The whole state of a batch of sequences. length: the number of positions in the trunk."""
 
     layers: list[State]
     mtp: KVCache | None
@@ -233,7 +239,8 @@ class Cache:
         batch: int = 1,
         kv_cache_dtype: str = "auto",
     ) -> "Cache":
-        """Before the first token: no keys, zero states. kv_cache_dtype: one of KV_CACHE_DTYPES."""
+        """The state before the first token: no keys, zero states. kv_cache_dtype: one of
+        KV_CACHE_DTYPES."""
 
         def kv() -> KVCache:
             kind = FP8KVCache if kv_cache_dtype == "fp8" else KVCache
@@ -254,23 +261,23 @@ class Cache:
         return cls(layers, kv() if config.mtp_num_hidden_layers else None)
 
     def advance(self, tokens: int) -> None:
-        """Count tokens that every layer of the trunk has seen."""
+        """Increase `length` after every layer of the trunk has run the tokens."""
         self.length += tokens
 
     def rollback(self, tokens: int) -> None:
-        """Take back the last `tokens` trunk positions (at most those of the last decode pass)."""
+        """Remove the last `tokens` trunk positions (at most those of the last decode pass)."""
         for layer in self.layers:
             layer.rollback(tokens)
         self.length -= tokens
 
     def reserve(self, capacity: int) -> None:
-        """Make room for that many positions in every layer that keeps keys and values."""
+        """Make room for `capacity` positions in every layer with keys and values."""
         for state in (*self.layers, self.mtp):
             if isinstance(state, KVCache):
                 state.reserve(capacity)
 
     def snapshot(self, first: int = 0, *, mtp: bool = True) -> dict[str, Tensor]:
-        """All that is held, by node and name; keys and values only from position `first` on.
+        """The whole state by node and name, with keys and values only from position `first` on.
 
         `layers.3.k` and `layers.3.v`: [B, G, length - first, K], with their scales in an FP8 cache.
         `layers.0.conv` and `layers.0.recurrent`: the state after the last token. `mtp.k` and `mtp.v`: the
@@ -288,7 +295,8 @@ class Cache:
     def restore(
         self, parts: Sequence[Mapping[str, Tensor]], length: int, *, mtp: bool = True
     ) -> None:
-        """Copy snapshots that follow one another into this empty cache. length: tokens of all of them."""
+        """Copy consecutive snapshots into this empty cache. length: the tokens of all of them
+        together."""
         for node, state in self._nodes(mtp).items():
             for part in parts if isinstance(state, KVCache) else parts[-1:]:
                 names = state.tensors()

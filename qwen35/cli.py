@@ -1,4 +1,5 @@
-"""Shared by every command line: text in and out, one-line errors, exit statuses, `--debug`."""
+"""What all command lines share: input and output of text, one-line errors, exit statuses,
+`--debug`."""
 
 import argparse
 import json
@@ -27,7 +28,7 @@ CHECKPOINT = "a checkpoint: a folder, a hub id, or `tiny`, the embedded one (def
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, `--debug` and `--version`.
 
-    computes: also add `--threads`, which `run` sets; `set_defaults(threads=...)` gives its default.
+    computes: also add `--threads`, which `run` obeys. `set_defaults(threads=...)` sets its default.
     """
 
     def __init__(self, prog: str, description: str, *, computes: bool = True) -> None:
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         self, help: str = CHECKPOINT, *, alone: bool = True, default: str | None = "tiny"
     ) -> None:
         """Add `--model`, which names the checkpoint in every command. alone: MODEL may also be given
-        without the option, since the command takes no other text."""
+        without the option, because the command takes no other positional argument."""
         default = None if default is None else _Default(default)
         if alone:
             self.add_argument("model", metavar="MODEL", nargs="?", action=_Once, default=default,
@@ -56,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Once(argparse.Action):
-    """Keeps a value that two arguments can give, and refuses two different values."""
+    """Stores a value that two arguments can set, and refuses two different values."""
 
     def __call__(
         self,
@@ -74,11 +75,12 @@ class _Once(argparse.Action):
 
 
 class _Default(str):
-    """A text that nobody has given, to be told from the same one where somebody has."""
+    """A default value. It differs from the same text given by the user."""
 
 
 def installed(package: str) -> str:
-    """The version of a package, or "not installed", also for this one where it runs from a folder."""
+    """The version of a package, or "not installed". This package is not installed if it runs from a
+    folder."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -86,7 +88,8 @@ def installed(package: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """A message as one line that a terminal shows as it is: control characters are written as escapes."""
+    """A message as one line that is safe in a terminal: control characters are written as
+    escapes."""
     words = shortened(" ".join(str(text).split()))
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
@@ -107,7 +110,7 @@ def at_least_one(text: str) -> int:
 
 
 def at_least_zero(text: str) -> int:
-    """A number that is at least 0, as of tokens before a pass."""
+    """Parse an integer that is at least 0."""
     return _at_least(0, text)
 
 
@@ -132,7 +135,7 @@ def size(text: str) -> int:
 
 
 def device(text: str) -> "torch.device":
-    """A device that can compute here, such as `cpu` or `cuda:1`: the type of `--device`."""
+    """Parse `--device`: a device that can compute here, such as `cpu` or `cuda:1`."""
     import torch  # here: most command lines that read no device have no use for it
 
     try:
@@ -142,11 +145,11 @@ def device(text: str) -> "torch.device":
             f"device {text!r} is unknown; expected cpu, cuda or cuda:N"
         ) from None
     if found.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return found  # torchrun started a process for each card: qwen35/parallel/ranks.py finds its own
+        return found  # qwen35/parallel/ranks.py chooses the GPU of each process of torchrun
     try:
         torch.zeros(1, device=found).item()  # a device without values, such as meta, fails here
     except (RuntimeError, AssertionError, ImportError) as error:
-        # torch without the backend answers with a page; its other reasons begin with a sentence.
+        # Without the backend, torch's message is a page. Its other messages begin with a sentence.
         no_backend = isinstance(error, NotImplementedError | ImportError)
         own = str(error).splitlines()[0].split(". ")[0]
         reason = f"torch {torch.__version__} is built without it" if no_backend else own
@@ -155,7 +158,8 @@ def device(text: str) -> "torch.device":
 
 
 def read_text(file: str | Path) -> str:
-    """A whole text file, `-` for standard input: UTF-8 whatever the locale, a byte-order mark dropped."""
+    """Read a whole text file, or standard input for `-`, as UTF-8 in any locale. A byte-order mark
+    is dropped. InputError if it is not readable."""
     try:
         if str(file) == "-":
             return TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig").read()
@@ -177,10 +181,10 @@ def print_json(document: Any) -> None:
 def run(
     parser: Parser, main: Callable[[argparse.Namespace], int], argv: list[str] | None = None
 ) -> NoReturn:
-    """Parse, set the threads, run, exit: 0 fine, 1 a check failed, 2 bad input or a crash, 130
-    interrupted.
+    """Parse the arguments, set the threads, run `main`, and exit.
 
-    Main gets the whole command, as a shell takes it, as `args.command`.
+    Exit statuses: 0 success, 1 a check failed, 2 bad input or a crash, 130 interrupted.
+    `args.command` is the whole command line, quoted for a shell.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see qwen35/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -202,14 +206,14 @@ def run(
         status = 0
     except Exception as error:
         reason = None if args.debug else _reason(error)
-        if reason is None:  # not left to the interpreter: it would exit with 1, "a check failed"
+        if reason is None:  # the interpreter would exit with 1, "a check failed"
             parser.exit(2, traceback.format_exc())
         parser.exit(2, f"{parser.prog}: {one_line(reason)}\n")
     parser.exit(status)
 
 
 def _reason(error: Exception) -> str | None:
-    """The one line that explains an exception; None for one that only its traceback explains."""
+    """The one-line message of an exception, or None if it needs its traceback."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError):  # a name that is too long, a folder that may not be read
@@ -220,14 +224,15 @@ def _reason(error: Exception) -> str | None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU ran out of memory, or the CPU, for which torch has no exception of its own."""
+    """Whether a GPU or the CPU ran out of memory. For the CPU, torch has no specific exception."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _never_fail_to_print() -> None:
-    """A character that a terminal's encoding lacks becomes `?` and does not end the run."""
+    """Print `?` on standard output, and an escape on standard error, for characters that the
+    encoding lacks."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     if isinstance(sys.stderr, TextIOWrapper):

@@ -1,7 +1,8 @@
-"""A prompt continued as text: what the command line, `--requests` and a notebook share.
+"""Continues a prompt as text, for the command line, `--requests` and notebooks.
 
-`generation.py` works on ids. Here a prompt may be text, ids or a conversation; settings that nobody
-gave come from the checkpoint's files; ids become text as they come, and a stop string ends them.
+`generation.py` works on ids. Here a prompt may be text, ids or a conversation. Missing settings
+come from the checkpoint's files. Ids are converted to text as they come, and a stop string ends the
+text.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -23,24 +24,24 @@ from qwen35.swap import replaced
 from qwen35.tokenizer import Prompt, Tokenizer
 from reference.model import Model
 
-NEW_TOKENS = 128  # after a prompt that is no conversation
+NEW_TOKENS = 128  # default for a prompt that is no conversation
 DRAFTS = 3
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to continue a prompt. None leaves it to the checkpoint's files or to the model.
+    """How to continue a prompt. None means the default of the checkpoint's files or of the model.
 
     max_new_tokens: None is NEW_TOKENS, and for a conversation all that the context holds, unless
         generation_config.json has a limit.
     temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty: see `sampling.Sampling`. A
         conversation takes what generation_config.json advises; a prompt is continued greedily.
     ignore_eos: go on after an end-of-text token.
-    stop: texts that end the answer and are no part of it.
-    draft_tokens: drafts a round; None is 3 where the model has an MTP head.
-    prefill_chunk: prompt tokens a pass, a multiple of 64.
+    stop: texts that end the answer and are not part of it.
+    draft_tokens: drafts per round; None is 3 if the model has an MTP head, else 0.
+    prefill_chunk: prompt tokens per pass, a multiple of 64.
     digest: hash the logits.
-    logprobs: give each token's log probability, and those of this many likeliest; None: neither.
+    logprobs: compute the log probabilities of each token and of this many likeliest ids (None: no).
     thinking: whether to think in a conversation; None lets the chat template decide.
     chat_template_kwargs: further variables of the chat template.
     allow_special_tokens: let a control token's written form in a message become that token.
@@ -69,7 +70,8 @@ class Settings:
             raise InputError(f"stop = {self.stop!r}; expected texts of at least one character")
 
     def sampling(self, defaults: Defaults, vocab: int | None, *, conversation: bool) -> Sampling:
-        """These settings and, in a conversation, the checkpoint's advice where they are None."""
+        """The sampling settings. In a conversation, the checkpoint's advice replaces those that are
+        None."""
         advice = defaults.advice if conversation else {}
         chosen = {
             name: advice[name] if given is None else given
@@ -83,10 +85,10 @@ class Settings:
 
 @dataclass(repr=False)
 class Completion:
-    """One continuation as text: iterate over it for the pieces; then read what came of it.
+    """One continuation as text. Iterate over it for the pieces, and then read the results.
 
-    generation: the ids and the figures. tokenizer: None prints ids. reasoning_content and content: the
-    two parts of an answer in a conversation, where `text` is all that was generated.
+    generation: the ids and the figures. tokenizer: None prints ids. reasoning_content and content:
+    the two parts of an answer in a conversation. text: the whole generated text.
     """
 
     generation: Generation
@@ -127,12 +129,12 @@ class Completion:
 
     @property
     def logprobs(self) -> list[TokenLogprobs]:
-        """One for each of `token_ids`; empty unless the setting `logprobs` asked for them."""
+        """The log probabilities of each of `token_ids`; empty without the setting `logprobs`."""
         return self.generation.token_logprobs
 
     @property
     def answer(self) -> Answer | None:
-        """The parts of an answer in a conversation; None after a prompt that is none."""
+        """The parts of an answer in a conversation, or None after other prompts."""
         opened = self.prompt.opens_thinking
         return None if opened is None else split_reasoning(self.text, opened=opened)
 
@@ -175,13 +177,13 @@ class Completion:
 
 
 class UntilStop:
-    """Passes text on up to the stop string that is complete first; what may begin one is held back."""
+    """Passes text on up to the first complete stop string. Text that may begin one is held back."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop, self.held, self.found = stop, "", False
 
     def push(self, piece: str) -> str:
-        """The text that may be shown now; `found` tells whether a stop string ended it."""
+        """The text that may be shown now. `found` is True if a stop string ended it."""
         text = self.held + piece
         ended = [(first + len(s), first) for s in self.stop if (first := text.find(s)) >= 0]
         if ended:
@@ -195,15 +197,15 @@ class UntilStop:
         return text[:cut]
 
     def flush(self) -> str:
-        """The text that was held back; called once no text follows."""
+        """The text that was held back. Call it after the last piece."""
         held, self.held = self.held, ""
         return held
 
 
 class Completer:
-    """A model with what its folder says of text: makes completions of prompts.
+    """Makes completions of prompts, with a model and the tokenizer and defaults of its folder.
 
-    tokenizer: None where the folder has none; then prompts are ids, and so is what is printed.
+    tokenizer: None if the folder has none; then prompts and outputs are ids.
     """
 
     def __init__(
@@ -235,7 +237,7 @@ class Completer:
         )
 
     def complete(self, prompt: Prompt, settings: Settings) -> Completion:
-        """The continuation of a prompt. InputError for settings that do not fit; nothing runs yet."""
+        """A completion of a prompt, which does not run yet. InputError for invalid settings."""
         conversation = prompt.opens_thinking is not None
         limit = settings.max_new_tokens
         if limit is None and conversation:
@@ -277,17 +279,17 @@ def generate(
     on_text: Callable[[str], object] = lambda piece: None,
     **settings: Any,
 ) -> Completion:
-    """Continue a prompt and return the Completion, which prints as its text.
+    """Continue a prompt. Returns a Completion, which prints as its text.
 
-    model: as `load` gives it. prompt: a text, token ids, or messages ({"role": ..., "content": ...}).
-    tools: functions that a conversation offers. prefix_cache: keeps beginnings for later prompts.
-    on_text: gets each piece of the text as it comes. settings: fields of `completion.Settings`, which
-    have the names of the command line's options: max_new_tokens, temperature, seed, stop, ...
+    model: from `load`. prompt: a text, token ids, or messages ({"role": ..., "content": ...}).
+    tools: functions that a conversation offers. prefix_cache: stores prefixes for later prompts.
+    on_text: called with each piece of text as it comes. settings: fields of `completion.Settings`,
+    with the names of the command line's options: max_new_tokens, temperature, seed, stop, ...
 
         completion = qwen35.generate(model, "In the beginning", max_new_tokens=20, temperature=0.7)
         completion.text, completion.token_ids, completion.finish_reason
 
-    InputError, one line, for a prompt or a setting that does not fit.
+    InputError, one line, for an invalid prompt or setting.
     """
     unknown = settings.keys() - Settings.__dataclass_fields__
     if unknown:

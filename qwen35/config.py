@@ -1,4 +1,4 @@
-"""The shape of a model: one frozen dataclass, read from a checkpoint's `config.json`.
+"""The shape of a model, as a frozen dataclass that is read from a checkpoint's `config.json`.
 
 Axis legend of the whole project (shape comments, first-line unpacking):
     B batch    T tokens    D hidden    P positions in a cache    E experts    I intermediate
@@ -26,7 +26,8 @@ LayerType = Literal["linear_attention", "full_attention"]
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and switches of one Qwen3.5 (3.6, 3-Next) text model. Names are `config.json`'s own."""
+    """Sizes and switches of one Qwen3.5 (3.6, 3-Next) text model, with the names of
+    `config.json`."""
 
     vocab_size: int
     hidden_size: int
@@ -56,7 +57,7 @@ class Config:
     decoder_sparse_step: int = 1
     # the rest
     rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 32768  # what transformers takes where a file does not say
+    max_position_embeddings: int = 32768  # the default of transformers
     tie_word_embeddings: bool = False
     mtp_num_hidden_layers: int = 1
     eos_token_id: tuple[int, ...] = ()
@@ -123,7 +124,7 @@ class Config:
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that RoPE turns."""
+        """Channels of a head that RoPE rotates."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
@@ -138,7 +139,7 @@ class Config:
         return self.num_experts > 0 and on_step and layer not in self.mlp_only_layers
 
     def check_prompt(self, ids: list[int], new_tokens: int) -> None:
-        """Raise InputError unless `ids` are a prompt that leaves room for `new_tokens` more."""
+        """InputError unless `ids` are valid and leave room for `new_tokens` in the context."""
         if not ids:
             raise InputError("the prompt is empty; at least one token is needed")
         if len(ids) + new_tokens > self.max_position_embeddings:
@@ -195,7 +196,7 @@ class Config:
         if reader.family == SPARSE:
             count = given["num_experts"]
             expect("num_experts", count, is_integer(count, 1), "an integer >= 1")
-        # A file may have an integer there, which can be too large for any tensor to take.
+        # A file may have an integer there, which may be too large for a tensor.
         given |= {name: float(given[name]) for name in NUMBERS if is_positive(given.get(name))}
         return cls(**given)
 
@@ -211,14 +212,14 @@ class Config:
 
 
 def read(document: Any) -> Reader:
-    """Read a parsed `config.json`, and note where it contradicts itself. InputError when it is none."""
+    """Read a parsed `config.json`, and note its contradictions. InputError if it is invalid."""
     fields = Config.__dataclass_fields__.items()
     return Reader(document, {n: f.default if _has_default(f) else None for n, f in fields})
 
 
 def disagreements(document: dict[str, Any]) -> list[str]:
-    """One line for each value of a parsed `config.json` that differs from the one that is taken: where
-    two places disagree, where transformers never reads the key, where no token has the id."""
+    """One line for each value of a parsed `config.json` that is not used: if two places disagree,
+    if transformers never reads the key, or if no token has the id."""
     return read(document).lines
 
 
@@ -238,7 +239,8 @@ COUNTS = (
     "shared_expert_intermediate_size", "mtp_num_hidden_layers",
 )  # fmt: skip
 
-# What the Qwen3.5 family shares, and each member's own sizes (sources: the published config.json files).
+# Values that the Qwen3.5 family shares, and the sizes of each member, from the published
+# config.json files.
 FAMILY: dict[str, Any] = {
     "vocab_size": 248320,
     "head_dim": 256,

@@ -13,7 +13,7 @@ The value that is taken is the one that transformers takes:
 | eos_token_id | the union of both levels, without ids that are not in the vocabulary |
 | keys that the class of this model_type never reads (`NEVER_READ`) | nowhere |
 
-Every value that is passed over and differs gives one line.
+Every differing value that is not taken gives one line.
 """  # noqa: E501
 
 import sys
@@ -30,10 +30,10 @@ FAMILIES = {
     "qwen3_5": DENSE,
     "qwen3_5_text": DENSE,
 }
-# For these model types, transformers chooses the class of text_config itself.
+# For these model types, transformers itself chooses the class of text_config.
 NESTING = ("qwen3_5", "qwen3_5_moe")
 
-# By family the keys that its class never reads, with the value that says what the model does anyway.
+# By family, the keys that its class never reads, with the values that the model has in effect.
 NEVER_READ: dict[str, dict[str, Any]] = {
     DENSE: {
         "num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0,
@@ -69,8 +69,8 @@ ROPE_MAPPINGS = ("rope_scaling", "rope_parameters")
 ROPE_NUMBERS = {"rope_theta": 10_000.0, "partial_rotary_factor": 0.25}
 
 OUTER_FIRST = ("tie_word_embeddings", "quantization_config", "compression_config")
-# Keys that may differ between the levels without a line: they are united or compared elsewhere, or have
-# no effect on what is computed here.
+# Keys that may differ between the levels without a line. They are merged or compared elsewhere, or
+# have no effect here.
 APART = {
     "model_type", "eos_token_id", "rope_type", *ROPE_NUMBERS, *ROPE_MAPPINGS, "text_config",
     "vision_config", "architectures", "auto_map", "transformers_version", "_name_or_path",
@@ -79,15 +79,15 @@ APART = {
     "attention_dropout", "pad_token_id", "bos_token_id", "id2label", "label2id",
 }  # fmt: skip
 
-Places = Sequence[tuple[str, Mapping[str, Any]]]  # "in text_config" and what stands there
+Places = Sequence[tuple[str, Mapping[str, Any]]]  # (place, its mapping)
 
 
 class Reader:
-    """Reads a parsed config.json: `values` has the model's fields, `lines` a line for each value that is
-    passed over and differs. InputError for what cannot be read."""
+    """Reads a parsed config.json. values: the model's fields. lines: a line for each differing
+    value that is not taken. InputError for an invalid config."""
 
     def __init__(self, document: Any, fields: Mapping[str, Any]) -> None:
-        """fields: names of all fields, each with its default, or None where a file has to give it."""
+        """fields: all fields with their defaults, or None if a file has to have the key."""
         if not isinstance(document, dict):
             raise InputError(f"config: a JSON object was expected, not {type(document).__name__}")
         outer = without_nulls(document)
@@ -113,7 +113,8 @@ class Reader:
         return [("in the top level", self.outer), (self.place, self.text)]
 
     def take(self, name: str, taken: Places, passed: Places = (), default: Any = None) -> Any:
-        """The first value of `taken`, or the default; a line for each other one that differs."""
+        """The first value in `taken`, or the default. Adds a line for each other value that
+        differs."""
         given = [(place, there[name]) for place, there in taken if name in there]
         place, value = given[0] if given else ("by default", default)
         others = [(where, there[name]) for where, there in passed if name in there]
@@ -125,7 +126,7 @@ class Reader:
         return value
 
     def missing(self) -> list[str]:
-        """Names of sizes that no file may leave out, and that this one does."""
+        """Names of required sizes that this file lacks."""
         needed = [*ROPE_NUMBERS, *(() if self.family == DENSE else ROUTED)]
         if self.values.get("num_experts") == 0:  # Qwen3-Next without experts
             needed = list(ROPE_NUMBERS)
@@ -142,9 +143,9 @@ class Reader:
         return model_type
 
     def _drop_never_read(self) -> None:
-        """Take keys out of `text` that transformers does not read for this model_type."""
+        """Remove keys from `text` that transformers does not read for this model_type."""
         keys = NEVER_READ[self.family]
-        # Where a dense model has no number of experts, the other keys about them would change nothing.
+        # Without num_experts, the other keys about experts have no effect in a dense model.
         has_effect = self.family != DENSE or bool(self.text.get("num_experts"))
         for name in (name for name in keys if has_effect and name in self.text):
             if self.text[name] != keys[name]:
@@ -155,14 +156,15 @@ class Reader:
         self.text = {name: value for name, value in self.text.items() if name not in keys}
 
     def _check_switches(self) -> None:
-        """A switch that the reference does not implement is an error."""
+        """InputError for a switch that the reference does not implement."""
         for name, supported in SWITCHES.items():
             value = self.text.get(name, supported)
             if value != supported:
                 raise InputError(f"config: {name} = {value!r}; supported is {supported!r}")
 
     def _read_rope(self) -> None:
-        """One mapping is taken whole; keys that it lacks come from beside it, never from the other."""
+        """Read the RoPE values. One mapping is used; keys that it lacks come from beside it, not
+        from the other mapping."""
         mappings = {name: self.text[name] for name in ROPE_MAPPINGS if self.text.get(name)}
         for name, rope in mappings.items():
             expect(name, rope, isinstance(rope, dict), "an object")
@@ -185,7 +187,7 @@ class Reader:
         if rope_type != "default":
             raise InputError(f"config: rope_type = {rope_type!r}; supported is 'default'")
         for name, default in ROPE_NUMBERS.items():
-            # The base has a default only where a place that transformers passes over gives one.
+            # rope_theta has a default only if a place that transformers ignores has a value.
             is_known = name != "rope_theta" or any(name in there for _, there in passed)
             places = [*taken, beside]
             self.values[name] = self.take(name, places, passed, default if is_known else None)
@@ -209,7 +211,7 @@ class Reader:
             )
 
     def _read_outer(self) -> None:
-        """Compare what stands beside a text_config with what is taken."""
+        """Compare the values beside a text_config with those that are taken."""
         tie = "tie_word_embeddings"
         self.values[tie] = self.take(tie, self.levels, default=self.defaults[tie])
         if not self.is_nested:
@@ -227,9 +229,10 @@ class Reader:
                 self.take(name, [inner], [outer], default)
 
     def _read_eos(self) -> None:
-        """The union of both levels. An id that no row of the head has ends nothing."""
+        """Read eos_token_id as the union of both levels. Ids outside of the vocabulary are left
+        out."""
         vocab, ids = self.text.get("vocab_size"), set()
-        for place, there in dict(self.levels).items():  # once where both are one
+        for place, there in dict(self.levels).items():  # once if both levels are the same
             kept, lines = in_vocabulary(as_ids(there.get("eos_token_id")), vocab, place)
             ids.update(kept)
             self.lines += lines
@@ -258,7 +261,7 @@ def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 def in_vocabulary(ids: Sequence[int], vocab: Any, place: str) -> tuple[tuple[int, ...], list[str]]:
     """The ids that a vocabulary of size `vocab` has, and a line for each of the others."""
-    if not is_integer(vocab, 1):  # which is an error of its own
+    if not is_integer(vocab, 1):  # that error is reported elsewhere
         return tuple(i for i in ids if i >= 0), []
     lines = [
         f"eos_token_id {i} {place} is not in the vocabulary 0..{vocab - 1}; it is left out"
@@ -306,13 +309,14 @@ def _renamed(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope_places(place: str, rope: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """A mapping as places: itself, and its `type`, the older name of `rope_type`."""
+    """The places of a mapping: itself, and its `type`, which is the older name of `rope_type`."""
     older = [(f"as type {place}", {"rope_type": rope["type"]})] if "type" in rope else []
     return [(place, rope), *older]
 
 
 def _derived(interval: Any, text: Mapping[str, Any]) -> list[str]:
-    """Full attention in every layer whose number, counted from 1, is a multiple of `interval`."""
+    """The layer types: full attention in each layer whose number, from 1, is a multiple of
+    `interval`."""
     count = text.get("num_hidden_layers", 0)
     expect("full_attention_interval", interval, is_integer(interval, 1), "an integer >= 1")
     in_reach = is_integer(count, 0) and count <= MOST_LAYERS

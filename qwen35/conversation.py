@@ -1,4 +1,4 @@
-"""`python -m qwen35.generate --chat`: turns in a terminal, and Ctrl-C that ends an answer alone."""
+"""`python -m qwen35.generate --chat`: a conversation in a terminal. Ctrl-C ends only the answer."""
 
 import signal
 import sys
@@ -26,13 +26,12 @@ def converse(
 ) -> None:
     """Take turns until an empty line or the end of the input.
 
-    opening: messages before the first turn, such as a system message. message: the first one of the user;
-    None asks for it. ranks: the group that computes; rank 0 asks.
+    opening: messages before the first turn, such as a system message. message: the first one of the
+    user; None asks for it. ranks: the group that computes; rank 0 asks.
 
-    Ctrl-C during an answer ends the answer. The part that was printed, which the user has read, belongs
-    to the conversation; a thought without an end never does. At the prompt, or a second time before the
-    answer has ended, it is a KeyboardInterrupt. Over several ranks it always is: they would stop in
-    different passes.
+    Ctrl-C during an answer ends the answer. The printed part stays in the conversation, except for
+    an unfinished thought. At the prompt, or a second time before the answer has ended, Ctrl-C is a
+    KeyboardInterrupt. With several ranks it always is, because they would stop in different passes.
     """
     history = list(opening)
     while message := message or ranks.share(_ask):
@@ -49,11 +48,11 @@ def converse(
 
 
 def _go_on() -> None:
-    """Stop nothing."""
+    """Do nothing."""
 
 
 def _said(completion: Completion, *, stopped: bool) -> Message:
-    """The assistant's message for the next turns; a line says what is not in it, or was cut."""
+    """The assistant's message for the next turns. A line is printed if it was cut."""
     answer = completion.answer
     assert answer is not None
     count = len(completion.token_ids)
@@ -70,11 +69,10 @@ def _said(completion: Completion, *, stopped: bool) -> Message:
 
 @contextmanager
 def first_interrupt_stops() -> Iterator[Callable[[], None]]:
-    """Hold back the first Ctrl-C while the block runs: the function that this gives to the block raises
-    Stopped when it is called afterwards.
+    """Delay the first Ctrl-C while the block runs. Yields a function that raises Stopped after it.
 
-    So a pass, and what the prefix cache keeps of it, is never cut in the middle. A second Ctrl-C is a
-    KeyboardInterrupt at once. A process that ignores SIGINT goes on doing so.
+    Therefore a pass, and its storing in the prefix cache, is never interrupted in the middle. A
+    second Ctrl-C is a KeyboardInterrupt at once. A process that ignores SIGINT goes on doing so.
     """
     pressed: list[int] = []
 

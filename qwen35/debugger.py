@@ -1,4 +1,4 @@
-"""Stop in the debugger inside of a node's forward, without editing a file."""
+"""Stops in the debugger inside a node's forward, without editing a file."""
 
 import pdb
 from typing import Any
@@ -12,7 +12,7 @@ from reference.model import Model
 
 
 def break_in(model: Model, pattern: str, position: int = 0) -> list[str]:
-    """Let pdb stop at the first line of the forward of each node that fits a pattern.
+    """Make pdb stop at the first line of the forward of each node that fits a pattern.
 
     It stops once for each node, in the pass that computes the token at `position` of the sequence (0 is
     the first token of the prompt). A node of the MTP head stops when it first runs after the trunk has
@@ -22,7 +22,7 @@ def break_in(model: Model, pattern: str, position: int = 0) -> list[str]:
     if position < 0:
         raise InputError(f"break at token {position}; expected a position >= 0")
     found = nodes(model, pattern)
-    passes: list[range] = [range(0)]  # positions of the trunk's pass, the latest one only
+    passes: list[range] = [range(0)]  # positions of the trunk's latest pass
 
     def note_pass(_: nn.Module, arguments: tuple[Tensor, Cache]) -> None:
         ids, cache = arguments
@@ -35,7 +35,7 @@ def break_in(model: Model, pattern: str, position: int = 0) -> list[str]:
 
 
 def _stop_once(name: str, node: nn.Module, passes: list[range], position: int) -> None:
-    """Replace a node's forward until pdb has stopped in it once; then the class's own is back."""
+    """Replace a node's forward until pdb has stopped in it once. Then the original is restored."""
     forward = node.forward
 
     def stopping(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Where a continuation stops and how it is drawn, as a checkpoint's files say.
+"""The stop tokens and sampling settings in a checkpoint's files.
 
 | what | read from |
 |---|---|
@@ -26,8 +26,8 @@ DRAWING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # trans
 PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0}
 FOLLOWED = {*DRAWING, *PENALTIES, "do_sample", "eos_token_id", "max_new_tokens", "stop_strings"}
 
-# Keys that change no text, whatever their value: records, caches, drafts, outputs, and what only other
-# ways of decoding read (beams, other engines' batches).
+# Keys that never change the text: records, caches, drafts, outputs, and settings of other decoding
+# methods (beam search, batches of other engines).
 WITHOUT_EFFECT = {
     "transformers_version", "_from_model_config", "_commit_hash", "trust_remote_code", "use_cache",
     "cache_config", "cache_implementation", "max_cache_len", "low_memory", "pad_token_id",
@@ -59,7 +59,7 @@ def _at_least_1(value: Any) -> bool:
 
 
 def _is_off(value: Any) -> bool:
-    """False, zero, or a list or an object that holds nothing."""
+    """Whether a value is false, zero, or an empty list or object."""
     return not value
 
 
@@ -67,7 +67,7 @@ def _cuts_nothing(value: Any) -> bool:
     return _is_number(value) and not 0 < value < 1
 
 
-# Keys that change the text, each with a test for the values that transformers ignores.
+# Keys that change the text, each with a test for values that have no effect in transformers.
 OFF: dict[str, Callable[[Any], bool]] = {
     "num_beams": _is_1, "num_return_sequences": _is_1, "guidance_scale": _is_1,
     "encoder_repetition_penalty": _is_1, "min_length": _at_most_0, "min_new_tokens": _at_most_0,
@@ -77,7 +77,7 @@ OFF: dict[str, Callable[[Any], bool]] = {
     "bad_words_ids": _is_off, "sequence_bias": _is_off, "dola_layers": _is_off,
     "constraints": _is_off, "force_words_ids": _is_off, "watermarking_config": _is_off,
 }  # fmt: skip
-# The same for keys that matter only where tokens are drawn.
+# The same for keys that matter only if tokens are sampled.
 OFF_IN_DRAWING: dict[str, Callable[[Any], bool]] = {
     "typical_p": _at_least_1, "epsilon_cutoff": _cuts_nothing, "eta_cutoff": _cuts_nothing,
     "top_h": lambda _: False, "assistant_ensemble_weight": lambda _: False,
@@ -86,12 +86,12 @@ OFF_IN_DRAWING: dict[str, Callable[[Any], bool]] = {
 
 @dataclass(frozen=True)
 class Defaults:
-    """Settings that a checkpoint's files give.
+    """The settings in a checkpoint's files.
 
-    stop_ids: the tokens that end a text, each with the files that name it. advice: the sampling settings
-    that are advised for a conversation. max_new_tokens: None where no file limits it. stop: texts that
-    end an answer. not_followed: keys of generation_config.json, with their values. no_ends: a line for
-    each end-of-text token whose id is unknown or outside of the vocabulary.
+    stop_ids: the tokens that end a text, each with the files that name it. advice: the recommended
+    sampling settings for a conversation. max_new_tokens: None if no file limits it. stop: texts
+    that end an answer. not_followed: keys of generation_config.json, with their values. no_ends: a
+    line for each end-of-text token whose id is unknown or outside of the vocabulary.
     """
 
     stop_ids: dict[int, list[str]] = field(default_factory=dict)
@@ -103,14 +103,15 @@ class Defaults:
 
     @property
     def warning(self) -> str:
-        """One line on what is not followed; empty where all is."""
+        """One line on settings that are not followed, or "" if all are."""
         keys = ", ".join(f"{name} = {value!r}" for name, value in self.not_followed.items())
         lines = [f"{GENERATION}: not followed: {keys}"] if keys else []
         return "; ".join([*lines, *self.no_ends])
 
     @classmethod
     def of_folder(cls, folder: Path, config: Config, tokenizer: Tokenizer | None) -> "Defaults":
-        """Read the files beside a model's weights. InputError naming the file, the key and its value."""
+        """Read the files beside a model's weights. InputError, with the file, the key and its
+        value."""
         document = read_config(folder / GENERATION)
         try:
             found = cls._of_document(document, config)
@@ -133,7 +134,7 @@ class Defaults:
 
     @classmethod
     def _of_document(cls, document: Mapping[str, Any], config: Config) -> "Defaults":
-        """Read the settings that generation_config.json and config.json give."""
+        """Read the settings of generation_config.json and config.json."""
         named = as_ids(document.get("eos_token_id"))
         ids, no_ends = in_vocabulary(named, config.vocab_size, f"in {GENERATION}")
         stop_ids: dict[int, list[str]] = {}
@@ -166,7 +167,8 @@ class Defaults:
 
 
 def _number(document: Mapping[str, Any], name: str, default: float) -> float:
-    """A float, or an integer where the default is one."""
+    """A number of the document: an integer if the default is one, or a float. InputError
+    otherwise."""
     value = document.get(name, default)
     if isinstance(default, int) and type(value) is not int:
         raise InputError(f"{name} = {value!r}; expected an integer")

@@ -1,4 +1,4 @@
-"""NaN and infinity in a pass: at which token they come out, and in which node they began."""
+"""Finds NaN and infinity in a pass: the token with such logits, and the node where they begin."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from qwen35.errors import InputError
 class NotFiniteError(InputError):
     """The logits for the token at `position` are NaN or infinite.
 
-    ids: the tokens of the pass up to there; empty after a prefill. origin: where such numbers begin,
-    once that is known.
+    ids: the tokens of the pass up to there, or none after a prefill. origin: where such numbers
+    begin, if that is known.
     """
 
     def __init__(self, position: int, ids: Sequence[int], origin: str = "") -> None:
@@ -23,16 +23,17 @@ class NotFiniteError(InputError):
 
 
 def check_finite(logits: Tensor, position: int, ids: Sequence[int]) -> None:
-    """Raise NotFiniteError where the logits [V] for the token at `position` have no finite largest."""
-    if not logits.max().isfinite():  # the largest of numbers among which is a NaN is NaN
+    """Raise NotFiniteError if the largest of the logits [V] for the token at `position` is not
+    finite."""
+    if not logits.max().isfinite():  # the maximum is NaN if any number is NaN
         raise NotFiniteError(position, ids)
 
 
 @contextmanager
 def not_finite(model: nn.Module) -> Iterator[list[str]]:
-    """A list that gets the names of nodes that return NaN or infinity, in order, while the block runs.
+    """Yield a list that gets the names of nodes that return NaN or infinity while the block runs.
 
-    A node comes after the nodes in it, so the first one is where such numbers begin.
+    A node comes after the nodes inside it, so such numbers begin in the first one.
     """
     names = {id(module): name for name, module in model.named_modules()}
     found: list[str] = []

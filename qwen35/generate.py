@@ -27,7 +27,7 @@ from reference.model import Model
 
 
 def build_parser() -> Parser:
-    """The options; those that a request may have too are read from `completion.Settings`."""
+    """The parser. `completion.Settings` defines the options that a request may also have."""
     parser = Parser("python -m qwen35.generate", "Generate text with Qwen3.5.")
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue (with --chat: the first message)")
@@ -105,13 +105,13 @@ def main(args: argparse.Namespace) -> int:
                            if name != "chat_template_kwargs"})  # fmt: skip
     started = time.perf_counter()
     folder = locate(args.model, args.ranks)
-    # Ids alone need no tokenizer: then ids are printed, and the head's padding cannot be told apart.
+    # Ids need no tokenizer. Without one, ids are printed, and the head's padding is unknown.
     needs_text = not (args.requests or isinstance(prompt, list))
     has_text = needs_text or (folder / "tokenizer.json").exists()
     tokenizer = Tokenizer(folder) if has_text else None
     if isinstance(prompt, list) or (prompt and tokenizer and not args.chat):
         ids = prompt if isinstance(prompt, list) else tokenizer.encode(prompt)  # pyright: ignore
-        # Before the weights are read, which may take minutes.
+        # The prompt is checked before the weights are read, which may take minutes.
         Config.from_file(folder / "config.json").check_prompt(ids, new_tokens=1)
     model = _load(args, folder)
     load_s = time.perf_counter() - started
@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _prompt(args: argparse.Namespace) -> str | list[int] | None:
-    """The prompt as text or ids; None where a conversation starts by asking for it."""
+    """The prompt as text or ids, or None if a conversation asks for it."""
     sources = {
         "PROMPT": args.prompt,
         "--prompt-file": args.prompt_file,
@@ -170,7 +170,8 @@ def _prompt(args: argparse.Namespace) -> str | list[int] | None:
 
 
 def _prefix_cache(args: argparse.Namespace, model: Model, folder: Path) -> PrefixCache | None:
-    """The prefix cache: in the folder asked for, or in memory where several prompts come; else None."""
+    """The prefix cache: in the given folder, or in memory if there may be several prompts, or
+    None."""
     if not args.prefix_cache_bytes or not (args.prefix_cache or args.chat or args.requests):
         return None
     store, ranks = None, args.ranks
@@ -209,8 +210,8 @@ def _serve(file: str, completer: Completer, settings: Settings, load_s: float, r
 
 
 def _load(args: argparse.Namespace, folder: Path) -> Model:
-    """Load the model, and print a line where not all of it is the reference."""
-    # On a CPU there is no fast path, which nobody has to be told again and again.
+    """Load the model, and print a line if not all of it is the reference."""
+    # A CPU has no fast path, so `auto` gives no warning there.
     on_cpu = args.device.type == "cpu"
     path = "reference" if args.path == "auto" and on_cpu else args.path
     swaps = [parse_swap(text) for text in args.swap]

@@ -1,6 +1,6 @@
-"""Continuing a prompt: prefill on the 64-token grid, then decoding with drafts, as a library.
+"""Continues a prompt: prefill on the 64-token grid, then decoding with drafts.
 
-`python -m qwen35.generate` is its command line (generate.py).
+`python -m qwen35.generate` is the command line (generate.py).
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from qwen35.step_decoder import StepDecoder, prepared, runs_as_step
 from reference.linear import GRID
 from reference.model import Model
 
-# New tokens that room is made for before the first one: a limit may be the whole context.
+# New tokens that memory is reserved for at the start. max_new_tokens may be the whole context.
 AT_ONCE = 2048
 
 
@@ -42,16 +42,17 @@ def prefill(
     at_stop: Callable[[int, Tensor], object] = lambda end, hidden: None,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Tensor:
-    """Compute what `cache` lacks of a prompt; return the trunk's state of its last token, [1, 1, D].
+    """Compute the part of a prompt that `cache` lacks. Returns the trunk's hidden state of the last
+    token, [1, 1, D].
 
-    Passes begin and end on the 64-token grid, `chunk` tokens at a time; the tail beyond the grid is a
-    pass of its own. Each token's bits are the same at any chunk size. draft: also run the MTP head
-    over the prompt, all rows but the last, whose next token is not known yet. It stays a row behind, so
-    what it has computed at a stop does not depend on what follows.
+    Passes of `chunk` tokens begin and end on the 64-token grid. The tail after the grid is a
+    separate pass. The bits of a token are the same at any chunk size. draft: also run the MTP head
+    over all rows of the prompt but the last, whose next token is not known yet. The MTP head stays
+    one row behind, so its state at a stop does not depend on later tokens.
 
-    hidden: the state of the last token that is in the cache, [1, 1, D]. stops: positions on the grid
-    where a pass ends, whatever the chunk; `at_stop` gets each with the state of the token before it.
-    progress: called after each pass with the number of its tokens.
+    hidden: the state of the last token that is in the cache, [1, 1, D]. stops: positions on the
+    grid where a pass ends, whatever the chunk; `at_stop` gets each with the state of the token
+    before it. progress: called after each pass with the number of its tokens.
     """
     device = model.embed_tokens.weight.device
     start, whole = cache.length, len(ids) // GRID * GRID
@@ -74,10 +75,11 @@ def prefill(
 
 @dataclass(repr=False)
 class Generation:
-    """One continuation of a prompt: iterate over it for (token, logits [V]); then read the figures.
+    """One continuation of a prompt. Iterate over it for (token, logits [V]), and then read the
+    figures.
 
-    logprobs: how many of the likeliest tokens `token_logprobs` has beside each chosen one; None: it stays
-    empty, and nothing is computed.
+    logprobs: how many of the likeliest tokens `token_logprobs` has beside each chosen one. With
+    None it is not computed, and stays empty.
     """
 
     model: Model
@@ -128,8 +130,8 @@ class Generation:
             raise InputError(f"logprobs = {self.logprobs}; expected 0 to {ids}, the vocabulary")
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield each token with its logits [V]. NotFiniteError, naming the position and the node, where
-        logits are NaN or infinite; NodeError where a node that was put in breaks."""
+        """Yield each token with its logits [V]. NotFiniteError, with the position and the node, if
+        logits are NaN or infinite. NodeError if a swapped node fails."""
         try:
             with blaming(self.model):
                 yield from self._tokens()
@@ -144,7 +146,7 @@ class Generation:
         limit = min(self.max_new_tokens, room)
         at_once = min(limit, AT_ONCE)
         started = time.perf_counter()
-        if self.path == "fast":  # kernels are compiled before any time is taken
+        if self.path == "fast":  # kernels are compiled before the timing begins
             prepared(self.model, len(self.prompt), self.draft_tokens, self.sampling, at_once)
             self.prepare_s, started = time.perf_counter() - started, time.perf_counter()
         bits = hashlib.sha256()
@@ -167,7 +169,7 @@ class Generation:
                 decoder = Decoder(self.model, cache, **settings)
             self.draft = decoder.stats
             fresh = [(token, logits)]
-            # The first token is out before anything is kept for later.
+            # The first token is yielded before the prefix is stored.
             yield from self._given(fresh, first, bits)
         while True:
             if self.token_ids[-1] in self.stop:
@@ -194,8 +196,8 @@ class Generation:
 
     @contextmanager
     def _reused(self) -> Iterator[tuple[Cache, Tensor]]:
-        """Give the prompt's cache and the state of its last token, [1, 1, D]; at the end of the block,
-        keep in the prefix cache what it lacked."""
+        """Yield the prompt's cache and the hidden state of its last token, [1, 1, D]. At the end of
+        the block, new segments are stored in the prefix cache."""
         cache, draft = self.model.new_cache(), self.draft_tokens > 0
         settings: dict[str, Any] = {
             "chunk": self.prefill_chunk, "draft": draft, "progress": self.progress
@@ -220,7 +222,8 @@ class Generation:
 
     @torch.inference_mode()
     def _origin(self, ids: list[int]) -> str:
-        """Say in which node NaN or infinity begins, by computing all tokens again as a prefill."""
+        """Find the node in which NaN or infinity begins, by a prefill of all tokens. Returns a
+        sentence."""
         cache = self.model.new_cache()
         with not_finite(self.model) as found:
             prefill(self.model, ids, cache, chunk=self.prefill_chunk, draft=False)
@@ -230,10 +233,11 @@ class Generation:
 
     @property
     def path(self) -> str:
-        """How rounds run: "fast", as one graph, where all that they need is fast, else "reference"."""
+        """How decode rounds run: "fast" (as one graph) if all nodes that they need are fast, or
+        "reference"."""
         return "fast" if runs_as_step(self.model, self.draft_tokens) else "reference"
 
     @property
     def tokens_per_s(self) -> float:
-        """Decode speed: the first token, which prefill gives, is not counted."""
+        """The decode speed, without the first token, which prefill gives."""
         return (len(self.token_ids) - 1) / self.decode_s if len(self.token_ids) > 1 else 0.0

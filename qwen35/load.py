@@ -1,4 +1,4 @@
-"""The one place where a checkpoint becomes a model."""
+"""Builds a model from a checkpoint."""
 
 import copy
 import gc
@@ -37,10 +37,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def locate(model: str | Path | None, ranks: Ranks = ALONE) -> Path:
-    """Find a model's folder: a path, "tiny" (or None) for the embedded one, or a hub id to download.
+    """Find a model's folder. model: a path, "tiny" (or None) for the embedded one, or a hub id to
+    download.
 
-    In a folder that `tools.convert --tp` wrote, it is the folder of this rank. InputError when there is
-    no such model.
+    If `tools.convert --tp` wrote the folder, the result is the folder of this rank. InputError if
+    there is no such model.
     """
     if model is None or str(model) == "tiny":
         return TINY
@@ -55,7 +56,7 @@ def locate(model: str | Path | None, ranks: Ranks = ALONE) -> Path:
                 )
             return parts[ranks.rank]
         raise InputError(without_config(path))
-    from weights.hub import is_hub_id, one_line  # here: the hub's client takes its time to import
+    from weights.hub import is_hub_id, one_line  # here, because the hub's client is slow to import
 
     if not is_hub_id(str(model)):
         raise InputError(f"{model}: no such folder (a hub id has the form owner/name)")
@@ -65,7 +66,7 @@ def locate(model: str | Path | None, ranks: Ranks = ALONE) -> Path:
         return Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.pt", "*.pth"]))
 
 
-Swaps = Sequence[tuple[str, Replacement]]  # (pattern of node names, what stands there instead)
+Swaps = Sequence[tuple[str, Replacement]]  # (pattern of node names, replacement)
 
 
 def load(
@@ -82,26 +83,28 @@ def load(
 
     model: "tiny" (the embedded checkpoint), a folder, or a hub id, which is downloaded.
 
-    dtype: of the activations and the dense weights; None takes the checkpoint's own. On a CPU, weights
-    that are already in that dtype stay mapped files, and experts always do, in whatever format the file
-    has them (they are cast or decoded when hit): what a token does not touch is never read. Other weights
-    in FP8 or MXFP4 are decoded here. A_log and the delta net's norm keep the file's float32.
+    dtype: of the activations and the dense weights; None takes the checkpoint's own. On a CPU,
+    weights that are already in that dtype stay mapped files, and experts always do, in whatever
+    format the file has them (they are cast or decoded when hit): what a token does not touch is
+    never read. Other weights in FP8 or MXFP4 are decoded here. A_log and the delta net's norm keep
+    the file's float32.
 
-    path: "fast" puts the fast path's layers in (a GPU is needed), "auto" does so where it can, and warns
-    where it cannot.
+    path: "fast" uses the fast path's layers (this needs a GPU). "auto" uses them if possible, and
+    warns otherwise.
 
-    swaps: nodes that something else stands for (`qwen35/swap.py`), each replaced as soon as its part of
-    the model is there, so that no more than one layer exists twice.
+    swaps: replacements of nodes (`qwen35/swap.py`). Each is made as soon as its layer is loaded, so
+    that at most one layer exists twice.
 
-    kv_cache_dtype: "fp8" keeps keys and values in e4m3 (`qwen35.cache.FP8KVCache`), "auto" in the model's
-    own dtype.
+    kv_cache_dtype: "fp8" keeps keys and values in e4m3 (`qwen35.cache.FP8KVCache`), "auto" in the
+    model's own dtype.
 
-    ranks: the group of which this process is one rank; then the model is its part, with nodes that join
-    the ranks' results, of a whole checkpoint or of the part that `tools.convert --tp` wrote for it.
+    ranks: the group of which this process is one rank; then the model is its part, with nodes that
+    join the ranks' results, of a whole checkpoint or of the part that `tools.convert --tp` wrote
+    for it.
 
-    A checkpoint without MTP tensors gives a model with `mtp` None. Raises InputError when a tensor is
-    missing, unknown or of another shape, and when a GPU has not the memory for the weights; warns when
-    the file is not quantised as its config claims.
+    A checkpoint without MTP tensors gives a model with `mtp` None. Raises InputError when a tensor
+    is missing, unknown or of another shape, and when a GPU has not the memory for the weights;
+    warns when the file is not quantised as its config claims.
     """
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise InputError(
@@ -122,7 +125,8 @@ def load(
 
 
 def check_memory(nbytes: int, device: torch.device) -> None:
-    """InputError when a GPU has less free than the weights take; other devices are not judged."""
+    """InputError if a GPU has too little free memory for the weights. Other devices are not
+    checked."""
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)
@@ -134,7 +138,7 @@ def check_memory(nbytes: int, device: torch.device) -> None:
 
 
 class Loader:
-    """A checkpoint as a model of which one stage at a time may exist.
+    """Builds a checkpoint's model stage by stage, so that only one stage has to be in memory.
 
     stages: names of the modules that a pass goes through one after the other: embed_tokens, each layer,
     norm, lm_head, mtp. skeleton: the model on the meta device.
@@ -186,14 +190,14 @@ class Loader:
                     f"{around[0]} holds {name}, whose results the ranks add up; swap a node inside of it"
                 )
         for node, replacement in self._nodes_of(self.path.swaps).items():
-            # A layer in which the caller replaces a node stays the reference's around it.
+            # A layer with a node that the caller replaces is not replaced by the fast path.
             if not any(other == node or other.startswith(f"{node}.") for other in self.swapped):
                 self.swaps[node] = replacement
 
     @property
     def nbytes(self) -> int:
-        """Memory that the model's weights take at least: experts in the format of the file, all else in
-        `dtype`."""
+        """A lower bound of the bytes of the model's weights: experts in the format of the file,
+        others in `dtype`."""
         total = 0
         for name, shape in shapes(self.skeleton).items():
             entry = self.checkpoint.entries[self._parameter(name)]
@@ -204,7 +208,7 @@ class Loader:
         return total
 
     def _parameter(self, name: str) -> str:
-        """The name in the file: a tied head is the embedding."""
+        """The name of a parameter in the checkpoint. A tied head is the embedding."""
         tied = name == "lm_head.weight" and self.config.tie_word_embeddings
         return "embed_tokens.weight" if tied else name
 
@@ -218,16 +222,17 @@ class Loader:
         }
 
     def stage(self, name: str) -> nn.Module:
-        """One stage, filled, for as long as the caller holds it."""
+        """A new copy of one stage, with its weights."""
         return self.fill(name, copy.deepcopy(self.skeleton.get_submodule(name))).eval()
 
     def fill(self, stage: str, module: nn.Module) -> nn.Module:
-        """Give a stage on the meta device its weights, then put in its swaps."""
+        """Load the weights of a stage on the meta device, and then swap its nodes. Returns the
+        stage."""
         for name in [name for name, _ in module.named_parameters()]:
             self._assign(module, name, f"{stage}.{name}")
         for node, replacement in self.swaps.items():
             if node == stage:
-                is_own = node not in self.swapped  # whose errors are ours and keep their traceback
+                is_own = node not in self.swapped  # of the fast path; errors keep tracebacks
                 make = replacement.from_reference
                 module = make(module) if is_own else instead(node, module, replacement)
             elif node.startswith(f"{stage}."):
@@ -236,7 +241,7 @@ class Loader:
         return module if self.ranks.size == 1 else self._join(stage, module)
 
     def _join(self, stage: str, module: nn.Module) -> nn.Module:
-        """Put the nodes in that join the ranks' results."""
+        """Wrap the nodes whose results the ranks combine. Returns the stage."""
         if stage == "embed_tokens":
             return VocabularyEmbedding(module, self.ranks)
         if stage == "lm_head":
@@ -254,9 +259,9 @@ class Loader:
             module.set_submodule(path, _quantized_linear(entry, shard).to(self.device))
             return
         dtype = _kept_dtype(parameter, entry.dtype, self.dtype)
-        # A mapped tensor is cut first: no byte that only other ranks hold is read.
+        # A mapped tensor is cut first, so that bytes of other ranks are not read.
         tensor = shard.cut(entry.read(None if entry.format == "plain" else dtype)).to(dtype)
-        if ".experts." not in parameter:  # experts stay in the file, also where columns are cut
+        if ".experts." not in parameter:  # experts stay mapped, also if columns are cut
             tensor = tensor.contiguous()
         weight = nn.Parameter(tensor.to(self.device), requires_grad=False)
         setattr(module.get_submodule(path), leaf, weight)
@@ -274,7 +279,8 @@ def warn_of_problems(checkpoint: Checkpoint, stacklevel: int) -> None:
 
 
 def _check_count(checkpoint: Checkpoint, config: Config) -> None:
-    """Refuse a config far too large for its file before a model of that size is laid out."""
+    """InputError for a config that is far too large for its file, before such a model is laid
+    out."""
     layers, experts = config.num_hidden_layers, config.num_experts
     sparse = sum(map(config.is_sparse, range(layers)))
     if len(checkpoint.entries) < layers + sparse * experts:
@@ -285,8 +291,8 @@ def _check_count(checkpoint: Checkpoint, config: Config) -> None:
 
 
 class _WithoutValues(TorchFunctionMode):
-    """Leaves a new parameter as it is: on the meta device there is nothing to initialise, and
-    `normal_` of an embedding there imports torch's compiler, which takes a second."""
+    """Skips the initialisation of parameters. On the meta device there is nothing to initialise,
+    and `normal_` of an embedding there imports torch's compiler, which takes a second."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -297,14 +303,15 @@ class _WithoutValues(TorchFunctionMode):
 
 
 def lay_out(config: Config) -> Model:
-    """The model without memory (on the meta device). The garbage collector rests meanwhile: it would walk
-    a hundred thousand new modules again and again."""
+    """The model on the meta device, without memory. Garbage collection is off meanwhile, because it
+    would traverse a hundred thousand new modules again and again. InputError if tensors are too
+    large."""
     collects = gc.isenabled()
     gc.disable()
     try:
         with torch.device("meta"), _WithoutValues():
             return Model(config)
-    except RuntimeError as error:  # also without memory a tensor has fewer than 2^63 bytes
+    except RuntimeError as error:  # from 2^63 bytes on, even on the meta device
         raise InputError(f"config: no tensors of such sizes: {error}") from None
     finally:
         if collects:
@@ -400,7 +407,8 @@ def _settle_head(checkpoint: Checkpoint, config: Config) -> Config:
 
 
 def _compare_frequencies(checkpoint: Checkpoint) -> None:
-    """Note stored RoPE frequencies that differ from the config's. The config's are used."""
+    """Add a note on stored RoPE frequencies that differ from the config's. Those of the config are
+    used."""
     config = checkpoint.config
     if not checkpoint.computed:
         return
@@ -431,7 +439,7 @@ def _compare_frequencies(checkpoint: Checkpoint) -> None:
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two parameters are there, not quantised, and hold the same numbers."""
+    """Whether both parameters exist, are not quantised, and have the same values."""
     entries = [checkpoint.entries.get(name) for name in (one, other)]
     if any(e is None or e.format != "plain" or e.view is not None for e in entries):
         return False
@@ -440,10 +448,10 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def own_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of activations and dense weights, where nothing else is asked for."""
+    """The default dtype of activations and dense weights."""
     embedding = checkpoint.entries["embed_tokens.weight"]
     quantised = any(entry.format != "plain" for entry in checkpoint.entries.values())
-    # MXFP4 has no float16 form: its scales reach further.
+    # float16 cannot hold MXFP4, whose scales have a larger range.
     return torch.bfloat16 if quantised and embedding.dtype.itemsize < 4 else embedding.dtype
 
 

@@ -1,5 +1,5 @@
-"""Log probabilities of tokens, of the model's own distribution: before temperature, penalties and
-filters, over the ids that can be chosen."""
+"""Log probabilities of tokens in the model's own distribution, before temperature, penalties and
+filters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from qwen35.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A chosen token, its natural log probability, and the likeliest ids with theirs, the best first."""
+    """A chosen token with its natural log probability, and the likeliest ids with theirs, best
+    first."""
 
     id: int
     logprob: float
@@ -28,7 +29,7 @@ class TokenLogprobs:
 
 
 def token_logprobs(logits: Tensor, token: int, count: int, vocab: int | None) -> TokenLogprobs:
-    """The log probability of `token`, and of the `count` likeliest; ties go to the lower id.
+    """The log probabilities of `token` and of the `count` likeliest ids. Ties go to the lower id.
 
     logits: [V], as the model gives them. vocab: ids at and above it are padding and left out. Computed in
     float64 from these logits alone, so the same logits have the same log probabilities.
@@ -38,7 +39,7 @@ def token_logprobs(logits: Tensor, token: int, count: int, vocab: int | None) ->
     top: list[tuple[int, float]] = []
     if count:
         edge = real.topk(count).values[-1]
-        ids = (real >= edge).nonzero()[:, 0]  # ascending, and more than `count` where some tie
+        ids = (real >= edge).nonzero()[:, 0]  # ascending; more than `count` if there are ties
         order = real[ids].argsort(descending=True, stable=True)[:count]
         best = ids[order]
         top = list(zip(best.tolist(), logprobs[best].tolist(), strict=True))
@@ -46,7 +47,7 @@ def token_logprobs(logits: Tensor, token: int, count: int, vocab: int | None) ->
 
 
 def table(rows: Sequence[TokenLogprobs], tokenizer: Tokenizer | None) -> str:
-    """A table for people: one line for each token, with the likeliest ids in per cent."""
+    """A table as text, with a line per token, and the likeliest ids in percent."""
     chosen = [_shown(row.id, tokenizer) for row in rows]
     width = max(map(_columns, ["token", *chosen]), default=0)
     count = max((len(row.top) for row in rows), default=0)
@@ -70,5 +71,5 @@ def _shown(token: int, tokenizer: Tokenizer | None) -> str:
 
 
 def _columns(text: str) -> int:
-    """Cells that a text takes in a terminal."""
+    """The number of columns of a text in a terminal."""
     return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)

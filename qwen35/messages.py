@@ -1,4 +1,4 @@
-"""Turns conversations in OpenAI's formats into what chat templates take, and splits answers in two."""
+"""Converts conversations from OpenAI's formats to those of chat templates, and splits answers."""
 
 import json
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from qwen35.errors import InputError
 Message = dict[str, Any]
 
 THOUGHT_ENDS = "</think>"
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of it, the template's own first
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the template's name is first
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An assistant's answer. finished: whether its thought, if it had one, came to an end."""
+    """An assistant's answer. finished: False if it ends inside a thought."""
 
     reasoning: str
     content: str
@@ -23,7 +23,7 @@ class Answer:
 
 
 def split_reasoning(text: str, *, opened: bool) -> Answer:
-    """Split a generated text at its last `</think>`: what stands before is never content.
+    """Split a generated text at its last `</think>`. The text before it is never content.
 
     opened: whether the prompt ended inside a thought; then a text without `</think>` has no content.
     """
@@ -37,9 +37,10 @@ def split_reasoning(text: str, *, opened: bool) -> Answer:
 def parse_messages(value: Any) -> list[Message]:
     """The messages of a request or of a notebook, as chat templates expect them.
 
-    content: text; a list of text parts is joined; null and missing are the empty text for an assistant.
-    tool_calls: arguments given as JSON text become an object. reasoning_content is also read under its
-    other names. Other keys pass on; nulls are dropped. InputError naming the message and the key.
+    content is text. A list of text parts is joined. If it is null or missing, an assistant's
+    content is "". tool_calls: arguments that are JSON text become an object. reasoning_content is
+    also read under its other names. Other keys are passed on, and nulls are dropped. InputError,
+    with the message and the key.
     """
     if not isinstance(value, list) or not value:
         raise InputError('messages: a list of {"role": ..., "content": ...} was expected')
@@ -47,7 +48,7 @@ def parse_messages(value: Any) -> list[Message]:
 
 
 def parse_tools(value: Any) -> list[dict[str, Any]] | None:
-    """The functions that a request offers: a list of objects; None where there are none."""
+    """The functions that a request offers, as a list of objects, or None if there are none."""
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -81,8 +82,8 @@ def _message(given: Any, where: str) -> Message:
 
 
 def _content(content: Any, where: str) -> str:
-    """A text, or parts of {"type": "text"}, which are put together without anything between, as the
-    family's own template does."""
+    """The content as text. Parts of {"type": "text"} are joined without a separator, as in the
+    family's template."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

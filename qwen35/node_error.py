@@ -1,4 +1,4 @@
-"""Errors of nodes that somebody put in: which node breaks, how, and where in their file."""
+"""Errors of swapped nodes: which node fails, how, and at which line of its file."""
 
 import inspect
 import traceback
@@ -15,19 +15,20 @@ from torch import Tensor, nn
 from qwen35.errors import InputError
 from qwen35.parallel.watch import RankLostError
 
-LONGEST = 300  # characters of an exception's message that fit into one line
+LONGEST = 300  # characters of an exception's message that are shown
 
 
 class NodeError(InputError):
-    """A node that was put in is broken: it raised an exception, which is the cause of this one, or it
-    returned what cannot stand for the output of the node that it replaces."""
+    """A swapped node is broken. It raised an exception, which is the cause of this one, or its
+    output does not fit that of the node that it replaces."""
 
 
 class Watch:
-    """A forward hook of a node that was put in: notes what it returned, and refuses what is no tensor.
+    """A forward hook of a swapped node. It notes the output, and refuses outputs that are no
+    tensors.
 
-    name: the node's name in its model. where: file and line of its forward. returned: the last output in
-    words.
+    name: the node's name in its model. where: file and line of its forward. returned: the last
+    output in words.
     """
 
     def __init__(self, name: str, where: str) -> None:
@@ -51,21 +52,21 @@ class Watch:
 
 
 def watch(name: str, module: nn.Module, replaced: nn.Module) -> None:
-    """Give a node that replaces `replaced` a `Watch`."""
+    """Add a `Watch` to a node that replaces `replaced`."""
     if module._forward_hooks is replaced._forward_hooks:  # after copy.copy, which shares them
         module._forward_hooks = OrderedDict(module._forward_hooks)
     module.register_forward_hook(Watch(name, definition(module.forward)))
 
 
 def watched(module: nn.Module) -> Watch | None:
-    """The watch of a node that was put in; None for other nodes."""
+    """The watch of a swapped node, or None for other nodes."""
     return next((hook for hook in module._forward_hooks.values() if isinstance(hook, Watch)), None)
 
 
 def check_alike(module: nn.Module, output: Any, expected: Any) -> None:
-    """NodeError when a node that was put in returned other shapes, or another kind of numbers (floats,
-    integers), than the node that it replaces. The number of experts that a router chose is not compared:
-    a wrong number is a difference in the report, not an error."""
+    """NodeError if a swapped node returned other shapes, or another kind of numbers (floats,
+    integers), than the node that it replaces. The number of experts that a router chose is not
+    compared, because a wrong number is a difference in the report, not an error."""
     found = watched(module)
     if found and _forms(output) != _forms(expected):
         found.returned = described(output)
@@ -90,7 +91,7 @@ def _kinds_differ(output: Any, expected: Any) -> bool:
 
 
 def described(output: object, *, with_dtype: bool = True) -> str:
-    """Describe what a forward returned in a few words: `bfloat16 [1, 64, 256]`."""
+    """A short description of an output, such as `bfloat16 [1, 64, 256]`."""
     if isinstance(output, tuple):
         return f"({', '.join(described(part, with_dtype=with_dtype) for part in output)})"
     if not isinstance(output, Tensor):
@@ -101,12 +102,13 @@ def described(output: object, *, with_dtype: bool = True) -> str:
 
 @contextmanager
 def blaming(model: nn.Module, stage: str = "") -> Iterator[None]:
-    """Turn an exception of a block that calls `model` into NodeError, where nodes were put into it.
+    """Turn an exception of a block that calls `model` into NodeError, if the model has swapped
+    nodes.
 
-    The exception is named with the node in whose forward it came up: one that was put in, or one that
-    could not go on with what such a node had returned. Exceptions of other models pass unchanged, and so
-    do an InputError that no such node's forward raised, and the loss of another rank.
-    stage: the name of `model`, where it is a part of one.
+    The exception is named with the node in whose forward it came up: one that was put in, or one
+    that could not go on with what such a node had returned. Exceptions of other models pass
+    unchanged, and so do an InputError that no such node's forward raised, and the loss of another
+    rank. stage: the name of `model`, where it is a part of one.
     """
     try:
         yield
@@ -120,7 +122,7 @@ def blaming(model: nn.Module, stage: str = "") -> Iterator[None]:
 
 
 def _blame(error: Exception, model: nn.Module, stage: str) -> str | None:
-    """The message of a NodeError; None where no node that was put in had a part in it."""
+    """The message of a NodeError, or None if no swapped node was involved."""
     prefix = f"{stage}." if stage else ""
     names = {id(module): f"{prefix}{name}" for name, module in model.named_modules()}
     names[id(model)] = stage or "the model"
@@ -171,13 +173,13 @@ def _is_torch(frame: FrameType) -> bool:
 
 
 def definition(function: Callable[..., Any]) -> str:
-    """The file and line at which a function is defined; empty where it has no code."""
+    """The file and line of a function's definition, or "" if it has no code."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{_shown(code.co_filename)}:{code.co_firstlineno}" if isinstance(code, CodeType) else ""
 
 
 def _shown(file: str) -> str:
-    """A path, relative where it lies below the folder that the command runs in."""
+    """A path, relative if it is below the current folder."""
     try:
         return str(Path(file).relative_to(Path.cwd()))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Which nodes run fast: the choice behind `--path auto|fast|reference` and `load(path=...)`."""
+"""Chooses which nodes run fast, for `--path auto|fast|reference` and `load(path=...)`."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,8 @@ PATHS = ("auto", "fast", "reference")
 
 @dataclass(frozen=True)
 class Choice:
-    """name: "fast" or "reference". reason: why it is not fast, where `auto` decided; else empty."""
+    """The chosen path. name: "fast" or "reference". reason: why `auto` chose the reference, or
+    ""."""
 
     name: str
     reason: str = ""
@@ -33,7 +34,8 @@ class Choice:
 def choose_path(
     wanted: str, config: Config, device: torch.device, dtype: torch.dtype, ranks: int = 1
 ) -> Choice:
-    """The path of a model of this shape. InputError for `fast` where it cannot run, naming the reason."""
+    """Choose the path for a model of this shape. InputError, with the reason, if `fast` cannot
+    run."""
     if wanted not in PATHS:
         raise InputError(f"path {wanted!r}; expected {', '.join(PATHS)}")
     if wanted == "reference":

@@ -1,4 +1,4 @@
-"""What one id stands for: a piece of text, a control token, or bytes that are no whole characters."""
+"""Describes one id: a piece of text, a control token, or bytes that are no complete characters."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -11,11 +11,11 @@ from qwen35.tokenizer import UNFINISHED, Tokenizer
 
 @dataclass(frozen=True)
 class Piece:
-    """One id and what it stands for.
+    """One id with its meaning.
 
-    text: what the id alone decodes to; the written form of a control token, U+FFFD for no character.
-    raw: the id's bytes where they are no whole characters, else None.
-    is_control: whether it is an added token such as `<|im_end|>`, which is no text.
+    text: the decoded text of the id alone. For a control token it is the written form; incomplete
+    characters are U+FFFD. raw: the bytes of the id if they are no complete characters, else None.
+    is_control: whether it is an added token such as `<|im_end|>`, which is not text.
     """
 
     id: int
@@ -24,9 +24,9 @@ class Piece:
     is_control: bool = False
 
     def __str__(self) -> str:
-        """For people: ' whale' in quotes, <|im_end|> as it is, bytes as b'\\xe2\\x82'."""
+        """As printed: text in quotes (' whale'), control tokens without, bytes as b'\\xe2\\x82'."""
         if self.is_control:
-            return repr(self.text)[1:-1]  # an untrusted vocabulary may hold terminal escapes
+            return repr(self.text)[1:-1]  # a vocabulary may contain terminal escapes
         return repr(self.text if self.raw is None else self.raw)
 
     def document(self) -> dict[str, Any]:
@@ -40,11 +40,11 @@ class Piece:
 
 
 def piece(tokenizer: Tokenizer, token: int) -> Piece:
-    """The piece of an id; its text is empty where the vocabulary has a hole."""
+    """The piece of an id. Its text is empty if the vocabulary has no such id."""
     written = tokenizer.written(token)
     if written is None or tokenizer.is_control(token):
         return Piece(token, written or "", is_control=written is not None)
-    # Take the second of two: some decoders drop the space in front of the first.
+    # The second of two is used, because some decoders drop the space before the first.
     once, twice = tokenizer.decode([token]), tokenizer.decode([token, token])
     text = twice[len(once) :]
     if UNFINISHED not in text:
@@ -66,8 +66,8 @@ def _bytes(tokenizer: Tokenizer, token: int, written: str) -> bytes | None:
 
 @cache
 def _byte_of() -> dict[str, int]:
-    """The byte that each character of the byte-level alphabet stands for: itself where it is printable in
-    Latin-1; the others follow one another from U+0100 on."""
+    """The byte of each character of the byte-level alphabet. Printable Latin-1 characters stand for
+    themselves. The characters from U+0100 on stand for the other bytes, in order."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     own = {char: ord(char) for char in alphabet if ord(char) < 256}
     others = (byte for byte in range(256) if byte not in own.values())

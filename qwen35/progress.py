@@ -1,4 +1,5 @@
-"""Shows how far a command is: a bar on a terminal, or a line now and then where stderr goes elsewhere."""
+"""Shows the progress of a command: a bar on a terminal, or a line every ten seconds in other
+outputs."""
 
 import math
 import sys
@@ -16,15 +17,15 @@ T = TypeVar("T")
 class Progress:
     """Counts to `total`. A command that ends within ten seconds prints no line into a pipe.
 
-    what: "kernels", "documents", ...: the plural of what is counted. total: None where it is not known
-    yet; `at` may set it later. note: set it to words that each line ends with.
+    what: a plural noun for what is counted, such as "kernels". total: None if it is not known yet;
+    `at` may set it later. note: a text that may be set, and that ends each line.
     """
 
     def __init__(self, what: str, total: int | None = None, *, is_bytes: bool = False) -> None:
         self.what, self.is_bytes, self.note = what, is_bytes, ""
         self._is_terminal = sys.stderr.isatty()
         units = {"unit": "B", "unit_scale": True, "unit_divisor": 1000} if is_bytes else {}
-        # A bar that is delayed for ever counts and shows nothing.
+        # With an infinite delay the bar counts but shows nothing.
         self._bar = tqdm(
             desc=what, total=total, leave=False, delay=0 if self._is_terminal else math.inf, **units
         )  # fmt: skip
@@ -37,7 +38,7 @@ class Progress:
         self._bar.update(count)
 
     def at(self, done: int, total: int) -> None:
-        """Set how many are done, and the total."""
+        """Set the count and the total."""
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 
@@ -48,7 +49,7 @@ class Progress:
         self._bar.close()
 
     def line(self) -> str:
-        """The state in words, such as "kernels: 30 of 121 after 00:40, about 02:01 left"."""
+        """The progress as text, such as "kernels: 30 of 121 after 00:40, about 02:01 left"."""
         found = self._bar.format_dict
         done, total, elapsed = found["n"], found["total"], found["elapsed"]
         words = f"{self.what}: {self._count(done)}"
@@ -82,8 +83,8 @@ class Progress:
 
 
 def steps(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Yield the items one after the other, and show how many were taken. total: their number, needed only
-    where `items` has no length."""
+    """Yield the items, and show the progress. total: their number, needed only if `items` has no
+    length."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(what, total) as progress:

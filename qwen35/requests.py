@@ -1,4 +1,5 @@
-"""`--requests`: many prompts in one process, a JSON object a line, with settings of their own."""
+"""Reads `--requests`: many prompts for one process, one JSON object per line, each with its
+settings."""
 
 import json
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ SETTINGS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Request:
-    """id: whatever the request calls itself, or None. settings: the command line's, and its own."""
+    """One request. id: any JSON value, or None. settings: those of the request, then those of the
+    command."""
 
     id: Any
     prompt: Prompt
@@ -27,9 +29,10 @@ class Request:
 
 
 def parse_requests(text: str, where: str, completer: Completer, common: Settings) -> list[Request]:
-    """All requests of a file. InputError naming the line (`where`: the file) for the first bad one."""
+    """All requests of a file. where: the file's name. InputError, with the line, for the first bad
+    one."""
     requests: list[Request] = []
-    for number, line in enumerate(text.split("\n"), 1):  # a text may hold other line separators
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may have other separators
         if line.strip():
             try:
                 requests.append(parse_request(line, completer, common))
@@ -90,7 +93,7 @@ def _said(name: str, value: Any) -> Any:
 
 
 def _check_echo(name: Any) -> None:
-    """Refuse an id that could not be printed with the result, before anything is computed."""
+    """InputError for an id that cannot be printed with the result."""
     try:
         json.dumps(name, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

@@ -1,9 +1,9 @@
-"""From logits to a token: penalties, greedy, temperature, top-k, top-p, min-p, with randomness keyed by
-(seed, position).
+"""Chooses a token from logits: penalties, greedy, temperature, top-k, top-p, min-p.
 
-The draw at a position does not depend on what was drawn elsewhere or how often. So a sampled text is
-the same at any drafting depth, and a draft that is accepted when it *is* the model's own draw leaves
-the model's distribution as it was (rejection sampling with one-hot proposals).
+Random numbers depend only on (seed, position). Therefore the draw at a position does not depend on
+other draws, and a sampled text is the same at any drafting depth. A draft is accepted if it equals
+the model's own draw, so drafting does not change the model's distribution (rejection sampling with
+one-hot proposals).
 """
 
 import math
@@ -19,18 +19,18 @@ from qwen35.errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen; every default switches its part off.
+    """How a token is chosen. Each default switches its part off.
 
     temperature: 0 is greedy.
-    top_k: draw from that many likeliest tokens (0: all).
-    top_p: draw from the likeliest tokens whose probabilities reach it.
-    min_p: leave out tokens less likely than that part of the likeliest one's probability.
-    repetition_penalty: divide the logits of tokens in the prompt or the text so far by it where they are
-        positive, multiply where negative (Keskar et al. 2019; as transformers does).
-    presence_penalty: subtract it from the logits of tokens in the text so far. The prompt does not count
-        (as in OpenAI's and vLLM's interfaces). Both penalties change greedy choices too.
-    seed: key of the random numbers, together with the position.
-    vocab: ids at and above it are padding and never drawn (None: every row of the head is real).
+    top_k: draw from this many of the likeliest tokens (0: all).
+    top_p: draw from the smallest set of likeliest tokens whose probabilities sum to at least this.
+    min_p: leave out tokens whose probability is below this fraction of the largest one.
+    repetition_penalty: for tokens of the prompt or of the text so far, positive logits are divided
+        by it, and negative ones multiplied (Keskar et al. 2019; as in transformers).
+    presence_penalty: is subtracted from the logits of tokens of the text so far. The prompt does
+        not count, as in OpenAI's and vLLM's interfaces. Both penalties also change greedy choices.
+    seed: the key of the random numbers, together with the position.
+    vocab: ids from there on are padding and never drawn (None: every row of the head is a token).
     """
 
     temperature: float = 0.0
@@ -67,10 +67,10 @@ class Sampling:
 
 
 class Seen:
-    """The tokens of a continuation that penalties look at, as masks over the head's rows.
+    """The tokens that penalties depend on, as masks over the head's rows.
 
-    prompt: ids. Tokens that are picked are added one by one, in the order of the text. A draft that is
-    rejected was never picked, so it leaves no trace.
+    prompt: ids. Picked tokens are added one by one, in the order of the text. A rejected draft is
+    never picked, so it is not added.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class Seen:
 
     @classmethod
     def of(cls, anywhere: Tensor, generated: Tensor) -> "Seen":
-        """Make one from existing masks [V]."""
+        """Make an instance from existing masks [V]."""
         seen = cls.__new__(cls)
         seen.anywhere, seen.generated = anywhere, generated
         return seen
 
     def add(self, token: int) -> None:
-        """Count a token of the text."""
+        """Add a token of the text."""
         self.anywhere[token] = self.generated[token] = True
 
 
@@ -102,10 +102,12 @@ def penalized(logits: Tensor, seen: Seen, sampling: Sampling) -> Tensor:
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution drawn from. logits [V] -> [V] float64; needs temperature > 0.
+    """The distribution that tokens are drawn from: logits [V] -> [V] float64. It needs temperature
+    > 0.
 
-    Filters in the usual order: temperature, top-k, then the smallest set of most likely tokens whose
-    probabilities reach top_p (at least one), then min-p. Ties at an edge go to the lower id.
+    The filters come in the usual order: temperature, top-k, then the smallest set of likeliest
+    tokens whose probabilities reach top_p (at least one token), then min-p. Ties at an edge go to
+    the lower id.
     """
     real = logits[: sampling.vocab].double()
     # The largest is 0, whatever the temperature.
@@ -124,14 +126,15 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def uniform(seed: int, position: int) -> float:
-    """One number in [0, 1), a pure function of its arguments (the counter-based Philox generator)."""
+    """A random number in [0, 1) that depends only on the arguments (counter-based Philox
+    generator)."""
     return np.random.Generator(np.random.Philox(key=seed, counter=position)).random()
 
 
 def pick(logits: Tensor, position: int, sampling: Sampling, seen: Seen | None = None) -> int:
     """Choose the token at `position` of the sequence from the logits [V] before it.
 
-    seen: the tokens before it, which penalties need; the choice is added to them.
+    seen: the tokens before it, for penalties. The choice is added to them.
     """
     scores = logits if seen is None else penalized(logits, seen, sampling)
     drawn = uniform(sampling.seed, position) if sampling.temperature else 0.0
@@ -142,10 +145,11 @@ def pick(logits: Tensor, position: int, sampling: Sampling, seen: Seen | None = 
 
 
 def choose(scores: Tensor, drawn: float | Tensor, sampling: Sampling) -> Tensor:
-    """The token of scores [V], a scalar on their device; `drawn` in [0, 1) decides where one is drawn."""
+    """Choose a token from scores [V]. Returns a scalar on their device. drawn: random number in [0,
+    1)."""
     if sampling.temperature == 0:
         return scores[: sampling.vocab].argmax()
     cumulative = probabilities(scores, sampling).cumsum(-1)
-    # Scaled by the total, so that rounding in the sum cannot leave the last token out.
+    # Scaling by the total prevents that rounding in the sum excludes the last token.
     threshold = drawn * cumulative[-1]
     return torch.searchsorted(cumulative, threshold, right=True)

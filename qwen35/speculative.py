@@ -1,8 +1,8 @@
-"""Drafting with the MTP head, verification by the trunk, acceptance, roll-back.
+"""Speculative decoding: drafts of the MTP head, verification by the trunk, acceptance, rollback.
 
-The tokens do not depend on the depth: each row that the trunk verifies computes the bits it would have
-computed alone (reference/linear.py), the model draws its own token at each position, and a draft is
-accepted when it is that token.
+The tokens do not depend on the depth. Each row that the trunk verifies has the same bits as if it
+were computed alone (reference/linear.py). The model chooses its own token at each position, and a
+draft is accepted if it is that token.
 """
 
 from dataclasses import dataclass, field
@@ -28,12 +28,12 @@ class DraftStats:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens that a trunk pass gave on average, 1 + depth at most."""
+        """The mean number of tokens per trunk pass, at most 1 + depth."""
         return self.tokens / self.forwards if self.forwards else 0.0
 
 
 class Decoder:
-    """Continues one sequence round by round; a round gives 1 to 1 + depth tokens.
+    """Continues one sequence in rounds. A round gives 1 to 1 + depth tokens.
 
     token: the newest token, not yet seen by the trunk; hidden: [1, 1, D], the trunk's state of the
     token before it. depth: most drafts in a round. stop: tokens after which nothing is drafted. seen: the
@@ -61,9 +61,9 @@ class Decoder:
     def round(self, limit: int) -> list[tuple[int, Tensor]]:
         """Return up to `limit` next tokens, each with the logits [V] it was picked from.
 
-        NotFiniteError when such logits are NaN or infinite.
+        NotFiniteError if logits are NaN or infinite.
         """
-        # The trunk adds a token of its own to the accepted drafts, so one draft fewer is enough.
+        # The trunk adds its own token to the accepted drafts, so limit - 1 drafts are enough.
         drafts = self._draft(min(self.depth, limit - 1))
         rows = [self.fresh_ids[-1], *drafts]
         picked: list[tuple[int, Tensor]] = []
@@ -89,10 +89,10 @@ class Decoder:
         raise AssertionError("the last row has no draft after it, so it always ends the round")
 
     def _draft(self, depth: int) -> list[int]:
-        """Guess the `depth` tokens after the fresh ones.
+        """Draft the `depth` tokens after the fresh ones.
 
-        The first pass feeds the fresh tokens with the trunk's true states and stays in the MTP cache;
-        the chained guesses, built on the head's own states, are taken back.
+        The first pass runs the fresh tokens with the trunk's hidden states, and stays in the MTP
+        cache. The later passes are chained on the head's own hidden states, and are rolled back.
         """
         if depth < 1:
             return []

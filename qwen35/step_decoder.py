@@ -1,4 +1,4 @@
-"""Decoding on the fast path: the rounds of `fast.step.Step`, with the interface of
+"""Decoding on the fast path: rounds of `fast.step.Step`, with the interface of
 `speculative.Decoder`."""
 
 from dataclasses import replace
@@ -14,15 +14,15 @@ from qwen35.sampling import Sampling, Seen, choose, penalized, uniform
 from qwen35.speculative import DraftStats
 from reference.model import Model
 
-CAPACITY = 1024  # a step has room for a multiple of so many positions
-KEPT = "_rounds"  # where a model keeps its last step
+CAPACITY = 1024  # the room of a step is a multiple of this many positions
+KEPT = "_rounds"  # the attribute of a model with its last step
 
 
 class StepDecoder:
     """Continues one sequence round by round on a device; arguments as in `speculative.Decoder`.
 
-    room: new tokens to take memory for; the capacity doubles when it is used up. The step of the last
-    sequence is reused, with its graph, where it has room and chooses in the same way.
+    room: new tokens to reserve memory for. The capacity doubles when it is used up. The step of the
+    last sequence is reused, with its graph, if it has enough room and the same sampling settings.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class StepDecoder:
     def round(self, limit: int) -> list[tuple[int, Tensor]]:
         """Return up to `limit` next tokens, each with the logits [V] it was picked from.
 
-        NotFiniteError when such logits are NaN or infinite.
+        NotFiniteError if logits are NaN or infinite.
         """
         step = self.rounds.step
         if self.length + 1 + step.drafts > step.state.capacity:
             step = self._grown()
         count, *picked = step.round()
-        logits = step.logits.clone()  # the next round writes over them
+        logits = step.logits.clone()  # the next round overwrites them
         tokens: list[tuple[int, Tensor]] = []
         for token, row in zip(picked[: min(count, limit)], logits, strict=False):
             if token < 0:
@@ -74,7 +74,7 @@ class StepDecoder:
         return tokens
 
     def _grown(self) -> Step:
-        """Replace the step, which is full, by one of twice the capacity, and return it."""
+        """Replace the full step by one with twice the capacity, and return it."""
         old = self.rounds
         self.model.__dict__[KEPT] = None
         capacity = 2 * old.step.state.capacity
@@ -86,24 +86,27 @@ class StepDecoder:
 
 
 def runs_as_step(model: Model, depth: int) -> bool:
-    """Whether a model's rounds run as one graph: it is on a GPU, and all that they need of it is fast."""
+    """Whether a model's rounds run as one graph: it is on a GPU, and all nodes that they need are
+    fast."""
     on_gpu = model.embed_tokens.weight.device.type == "cuda"
     return on_gpu and depth < MAX_ROWS and is_fast(model, depth)
 
 
 def prepared(model: Model, length: int, depth: int, sampling: Sampling, room: int) -> "_Rounds":
-    """Rounds after a prompt of so many tokens, compiled and captured; arguments as in `StepDecoder`."""
+    """Compiled and captured rounds after a prompt of `length` tokens. Arguments are as in
+    `StepDecoder`."""
     return _rounds(model, depth, length + room + 1 + depth, sampling)
 
 
 class _Rounds:
-    """A step with its way to choose: the likeliest token, or a draw keyed by seed and position."""
+    """A step with its sampling: the likeliest token, or a draw that depends on seed and
+    position."""
 
     def __init__(self, model: Model, depth: int, capacity: int, sampling: Sampling) -> None:
         self.sampling = replace(sampling, seed=0)
         self.step = step = Step(model, capacity, depth, vocab=sampling.vocab)
         device, V = step.logits.device, step.logits.shape[1]
-        # How often a token was seen. Counts, since adding integers has the same result in any order.
+        # How often a token was seen. Counts of integers do not depend on the order of additions.
         self.anywhere, self.generated = (
             torch.zeros(V, dtype=torch.int32, device=device) for _ in range(2)
         )
@@ -115,7 +118,7 @@ class _Rounds:
             step.work = step.launches([self._choose], after)
 
     def begin(self, length: int, seed: int, seen: Seen | None) -> None:
-        """Prepare for tokens from position `length` on, which is that of the newest token."""
+        """Prepare for a sequence whose newest token is at position `length`."""
         if self.sampling.temperature:
             numbers = [uniform(seed, position) for position in range(length, len(self.uniforms))]
             self.uniforms[length:] = torch.tensor(numbers, dtype=torch.float64)
@@ -124,7 +127,8 @@ class _Rounds:
             self.generated.copy_(seen.generated)
 
     def _choose(self) -> None:
-        """Fill `step.picked` row by row, since a row's penalties count the drafts before it."""
+        """Fill `step.picked` row by row, because the penalties of a row count the drafts before
+        it."""
         step, sampling = self.step, self.sampling
         uniforms = self.uniforms[step.state.starts[0] + 1 + self.row]
         anywhere, generated = self.anywhere.bool(), self.generated.bool()
@@ -149,12 +153,12 @@ class _Rounds:
 
 
 def _rounds(model: Model, depth: int, capacity: int, sampling: Sampling) -> _Rounds:
-    """The model's last rounds if they serve, else new ones in their place."""
+    """The model's last rounds if they fit, or new ones that replace them."""
     kept: _Rounds | None = model.__dict__.get(KEPT)
     wanted = depth, replace(sampling, seed=0)
     if kept is not None and kept.step.state.capacity >= capacity and kept.serves == wanted:
         return kept
-    kept = model.__dict__[KEPT] = None  # its memory is free before the next one's is taken
+    kept = model.__dict__[KEPT] = None  # its memory is released before the new one is allocated
     rounded = -(-capacity // CAPACITY) * CAPACITY
     fresh = model.__dict__[KEPT] = _Rounds(model, depth, rounded, sampling)
     fresh.step.prepare()

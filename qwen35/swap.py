@@ -1,7 +1,8 @@
-"""Replace nodes of a built model by name, for good or for the length of a `with` block.
+"""Replaces nodes of a built model by name, permanently or for a `with` block.
 
-A replacement is a class with `from_reference(module)`, which takes over that node's weights (and may pack
-them), and with the forward signature of the node that it replaces. It knows torch, not this model.
+A replacement is a class with `from_reference(module)`, which takes over the weights of that node
+(and may pack them). Its forward has the signature of the node that it replaces. This module knows
+torch, not the model.
 """
 
 import difflib
@@ -21,7 +22,7 @@ from qwen35.node_error import NodeError, definition, told, watch
 
 
 class Replacement(Protocol):
-    """A class whose instances can stand for a node."""
+    """A class whose instances can replace a node."""
 
     def from_reference(self, module: nn.Module) -> nn.Module: ...
 
@@ -59,7 +60,8 @@ def nodes(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
 
 
 def outermost(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Keep the nodes that lie in no other of them: the rest are replaced together with these."""
+    """The nodes that are not inside another of them. The others are replaced together with
+    these."""
 
     def parents(name: str) -> Iterator[str]:
         return accumulate(name.split(".")[:-1], "{}.{}".format)
@@ -81,7 +83,7 @@ def swap(model: nn.Module, pattern: str, replacement: Replacement) -> list[str]:
 
 
 def replaced(model: nn.Module) -> list[str]:
-    """The nodes that replace the reference's, as `name=module:class`, without nodes inside of them."""
+    """The swapped nodes, as `name=module:class`, without nodes inside of them."""
     found = {
         name: module
         for name, module in model.named_modules()
@@ -93,7 +95,7 @@ def replaced(model: nn.Module) -> list[str]:
 
 @contextmanager
 def swapped(model: nn.Module, pattern: str, replacement: Replacement) -> Iterator[list[str]]:
-    """`swap` until the end of the block, to compare two variants; the old nodes are kept meanwhile."""
+    """`swap` until the end of the block, to compare two variants. The old nodes stay in memory."""
     before = outermost(matching(model, pattern))
     try:
         yield swap(model, pattern, replacement)
@@ -103,7 +105,7 @@ def swapped(model: nn.Module, pattern: str, replacement: Replacement) -> Iterato
 
 
 def instead(name: str, module: nn.Module, replacement: Replacement) -> nn.Module:
-    """Make the replacement of one node, whose name in the model is `name`. Raises as `swap`."""
+    """The replacement of one node. name: its name in the model. Raises as `swap` does."""
     make = replacement.from_reference
     try:
         fresh = make(module)
@@ -133,7 +135,7 @@ def parse_swap(text: str) -> tuple[str, Replacement]:
         raise InputError(f"--swap {text!r}; expected PATTERN=MODULE:CLASS")
     try:
         imported = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # the module is somebody's program, which runs here
+    except (Exception, SystemExit) as error:  # importing the module runs the user's code
         raise InputError(f"--swap {text!r}: {told(error, module)}") from error
     found = getattr(imported, name, None)
     if found is None:

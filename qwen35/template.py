@@ -1,4 +1,4 @@
-"""Renders chat templates, untrusted code, in a sandbox, so that what a message says stays text."""
+"""Renders chat templates, which are untrusted code, in a sandbox. Text of messages stays text."""
 
 import atexit
 import json
@@ -17,10 +17,10 @@ from typing import Any
 from qwen35.errors import InputError
 
 RENDERER = Path(__file__).with_name("template_process.py")
-SECONDS = 3.0  # that a template may take
-START_SECONDS = 60.0  # that the process may take to start, on a machine that is busy
-LONGEST = 1 << 26  # bytes of its answer
-FIRST_MARK = 0xF0000  # the first of the private-use characters of which marks are chosen
+SECONDS = 3.0  # time limit of a template
+START_SECONDS = 60.0  # time limit for the start of the process, on a busy machine
+LONGEST = 1 << 26  # bytes of a rendered prompt
+FIRST_MARK = 0xF0000  # the first private-use character that may be a mark
 THOUGHT = ("<think>", "</think>")
 
 
@@ -32,9 +32,9 @@ class ChatTemplate:
 
     @classmethod
     def of_folder(cls, folder: Path, config: Mapping[str, Any]) -> "ChatTemplate | None":
-        """Read it from chat_template.jinja and additional_chat_templates/, or else from
-        tokenizer_config.json (`config`), where it is a text or holds named ones. None where there is
-        no template."""
+        """Read the template from chat_template.jinja and additional_chat_templates/, or else from
+        tokenizer_config.json (`config`), which has a text or named templates. None if there is no
+        template."""
         files = {"default": folder / "chat_template.jinja"}
         files |= {
             file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")
@@ -60,8 +60,9 @@ class ChatTemplate:
         return cls(folder, stated) if stated else None
 
     def render(self, variables: Mapping[str, Any], *, with_tools: bool) -> str:
-        """The prompt that the template makes, with the assistant's turn begun. InputError, one line, for
-        whatever goes wrong inside it. with_tools: take the template `tool_use` where there is one."""
+        """Render the prompt, up to the beginning of the assistant's turn. with_tools: use the
+        template `tool_use` if there is one. InputError, one line, for any error inside the
+        template."""
         name = "tool_use" if with_tools and "tool_use" in self.templates else "default"
         if name not in self.templates:
             raise InputError(
@@ -75,11 +76,12 @@ class ChatTemplate:
 
 
 class Marker:
-    """Tells the control tokens that a template writes from those that its input contains.
+    """Distinguishes the control tokens that a template writes from those in its input.
 
-    `mark` puts a private-use character on either side of each added token inside the input, which
-    templates pass on (a token's text stays whole, so that a template still finds `</think>` in an
-    answer); `unmark` takes them out of what was rendered. tokens: the written forms of added tokens.
+    `mark` puts a private-use character on both sides of each added token in the input. Templates
+    pass these characters on. The text of a token stays whole, so that a template still finds
+    `</think>` in an answer. `unmark` removes them from the rendered text. tokens: the written forms
+    of added tokens.
     """
 
     def __init__(self, tokens: Iterable[str], given: Any, template: ChatTemplate) -> None:
@@ -100,11 +102,11 @@ class Marker:
         )
 
     def mark(self, given: Any, *, answer: bool = False) -> Any:
-        """The same mappings and lists with marks in their texts.
+        """A copy of mappings and lists, with marks in their texts.
 
-        answer: whether they are what an assistant said, where `<think>` and `</think>` are the model's
-        own tokens. A template may cut the text at them and trim what is left, so that no mark may stand
-        beside them.
+        answer: whether they are an assistant's answer. There `<think>` and `</think>` are the
+        model's own tokens. A template may cut the text at them and trim the rest, so they get no
+        marks.
         """
         if isinstance(given, str):
             token = self.literal if answer else self.token
@@ -120,9 +122,9 @@ class Marker:
         return given
 
     def _mark_ends(self, text: str) -> str:
-        """Put a mark after a text that ends with the beginning of a token, and before one that begins
-        with the end of a token: what a template writes beside it, also after trimming it, could complete
-        the token."""
+        """Put a mark after a text that ends with the beginning of a token, and before a text that
+        begins with the end of one. Otherwise the text that a template writes beside it could
+        complete the token."""
         parts = [(token[:n], token[n:]) for token in self.tokens for n in range(1, len(token))]
         body = text.rstrip()
         if body.endswith(tuple(first for first, _ in parts)):
@@ -133,8 +135,8 @@ class Marker:
         return text
 
     def unmark(self, rendered: str) -> tuple[str, list[tuple[str, bool]] | None]:
-        """The text without marks; and, where there were any, its pieces: control tokens (True) and the
-        text between them."""
+        """The text without marks. If there were marks, also its pieces: control tokens (True) and
+        texts (False); otherwise None."""
         marks = (self.start, self.end, self.cut)
         for mark in marks:  # as tojson(ensure_ascii=True) writes it
             rendered = rendered.replace(_escaped(mark), mark)
@@ -153,8 +155,8 @@ class Marker:
 
 
 class Renderer:
-    """The process of `template_process.py`: started when it is first needed, ended when a template takes
-    too long or answers too much, and then started anew."""
+    """The process of `template_process.py`. It is started when it is first needed. If a template
+    takes too long or writes too much, the process is ended, and started again later."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
@@ -163,7 +165,8 @@ class Renderer:
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        """A forked process starts its own: two would read each other's answers."""
+        """Make a forked process start its own, because two processes would read each other's
+        answers."""
         self.process, self.lock = None, threading.Lock()
 
     def end(self) -> None:
@@ -174,7 +177,7 @@ class Renderer:
             process.communicate()
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
-        """What the template makes of the variables. InputError with the reason where it fails."""
+        """Render a template with the variables. InputError, with the reason, if it fails."""
         try:
             line = json.dumps({"template": template, "variables": variables}).encode() + b"\n"
         except (TypeError, ValueError, RecursionError) as error:
@@ -182,7 +185,7 @@ class Renderer:
         with self.lock:
             try:
                 answer = json.loads(self._answer(line))
-            except BaseException:  # Ctrl-C too: else the next answer would be this one's
+            except BaseException:  # also Ctrl-C, or the next call would read this answer
                 self.end()
                 raise
         if "error" in answer:
@@ -191,8 +194,8 @@ class Renderer:
 
     def _answer(self, line: bytes) -> bytes:
         if self.process is None:
-            # -P: the modules beside that file are not to be taken for those of the standard library.
-            # A session of its own: Ctrl-C in a conversation does not reach it.
+            # -P: modules beside that file do not shadow the standard library. A new session: Ctrl-C
+            # in a conversation does not reach the process.
             self.process = subprocess.Popen(
                 [sys.executable, "-P", str(RENDERER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, start_new_session=True,

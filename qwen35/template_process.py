@@ -1,8 +1,8 @@
-"""The process that renders chat templates, which are foreign code: one line of JSON in, one out.
+"""The process that renders chat templates, which are untrusted code: one line of JSON in, one out.
 
-`template.py` starts this file and ends it when it takes too long. A sandbox keeps a template from objects
-that are not its business; only a process bounds its time and its memory. Nothing of the project is
-imported, so that it starts at once.
+`template.py` starts this file, and ends it if it takes too long. A sandbox restricts the objects
+that a template can use; the process limits its time and memory. Nothing of the project is imported,
+so that it starts fast.
 """
 
 import datetime
@@ -18,11 +18,12 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MEMORY = 2**30  # bytes of addresses
+MEMORY = 2**30  # bytes of address space
 
 
 class Generation(Extension):
-    """`{% generation %}`, which marks what an assistant says for training: here its body is rendered."""
+    """The tag `{% generation %}`, which marks assistant text for training. Here its body is only
+    rendered."""
 
     tags = {"generation"}  # noqa: RUF012
 

@@ -1,5 +1,5 @@
-"""Shows a generation in a terminal: the text on standard output as it comes, and everything else on
-standard error."""
+"""Shows a generation in a terminal: its text on standard output, and everything else on standard
+error."""
 
 import sys
 from collections.abc import Callable
@@ -21,8 +21,9 @@ def show(
 ) -> None:
     """Print the text as it comes, then the figures.
 
-    quiet: no text, digest or log probabilities, since a document has them. check: called after each pass
-    of the prefill and each token; what it raises ends the text, whose figures are printed all the same.
+    quiet: print no text, digest or log probabilities, because a document has them. check: called
+    after each pass of the prefill and after each token. An exception of it ends the text; the
+    figures are still printed.
     """
     result = completion.generation
     bar = Progress("prompt tokens", len(result.prompt))
@@ -39,7 +40,7 @@ def show(
                 if not quiet:
                     print(piece, end="", flush=True)
                 check()
-    finally:  # also when interrupted: what was printed stays, with its figures
+    finally:  # also when interrupted: the figures follow the printed text
         bar.close()
         if result.token_ids:
             if not quiet:

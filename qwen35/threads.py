@@ -1,35 +1,35 @@
-"""How many threads torch computes with. How they wait is set in `qwen35/__init__.py`, before torch is
+"""Sets the number of torch's threads. How they wait is set in `qwen35/__init__.py`, before torch is
 imported."""
 
 import json
 import os
 from pathlib import Path
 
-# Below this, a second thread costs a decode pass more than it brings (LOG.md): the rows of a product are
-# done before the thread has woken up.
+# Below this size a second thread makes a decode pass slower (LOG.md), because products end before
+# the thread has woken up.
 HIDDEN_SIZE = 1024
-ASKED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # variables of the environment, which torch obeys
+ASKED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # environment variables that torch obeys
 
 
 def set_threads(asked: int | None, model: str | None) -> None:
     """Set torch's number of threads for a command.
 
-    asked: what `--threads` says; None is one thread for a small checkpoint, and otherwise torch's own
-    choice, usually the number of cores. A variable of the environment is obeyed in both cases.
-    model: the checkpoint's folder, or "tiny"; a hub id counts as large.
+    asked: the value of `--threads`. None is one thread for a small checkpoint, and otherwise
+    torch's default, usually the number of cores; an environment variable of ASKED has precedence
+    over both. model: the checkpoint's folder, or "tiny"; a hub id counts as large.
     """
     if asked is None:
         if any(name in os.environ for name in ASKED) or not (model and is_small(model)):
             return
         asked = 1
-    import torch  # here: a command that computes nothing does without
+    import torch  # here, because commands that compute nothing do not need it
 
     torch.set_num_threads(asked)
 
 
 def is_small(model: str) -> bool:
-    """Whether config.json names a hidden size below HIDDEN_SIZE; False where that cannot be read, which
-    the loader then reports."""
+    """Whether the hidden size in config.json is below HIDDEN_SIZE. False if it cannot be read; the
+    loader then reports the error."""
     from qwen35.load import TINY
 
     folder = TINY if model == "tiny" else Path(model)

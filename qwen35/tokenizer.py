@@ -1,4 +1,4 @@
-"""Text to ids and back, as the checkpoint's own files say.
+"""Converts text to ids and back, as the checkpoint's files define it.
 
 | file | taken | left alone, and why |
 |---|---|---|
@@ -24,16 +24,17 @@ from qwen35.errors import InputError
 from qwen35.template import ChatTemplate, Marker
 from qwen35.tokenizer_limits import check_before_reading, check_lengths, no_failure
 
-UNFINISHED = "\ufffd"  # what an incomplete character decodes to
-WINDOW = 32  # ids that a stream decodes at once, at most, while characters stay unfinished
+UNFINISHED = "\ufffd"  # the decoded form of an incomplete character
+WINDOW = 32  # most ids that a stream decodes at once while a character is unfinished
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids of a prompt. text: None where it came as ids. opens_thinking: whether a conversation's prompt
-    ends inside a thought, which the answer then begins with; None for what is no conversation."""
+    """The ids of a prompt. text: None if the prompt was given as ids. opens_thinking: whether the
+    prompt of a conversation ends inside a thought, so that the answer begins with it; None for
+    other prompts."""
 
     ids: list[int]
     text: str | None = None
@@ -61,7 +62,7 @@ class Tokenizer:
         if getattr(self._backend.model, "dropout", None):
             self._backend.model.dropout = None
         config = read_config(folder / "tokenizer_config.json")
-        # As in transformers, the older file counts only beside a config that lists no added tokens.
+        # As in transformers, the older file counts only if the config lists no added tokens.
         listed = "added_tokens_decoder" in config
         older = {} if listed else read_config(folder / "special_tokens_map.json")
         self.special_tokens = {
@@ -76,7 +77,7 @@ class Tokenizer:
 
     @cached_property
     def size(self) -> int:
-        """The highest id + 1; rows of the head at and above it are padding."""
+        """The highest id + 1. The head's rows from there on are padding."""
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def id_of(self, token: str) -> int | None:
@@ -84,18 +85,18 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; the written form of a special token becomes that token."""
+        """The ids of a text. The written form of a special token becomes that token."""
         _check_unicode(text)
         with no_failure(self._path):
             return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids, special tokens left out."""
-        with no_failure(self._path, mute=False):  # a few microseconds less, for every token
+        """The text of ids, without special tokens."""
+        with no_failure(self._path, mute=False):  # not muted, which saves microseconds per token
             return self._backend.decode(ids, skip_special_tokens=True)
 
     def shows(self, token: int) -> bool:
-        """Whether an id leaves anything in the text: it is known and no special token."""
+        """Whether an id shows in the text: it is known, and no special token."""
         known = self._backend.id_to_token(token) is not None
         return known and token not in self._special_ids
 
@@ -109,15 +110,17 @@ class Tokenizer:
         return {number for number, token in added.items() if token.special}
 
     def written(self, token: int) -> str | None:
-        """An id as the vocabulary has it, spelled in its own alphabet; None where there is no such id."""
+        """The entry of an id in the vocabulary, in its own alphabet. None if there is no such
+        id."""
         return self._backend.id_to_token(token) if 0 <= token < self.size else None
 
     def is_control(self, token: int) -> bool:
-        """Whether an id is an added token such as `<|im_end|>`; one that is only white space is text."""
+        """Whether an id is an added token such as `<|im_end|>`. Added tokens of white space count
+        as text."""
         return self.written(token) in self._added
 
     def stream(self) -> "TextStream":
-        """A decoder to be fed one id at a time."""
+        """A decoder that takes one id at a time."""
         return TextStream(self)
 
     def chat(
@@ -131,13 +134,13 @@ class Tokenizer:
     ) -> Prompt:
         """The prompt of a conversation, up to where the assistant's answer begins.
 
-        messages, tools: as `messages.parse_messages` and `parse_tools` give them.
+        messages, tools: as `messages.parse_messages` and `parse_tools` return them.
         thinking: the template's `enable_thinking`; None leaves that to the template.
         template_kwargs: further variables of the template.
         allow_special_tokens: whether the written form of a control token inside a message becomes that
-            token. Otherwise a message's text stays text; only the template's own control tokens count.
+            token. Otherwise a message stays text, and only the template writes control tokens.
 
-        InputError for a folder without a template, and for whatever goes wrong inside it.
+        InputError for a folder without a template, and for any error inside the template.
         """
         if self._template is None:
             raise InputError(
@@ -162,7 +165,8 @@ class Tokenizer:
         return {token.content: token for token in added if not token.content.isspace()}
 
     def _encode_pieces(self, pieces: list[tuple[str, bool]]) -> list[int]:
-        """Ids of control tokens (True) and of text between them, in which no token is recognised."""
+        """The ids of pieces: control tokens (True), and texts (False), in which no token is
+        recognised."""
         ids: list[int] = []
         for i, (piece, is_control) in enumerate(pieces):
             if is_control:
@@ -187,22 +191,22 @@ class Tokenizer:
 
 
 class TextStream:
-    """Ids in, text out as soon as it is whole characters. All pieces and `flush` joined are the text that
-    the ids decode to at once."""
+    """Converts ids to text as soon as characters are complete. The joined pieces, with `flush`, are
+    the text that all ids decode to together."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._before: list[int] = []  # ids whose text is out; decoders look at what stands before
+        self._before: list[int] = []  # ids whose text was returned; decoders need them as context
         self._fresh: list[int] = []  # ids after them
-        self._shown = 0  # characters of the fresh ids' text that are out
+        self._shown = 0  # returned characters of the fresh ids' text
 
     def push(self, token: int) -> str:
-        """The text that this id completes; empty while a character is unfinished."""
+        """The text that this id completes, or "" while a character is unfinished."""
         if not self._tokenizer.shows(token):
             return ""
         self._fresh.append(token)
         if self._tokenizer.is_byte(token):
-            return ""  # a run of such ids is text only if the whole run is UTF-8
+            return ""  # a run of byte ids is text only if the whole run is UTF-8
         text = self._text(self._fresh)
         # The bytes of an unfinished character decode to one replacement character, the last one.
         whole = text.removesuffix(UNFINISHED)
@@ -214,7 +218,7 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """The rest, once no id follows: an unfinished character as U+FFFD."""
+        """The remaining text after the last id. An unfinished character becomes U+FFFD."""
         piece = self._text(self._fresh)[self._shown :]
         self._before, self._fresh, self._shown = [*self._before, *self._fresh], [], 0
         return piece
@@ -224,7 +228,7 @@ class TextStream:
         return self._tokenizer.decode([*self._before, *ids])[len(before) :]
 
     def _shorten(self, text: str) -> None:
-        """Let go of ids whose bytes are no characters and never will be."""
+        """Drop ids whose bytes can no longer become characters."""
         for cut in range(len(self._fresh) - 1, 0, -1):
             first, rest = self._fresh[:cut], self._fresh[cut:]
             done = self._text(first)
@@ -235,12 +239,14 @@ class TextStream:
 
 
 def opens_thinking(prompt: str) -> bool:
-    """Whether a rendered prompt ends with an open thought, as the family's does when thinking is on."""
+    """Whether a rendered prompt ends with an open thought, as with thinking in the family's
+    templates."""
     return prompt.rstrip().endswith("<think>")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint folder, without its nulls; empty where there is no such file."""
+    """Read a JSON object of a checkpoint folder, without its nulls. It is empty if there is no such
+    file. InputError if it is not readable."""
     if not path.exists():
         return {}
     try:
@@ -253,7 +259,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def end_of_text(folder: Path) -> tuple[str | None, int | None]:
-    """The token that ends a text and its id, as far as they are known without tokenizer.json."""
+    """The end-of-text token and its id, as far as they are known without tokenizer.json."""
     config = read_config(folder / "tokenizer_config.json")
     listed = config.get("added_tokens_decoder")
     older = {} if listed is not None else read_config(folder / "special_tokens_map.json")
@@ -264,7 +270,8 @@ def end_of_text(folder: Path) -> tuple[str | None, int | None]:
 
 
 def _written(token: Any) -> str | None:
-    """A named token, which is a text in some files and an object in others."""
+    """The written form of a named token, which is a string in some files and an object in
+    others."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
@@ -272,7 +279,7 @@ def _written(token: Any) -> str | None:
 def _add_tokens(
     backend: Backend, config: dict[str, Any], named: dict[str, str], path: Path
 ) -> None:
-    """Add tokens that only tokenizer_config.json has, and take over its flags, as transformers does."""
+    """Add the tokens that only tokenizer_config.json has, with its flags, as transformers does."""
     listed = config.get("added_tokens_decoder", {})
     try:
         tokens = {

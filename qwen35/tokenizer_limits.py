@@ -1,4 +1,4 @@
-"""What keeps a hostile tokenizer.json from growing texts without end, and from ending the program."""
+"""Protects against a hostile tokenizer.json that grows texts without end or ends the program."""
 
 import json
 import math
@@ -13,16 +13,16 @@ from tokenizers import Tokenizer
 
 from qwen35.errors import InputError
 
-MOST_GROWTH = 1000.0  # characters for one; NFKD makes 18 at most
+MOST_GROWTH = 1000.0  # output characters per input character; NFKD has at most 18
 MOST_STEPS = 256  # normalizers or decoders
 LONGEST_TOKEN = 1000  # characters of an added token
 
 
 def check_before_reading(text: str, path: Path) -> None:
-    """InputError for a tokenizer.json that the library survives neither reading nor using.
+    """InputError for a tokenizer.json that would make the library fail or abort the process.
 
-    Its normalizers or decoders may multiply the length of every text, or be too many to be gone through
-    for each. A merge without the prefix that it should have makes the library abort the process.
+    Normalizers or decoders may multiply the length of every text, or there may be too many of them.
+    A merge without its required prefix makes the library abort the process.
     """
     try:
         document = json.loads(text)
@@ -45,7 +45,8 @@ def check_before_reading(text: str, path: Path) -> None:
 
 
 def without_prefix(model: Any) -> str | None:
-    """The first merge whose second part has not the `continuing_subword_prefix` of its model."""
+    """The first merge whose second part lacks the model's `continuing_subword_prefix`, as a
+    message."""
     prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
     if not prefix or not isinstance(prefix, str):
         return None
@@ -57,8 +58,8 @@ def without_prefix(model: Any) -> str | None:
 
 
 def check_lengths(backend: Tokenizer, folder: Path) -> None:
-    """InputError for an added token as long as a page: what a message may not complete are its beginnings
-    and ends, which have its length squared in all."""
+    """InputError for a very long added token. `template.Marker` compares messages with all
+    beginnings and ends of tokens, whose total length is quadratic."""
     added = backend.get_added_tokens_decoder().values()
     longest = max((len(token.content) for token in added), default=0)
     if longest > LONGEST_TOKEN:
@@ -68,13 +69,13 @@ def check_lengths(backend: Tokenizer, folder: Path) -> None:
 
 
 def inner(part: Any) -> list[Any] | None:
-    """The steps of a sequence of normalizers or decoders; None for a single one."""
+    """The steps of a sequence of normalizers or decoders, or None for a single one."""
     found = [part[n] for n in ("normalizers", "decoders") if isinstance(part, dict) and n in part]
     return found[0] if found and isinstance(found[0], list) else None
 
 
 def steps(part: Any) -> int:
-    """How many single normalizers or decoders a text goes through."""
+    """The number of normalizers or decoders that are applied to a text."""
     sequence = inner(part)
     return 1 if sequence is None else sum(map(steps, sequence))
 
@@ -92,17 +93,18 @@ def growth(part: Any) -> float:
     text = pattern.get("String") if isinstance(pattern, dict) else pattern
     if isinstance(text, str) and text:
         return max(1.0, len(content) / len(text))
-    return 1.0 + len(content)  # a regular expression may match the nothing before each character
+    return 1.0 + len(content)  # a regular expression may match the empty text before each character
 
 
 @contextmanager
 def no_failure(
     path: Path, what: str = "the tokenizer fails", *, mute: bool = True
 ) -> Iterator[None]:
-    """Raise InputError where the library fails, which raises plain Exception.
+    """Turn failures of the tokenizers library, which raises plain Exception, into InputError.
 
-    It also panics, as where a regular expression backtracks for long: that is no Exception, and it prints
-    a page to standard error. mute: show nothing of what is written there while the block runs.
+    The library may also panic, for example if a regular expression backtracks too long. A panic is
+    not an Exception, and prints a page to standard error. mute: discard standard error while the
+    block runs.
     """
     try:
         with muted() if mute else nullcontext():
@@ -115,7 +117,7 @@ def no_failure(
 
 @contextmanager
 def muted() -> Iterator[None]:
-    """Send what is written to file descriptor 2 to nowhere."""
+    """Discard all output to file descriptor 2 while the block runs."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)

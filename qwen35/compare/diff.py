@@ -1,14 +1,16 @@
-"""Which node of a model differs from the reference, and by how much, in units of bfloat16's own error.
+"""Compares a model with the reference node by node, in units of bfloat16's own error.
 
-Three sides compute the same ids: the *oracle* (the reference in float32 or float64), the *yardstick* (the
-reference in bfloat16) and the *candidate*. `qwen35/compare/judge.py` says when a node passes.
+Three sides compute the same ids: the *oracle* (the reference in float32 or float64), the
+*yardstick* (the reference in bfloat16) and the *candidate*. `qwen35/compare/judge.py` says when a
+node passes.
 
-    local   every node is given the oracle's inputs and state: an error stays where it is made
-    free    each side goes on with what it computed itself: errors add up, as they do in use. Only the
-            experts are the candidate's on all sides, so that a choice that rounding flipped is counted
-            at its router and not seen in all that follows
+    local   every node gets the oracle's inputs and state, so an error shows only in its own node
+    free    each side uses its own results, so errors accumulate as in real use. Only the experts
+            are the candidate's on all sides, so that a choice that rounding flipped is counted at
+            its router and does not affect later nodes
 
-One stage (the embedding, a layer, ...) of each side exists at a time: it is read, used and dropped.
+Only one stage (the embedding, a layer, ...) of each side exists at a time. It is read, used and
+dropped.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +41,7 @@ Pass = tuple[str, int, int]  # phase, first token, end
 
 @dataclass
 class Call:
-    """A node's arguments, with states as they were before it ran, and its result."""
+    """The arguments of a node (with states as they were before it ran), and its result."""
 
     given: tuple[Any, ...]
     result: Any = None
@@ -66,15 +68,16 @@ def diff(
 ) -> Report:
     """Compare a candidate with the reference of a checkpoint over `ids`, teacher-forced.
 
-    reference: a folder, a hub id, or "tiny". candidate: a built model; another checkpoint; a trace (node
-    -> output of one pass over `ids`, compared free); None: the same checkpoint in `dtype` with `swaps`.
-    decode: how many of the last ids are decoded. stages: which are compared; those before the last of
-    them are run, the rest is not. device: where all sides run; None: where a built model is, and else the
-    CPU. ranks: the group over which a candidate that is a folder is cut; each rank calls this, and each
-    gets the report. Inside of a node whose results the ranks add up, only the router is compared.
+    reference: a folder, a hub id, or "tiny". candidate: a built model; another checkpoint; a trace
+    (node -> output of one pass over `ids`, compared free); None: the same checkpoint in `dtype`
+    with `swaps`. decode: how many of the last ids are decoded. stages: which are compared; those
+    before the last of them are run, the rest is not. device: where all sides run; None: the device
+    of a built model, or the CPU. ranks: the group over which a candidate that is a folder is cut;
+    each rank calls this, and each gets the report. Inside of a node whose results the ranks add up,
+    only the router is compared.
 
-    InputError for bad folders, other shapes than the reference's, and ids that the model cannot take.
-    NodeError for a node that was put in and breaks, or returns another shape or kind of numbers.
+    InputError for bad folders, other shapes than the reference's, and ids that the model cannot
+    take. NodeError for a swapped node that fails, or returns another shape or kind of numbers.
     """
     if device is None:
         is_built = isinstance(candidate, Model)
@@ -110,7 +113,7 @@ def diff(
 
 
 def swapped_nodes(source: Loader | Model | dict[str, Tensor]) -> dict[str, str]:
-    """The nodes of a candidate that were put in, by name: `module:class`."""
+    """The swapped nodes of a candidate: name -> `module:class`."""
     if isinstance(source, Loader):
         kinds = {node: kind for node, kind in source.swaps.items() if node in source.swapped}
         return {
@@ -122,8 +125,9 @@ def swapped_nodes(source: Loader | Model | dict[str, Tensor]) -> dict[str, str]:
 
 
 def passes(tokens: int, decode: int) -> list[Pass]:
-    """The prompt in two pieces on the 64-token grid and its tail; then the last `decode` tokens one by
-    one, but the very last four at once, as drafts are verified, where there are more than four."""
+    """The passes of a comparison. The prompt has two pieces on the 64-token grid, and its tail. The
+    last `decode` tokens follow one by one. If there are more than four, the last four are one pass,
+    as in the verification of drafts."""
     prompt = tokens - decode
     whole = prompt // GRID * GRID
     edges = sorted({0, whole // 2 // GRID * GRID, whole, prompt})
@@ -134,8 +138,8 @@ def passes(tokens: int, decode: int) -> list[Pass]:
 
 
 class Side:
-    """One of the three, and what it has computed so far, pass by pass: a checkpoint of which a stage at a
-    time is built, a built model, or a trace."""
+    """One of the three sides, with its results so far, pass by pass. The source is a checkpoint
+    (built stage by stage), a built model, or a trace."""
 
     def __init__(
         self, source: Loader | Model | dict[str, Tensor], tokens: Tensor, plan: list[Pass]
@@ -148,7 +152,7 @@ class Side:
         self.outputs: dict[str, list[Tensor]] = {}  # of the stages that a later one needs
 
     def stage(self, name: str) -> tuple[nn.Module, list[Any]]:
-        """A stage and what it carries from pass to pass: nothing, or one state."""
+        """A stage, and a list with its state, which is empty if it has none."""
         assert self.config is not None and not isinstance(self.source, dict)
         source = self.source
         module = source.get_submodule(name) if isinstance(source, Model) else source.stage(name)
@@ -159,17 +163,17 @@ class Side:
         return module, [cache.layers[int(name.removeprefix("layers."))]] if is_layer else []
 
     def held(self, state: State, like: State) -> State:
-        """A copy of a whole state, or of what this side holds of it, in the dtypes of its own."""
+        """A copy of this side's part of a whole state, in this side's dtypes."""
         own = state if self.parts is None else self.parts.cut(state)
         return own.copy(like=like)  # pyright: ignore (of the same kind)
 
     def shown(self, state: State) -> State:
-        """A state of this side as a whole."""
+        """The whole state, joined from the parts of the ranks."""
         return state if self.parts is None else self.parts.join(state)
 
     def inputs(self, stage: str) -> list[list[Tensor]]:
-        """The arguments of a stage in each pass, but for the state. The MTP head takes the token that
-        follows: its last pass is a row shorter, and is left out where no row remains."""
+        """The arguments of a stage in each pass, without the state. The MTP head takes the next
+        tokens, so its last pass is one row shorter, and is left out if no row remains."""
         if stage == "embed_tokens":
             return [[self.tokens[:, first:end]] for _, first, end in self.plan]
         if stage != "mtp":

@@ -1,9 +1,10 @@
-"""Errors of a candidate, beside bfloat16's own: one row a tensor, worst first.
+"""Judges the errors of a candidate relative to those of bfloat16: one row per tensor, worst first.
 
-A row passes, in `local` mode, when its largest error against the oracle is at most twice the yardstick's,
-plus half a unit in the last place of its largest output. In `free` mode errors have accumulated and the
-largest is a matter of chance: there the root of their mean square must be at most twice the yardstick's,
-plus half a unit in the last place; fewer than 32 elements only have to be finite.
+In `local` mode a row passes if its largest error against the oracle is at most twice the
+yardstick's, plus half an ULP (unit in the last place) of its largest output. In `free` mode errors
+have accumulated, and the largest one is a matter of chance. There the RMS of the errors must be at
+most twice the yardstick's, plus half an ULP; tensors with fewer than 32 elements only have to be
+finite.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,9 @@ from torch import Tensor
 
 Mode = Literal["local", "free"]
 BINS = 24  # of a histogram; each is a factor of 2 wide, see `Row`
-MOST = 1e300  # stands for infinity, which JSON lacks
-FEWEST = 32  # elements of which a mean square is judged
-PRINTED = 10  # rows that a report shows of itself
+MOST = 1e300  # replaces infinity, which JSON lacks
+FEWEST = 32  # fewest elements whose mean square is judged
+PRINTED = 10  # rows in the repr of a report
 
 
 @dataclass
@@ -112,11 +113,11 @@ class Report:
 
     @property
     def failing(self) -> list[Row]:
-        """The rows that do not pass, which come first."""
+        """The rows that fail. They come first in `rows`."""
         return [row for row in self.rows if not row.passed]
 
     def __repr__(self) -> str:
-        """A line when all rows pass, and else a table of the first failing ones."""
+        """One line if all rows pass, or a table of the first failing ones."""
         if self.passed:
             worst = max(self.rows, key=lambda row: row.x_bf16, default=None)
             most = f", at most {times(worst)} x bf16: {worst.name}, {worst.place}" if worst else ""
@@ -129,12 +130,12 @@ class Report:
 
 
 def times(row: Row) -> str:
-    """A row's multiple of bfloat16's error, in three digits."""
+    """The error of a row as a multiple of bfloat16's, with three digits."""
     return "inf" if row.x_bf16 >= MOST else f"{row.x_bf16:.3g}"
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Lines for people: a head, then one for each row."""
+    """The lines of a table: a header, then one for each row."""
     lines = [f"{'':4}  {'x bf16':>8}  {'max |d|':>8}  {'rel rms':>8}  node, shape and place"]
     for row in rows:
         verdict = "ok" if row.passed else "DIFF"
@@ -175,7 +176,8 @@ class Judge:
     def __init__(self, mode: Mode = "local", experts: int = 0) -> None:
         self.mode, self.experts = mode, experts
         self.rows: dict[tuple[str, str, str], Row] = {}
-        # By row, sums of squares: of the oracle, its rounding, the yardstick's errors, the candidate's.
+        # By row, the sums of squares of the oracle, its rounding, the yardstick's errors and the
+        # candidate's.
         self.squares: dict[tuple[str, str, str], Tensor] = {}
         self.tokens = Tokens()
         self.unmatched: set[str] = set()
@@ -189,12 +191,12 @@ class Judge:
         unsure: Tensor | None = None,
         span: Sequence[int] = (),
     ) -> Row:
-        """Add one pass of a node's tensor. results: one tensor for each side. unsure [N]: tokens to leave
-        out. span: the pass's first token and the one after its last."""
+        """Add a node's tensor of one pass. results: one tensor per side. unsure [N]: tokens to
+        leave out. span: the first token of the pass, and the one after the last."""
         key = node, tensor, phase
         row = self.rows.setdefault(key, Row(*key))
         oracle, rough, tested = (result.double() for result in results)
-        if tested.numel() == oracle.numel():  # another library may not fold the same axes
+        if tested.numel() == oracle.numel():  # another library may have other axes
             tested = tested.reshape(oracle.shape)
         row.shape = row.shape or list(tested.shape)
         if tested.shape != oracle.shape:
@@ -274,7 +276,7 @@ class Judge:
         self.tokens.equal += len(ours) - len(different)
 
     def report(self) -> Report:
-        """Judge every row, and put them in order."""
+        """Judge every row, and sort the rows, worst first."""
         for key, row in self.rows.items():
             of_oracle, *roots = self.squares.get(key, torch.zeros(4)).sqrt().tolist()
             row.bf16_rms, row.rel_rms = (

@@ -1,4 +1,4 @@
-"""The outputs of a model's nodes, by name, for one prompt."""
+"""Traces: the outputs of a model's nodes, by name, for one prompt."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -15,23 +15,23 @@ from qwen35.swap import nodes
 from qwen35.tokenizer import Tokenizer
 from reference.model import Model
 
-TRACED = ("reference.", "fast.")  # packages whose functions' locals a trace may hold
+TRACED = ("reference.", "fast.")  # packages whose locals a trace may have
 
 
 @torch.inference_mode()
 def trace(
     model: Model, ids: list[int] | str, pattern: str = "*", *, named_locals: bool = False
 ) -> dict[str, Tensor]:
-    """Run `ids`, or a text, from an empty cache; return name -> output of each matching node.
+    """Run `ids`, or a text, from an empty cache. Returns name -> output for each matching node.
 
     `lm_head` holds the logits of all positions [B, T, vocab]. A node with several outputs gives
-    name.0, name.1, ... (a router: the experts, their weights). An expert that no token reached has no
-    entry. The MTP head runs over ids[1:], as in a prefill. No hook stays behind. NodeError where a node
-    that was put in breaks.
+    name.0, name.1, ... (a router: the experts, their weights). An expert that no token reached has
+    no entry. The MTP head runs over ids[1:], as in a prefill. All hooks are removed. NodeError if a
+    swapped node fails.
 
-    named_locals: also the tensors that a node's forward, and the functions of `reference` and `fast` that
-    it calls, had bound to names when they returned, as in `layers.0.linear_attn:beta` and
-    `layers.0.linear_attn:chunk.state`.
+    named_locals: also the tensors that a node's forward, and the functions of `reference` and
+    `fast` that it calls, had bound to names when they returned, as in `layers.0.linear_attn:beta`
+    and `layers.0.linear_attn:chunk.state`.
     """
     if isinstance(ids, str):
         if model.folder is None:
@@ -61,8 +61,8 @@ def _is_mtp(name: str) -> bool:
 def recording(
     modules: dict[str, nn.Module], outputs: dict[str, Tensor], named_locals: bool = False
 ) -> Iterator[None]:
-    """Put what these modules return into `outputs` while the block runs. Tensors are not copied: a
-    forward of this project never writes into what it has returned."""
+    """Record the outputs of these modules in `outputs` while the block runs. Tensors are not
+    copied, because no forward of this project writes into its earlier outputs."""
 
     def record(name: str, value: object) -> None:
         if isinstance(value, Tensor):
@@ -77,7 +77,7 @@ def recording(
         if id(module) in names:
             record(names[id(module)], output)
 
-    # One global hook: a hook on each module would cost as much as some nodes do.
+    # One global hook, because a hook on each module would cost as much as some nodes.
     handle = register_module_forward_hook(keep)
     profiler = sys.getprofile()  # the caller's, such as a coverage tool
     if named_locals:
@@ -94,7 +94,7 @@ def _profiler(
 ) -> Callable[[FrameType, str, object], None]:
     """A profile function that records the locals of forwards, and of the functions in TRACED packages
     that they call, when they return. Names in the source become names in the trace."""
-    # The nodes whose forwards run, innermost last; None: one that was not asked for.
+    # The nodes whose forwards run, innermost last. None is a node that is not traced.
     running: list[str | None] = []
 
     def profile(frame: FrameType, event: str, _: object) -> None:

@@ -1,4 +1,4 @@
-"""A trace as a file: safetensors, with the ids, the config's hash and the dtype in its metadata."""
+"""Traces as safetensors files, with the ids, the config's hash and the dtype in the metadata."""
 
 import difflib
 import hashlib
@@ -25,7 +25,7 @@ from weights.checkpoint import Checkpoint
 from weights.storage import whole
 
 FORMAT = "qwen35-trace-1"
-BINS = 24  # of a histogram
+BINS = 24  # intervals of a histogram
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,20 @@ class Statistics:
 
 
 def config_hash(config: Config) -> str:
-    """Sixteen hex digits that two equal shapes share."""
+    """A hash of a config, as 16 hex digits."""
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save_trace(path: Path, outputs: dict[str, Tensor], model: Model, ids: list[int]) -> None:
-    """Write a trace as safetensors, whole or not at all; ids, config hash and dtype in its metadata."""
+    """Write a trace as safetensors, atomically, with ids, config hash and dtype in its metadata."""
     metadata = {
         "format": FORMAT,
         "ids": json.dumps(ids),
         "config": config_hash(model.config),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    # Copies: a node may return its last part's tensor, and safetensors refuses shared memory.
+    # They are copied, because two nodes may return the same tensor, and safetensors refuses shared
+    # memory.
     tensors = {name: output.cpu().contiguous().clone() for name, output in outputs.items()}
     try:
         with whole(path) as unfinished:
@@ -73,7 +74,7 @@ def save_trace(path: Path, outputs: dict[str, Tensor], model: Model, ids: list[i
 
 
 def read_trace(file: Path, folder: Path) -> tuple[dict[str, Tensor], list[int]]:
-    """A trace and its ids. InputError when it is cut off, no trace, or of another config."""
+    """A trace and its ids. InputError if the file is incomplete, no trace, or of another config."""
     with _opened(file) as (handle, metadata):
         outputs = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     ours = config_hash(text_model(Checkpoint(folder)))
@@ -108,7 +109,7 @@ def statistics_of(name: str, tensor: Tensor) -> Statistics:
     """Statistics of a tensor of any shape and dtype, computed in float64."""
     wide = tensor.flatten().double()
     finite = wide[wide.isfinite()]
-    mean = finite.mean()  # NaN where there is none
+    mean = finite.mean()  # NaN if there is none
     low, high = finite.aminmax() if len(finite) else (mean, mean)
     shares = [float(which.double().mean()) if len(wide) else 0.0 for which in
               (wide == 0, ~wide.isfinite())]  # fmt: skip
@@ -128,7 +129,7 @@ def statistics_of(name: str, tensor: Tensor) -> Statistics:
 
 
 def _histogram(values: Tensor, low: float, high: float) -> list[int]:
-    """Counts in BINS equal intervals; in the first one, where all values are the same."""
+    """Counts in BINS equal intervals. Equal values are all in the first interval."""
     if not low < high:
         return [len(values), *[0] * (BINS - 1)]
     return torch.histc(values, BINS, min=low, max=high).long().tolist()
@@ -142,7 +143,8 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[tuple[Any, dict[str, str]]]:
-    """The file as safetensors opens it, with its metadata. InputError when it is cut off or no trace."""
+    """Open a file with safetensors. Yields it and its metadata. InputError if it is incomplete or
+    no trace."""
     try:
         with safe_open(file, framework="pt") as handle:
             metadata = handle.metadata() or {}

@@ -1,1 +1,2 @@
-"""Tensor parallelism: a model over several ranks, which join results and end together on a failure."""
+"""Tensor parallelism: a model over several ranks, which combine results and end together on an
+error."""

@@ -1,4 +1,4 @@
-"""Whether all ranks read the same checkpoint."""
+"""Checks that all ranks read the same checkpoint."""
 
 import hashlib
 import json
@@ -6,15 +6,16 @@ import json
 from weights.checkpoint import Checkpoint
 from weights.shard import Plan
 
-ENDS = 1 << 20  # bytes that are looked at, at both ends of a file
+ENDS = 1 << 20  # bytes that are hashed at each end of a file
 
 
 def contents(checkpoint: Checkpoint, plan: Plan) -> str:
-    """A label for what a rank reads, the same on every rank that reads its part of the same weights.
+    """A label of the checkpoint that a rank reads. It is the same on all ranks that read the same
+    weights.
 
-    It hashes config.json and the files' names and sizes; for a whole checkpoint also the first and last
-    MiB of each file, for one rank's part the tensors that all ranks hold whole (norms, routers). Not
-    every byte is hashed, so checkpoints that differ elsewhere have the same label.
+    It hashes config.json and the files' names and sizes; for a whole checkpoint also the first and
+    last MiB of each file, for one rank's part the tensors that all ranks hold whole (norms,
+    routers). Not every byte is hashed, so checkpoints that differ elsewhere have the same label.
     """
     total = hashlib.sha256(json.dumps(checkpoint.document, sort_keys=True).encode())
     for file in sorted(checkpoint.folder.glob("*.safetensors")):

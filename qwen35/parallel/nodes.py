@@ -1,5 +1,5 @@
-"""The nodes that join what the ranks computed. Each stands around a node of a rank's own model, under
-that node's name; `weights/shard.py` says where.
+"""The nodes that combine the results of the ranks. Each wraps a node of a rank's model and has its
+name. `weights/shard.py` says which nodes are wrapped.
 """
 
 import torch
@@ -10,8 +10,9 @@ from reference.model import Model
 
 
 class Joined(nn.Module):
-    """A node around `part`, the node of a rank's own model. Its children and parameters are the part's,
-    under unchanged names, so checkpoints, patterns of nodes and traces need not know of it."""
+    """A node that wraps `part`, a node of a rank's model. It has the children and parameters of the
+    part, with the same names, so checkpoints, node patterns and traces do not depend on the
+    wrapper."""
 
     def __init__(self, part: nn.Module, ranks: Ranks) -> None:
         super().__init__()
@@ -24,10 +25,10 @@ class Joined(nn.Module):
 
 
 class Summed(Joined):
-    """A mixer or a feed-forward: each rank's part gives a contribution [..., D], and they are added.
+    """A mixer or a feed-forward, whose result is the sum of the ranks' results [..., D].
 
-    They are added in the order of ranks, in float32 (float64 in a float64 model), and rounded once: the
-    bits are the same on every rank, and those of a row do not depend on the rows beside it.
+    They are added in the order of ranks, in float32 (float64 in a float64 model), and rounded once.
+    The bits are the same on every rank, and those of a row do not depend on the other rows.
     """
 
     def forward(self, *arguments: object) -> Tensor:
@@ -35,7 +36,7 @@ class Summed(Joined):
 
 
 class VocabularyEmbedding(Joined):
-    """ids [B, T] -> [B, T, D]. A rank has the rows of consecutive ids; what it lacks counts as zero."""
+    """ids [B, T] -> [B, T, D]. A rank has the rows of consecutive ids; other rows count as zero."""
 
     def forward(self, input: Tensor) -> Tensor:
         rows = len(self.part.get_parameter("weight"))
@@ -46,14 +47,14 @@ class VocabularyEmbedding(Joined):
 
 
 class VocabularyHead(Joined):
-    """Hidden states [..., D] -> logits [..., vocab]: each rank computes those of consecutive ids, and
-    every rank gets all of them, so that all draw the same token."""
+    """Hidden states [..., D] -> logits [..., vocab]. Each rank computes the logits of consecutive
+    ids, and gets those of all ranks, so that all ranks choose the same token."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat(self.ranks.gather(self.part(x)).unbind(0), dim=-1)
 
 
 def ranks_of(model: Model) -> Ranks:
-    """The group that a model is one rank's part of."""
+    """The group of a model that is one rank's part, or ALONE."""
     head = model.lm_head
     return head.ranks if isinstance(head, VocabularyHead) else ALONE

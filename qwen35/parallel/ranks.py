@@ -1,8 +1,8 @@
 """The ranks of one model: started by torchrun, one process each.
 
-`on_ranks` runs a command line's main on each of them. Tensors go over torch.distributed (`reduce.py`);
-what the ranks have to agree on, in words, goes over its store as JSON (`store.py`), and `watch.py` ends
-all of them when one fails.
+`on_ranks` runs a command line's main on each of them. Tensors are exchanged by torch.distributed
+(`reduce.py`), and other values as JSON in its store (`store.py`). `watch.py` ends all ranks if one
+fails.
 """
 
 import argparse
@@ -28,14 +28,15 @@ from qwen35.parallel.store import JOIN_S, Connection
 from qwen35.parallel.watch import RankLostError, Watch
 from weights.shard import SIZES
 
-# How long a collective waits for a rank that lives and does not join it.
+# How long a collective waits for a live rank that does not join it.
 COLLECTIVE = timedelta(minutes=10)
 SOURCES = ("qwen35", "reference", "fast", "weights", "tools")
 T = TypeVar("T")
 
 
 class Ranks:
-    """One process's place in its group. `ALONE` is a group of one, for which nothing is started."""
+    """The rank of this process in its group. `ALONE` is a group of one, which needs no
+    connection."""
 
     def __init__(
         self, rank: int = 0, size: int = 1, transport: Transport | None = None,
@@ -46,11 +47,13 @@ class Ranks:
         self.exchanges = 0
 
     def gather(self, x: Tensor) -> Tensor:
-        """A tensor of every rank, all of one shape and dtype, in their order: [ranks, *x.shape]."""
+        """The tensors of all ranks, in their order: [ranks, *x.shape]. Shapes and dtypes have to be
+        equal."""
         return x[None] if self.transport is None else self._joined(self.transport.gather, x)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Add a tensor over the ranks: in their order, in float32, rounded once."""
+        """The sum of the ranks' tensors. They are added in the order of ranks in float32, and
+        rounded once."""
         return x if self.transport is None else self._joined(self.transport.sum, x)
 
     def _joined(self, operation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -60,21 +63,22 @@ class Ranks:
             raise RankLostError(str(error).splitlines()[0]) from error
 
     def exchange(self, value: Any, wait_s: float | None = None) -> list[Any]:
-        """The values of all ranks, in their order, sent as JSON. wait_s: seconds after which a missing
-        one is an InputError; None: wait as long as all ranks live."""
+        """The values of all ranks, in their order, sent as JSON. wait_s: seconds after which a
+        missing value is an InputError; None: wait as long as all ranks live."""
         if self.connection is None:
             return [value]
         self.exchanges += 1
         return self.connection.exchange(f"value/{self.exchanges}", value, wait_s)
 
     def share(self, make: Callable[[], T]) -> T:
-        """Return on every rank what rank 0 makes, sent as JSON: for input that only one can read."""
+        """Return on every rank the result of `make` on rank 0, sent as JSON. It is for input that
+        only one process can read."""
         if self.connection is None:
             return make()
         return self.exchange(make() if self.rank == 0 else None)[0]
 
     def agree(self, **values: Any) -> None:
-        """InputError, naming the first of these values that is not the same on every rank."""
+        """InputError, with its name, for the first of these values that differs between ranks."""
         everyone = self.exchange(values, JOIN_S)
         for name, ours in everyone[0].items():
             for rank, theirs in enumerate(everyone):
@@ -88,7 +92,7 @@ ALONE = Ranks()
 
 
 def add_ranks(parser: Parser) -> None:
-    """The option `--tp` of a command line whose main is run by `on_ranks`."""
+    """Add the option `--tp` to a command line whose main runs by `on_ranks`."""
     parser.add_argument(
         "--tp", type=int, choices=SIZES, default=1, metavar="N",
         help="tensor parallel over N processes, which torchrun starts",
@@ -99,9 +103,11 @@ def add_ranks(parser: Parser) -> None:
 def on_ranks(
     parser: Parser, main: Callable[[argparse.Namespace], int]
 ) -> Callable[[argparse.Namespace], int]:
-    """Run `main(args)` on each rank, with its group in `args.ranks`. Only rank 0 prints.
+    """A function that runs `main(args)` on each rank, with its group in `args.ranks`. Only rank 0
+    prints.
 
-    An error on one rank ends all of them: rank 0 says it in one line, and each exits with its status.
+    An error on one rank ends all ranks: rank 0 prints it in one line, and each exits with its
+    status.
     """
 
     def run(args: argparse.Namespace) -> int:
@@ -123,7 +129,8 @@ def on_ranks(
 
 @contextmanager
 def group(prog: str, size: int, args: argparse.Namespace) -> Iterator[Ranks]:
-    """Join the group that the environment describes, and leave it together with all others."""
+    """Join the group of torchrun's environment for a block, and leave it together with the other
+    ranks."""
     rank = int(os.environ["RANK"])
     with Watch(prog, rank, debug=args.debug) as watch:
         if not dist.is_available():
@@ -147,7 +154,7 @@ def group(prog: str, size: int, args: argparse.Namespace) -> Iterator[Ranks]:
 
 
 def connect(rank: int, size: int) -> Connection:
-    """Find the group's store where torchrun's environment says that it is."""
+    """Connect to the group's store at the address in torchrun's environment."""
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError):
@@ -157,7 +164,8 @@ def connect(rank: int, size: int) -> Connection:
 
 
 def place(args: argparse.Namespace) -> torch.device:
-    """This rank's device, which `args.device` is set to for CUDA: the card of its local rank."""
+    """The device of this rank. For CUDA it is the GPU of the local rank, and is stored in
+    `args.device`."""
     asked: torch.device = getattr(args, "device", torch.device("cpu"))
     if asked.type != "cuda":
         return torch.device("cpu")
@@ -174,7 +182,7 @@ def place(args: argparse.Namespace) -> torch.device:
 
 
 def backend_of(device: torch.device) -> str:
-    """The backend of torch.distributed. InputError where this torch lacks it."""
+    """The backend of torch.distributed for a device. InputError if this torch lacks it."""
     name = "nccl" if device.type == "cuda" else "gloo"
     if not (dist.is_nccl_available() if name == "nccl" else dist.is_gloo_available()):
         raise InputError(
@@ -184,7 +192,8 @@ def backend_of(device: torch.device) -> str:
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
-    """The options as JSON. For a path only whether it is given: each machine may have its own."""
+    """The options as JSON, to be compared over ranks. Paths may differ, so only whether they are
+    given counts."""
     paths = ("model", "prefix_cache", "prompt_file", "requests", "report")
     own = ("ranks", "debug", "device", "command")
     values = {n: v is not None if n in paths else v for n, v in vars(args).items() if n not in own}
@@ -195,7 +204,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """What the bits depend on beside the checkpoint and the arguments."""
+    """The facts that the bits depend on beside the checkpoint and the arguments."""
     from qwen35.prefix.keys import processor  # here: it imports the nodes, which import this file
 
     is_card = device.type == "cuda"

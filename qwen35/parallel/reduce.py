@@ -1,7 +1,7 @@
-"""How the ranks' tensors come together: the one place that knows about transports.
+"""Combines the tensors of ranks. Only this module knows transports.
 
-A transport is a class with `gather` and `sum` for tensors of every rank that have one shape and dtype.
-Whatever it is, `sum` has the bits of `ordered_sum`.
+A transport is a class with `gather` and `sum` for tensors of the same shape and dtype on every
+rank. Every transport has the bits of `ordered_sum`.
 """
 
 from typing import Protocol
@@ -24,14 +24,15 @@ class Transport(Protocol):
 
 
 def ordered_sum(parts: Tensor) -> Tensor:
-    """[ranks, ...] -> [...]: added from rank 0 upwards in float32 (float64 stays), rounded once to the
-    dtype of `parts`. An element's bits depend on its own terms and on nothing else."""
+    """[ranks, ...] -> [...]. Adds from rank 0 upwards in float32 (float64 stays), and rounds once
+    to the dtype of `parts`. The bits of an element depend only on its own terms."""
     first, *others = wide(parts).unbind(0)
     return sum(others, start=first).to(parts.dtype)
 
 
 class AllGather:
-    """Over the process group's own all-gather, then `ordered_sum` on each rank: gloo and NCCL."""
+    """A transport for gloo and NCCL: all-gather of the process group, then `ordered_sum` on each
+    rank."""
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -1,4 +1,4 @@
-"""Cuts a layer's state into the ranks' parts, by heads as their nodes hold them, and joins it again."""
+"""Cuts a layer's state by heads into the parts of the ranks, and joins them again."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from weights.shard import Plan, Shard, join, units
 
 
 class Parts:
-    """How the states of a model lie on its ranks."""
+    """The distribution of a model's states over its ranks."""
 
     def __init__(self, plan: Plan, ranks: Ranks) -> None:
         self.plan, self.ranks = plan, ranks
@@ -41,7 +41,7 @@ class Parts:
 
 
 def _each(state: State, change: Callable[[str, Tensor], Tensor]) -> State:
-    """The same kind of state with other tensors; it cannot be rolled back."""
+    """A state of the same kind with changed tensors. It cannot be rolled back."""
     changed = {name: change(name, tensor) for name, tensor in state.tensors().items()}
     if isinstance(state, KVCache):
         return type(state)(*changed.values(), length=state.length)

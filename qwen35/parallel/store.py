@@ -1,4 +1,4 @@
-"""The store that the ranks of a group share, and the words that they exchange in it, as JSON."""
+"""The store that the ranks of a group share, and the exchange of JSON values in it."""
 
 import json
 import socket
@@ -18,7 +18,8 @@ JOIN_S = 60.0  # seconds within which all ranks have to join
 class Connection:
     """One rank's connection to the store of its group of `size` ranks.
 
-    is_kept: whether torchrun keeps the store; else rank 0 does. InputError when none is there in JOIN_S.
+    is_kept: whether torchrun hosts the store; otherwise rank 0 does. InputError if there is none
+    within JOIN_S.
     """
 
     def __init__(self, rank: int, size: int, host: str, port: int, *, is_kept: bool) -> None:
@@ -45,7 +46,8 @@ class Connection:
         return PrefixStore("qwen35", store)
 
     def _wait_for_port(self) -> None:
-        """Wait until the port answers: TCPStore's own attempts to connect print pages before that."""
+        """Wait until the port answers, because earlier attempts of TCPStore to connect print
+        pages."""
         started = time.monotonic()
         while True:
             with suppress(OSError), socket.create_connection((self.host, self.port), timeout=2):
@@ -63,9 +65,11 @@ class Connection:
         return self._connect()
 
     def exchange(self, name: str, value: Any, wait_s: float | None) -> list[Any]:
-        """Give this rank's value and return those of all ranks, in their order. name: used only once.
+        """Send this rank's value, and return those of all ranks, in their order. name: must be used
+        only once.
 
-        wait_s: seconds after which a missing value is an InputError; None waits as long as it takes.
+        wait_s: seconds after which a missing value is an InputError; None waits as long as it
+        takes.
         """
         self._store.set(f"{name}/{self.rank}", json.dumps(value))
         found: list[Any] = []

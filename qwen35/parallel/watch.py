@@ -1,8 +1,9 @@
-"""When one rank fails, all end: with one line, which rank 0 prints, and one exit status.
+"""Ends all ranks if one fails, with one line that rank 0 prints, and one exit status.
 
-Each rank has a thread that gives signs of life in the group's store and looks at those of the others,
-over a connection of its own, so that the main thread may be in the middle of a collective, or wait for a
-terminal. A rank that fails writes into the store what happened; the first to write is believed.
+Each rank has a thread that writes heartbeats into the group's store, and reads those of the other
+ranks. The thread has its own connection, because the main thread may be in a collective or wait for
+a terminal. A rank that fails writes its error into the store. The first error that is written
+counts.
 """
 
 import json
@@ -19,23 +20,23 @@ from qwen35.cli import one_line
 from qwen35.errors import InputError
 from qwen35.parallel.store import JOIN_S, Connection
 
-PERIOD_S = 0.2  # between signs of life
-SILENCE_S = 7.0  # after which a rank counts as dead
-BROKEN_S = 2.0  # the same, when a connection to another rank broke
-GRACE_S = 0.5  # in which rank 0 may come to the same error by itself
-SHOWN_S = 5.0  # within which rank 0 has to print an error
+PERIOD_S = 0.2  # seconds between heartbeats
+SILENCE_S = 7.0  # seconds without a heartbeat after which a rank counts as dead
+BROKEN_S = 2.0  # the same, after a connection to another rank broke
+GRACE_S = 0.5  # time for rank 0 to find the same error by itself
+SHOWN_S = 5.0  # time for rank 0 to print an error
 
 
 class RankLostError(RuntimeError):
-    """A collective failed, most likely since another rank has ended."""
+    """A collective failed, most likely because another rank has ended."""
 
 
 class Watch:
-    """Signs of life of all ranks for as long as the block runs; at its end they wait for each other.
+    """Watches all ranks while the block runs. At its end the ranks wait for each other.
 
-    An exception that leaves the block is the error of all ranks: rank 0 prints it, unless it says nothing
-    (a reader of stdout that went away), and each rank exits with its status. Other ranks print nothing,
-    but for the traceback of a bug. Output of libraries to file descriptor 2 is shown with debug only.
+    An exception that leaves the block is the error of all ranks. Rank 0 prints its message, if it
+    has one (a closed stdout has none), and each rank exits with its status. Other ranks print only
+    the traceback of a bug. Output of libraries to file descriptor 2 is shown only with debug.
     """
 
     def __init__(self, prog: str, rank: int, *, debug: bool) -> None:
@@ -47,7 +48,7 @@ class Watch:
         self.stderr = sys.stderr
 
     def start(self, connect: Callable[[], Connection]) -> Connection:
-        """Join the others. InputError when they do not come."""
+        """Join the other ranks. InputError if they do not join in time."""
         connection = connect()
         self.own = connection.another()
         self.own.set(f"alive/{self.rank}", "0")
@@ -57,7 +58,7 @@ class Watch:
         return connection
 
     def __enter__(self) -> "Watch":
-        # Pages that libraries write when a connection breaks would hide the one line.
+        # Libraries write pages when a connection breaks, which would hide the one line.
         if not self.debug:
             own = os.dup(sys.stderr.fileno())
             self.stderr = sys.stderr = open(
@@ -82,7 +83,7 @@ class Watch:
             return
         if isinstance(error, RankLostError):
             self.silence_s = BROKEN_S
-            time.sleep(SILENCE_S)  # meanwhile the thread finds the rank, and ends this process
+            time.sleep(SILENCE_S)  # the thread finds the dead rank meanwhile, and ends this process
         message, status = _told(error)
         if status == 1 or (self.debug and self.rank == 0):
             traceback.print_exception(error, file=self.stderr)
@@ -96,15 +97,15 @@ class Watch:
             with suppress(OSError, ValueError):
                 sys.stdout.flush()
             self._say(message)
-            os._exit(status)  # what else would run at exit may wait for ranks that are gone
+            os._exit(status)  # handlers at exit may wait for ranks that are gone
 
     def _post(self, message: str, status: int) -> None:
-        """Let all ranks know what happened, if nothing has happened before."""
+        """Write an error into the store, unless there is one already."""
         said = {"rank": self.rank, "message": message, "status": status}
         self.own.compare_set("error", "", json.dumps(said))
 
     def _say(self, message: str) -> None:
-        """Print an error of all ranks, and wait until they know that it is printed."""
+        """Print the error, and wait until the other ranks know that it is printed."""
         if message:
             print(f"{self.prog}: {one_line(message)}", file=self.stderr, flush=True)
         with suppress(RuntimeError):
@@ -112,7 +113,8 @@ class Watch:
             self._part(wait_s=2.0)
 
     def _part(self, wait_s: float) -> None:
-        """Tell the store that this rank has left; its host waits for the others, which may still read."""
+        """Write into the store that this rank has left. The store's host waits for the others to
+        leave."""
         assert self.connection is not None
         self.own.set(f"gone/{self.rank}", "yes")
         others = [f"gone/{rank}" for rank in range(self.connection.size) if rank != self.rank]
@@ -127,7 +129,7 @@ class Watch:
     def _look(self) -> None:
         assert self.connection is not None
         ranks = range(self.connection.size)
-        # The last sign of each rank, and when it came.
+        # The last heartbeat of each rank, and when it was seen.
         seen = [("", time.monotonic()) for _ in ranks]
         beat = 0
         while not self.stopped.wait(PERIOD_S):
@@ -149,19 +151,19 @@ class Watch:
                 return
 
     def _end(self, rank: int, message: str, status: int) -> None:
-        """End this process with what happened on a rank."""
+        """End this process with the error of a rank."""
         if self.rank == 0:
             if rank:
                 self.stopped.wait(GRACE_S)
             with self.ending:
-                if self.stopped.is_set():  # the main thread has an error of its own, and says it
+                if self.stopped.is_set():  # the main thread prints its own error
                     return
                 named = message.startswith("rank ") or not rank
                 self._say(message if named else f"rank {rank}: {message}")
                 os._exit(status)
         started = time.monotonic()
         while not self.own.check(["shown"]):
-            if time.monotonic() - started > SHOWN_S:  # rank 0 is the one that has ended
+            if time.monotonic() - started > SHOWN_S:  # rank 0 has ended itself
                 if rank == self.rank:
                     self._say(message)
                 break
@@ -171,7 +173,8 @@ class Watch:
         os._exit(status)
 
     def _end_alone(self) -> None:
-        """End this process when the store is gone, because the process that kept it has ended."""
+        """End this process after the store is gone, because the process that hosted it has
+        ended."""
         assert self.connection is not None
         if self.stopped.is_set():
             return
@@ -182,7 +185,7 @@ class Watch:
 
 
 def _told(error: BaseException) -> tuple[str, int]:
-    """The line and the exit status of an error, as `qwen35.cli.run` has them."""
+    """The message and exit status of an error, as in `qwen35.cli.run`."""
     if isinstance(error, InputError):
         return str(error), 2
     if isinstance(error, KeyboardInterrupt):

@@ -1,1 +1,1 @@
-"""The prefix cache: keys, values and delta-net states of prompts' beginnings, kept and evicted as one."""
+"""The prefix cache: stores keys, values and delta-net states of prompt prefixes together."""

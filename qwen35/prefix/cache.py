@@ -1,13 +1,15 @@
-"""Prefix cache: what prefill computed of a prompt's beginning, kept for the next prompt that begins so.
+"""Prefix cache: stores the results of prefill for later prompts with the same prefix.
 
-A *segment* is a run of whole 64-token blocks: their keys and values, the MTP head's too, and at its end a
-snapshot of the delta nets' states. Each segment continues another, its parent, or begins at token 0. A
-segment is kept and evicted as a whole, so a hit ends where a segment ends. Only a segment that no other
-continues, and that nobody uses, is evicted, the least recently used first.
+A *segment* is a sequence of whole 64-token blocks. It has their keys and values (also those of the
+MTP head) and a snapshot of the delta nets' states after its last token. Each segment continues
+another one, its parent, or begins at token 0. A segment is stored and evicted as a whole, so a hit
+ends where a segment ends. Only a segment without children that is not in use is evicted, the least
+recently used first.
 
-A segment's key is a chained hash of its parent's and its own ids, block by block. The chain starts with
-all that the bits depend on (`identity`), so another checkpoint, dtype or swap has other keys. Only what
-prefill computed is kept: decoding computes other bits (the recurrent form, products of 4 rows).
+The key of a segment is a chained hash of the ids of its parents and its own, block by block. The
+chain starts with everything that the bits depend on (`identity`), so another checkpoint, dtype or
+swap has other keys. Only results of prefill are stored, because decoding computes other bits (the
+recurrent form, products of 4 rows).
 """
 
 from collections.abc import Callable
@@ -34,12 +36,12 @@ def interval_of(chunk: int) -> int:
 
 @dataclass
 class Reuse:
-    """What the cache has of one prompt, from `begin` to `finish`.
+    """The state of one prompt in the cache, from `begin` to `finish`.
 
-    length: tokens that are taken over. reason: why not more. stops: positions at which prefill calls
-    `keep`. hashes: the chained hash before the first block and after each. chain: the segments taken
-    over, in order, with their tensors. pinned: keys of segments that must not be evicted. kept: end and
-    tensors of each segment that prefill has computed.
+    length: number of reused tokens. reason: why there are not more. stops: positions at which
+    prefill calls `keep`. hashes: the chained hashes before the first block and after each block.
+    chain: the reused segments, in order, with their tensors. pinned: keys of segments that must not
+    be evicted. kept: end and tensors of each segment that prefill has computed.
     """
 
     length: int
@@ -52,11 +54,11 @@ class Reuse:
 
 
 class PrefixCache:
-    """Keeps the beginnings of one model's prompts, in memory or in a folder.
+    """Stores the prefixes of one model's prompts, in memory or in a folder.
 
-    budget: bytes of all segments together. interval: blocks between snapshots. A prompt's last whole
-    block has one in any case, and so has the point where a prompt leaves what is already kept.
-    warn: gets a line for what went wrong; the run goes on without the cache.
+    budget: the limit for the bytes of all segments. interval: blocks between snapshots. There is
+    always a snapshot after the last whole block of a prompt, and where a prompt departs from stored
+    segments. warn: called with a line for each error. The run then goes on without the cache.
     """
 
     def __init__(
@@ -71,11 +73,11 @@ class PrefixCache:
     ) -> None:
         self.model, self.budget, self.interval = model, budget, interval
         self.store, self.checkpoint, self.warn = store or Memory(), checkpoint, warn
-        self.evicted: dict[str, None] = {}  # keys, the latest last; only to explain a miss
+        self.evicted: dict[str, None] = {}  # keys, the latest last; used to explain misses
         self.warned: set[str] = set()
 
     def begin(self, ids: list[int], *, draft: bool) -> Reuse:
-        """Find the longest beginning of `ids` that is kept, and hold it until `finish` or `release`."""
+        """Find the longest stored prefix of `ids`, and pin it until `finish` or `release`."""
         hashes = chained(root_of(identity(self.model, self.checkpoint)), ids)
         pinned: list[str] = []
         try:
@@ -89,7 +91,8 @@ class PrefixCache:
         return found
 
     def _agree(self, reuse: Reuse) -> None:
-        """Take over what every rank has, and stop where any of them stops: passes are made together."""
+        """Reuse only what every rank has, and stop where any rank stops, because ranks make the
+        same passes."""
         ranks = ranks_of(self.model)
         if ranks.size == 1:
             return
@@ -144,9 +147,9 @@ class PrefixCache:
         )
 
     def restore(self, reuse: Reuse, into: Cache, *, room: int, draft: bool) -> Tensor | None:
-        """Copy what is taken over into an empty cache with room for `room` tokens; return the trunk's
-        state of the last token, [1, 1, D], or None where there is nothing."""
-        into.reserve(room)  # at once: views in `kept` would keep a buffer alive that has to grow
+        """Copy the reused segments into an empty cache with room for `room` tokens. Returns the
+        trunk's hidden state of the last token, [1, 1, D], or None if nothing is reused."""
+        into.reserve(room)  # at the start, because views in `kept` would keep old buffers alive
         if not reuse.chain:
             return None
         parts = [tensors for _, tensors in reuse.chain]
@@ -154,14 +157,14 @@ class PrefixCache:
         return parts[-1]["hidden"].to(self.model.embed_tokens.weight.device, copy=True)
 
     def keep(self, reuse: Reuse, computed: Cache, hidden: Tensor, end: int, *, draft: bool) -> None:
-        """Note what prefill has computed up to token `end`, a stop. Nothing is copied before `finish`:
-        no later pass writes into these positions."""
+        """Note the results of prefill up to token `end`, a stop. They are views until `finish`
+        copies them, because no later pass writes into these positions."""
         first = reuse.kept[-1][0] if reuse.kept else reuse.length
         tensors = {"hidden": hidden.clone()} | computed.snapshot(first, mtp=draft)
         reuse.kept.append((end, tensors))
 
     def finish(self, reuse: Reuse, ids: list[int]) -> None:
-        """Keep what was noted, as far as the budget goes, and let go of what was held."""
+        """Store the noted results, as far as the budget allows, and unpin the segments."""
         try:
             self._keep_all(reuse, ids)
         except OSError as error:
@@ -181,7 +184,7 @@ class PrefixCache:
                 first = end
 
     def release(self, reuse: Reuse) -> None:
-        """Let go of what was held, without keeping anything."""
+        """Unpin the segments, without storing anything."""
         for key in reuse.pinned:
             self.store.unpin(key)
         reuse.pinned, reuse.kept, reuse.chain = [], [], []
@@ -192,7 +195,7 @@ class PrefixCache:
         held = self.store.segments()
         there = held.get(segment.key)
         parent_is_there = segment.first == 0 or segment.parent in held
-        # A segment of this key may be there and useless: without drafts, or its parent is gone.
+        # A stored segment with this key may be useless: without drafts, or without its parent.
         is_new = _way(held, segment.key, reuse.hashes, segment.drafts) is None
         if parent_is_there and is_new and (there is None or self.store.is_free(segment.key)):
             if not self._make_room(segment, there):
@@ -206,7 +209,7 @@ class PrefixCache:
         return parent_is_there
 
     def _make_room(self, segment: Segment, there: Segment | None) -> bool:
-        """Evict until the segment fits. False when it cannot."""
+        """Evict segments until this one fits. Returns False if it cannot fit."""
         size = self.store.size(segment)
         if size > self.budget:
             blocks = (segment.end - segment.first) // GRID
@@ -233,14 +236,14 @@ class PrefixCache:
         return True
 
     def _fits(self, segment: Segment, tensors: dict[str, Tensor]) -> bool:
-        """Whether these are the tensors that a segment of this model has."""
+        """Whether the tensors have the names, shapes and dtypes of this segment."""
         described = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         return described == self.described(segment.first, segment.end, segment.drafts)
 
     def described(
         self, first: int, end: int, drafts: bool
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """The tensors of a segment: shapes and dtypes by name."""
+        """The shapes and dtypes of a segment's tensors, by name."""
         empty = self.model.new_cache()
         found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "hidden": ((1, 1, self.model.config.hidden_size), self.model.dtype)
@@ -259,7 +262,7 @@ class PrefixCache:
     def _reason(
         self, length: int, matched: int, whole: int, hashes: list[str], held: dict[str, Segment]
     ) -> str:
-        """Why a hit ends where it does."""
+        """A text that says why a hit ends at `length`."""
         if length == whole:
             return "all whole blocks" if whole else f"no whole block of {GRID} tokens"
         gone = [i * GRID for i in range(len(hashes)) if hashes[i] in self.evicted]
@@ -284,8 +287,8 @@ class PrefixCache:
 def _way(
     held: dict[str, Segment], key: str, hashes: list[str], draft: bool
 ) -> list[Segment] | None:
-    """The segments from token 0 to a key; None when one is missing, lacks what drafting needs, or does
-    not fit the hashes."""
+    """The segments from token 0 to a key. None if one is missing, lacks the MTP head's tensors with
+    `draft`, or does not fit the hashes."""
     way: list[Segment] = []
     end = hashes.index(key) * GRID
     while end > 0:

@@ -1,9 +1,10 @@
-"""A prefix cache in a folder: each segment a safetensors file under the name of its key.
+"""The store of a prefix cache in a folder: each segment is a safetensors file, named after its key.
 
-Several processes may use one folder. A process that changes it holds a lock on the folder itself; one
-that uses a file holds a shared lock on the file, so that no other evicts it. The system releases the
-locks of a process that dies. A file is written under another name and renamed when it is whole. Its
-metadata are checked when it is found (the hash of its ids is its name), its bytes before they are used.
+Several processes may use one folder. A process that changes it holds a lock on the folder. A
+process that uses a file holds a shared lock on the file, so that no other process evicts it. The
+system releases the locks of a process that dies. A file is written under another name and renamed
+when it is complete. Its metadata are checked when it is found (its name is the hash of its ids),
+and its bytes before they are used.
 """
 
 import fcntl
@@ -35,8 +36,8 @@ UNFINISHED = ".unfinished"
 
 @dataclass(frozen=True)
 class Found:
-    """A file as it was found. segment: None where it cannot be used, and `problem` says why. removable:
-    it is ours, whole or not, and counts in the budget."""
+    """A file of the folder. segment: None if it cannot be used; `problem` says why. removable:
+    whether it is ours (complete or not) and counts in the budget."""
 
     size: int
     segment: Segment | None
@@ -46,9 +47,10 @@ class Found:
 
 
 class Folder:
-    """The store of a prefix cache that other processes see, and that outlives this one.
+    """The store of a prefix cache on disk, which processes share.
 
-    identity: what the bits depend on (`prefix.keys.identity`). InputError when there can be no folder.
+    identity: what the bits depend on (`prefix.keys.identity`). InputError if the folder cannot be
+    made.
     """
 
     def __init__(self, folder: Path, identity: dict[str, str]) -> None:
@@ -66,7 +68,7 @@ class Folder:
             os.close(self.lock)
 
     def files(self) -> dict[str, Found]:
-        """All files that are or claim to be segments, by key, the least recently used first."""
+        """All files with names of segments, by key, the least recently used first."""
         listed: list[tuple[int, str, Found]] = []
         for entry in os.scandir(self.folder):
             if not NAME.fullmatch(entry.name):
@@ -75,7 +77,7 @@ class Folder:
                 stat = entry.stat(follow_symlinks=False)
                 if not S_ISREG(stat.st_mode):
                     continue
-                # Any change of a file changes these.
+                # A change of the file changes this key.
                 known = (entry.name, stat.st_size, stat.st_ctime_ns)
                 found = self.looked_at.get(known) or examine(Path(entry.path))
             except FileNotFoundError:  # evicted by somebody else
@@ -85,7 +87,7 @@ class Folder:
         return {key: found for _, key, found in sorted(listed, key=lambda item: item[:2])}
 
     def problems(self) -> list[str]:
-        """One line for each kind of file that is left alone."""
+        """One line for each kind of file that is not used."""
         lines: dict[str, int] = {}
         for found in self.files().values():
             line = found.problem
@@ -108,7 +110,7 @@ class Folder:
         return {k: found.segment for k, found in self.files().items() if found.segment is not None}
 
     def read(self, segment: Segment) -> dict[str, Tensor] | None:
-        """The tensors, mapped; None unless they and the metadata are what was written."""
+        """The mapped tensors of a segment, or None if they or the metadata are damaged."""
         file = self._path(segment.key)
         try:
             tensors = {name: stored.read() for name, stored in open_file(file).items()}
@@ -202,7 +204,8 @@ class Folder:
 
 
 def examine(file: Path) -> Found:
-    """Read a file's header alone and check it against its name. FileNotFoundError where it is gone."""
+    """Read only the header of a file, and check it against the name. FileNotFoundError if it is
+    gone."""
     size = file.stat().st_size
     try:
         with safe_open(file, framework="pt") as handle:

@@ -1,4 +1,4 @@
-"""The keys of a prefix cache: a chained hash of the ids, which starts with all that the bits depend on.
+"""The keys of a prefix cache: chained hashes of the ids, starting with all that the bits depend on.
 
 Another checkpoint, dtype, device or set of swapped nodes computes other bits, so its keys must differ:
 `identity` lists what is hashed before the first block.
@@ -22,7 +22,8 @@ ENDS = 1 << 20  # bytes of a file that are hashed, at both ends of it
 
 
 def chained(root: str, ids: list[int]) -> list[str]:
-    """The root and the hash after each whole block of `ids`, each over the one before and 64 ids."""
+    """The root, and the hash after each whole block of `ids`. A hash covers the hash before it and
+    64 ids."""
     hashes = [root]
     for first in range(0, len(ids) // GRID * GRID, GRID):
         block = np.array(ids[first : first + GRID], dtype="<i8").tobytes()
@@ -36,8 +37,8 @@ def root_of(identity: dict[str, str]) -> str:
 
 
 def identity(model: Model, checkpoint: str) -> dict[str, str]:
-    """All that the bits of a state depend on, except the tokens: equal in two processes that may share
-    states. checkpoint: `fingerprint` of its files."""
+    """All that the bits of a state depend on, except the tokens. Processes with equal identities
+    may share states. checkpoint: the `fingerprint` of its files."""
     device = model.embed_tokens.weight.device
     classes = [f"{n}={type(m).__module__}.{type(m).__name__}" for n, m in nodes(model, "*").items()]
     swapped = [
@@ -59,7 +60,7 @@ def identity(model: Model, checkpoint: str) -> dict[str, str]:
 
 @cache
 def processor() -> str:
-    """The CPU's name and the instructions that torch uses on it."""
+    """The name of the CPU, and the instruction set that torch uses on it."""
     lines = (
         Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         if Path("/proc/cpuinfo").exists()
@@ -72,8 +73,9 @@ def processor() -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """Sixteen hex digits of a checkpoint's files: names, sizes, times of change, config.json, and of each
-    weight file its first and last MiB. Not every byte: 400 GB would take minutes."""
+    """A hash of a checkpoint's files, as 16 hex digits: names, sizes, modification times,
+    config.json, and the first and last MiB of each weight file. Hashing every byte of 400 GB would
+    take minutes."""
     total = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
         stat = file.stat()

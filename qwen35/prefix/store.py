@@ -11,8 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens first .. end of a prompt. blocks: the chained hash after each of its blocks, the last one
-    its key; parent: the hash before the first. drafts: whether it has the MTP head's keys and values."""
+    """Tokens first .. end of a prompt. blocks: the chained hash after each of its blocks; the last
+    is its key. parent: the hash before the first block. drafts: whether it has the MTP head's keys
+    and values."""
 
     parent: str
     first: int
@@ -51,7 +52,8 @@ class Store(Protocol):
 
 
 class Memory:
-    """Segments of this process. One is copied when it is written and when it is read into a cache."""
+    """A store in this process. Segments are copied when they are stored, and when a cache reads
+    them."""
 
     def __init__(self) -> None:
         # The least recently used first.
@@ -88,7 +90,7 @@ class Memory:
         return segment.nbytes
 
     def pin(self, key: str) -> bool:
-        """Use it: it becomes the one that was used last. False when it is gone."""
+        """Pin a segment, which becomes the most recently used. Returns False if it is gone."""
         if key not in self.held:
             return False
         self.held[key] = self.held.pop(key)
