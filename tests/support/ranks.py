@@ -8,6 +8,8 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,6 +79,22 @@ def on_threads(size: int, work: Callable[[Ranks], T]) -> list[T]:
     return [future.result() for future in futures]
 
 
+_PORTS = count()
+
+
+def free_port() -> int:
+    """A port that nobody listens on now, nor takes before rank 0 does, seconds later.
+
+    Each process has 100 ports of its own, below those that the system gives to connections: a port
+    of the system's choice may go to another test, whose ranks then join the wrong group.
+    """
+    while True:
+        port = 10_000 + os.getpid() % 200 * 100 + next(_PORTS) % 100
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+
+
 def start(
     size: int,
     arguments: Sequence[object],
@@ -86,9 +104,7 @@ def start(
 ) -> list[subprocess.Popen[str]]:
     """Start `python -m ARGUMENTS` as `size` ranks over gloo, as torchrun does. of_rank,
     environment: further arguments and environment variables of one rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     started = []
     for rank in range(size):
         of_group = {
