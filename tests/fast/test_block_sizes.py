@@ -222,13 +222,15 @@ def test_columns_of_a_row(size: int) -> None:
 
     by_pair, weights = random(2, 2 * rows, size).bfloat16(), random(3, rows, 2)
     place = torch.arange(2 * rows - 1, -1, -1)
-    residual = random(4, rows, size).bfloat16()
+    residual, shared = (random(seed, rows, size).bfloat16() for seed in (4, 5))
     out = torch.full((rows, size), torch.nan).bfloat16()
     launched(
         combine, (rows, -(-size // 32)), by_pair=by_pair, place_of_pair=place, weights=weights,
-        logits=logits, shared=by_pair, residual=residual, out=out, rows=rows, N=N, D=size, TOP_K=2,
-        GATE=0, HAS_SHARED=False, HAS_RESIDUAL=True, BLOCK=32,
+        logits=logits, shared=shared, residual=residual, out=out, rows=rows, N=N, D=size, TOP_K=2,
+        GATE=0, HAS_SHARED=True, HAS_RESIDUAL=True, BLOCK=32,
     )  # fmt: skip
     pairs = by_pair[place].double().view(rows, 2, size)
-    expected = (weights.double()[..., None] * pairs).sum(1) + residual.double()
+    opened = logits[:, :1].bfloat16().double().sigmoid()
+    expected = (weights.double()[..., None] * pairs).sum(1) + opened * shared.double()
+    expected += residual.double()
     assert torch.allclose(out.double(), expected, rtol=1e-2, atol=1e-2)
