@@ -17,7 +17,7 @@ from qwen35.finite import NotFiniteError
 from qwen35.load import DTYPES, load, locate
 from qwen35.parallel.ranks import Ranks, add_ranks, on_ranks
 from qwen35.paths import PATHS
-from qwen35.prefix.cache import PrefixCache, interval_of
+from qwen35.prefix.cache import PrefixCache
 from qwen35.prefix.keys import fingerprint, identity
 from qwen35.requests import parse_requests
 from qwen35.swap import parse_swap
@@ -185,7 +185,7 @@ def _prefix_cache(args: argparse.Namespace, model: Model, folder: Path) -> Prefi
             say(f"prefix cache: {line}")
     return PrefixCache(
         model, budget=args.prefix_cache_bytes // ranks.size, store=store, checkpoint=mark,
-        interval=interval_of(args.prefill_chunk), warn=lambda line: say(f"prefix cache: {line}"),
+        warn=lambda line: say(f"prefix cache: {line}"),
     )  # fmt: skip
 
 

@@ -206,7 +206,7 @@ class Generation:
             yield cache, prefill(self.model, self.prompt, cache, **settings)
             return
         kept = self.prefix_cache
-        reuse = kept.begin(self.prompt, draft=draft)
+        reuse = kept.begin(self.prompt, draft=draft, chunk=self.prefill_chunk)
         self.cached_tokens, self.cache_reason = reuse.length, reuse.reason
         try:
             room = len(self.prompt) + min(self.max_new_tokens, AT_ONCE) + self.draft_tokens

@@ -25,13 +25,7 @@ from qwen35.prefix.store import Memory, Segment, Store
 from reference.linear import GRID
 from reference.model import Model
 
-INTERVAL = 32  # blocks between snapshots, at least: 2,048 tokens
-
-
-def interval_of(chunk: int) -> int:
-    """Blocks between snapshots for passes of `chunk` tokens: a snapshot ends a pass, so one within a
-    pass would cut it in two."""
-    return max(INTERVAL, chunk // GRID)
+INTERVAL = 32  # blocks between snapshots: 2,048 tokens, or a chunk if that is longer
 
 
 @dataclass
@@ -56,9 +50,10 @@ class Reuse:
 class PrefixCache:
     """Stores the prefixes of one model's prompts, in memory or in a folder.
 
-    budget: the limit for the bytes of all segments. interval: blocks between snapshots. There is
-    always a snapshot after the last whole block of a prompt, and where a prompt departs from stored
-    segments. warn: called with a line for each error. The run then goes on without the cache.
+    budget: the limit for the bytes of all segments. interval: blocks between snapshots (None:
+    INTERVAL, or the blocks of a chunk if those are more). There is always a snapshot after the last
+    whole block of a prompt, and where a prompt departs from stored segments. warn: called with a
+    line for each error. The run then goes on without the cache.
     """
 
     def __init__(
@@ -66,7 +61,7 @@ class PrefixCache:
         model: Model,
         *,
         budget: int,
-        interval: int = INTERVAL,
+        interval: int | None = None,
         store: Store | None = None,
         checkpoint: str = "",
         warn: Callable[[str], object] = lambda line: None,
@@ -76,12 +71,13 @@ class PrefixCache:
         self.evicted: dict[str, None] = {}  # keys, the latest last; used to explain misses
         self.warned: set[str] = set()
 
-    def begin(self, ids: list[int], *, draft: bool) -> Reuse:
-        """Find the longest stored prefix of `ids`, and pin it until `finish` or `release`."""
+    def begin(self, ids: list[int], *, draft: bool, chunk: int = GRID) -> Reuse:
+        """Find the longest stored prefix of `ids`, and pin it until `finish` or `release`. chunk:
+        tokens per pass of the prefill that follows."""
         hashes = chained(root_of(identity(self.model, self.checkpoint)), ids)
         pinned: list[str] = []
         try:
-            found = self._begin(ids, hashes, draft, pinned)
+            found = self._begin(ids, hashes, draft, chunk, pinned)
         except OSError as error:
             for key in pinned:
                 self.store.unpin(key)
@@ -108,7 +104,9 @@ class PrefixCache:
         stops = {stop for of_rank in everyone for stop in of_rank["stops"] + of_rank["ends"]}
         reuse.stops = sorted(stop for stop in stops if stop > length)
 
-    def _begin(self, ids: list[int], hashes: list[str], draft: bool, pinned: list[str]) -> Reuse:
+    def _begin(
+        self, ids: list[int], hashes: list[str], draft: bool, chunk: int, pinned: list[str]
+    ) -> Reuse:
         with self.store.exclusive():
             held = self.store.segments()
             ways = {key: way for key in hashes[1:] if (way := _way(held, key, hashes, draft))}
@@ -134,7 +132,8 @@ class PrefixCache:
         known = {block for segment in held.values() for block in segment.blocks}
         matched = next((i for i in range(len(hashes) - 1, 0, -1) if hashes[i] in known), 0) * GRID
         whole = len(ids) // GRID * GRID
-        step = self.interval * GRID
+        # A snapshot ends a pass, so snapshots closer than a chunk would cut each pass into pieces.
+        step = self.interval * GRID if self.interval else max(INTERVAL * GRID, chunk)
         stops = {*range(step, whole + 1, step), whole, matched}
         stops |= {i * GRID for i, key in enumerate(hashes) if key in held}
         return Reuse(

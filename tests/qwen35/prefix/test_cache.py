@@ -1,21 +1,39 @@
-"""Where a prompt's snapshots lie."""
+"""Where the snapshots of a prompt are, and the passes that they end."""
+
+from itertools import accumulate
 
 import pytest
 
-from qwen35.load import load
-from qwen35.prefix.cache import PrefixCache, interval_of
+from qwen35.generation import Generation
+from qwen35.prefix.cache import PrefixCache
+from qwen35.sampling import Sampling
+from tests.support.prefix_machine import small
 
 
 @pytest.mark.parametrize(
-    ("chunk", "stops"),
+    ("chunk", "ends"),
     [
-        (64, [2048, 4096, 6144, 8192, 8960]),
-        (2048, [2048, 4096, 6144, 8192, 8960]),
-        (4096, [4096, 8192, 8960]),
-        (16384, [8960]),
+        (1024, [1024, 2048, 3072, 4032, 4090]),
+        (2048, [2048, 4032, 4090]),
+        (3072, [3072, 4032, 4090]),
+        (4096, [4032, 4090]),
     ],
 )
-def test_a_snapshot_does_not_cut_a_pass(chunk: int, stops: list[int]) -> None:
-    """At least 2,048 tokens lie between two of them, and a chunk where that is longer."""
-    kept = PrefixCache(load("tiny"), budget=1 << 40, interval=interval_of(chunk))
-    assert kept.begin([7] * 9000, draft=True).stops == stops
+def test_snapshots_do_not_cut_the_passes_of_a_long_chunk(chunk: int, ends: list[int]) -> None:
+    """A prompt of 4,090 tokens has the passes that it has without a cache."""
+    model, prompt, seen = small(0), [7] * 4090, dict[bool, list[int]]()
+    for is_cached in (False, True):
+        kept = PrefixCache(model, budget=1 << 40) if is_cached else None
+        passes = list[int]()
+        result = Generation(
+            model, prompt, 1, Sampling(), frozenset(), 0, chunk, kept, progress=passes.append
+        )
+        assert len(list(result)) == 1
+        seen[is_cached] = [*accumulate(passes)]
+    assert seen == {False: ends, True: [0, *ends]}
+
+
+def test_an_interval_that_is_given_holds_for_any_chunk() -> None:
+    kept = PrefixCache(small(0), budget=1 << 40, interval=2)
+    for chunk in (64, 8192):
+        assert kept.begin([7] * 330, draft=False, chunk=chunk).stops == [128, 256, 320]
