@@ -36,7 +36,7 @@ from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import load, locate
 from qwen35.paths import PATHS
-from qwen35.prefix.cache import PrefixCache, interval_of
+from qwen35.prefix.cache import PrefixCache
 from qwen35.prefix.folder import Folder
 from qwen35.prefix.keys import fingerprint, identity
 from qwen35.progress import steps
@@ -46,10 +46,10 @@ from reference.linear import GRID
 from reference.model import Model
 from tools.bench import gpu, report
 from tools.bench.language import HELDOUT
+from tools.bench.step import SIZES, random_model, share_of
 from weights.storage import whole
 
 TAIL = 17  # tokens after the prefix, unless --tail is given
-SIZES = ("397b", "122b", "35b")
 DRAFTS = 3
 CHUNK = 2048
 LONG = 4096  # tokens; cold runs of at least this length use --cold-repeats
@@ -67,25 +67,22 @@ Opener = Callable[[], PrefixCache | None]
 
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    parser.add_model()
+    parser.add_model(default=None)
     add("--lengths", type=int, nargs="+", default=[64, 256, 1024, 4096, 16384, 32000],
         metavar="N", help=f"of the prefix, in tokens: multiples of {GRID}")  # fmt: skip
     add("--repeats", type=int, default=5)
     add("--cold-repeats", type=int, default=2, help=f"of cold runs from {LONG} tokens on")
-    add(
-        "--config",
-        choices=SIZES,
-        help="random weights of this size, on a GPU, in place of a checkpoint",
-    )
+    add("--config", choices=[*SIZES],
+        help="random weights of this size, on a GPU, in place of a checkpoint")  # fmt: skip
     add("--tp", type=at_least_one, default=8, metavar="N",
         help="with --config: ranks that share the model (default: 8)")  # fmt: skip
-    add("--device", type=device, default="cpu", metavar="D", help="of a checkpoint (default: cpu)")
-    add("--path", choices=PATHS, default="reference", help="of a checkpoint")
+    add("--device", type=device, metavar="D", help="of a checkpoint (default: cpu)")
+    add("--path", choices=PATHS, help="of a checkpoint (default: reference)")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--tail", type=at_least_one, default=TAIL, metavar="N",
-        help=f"tokens behind the prefix (default: {TAIL})")  # fmt: skip
+        help=f"tokens after the prefix (default: {TAIL})")  # fmt: skip
     add("--prefill-chunk", type=at_least_one, default=CHUNK, metavar="N",
-        help=f"prompt tokens a pass (default: {CHUNK})")  # fmt: skip
+        help=f"prompt tokens per pass (default: {CHUNK})")  # fmt: skip
     add("--no-folder", action="store_true", help="leave the rows of a folder out")
     parser.set_defaults(threads=2)
     add("--plot", type=Path, metavar="FILE", help="also draw it: .svg or .png")
@@ -93,8 +90,8 @@ def add_arguments(parser: Parser) -> None:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is timed, and the `fingerprint` of its files. tail: tokens behind the prefix.
-    chunk: prompt tokens a pass."""
+    """The model that is timed, and the `fingerprint` of its files. tail: tokens after the prefix.
+    chunk: prompt tokens per pass."""
 
     model: Model
     checkpoint: str
@@ -102,14 +99,13 @@ class Subject:
     chunk: int = CHUNK
 
     def in_memory(self) -> PrefixCache:
-        return PrefixCache(self.model, budget=BUDGET, interval=interval_of(self.chunk), warn=_stop)
+        return PrefixCache(self.model, budget=BUDGET, warn=_stop)
 
     def in_folder(self, folder: Path) -> PrefixCache:
         store = Folder(folder, identity(self.model, self.checkpoint))
         return PrefixCache(
-            self.model, budget=BUDGET, interval=interval_of(self.chunk), store=store,
-            checkpoint=self.checkpoint, warn=_stop,
-        )  # fmt: skip
+            self.model, budget=BUDGET, store=store, checkpoint=self.checkpoint, warn=_stop
+        )
 
     def in_new_folder(self, folder: Path) -> PrefixCache:
         """A cache in an empty folder. The files of the run before are removed, which is not
@@ -131,7 +127,7 @@ class Subject:
         return generation, self.now() - started - generation.prepare_s
 
     def now(self) -> float:
-        """Seconds on a clock that only goes up, once the device has done all that it was given."""
+        """The time in seconds, after the GPU has finished all launches."""
         if self.model.embed_tokens.weight.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -141,7 +137,7 @@ class Subject:
         """The seconds of each part of a hit, as `Generation` does them."""
         cache, room = self.model.new_cache(), len(ids) + 1 + DRAFTS
         started = self.now()
-        reuse = kept.begin(ids, draft=True)
+        reuse = kept.begin(ids, draft=True, chunk=self.chunk)
         found = self.now()
         hidden = kept.restore(reuse, cache, room=room, draft=True)
         restored = self.now()
@@ -232,9 +228,9 @@ def _ms(seconds: list[float]) -> float:
 def main(args: argparse.Namespace) -> int:
     if args.plot:
         _check_plot(args.plot)
-    for name, count in (("repeats", args.repeats), ("cold-repeats", args.cold_repeats)):
+    for option, count in (("repeats", args.repeats), ("cold-repeats", args.cold_repeats)):
         if count < 1:
-            raise InputError(f"--{name} {count}; expected at least 1")
+            raise InputError(f"--{option} {count}; expected at least 1")
     if args.tail >= GRID:
         raise InputError(
             f"--tail {args.tail}; expected at most {GRID - 1}: a whole block of it would be kept, too"
@@ -243,6 +239,7 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"--prefill-chunk {args.prefill_chunk}; expected a multiple of {GRID}")
     subject, text = _random(args) if args.config else _of_checkpoint(args)
     model, tail = subject.model, subject.tail
+    name = f"{args.config} at TP {args.tp}, random weights" if args.config else args.model or "tiny"
     longest = (model.config.max_position_embeddings - tail - 1) // GRID * GRID
     for length in args.lengths:
         if length % GRID or not 0 < length <= longest:
@@ -260,7 +257,7 @@ def main(args: argparse.Namespace) -> int:
     for length, quoted in QUOTED.items():
         rows.append({"name": ARTICLE, "prefix_tokens": length, "median_ms": quoted, "quoted": True})
     config = {
-        "model": f"{args.config}, random weights, TP {args.tp}" if args.config else args.model,
+        "model": name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "kv_cache_dtype": model.kv_cache_dtype,
         "tail_tokens": tail,
@@ -273,8 +270,7 @@ def main(args: argparse.Namespace) -> int:
     on = {"device": torch.cuda.get_device_name(where)} if where.type == "cuda" else {}
     report.emit("ttft", config, rows, only_json=args.json, **on)
     if args.plot:
-        label = "the embedded model" if args.model == "tiny" else Path(args.model).name
-        plot(rows, args.plot, f"{args.config} at TP {args.tp}" if args.config else label, tail)
+        plot(rows, args.plot, name, tail)
     return 0
 
 
@@ -282,7 +278,8 @@ def _of_checkpoint(args: argparse.Namespace) -> tuple[Subject, list[int]]:
     """The checkpoint, and the ids of held-out text."""
     folder = locate(args.model)
     model = load(
-        folder, device=args.device, path=args.path, kv_cache_dtype=args.kv_cache_dtype
+        folder, device=args.device or "cpu", path=args.path or "reference",
+        kv_cache_dtype=args.kv_cache_dtype,
     )  # fmt: skip
     text = Tokenizer(folder).encode(HELDOUT.read_text(encoding="utf-8"))
     return Subject(model, fingerprint(folder), args.tail, args.prefill_chunk), text
@@ -290,8 +287,10 @@ def _of_checkpoint(args: argparse.Namespace) -> tuple[Subject, list[int]]:
 
 def _random(args: argparse.Namespace) -> tuple[Subject, list[int]]:
     """A model of random weights on a GPU, and random ids."""
-    from tools.bench.step import random_model, share_of  # Triton is needed from here on
-
+    given = {"MODEL": args.model, "--device": args.device, "--path": args.path}
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"{name} {value}; expected none beside --config {args.config}")
     where, _ = gpu.find()
     config = share_of(args.config, args.tp)
     with torch.inference_mode():

@@ -96,8 +96,8 @@ def test_the_check_sees_other_bits(
     kept = subject.in_memory()
     begin = kept.begin
 
-    def faulty(ids: list[int], *, draft: bool) -> Any:
-        reuse = begin(ids, draft=draft)
+    def faulty(ids: list[int], **settings: Any) -> Any:
+        reuse = begin(ids, **settings)
         if reuse.chain and fault == "nothing":
             reuse.chain, reuse.length = [], 0
         for name, tensor in reuse.chain[-1][1].items() if reuse.chain else ():
@@ -132,6 +132,9 @@ def test_what_the_cache_goes_on_without_ends_it(model: Model) -> None:
         (("--tail", 64), ["--tail 64", "at most 63"]),
         (("--prefill-chunk", 100), ["--prefill-chunk 100", "multiple of 64"]),
         (("--config", "397b"), ["cpu"]),
+        (("--config", "35b", "tiny"), ["MODEL tiny", "--config 35b"]),
+        (("--config", "35b", "--path", "fast"), ["--path fast", "--config 35b"]),
+        (("--config", "35b", "--device", "cpu"), ["--device cpu", "--config 35b"]),
         (("--cold-repeats", 0), ["--cold-repeats 0"]),
         (("--plot", "plot.pdf"), ["plot.pdf", ".svg", ".png"]),
         (("--plot", "nowhere/at/all.svg"), ["nowhere/at/all.svg", "nowhere/at is no folder"]),
