@@ -108,8 +108,10 @@ def product(
     config = configs.lookup(target, "linear", configs.key(N=M, K=K))
     config = config | {"BLOCK_K": math.gcd(config["BLOCK_K"], K)}
     reads = read_normed(x)
-    unused = reads["x"]
-    rows, blocks = len(unused), -(-M // config["BLOCK_N"])
+    rows, blocks = len(reads["x"]), -(-M // config["BLOCK_N"])
+    unread = reads[
+        "x"
+    ]  # in place of arguments that are not read, since the weight may be too large
     width = M // 2 if activated else M
     writes, result = written(out or name, rows, width, blocks, target, then, scratch)
     if ring is not None:
@@ -119,8 +121,8 @@ def product(
         kernels.linear,
         (blocks, 1, 1),
         {
-            **reads, "weight": weight, "residual": unused if residual is None else residual,
-            **writes, "start": unused if ring is None else ring[1], "rows": rows, "N": M, "K": K,
+            **reads, "weight": weight, "residual": unread if residual is None else residual,
+            **writes, "start": unread if ring is None else ring[1], "rows": rows, "N": M, "K": K,
             "HAS_RESIDUAL": residual is not None, "ACTIVATED": activated,
             "RING": 0 if ring is None else len(result), "ROWS": ROWS[target], **constants(config),
         },

@@ -88,9 +88,8 @@ def test_each_wait_is_needed(case: tuple[int, bool, bool]) -> None:
     """Without any one of them, that of the programs which compute nothing too, something is too early."""
     before, early = pair(*case)
     waits = early.text.count(WAIT)
-    assert (
-        waits == 1 + (case in WHOLE) + case[2]
-    )  # the shared expert's programs have one of their own
+    # One more where weights are loaded before it, and the shared expert's programs have their own.
+    assert waits == 1 + (case in WHOLE) + case[2]
     for number in range(waits):
         assert too_early(without(early.text, number), before, early), number
 

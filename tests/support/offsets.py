@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fast.launch import Launch
-from tools.gfx950.target import _stand_in_driver
+from tools.gfx950.target import stand_in_driver
 
-Interval = (
-    tuple[int, int] | None
-)  # the smallest and the largest value; None where it cannot be told
+# The smallest and the largest value; None where it cannot be told.
+Interval = tuple[int, int] | None
 LIMIT = 1 << 31
 LOCATION = re.compile(r" loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)")
 DEFINED = re.compile(r'\s*(%\w+) = "?([\w.]+)"? ?(.*)')
@@ -60,7 +59,7 @@ def ttir(launch: Launch, target: str) -> str:
 
     before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, instead  # pyright: ignore
     try:
-        with _stand_in_driver(target):
+        with stand_in_driver(target):
             launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
     finally:
         knobs.runtime.jit_cache_hook = before

@@ -85,11 +85,12 @@ _PORTS = count()
 def free_port() -> int:
     """A port that nobody listens on now, nor takes before rank 0 does, seconds later.
 
-    Each process has 100 ports of its own, below those that the system gives to connections: a port
-    of the system's choice may go to another test, whose ranks then join the wrong group.
+    Each process has 100 ports of its own, below torchrun's 29500 and those that the system gives to
+    connections. A port of the system's choice may be given to another test, whose ranks then join
+    the wrong group.
     """
     while True:
-        port = 10_000 + os.getpid() % 200 * 100 + next(_PORTS) % 100
+        port = 10_000 + os.getpid() % 190 * 100 + next(_PORTS) % 100
         with socket.socket() as tried, suppress(OSError):
             tried.bind(("127.0.0.1", port))
             return port

@@ -61,7 +61,7 @@ def compile_launch(launch: Launch, target: str) -> CompiledKernel:
     if target not in TARGETS:
         raise InputError(f"target {target!r} is none of {', '.join(TARGETS)}")
     *_, text, binary = TARGETS[target]
-    with _stand_in_driver(target):
+    with stand_in_driver(target):
         kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
     check_packing(launch.name, kernel.asm["ttgir"])
     return CompiledKernel(
@@ -150,7 +150,7 @@ def _bytes(x: Tensor) -> np.ndarray:
 
 
 @contextmanager
-def _stand_in_driver(target: str) -> Iterator[None]:
+def stand_in_driver(target: str) -> Iterator[None]:
     """While the block runs, Triton takes a card of this kind to be the current one."""
     from triton.runtime import driver
 
