@@ -144,9 +144,9 @@ def an_answers_decode_state_published(patch: pytest.MonkeyPatch) -> None:
             published.finish(reuse, seen)
         return picked
 
-    def begin(self: PrefixCache, ids: list[int], *, draft: bool) -> Reuse:
+    def begin(self: PrefixCache, *arguments: Any, **settings: Any) -> Reuse:
         LAST.update(cache=self)
-        return real_begin(self, ids, draft=draft)
+        return real_begin(self, *arguments, **settings)
 
     def init(self: Decoder, model: Any, cache: Cache, *, token: int, **rest: Any) -> None:
         real_init(self, model, cache, token=token, **rest)
