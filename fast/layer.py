@@ -2,17 +2,21 @@
 fewer where the feed-forward is a dense MLP.
 
 No norm and no residual has a launch of its own: the products beside them include them
-(kernels/linear.py).
+(kernels/linear.py). In a rank's part of a model, the results of the mixer and of the feed-forward are
+summed over the ranks, and the launches of the sums include them.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fast.allreduce import AllReduce, joined
 from fast.attention import GatedAttention
 from fast.deltanet import GatedDeltaNet
-from fast.launch import Launch, Scratch, run
+from fast.launch import Launch, Scratch, Work, run
 from fast.linear import Norm, Stream, twin
 from fast.moe import MLP, SparseMoeBlock
 from fast.prefill.layer import prefilled, work
@@ -28,19 +32,21 @@ class DecoderLayer(nn.Module):
     """x: [B, T, D] -> [B, T, D]. `state` is the mixer's: KVCache or DeltaState, updated in place.
 
     More than 8 rows go through prefill/layer.py. Several sequences go through `many`: the reference's
-    layer, with the fast nodes in it.
+    layer, with the fast nodes in it. ranks: the exchange with other ranks, which have the other parts of
+    this layer, or None for a whole layer.
     """
 
     def __init__(self, module: Any, target: str) -> None:
         super().__init__()
         module = twin(module)
         self.is_linear = module.is_linear
+        self.ranks: AllReduce | None = joined(module.mlp)
         if self.is_linear:
-            module.linear_attn = GatedDeltaNet.from_reference(module.linear_attn, target)
+            module.linear_attn = _replaced(module.linear_attn, GatedDeltaNet, target)
         else:
-            module.self_attn = GatedAttention.from_reference(module.self_attn, target)
+            module.self_attn = _replaced(module.self_attn, GatedAttention, target)
         kind = MLP if hasattr(module.mlp, "gate_proj") else SparseMoeBlock
-        module.mlp = kind.from_reference(module.mlp, target)
+        module.mlp = _replaced(module.mlp, kind, target)
         self.input_layernorm = Norm.from_reference(module.input_layernorm)
         self.post_attention_layernorm = Norm.from_reference(module.post_attention_layernorm)
         self.target, self.many = target, module
@@ -53,12 +59,14 @@ class DecoderLayer(nn.Module):
     @property
     def mixer(self) -> GatedDeltaNet | GatedAttention:
         """The delta net or the attention, whichever this layer has."""
-        return self.many.linear_attn if self.is_linear else self.many.self_attn  # pyright: ignore
+        node: Any = self.many.linear_attn if self.is_linear else self.many.self_attn
+        return node if self.ranks is None else node.part
 
     @property
     def feed_forward(self) -> MLP | SparseMoeBlock:
         """The node behind the mixer."""
-        return self.many.mlp  # pyright: ignore (a fast node)
+        node: Any = self.many.mlp
+        return node if self.ranks is None else node.part
 
     def launches(
         self,
@@ -68,26 +76,39 @@ class DecoderLayer(nn.Module):
         rope: Rope | None,
         scratch: Scratch,
         then: Norm | None,
-    ) -> tuple[list[Launch], Any]:
-        """The launches of a pass, and its output, which they will write: a stream for the norm `then`, or
+    ) -> tuple[list[Work], Any]:
+        """The work of a pass, and its output, which it will write: a stream for the norm `then`, or
         [N, D] bf16 where no norm follows. The output may lie in x's own memory.
 
         x: the N rows of positions start[0] and later. start [1] int32, on the device. rope: needed by
         attention alone.
         """
-        settings: dict[str, Any] = {
-            "residual": x.x, "then": self.post_attention_layernorm, "out": "after mixer"
-        }  # fmt: skip
-        if isinstance(self.mixer, GatedDeltaNet):
-            assert isinstance(state, Delta)
-            mixer, after = self.mixer.launches(x, state, start, scratch, **settings)
-        else:
+
+        def mix(**settings: Any) -> tuple[list[Launch], Any]:
+            if isinstance(self.mixer, GatedDeltaNet):
+                assert isinstance(state, Delta)
+                return self.mixer.launches(x, state, start, scratch, **settings)
             assert isinstance(state, Keys) and rope is not None
-            mixer, after = self.mixer.launches(x, state, start, rope, scratch, **settings)
-        feed_forward, out = self.feed_forward.launches(
-            after, scratch, residual=after.x, then=then, out="residual"
+            return self.mixer.launches(x, state, start, rope, scratch, **settings)
+
+        mixer, after = self._added(
+            mix, scratch, residual=x.x, then=self.post_attention_layernorm, out="after mixer"
         )
+        feed = partial(self.feed_forward.launches, after, scratch)
+        feed_forward, out = self._added(feed, scratch, residual=after.x, then=then, out="residual")
         return [*mixer, *feed_forward], out
+
+    def _added(
+        self, launches: Callable[..., tuple[list[Launch], Any]], scratch: Scratch, **settings: Any
+    ) -> tuple[list[Work], Any]:
+        """The work of a mixer or a feed-forward with the sum over all ranks, and its output. settings:
+        residual, then and out, as in `fast.linear.product`."""
+        if self.ranks is None:
+            own, result = launches(**settings)
+            return [*own], result
+        own, part = launches(out="part")
+        total, result = self.ranks.sum(part, self.target, scratch, **settings)
+        return [*own, *total], result
 
     def forward(self, x: Tensor, state: KVCache | DeltaState) -> Tensor:
         B, T, _ = x.shape
@@ -103,6 +124,19 @@ class DecoderLayer(nn.Module):
         run([first, *launches], x.device)
         self.mixer.end(own, state, T)  # pyright: ignore (of the same kind)
         return out[None]
+
+    def extra_repr(self) -> str:
+        ranks = self.ranks
+        if ranks is None:
+            return ""
+        return f"rank {ranks.rank} of {ranks.size}, {ranks.kind} all-reduce"
+
+
+def _replaced(node: Any, kind: Any, target: str) -> Any:
+    """A node's fast replacement; inside of a wrapper that sums over ranks, in another such wrapper."""
+    if joined(node) is None:
+        return kind.from_reference(node, target)
+    return node.around(kind.from_reference(node.part, target))
 
 
 def embedded(
@@ -130,12 +164,35 @@ def embedded(
 
 def through(
     layers: Any, states: Any, x: Stream, start: Tensor, rope: Rope, scratch: Scratch
-) -> tuple[list[Launch], Tensor]:
-    """The launches of several layers, one after the other, and the last one's output [N, D] bf16."""
-    launches: list[Launch] = []
+) -> tuple[list[Work], Tensor]:
+    """The work of several layers, one after the other, and the last one's output [N, D] bf16."""
+    work: list[Work] = []
     out: Any = x
     following = [layer.input_layernorm for layer in layers[1:]]
     for layer, state, then in zip(layers, states, [*following, None], strict=True):
         more, out = layer.launches(out, state, start, rope, scratch, then)
-        launches += more
-    return launches, out
+        work += more
+    return work, out
+
+
+def embedded_part(
+    table: Tensor, ids: Tensor, ranks: AllReduce, target: str, scratch: Scratch, **settings: Any
+) -> tuple[list[Work], Any]:
+    """The work that looks up rows `ids` [N] int32 of a table whose ranks have equal parts [vocab / size,
+    D] bf16 of it, and the result. settings: then and out, as in `fast.linear.product`."""
+    from fast.kernels import embedding as kernels  # Triton is needed from here on
+
+    count, D = table.shape
+    part = scratch("part", len(ids), D)
+    launch = Launch(
+        f"embed_part D={D}",
+        kernels.embed_part,
+        (len(ids), 1, 1),
+        {
+            "table": table, "ids": ids, "out": part, "first": ranks.rank * count, "count": count, "D": D,
+            "BLOCK": power_of_two(D),
+        },
+        {"num_warps": 4},
+    )  # fmt: skip
+    total, result = ranks.sum(part, target, scratch, **settings)
+    return [launch, *total], result

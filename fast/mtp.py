@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.launch import Launch, Scratch, run
-from fast.layer import DecoderLayer, Rope
+from fast.launch import Launch, Scratch, Work, run
+from fast.layer import DecoderLayer, Rope, embedded_part
 from fast.linear import Norm, in_bf16, product, twin
 from fast.prefill.layer import work
 from fast.prefill.linear import normed
@@ -36,6 +36,11 @@ class MTP(nn.Module):
         """Replaces a `reference.mtp.MTP`. target: default, that of the weights' device."""
         return cls(module, target or target_of(module.fc.weight.device))
 
+    @property
+    def layer(self) -> DecoderLayer:
+        """The head's only layer."""
+        return self.many.layers[0]  # pyright: ignore (a fast layer)
+
     def launches(
         self,
         ids: Tensor,
@@ -45,15 +50,21 @@ class MTP(nn.Module):
         start: Tensor,
         rope: Rope,
         scratch: Scratch,
-    ) -> tuple[list[Launch], Tensor]:
-        """The launches of a pass, and its output before the last norm [N, D] bf16, which they will write.
+    ) -> tuple[list[Work], Tensor]:
+        """The work of a pass, and its output before the last norm [N, D] bf16, which it will write.
 
         ids [N] int32: the token after each row of hidden [N, D] bf16. table: the embedding [vocab, D]
-        bf16. start [1] int32, on the device: the first row's position.
+        bf16, or this rank's part of it. start [1] int32, on the device: the first row's position.
         """
         from fast.kernels import embedding as kernels  # Triton is needed from here on
 
         N, D = hidden.shape
+        ranks = self.layer.ranks
+        lookup: list[Work] = []
+        if ranks is not None:  # the table is a part of it
+            name = "mtp embeds"
+            lookup, table = embedded_part(table, ids, ranks, self.target, scratch, out=name)
+            ids = torch.arange(N, dtype=torch.int32, device=table.device)
         both = scratch("mtp input", N, 2 * D)
         first = Launch(
             f"mtp_input D={D}",
@@ -67,13 +78,12 @@ class MTP(nn.Module):
             },
             {"num_warps": 4},
         )  # fmt: skip
-        layer: Any = self.many.layers[0]  # pyright: ignore (a fast layer)
         second, x = product(
             both, self.fc, self.target, scratch,
-            name="mtp_fc", then=layer.input_layernorm, out="residual",
+            name="mtp_fc", then=self.layer.input_layernorm, out="residual",
         )  # fmt: skip
-        rest, out = layer.launches(x, state, start, rope, scratch, None)
-        return [first, second, *rest], out
+        rest, out = self.layer.launches(x, state, start, rope, scratch, None)
+        return [*lookup, first, second, *rest], out
 
     def forward(self, embeds: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
         B, T, _ = embeds.shape
@@ -85,7 +95,7 @@ class MTP(nn.Module):
         run([first, second], embeds.device)
         both = torch.cat((e, h), -1)
         third, x = prefill_product(both, self.fc, self.target, scratch, name="mtp_fc")
-        layer, out = work(self.many.layers[0], x, cache, scratch)  # pyright: ignore (a fast layer)
+        layer, out = work(self.layer, x, cache, scratch)
         last, out = normed(out, self.norm, scratch, name="mtp out")
         run([third, *layer, last], embeds.device)
         return out[None]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fast import configs
 from fast.launch import Launch, Scratch, Work, constants, options, run
-from fast.layer import DecoderLayer, embedded, through
+from fast.layer import DecoderLayer, embedded, embedded_part, through
 from fast.linear import Norm, in_bf16
 from fast.mtp import MTP
 from fast.router import power_of_two
@@ -46,9 +46,13 @@ class Step:
             raise InputError(f"{drafts} drafts a round; the fast path verifies 0 to {MAX_ROWS - 1}")
         config = model.config
         self.model, self.drafts = model, drafts
+        self.ranks = model.layers[0].ranks
+        ranks = 1 if self.ranks is None else self.ranks.size
+        # Of a rank's part of a model: its rows, for the ids from `first` on.
         self.table = model.embed_tokens.weight
         self.head = in_bf16(model.lm_head)
-        self.vocab = vocab or len(self.head)
+        self.vocab = vocab or ranks * len(self.head)
+        self.first = 0 if self.ranks is None else self.ranks.rank * len(self.head)
         device, rows, D = self.table.device, 1 + drafts, config.hidden_size
         self.target = model.layers[0].mixer.target
         self.state = State.empty(config, capacity, drafts, device, model.kv_cache_dtype)
@@ -59,7 +63,7 @@ class Step:
         self.rows_ids, self.picked = integers(rows), integers(rows)
         self.fresh, self.report = integers(1), integers(1 + rows)
         self.hidden = torch.zeros(rows, D, dtype=torch.bfloat16, device=device)
-        self.logits = torch.zeros(rows, len(self.head), dtype=torch.bfloat16, device=device)
+        self.logits = torch.zeros(rows, ranks * len(self.head), dtype=torch.bfloat16, device=device)
         self.scratch = Scratch(device)
         self.work: list[Work] = self.launches()
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -118,6 +122,8 @@ class Step:
         assert state.mtp is not None
         newest = self.scratch("draft hidden", 1, self.hidden.shape[1])
         work: list[Work] = []
+        # The rows of the head for ids that can be chosen, at least one.
+        head = self.head[: max(1, min(self.vocab - self.first, len(self.head)))]
         ids, hidden = self.picked, self.hidden
         for draft in range(self.drafts):
             start = state.starts[1 + draft : 2 + draft]
@@ -127,21 +133,30 @@ class Step:
             last = self.fresh if draft == 0 else None
             work += [*launches, self._norm(mtp.norm, out, newest, last)]
             ids, hidden = self.rows_ids[1 + draft : 2 + draft], newest
-            logits = self.scratch("draft logits", 1, self.vocab)
-            work += self._choose(newest, self.head[: self.vocab], logits, ids)
+            logits = self.scratch("draft logits", 1, len(head))
+            work += self._choose(newest, head, logits, ids)
         return work
 
     def _verify(self, *, pick: bool) -> list[Work]:
         """The trunk over the newest token and the drafts. pick: also choose the likeliest tokens."""
-        layers, scratch = self.model.layers, self.scratch
-        first, x = embedded(
-            self.table, self.rows_ids, layers[0].input_layernorm, self.target, scratch
-        )
+        layers, scratch, ranks = self.model.layers, self.scratch, self.ranks
+        table, ids, then = self.table, self.rows_ids, layers[0].input_layernorm
+        if ranks is None:
+            launch, x = embedded(table, ids, then, self.target, scratch)
+            first: list[Work] = [launch]
+        else:
+            first, x = embedded_part(
+                table, ids, ranks, self.target, scratch, then=then, out="residual"
+            )
         rope, start = (self.state.cosine, self.state.sine), self.state.starts[:1]
         trunk, out = through(layers, self.state.layers, x, start, rope, scratch)
         norm = self._norm(Norm.from_reference(self.model.norm), out, self.hidden, None)
-        head, choice = self._choose(self.hidden, self.head, self.logits, self.picked)
-        return [first, *trunk, norm, head, *([choice] if pick else [])]
+        own = self.logits
+        if ranks is not None:
+            own = scratch("own logits", len(own), len(self.head))
+        head, *choice = self._choose(self.hidden, self.head, own, self.picked)
+        joined = [] if ranks is None else ranks.gather(own, self.logits)
+        return [*first, *trunk, norm, head, *joined, *(choice if pick else [])]
 
     def _norm(self, norm: Norm, x: Tensor, out: Tensor, count: Tensor | None) -> Launch:
         """The norm of all rows of x; with a count [1] int32, of row count[0] - 1 alone."""
@@ -160,8 +175,9 @@ class Step:
             {"num_warps": 4},
         )  # fmt: skip
 
-    def _choose(self, x: Tensor, weight: Tensor, logits: Tensor, tokens: Tensor) -> list[Launch]:
-        """The product with the head's weight, and the choice of each row's likeliest token."""
+    def _choose(self, x: Tensor, weight: Tensor, logits: Tensor, tokens: Tensor) -> list[Work]:
+        """The product with the head's weight, and the choice of each row's likeliest token, of all ranks'
+        where they have parts of the head."""
         from fast.kernels import head as kernels
 
         rows, K = x.shape
@@ -176,23 +192,45 @@ class Step:
             (blocks, 1, 1),
             {
                 "x": x, "weight": weight, "logits": logits, "best": best, "place": place,
-                "rows": rows, "N": N, "vocab": self.vocab, "K": K, "ROWS": width,
-                **constants(config),
+                "rows": rows, "N": N, "vocab": min(max(self.vocab - self.first, 0), N), "K": K,
+                "ROWS": width, **constants(config),
             },
             options(config),
             config["BLOCK_N"] * config["BLOCK_K"] * 2,
         )  # fmt: skip
-        pick = Launch(
-            f"pick {configs.key(N=N)}",
+        if self.ranks is None:
+            return [product, self._pick(f"N={N}", rows, best, place, tokens, best)]
+        # A rank's own choices: the largest logits as bits, then their ids.
+        own = self.scratch("own choice", 2, width, dtype=torch.int32)
+        everyone = self.scratch("choices", 1, self.ranks.size * 2 * width, dtype=torch.int32)
+        by_rank = everyone.view(self.ranks.size, 2 * width)
+        return [
+            product,
+            self._pick(f"N={N}", rows, best, place, own[1], own[0].view(torch.float32), of_part=True),
+            *self.ranks.gather(own.view(1, -1), everyone),
+            self._pick(
+                f"RANKS={len(by_rank)}", rows, by_rank.view(torch.float32), by_rank[:, width:], tokens, best
+            ),
+        ]
+
+    def _pick(
+        self, shape: str, rows: int, best: Tensor, place: Tensor, tokens: Tensor, largest: Tensor, *,
+        of_part: bool = False,
+    ) -> Launch:  # fmt: skip
+        """The launch that chooses among blocks of the vocabulary, or among ranks: among the rows of best
+        and place. of_part: see the kernel."""
+        from fast.kernels import head as kernels
+
+        return Launch(
+            f"pick {shape}",
             kernels.pick,
             (rows, 1, 1),
             {
-                "best": best, "place": place, "tokens": tokens, "blocks": blocks, "ROWS": width,
-                "BLOCK": 1024,
+                "best": best, "place": place, "tokens": tokens, "largest": largest, "blocks": len(best),
+                "first": self.first, "STRIDE": best.stride(0), "BLOCK": 1024, "OF_PART": of_part,
             },
             {"num_warps": 4},
         )  # fmt: skip
-        return [product, pick]
 
     def _accept(self) -> Launch:
         from fast.kernels import head as kernels

@@ -17,7 +17,7 @@ from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.parallel.checkpoint import contents
-from qwen35.parallel.nodes import Summed, VocabularyEmbedding, VocabularyHead
+from qwen35.parallel.nodes import joined
 from qwen35.parallel.ranks import ALONE, Ranks
 from qwen35.paths import choose_path
 from qwen35.swap import Replacement, instead, matching, outermost
@@ -177,22 +177,23 @@ class Loader:
             self.skeleton.config = self.config
             ranks.agree(checkpoint=contents(self.checkpoint, self.plan))
         self.dtype, self.device = dtype or own_dtype(self.checkpoint), device
-        self.path = choose_path(path, self.config, torch.device(device), self.dtype, ranks.size)
+        self.path = choose_path(path, self.config, torch.device(device), self.dtype)
         layers = [f"layers.{i}" for i in range(self.config.num_hidden_layers)]
         last = ["mtp"] if self.skeleton.mtp is not None else []
         self.stages = ["embed_tokens", *layers, "norm", "lm_head", *last]
         self.swaps = self._nodes_of(swaps)
-        self.swapped = set(self.swaps)  # by the caller; other nodes are the fast path's
         for name, _ in self.skeleton.named_modules():
-            around = [node for node in self.swapped if name.startswith(f"{node}.")]
+            around = [node for node in self.swaps if name.startswith(f"{node}.")]
             if around and self.plan.is_summed(name):
                 raise InputError(
                     f"{around[0]} holds {name}, whose results the ranks add up; swap a node inside of it"
                 )
-        for node, replacement in self._nodes_of(self.path.swaps).items():
-            # A layer with a node that the caller replaces is not replaced by the fast path.
-            if not any(other == node or other.startswith(f"{node}.") for other in self.swapped):
-                self.swaps[node] = replacement
+        # The fast path replaces whole stages, except those with a node that the caller replaces.
+        self.fast = {
+            stage: replacement
+            for stage, replacement in self._nodes_of(self.path.swaps).items()
+            if not any(node == stage or node.startswith(f"{stage}.") for node in self.swaps)
+        }
 
     @property
     def nbytes(self) -> int:
@@ -232,24 +233,14 @@ class Loader:
             self._assign(module, name, f"{stage}.{name}")
         for node, replacement in self.swaps.items():
             if node == stage:
-                is_own = node not in self.swapped  # of the fast path; errors keep tracebacks
-                make = replacement.from_reference
-                module = make(module) if is_own else instead(node, module, replacement)
+                module = instead(node, module, replacement)
             elif node.startswith(f"{stage}."):
                 inner = node.removeprefix(f"{stage}.")
                 module.set_submodule(inner, instead(node, module.get_submodule(inner), replacement))
-        return module if self.ranks.size == 1 else self._join(stage, module)
-
-    def _join(self, stage: str, module: nn.Module) -> nn.Module:
-        """Wrap the nodes whose results the ranks combine. Returns the stage."""
-        if stage == "embed_tokens":
-            return VocabularyEmbedding(module, self.ranks)
-        if stage == "lm_head":
-            return VocabularyHead(module, self.ranks)
-        for name in [name for name, _ in module.named_modules()]:
-            if self.plan.is_summed(f"{stage}.{name}"):
-                module.set_submodule(name, Summed(module.get_submodule(name), self.ranks))
-        return module
+        if self.ranks.size > 1:
+            module = joined(stage, module, self.plan, self.ranks)
+        # Without `instead`, since errors of the fast path keep their tracebacks.
+        return self.fast[stage].from_reference(module) if stage in self.fast else module
 
     def _assign(self, module: nn.Module, name: str, parameter: str) -> None:
         entry = self.checkpoint.entries[self._parameter(parameter)]

@@ -32,7 +32,7 @@ class Choice:
 
 
 def choose_path(
-    wanted: str, config: Config, device: torch.device, dtype: torch.dtype, ranks: int = 1
+    wanted: str, config: Config, device: torch.device, dtype: torch.dtype
 ) -> Choice:
     """Choose the path for a model of this shape. InputError, with the reason, if `fast` cannot
     run."""
@@ -41,8 +41,6 @@ def choose_path(
     if wanted == "reference":
         return Choice("reference")
     try:
-        if ranks > 1:
-            raise InputError(f"the fast path runs on one rank; --tp is {ranks}")
         target_of(device)
         check_shapes(config)
         if dtype != torch.bfloat16:

@@ -34,6 +34,18 @@ def embed(
     tl.store(squares + row, tl.sum(wide * wide, 0))
 
 
+@triton.jit(do_not_specialize=["first"])
+def embed_part(table, ids, out, first, count, D: tl.constexpr, BLOCK: tl.constexpr):
+    """`embed` of a rank whose table [count, D] bf16 begins at id `first`: out[row] = table[ids[row] -
+    first], or zeros where another rank has that id. Without a norm. Grid (rows)."""
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    own = tl.load(ids + row) - first
+    there = (own >= 0) & (own < count) & (column < D)
+    value = tl.load(table + bounded(own, count).to(tl.int64) * D + column, mask=there, other=0.0)
+    tl.store(out + row * D + column, value, mask=column < D)
+
+
 @triton.jit
 def mtp_input(
     table, ids, hidden, embedding_norm, hidden_norm, out, vocab, eps, D: tl.constexpr, BLOCK: tl.constexpr

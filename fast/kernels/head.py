@@ -38,10 +38,18 @@ def head(
     tl.store(place + at, tl.where(wrong, NOT_FINITE, first))
 
 
-@triton.jit
-def pick(best, place, tokens, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["first"])
+def pick(
+    best, place, tokens, largest, blocks, first, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    OF_PART: tl.constexpr,
+):  # fmt: skip
     """tokens[row] = the lowest id that has the row's largest logit, or NOT_FINITE where a logit is NaN or
-    plus infinity. best, place: [blocks, ROWS], as `head` writes them. Grid (rows)."""
+    plus infinity.
+
+    best, place: rows of STRIDE numbers, one for each of `blocks` blocks, as `head` writes them. OF_PART:
+    ids count from `first`, the first id of a rank, and largest[row] fp32, the largest logit, is written
+    too. Grid (rows).
+    """
     row = tl.program_id(0)
     block = tl.arange(0, BLOCK)
     value = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -49,15 +57,18 @@ def pick(best, place, tokens, blocks, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     wrong = tl.zeros((BLOCK,), tl.int32)
     for start in tl.range(0, blocks, BLOCK):
         there = start + block < blocks
-        at = (start + block) * ROWS + row
+        at = (start + block) * STRIDE + row
         other = tl.load(best + at, mask=there, other=float("-inf"))
         found = tl.load(place + at, mask=there, other=0)
         wrong |= (found == NOT_FINITE).to(tl.int32)
         higher = other > value  # where two are equal, the earlier block's id stays
         value = tl.where(higher, other, value)
         token = tl.where(higher, found, token)
-    largest = tl.max(value, 0)
-    lowest = tl.min(tl.where(value == largest, token, 0x7FFFFFFF), 0)
+    highest = tl.max(value, 0)
+    lowest = tl.min(tl.where(value == highest, token, 0x7FFFFFFF), 0)
+    if OF_PART:
+        lowest += first
+        tl.store(largest + row, highest)
     tl.store(tokens + row, tl.where(tl.max(wrong, 0) > 0, NOT_FINITE, lowest))
 
 

@@ -1,5 +1,7 @@
 """A decoder layer for the rows of a prompt."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -28,9 +30,21 @@ def work(layer: Any, x: Tensor, state: Any, scratch: Scratch) -> tuple[list[Work
     between: Norm = layer.post_attention_layernorm
     first, rows = normed(x, before, scratch, name="normed")
     mixer = deltanet if layer.is_linear else attention
-    mixing, mixed = mixer.work(layer.mixer, rows, state, scratch, residual=x)
+    mixing, mixed = _added(layer, partial(mixer.work, layer.mixer, rows, state, scratch), x, scratch)
     second, rows = normed(mixed, between, scratch, name="normed")
     mlp: Any = layer.feed_forward
     feed_forward = moe.mlp if hasattr(mlp, "gate_up") else moe.block
-    feeding, out = feed_forward(mlp, rows, scratch, residual=mixed)
+    feeding, out = _added(layer, partial(feed_forward, mlp, rows, scratch), mixed, scratch)
     return [first, *mixing, second, *feeding], out
+
+
+def _added(
+    layer: Any, work: Callable[..., tuple[list[Work], Tensor]], residual: Tensor, scratch: Scratch
+) -> tuple[list[Work], Tensor]:
+    """The work of a mixer or a feed-forward, summed over the ranks if the layer is a part, and its output
+    with the residual."""
+    if layer.ranks is None:
+        return work(residual=residual)
+    own, part = work()
+    total, out = layer.ranks.total(part, residual, scratch)
+    return [*own, total], out

@@ -115,7 +115,7 @@ def diff(
 def swapped_nodes(source: Loader | Model | dict[str, Tensor]) -> dict[str, str]:
     """The swapped nodes of a candidate: name -> `module:class`."""
     if isinstance(source, Loader):
-        kinds = {node: kind for node, kind in source.swaps.items() if node in source.swapped}
+        kinds = dict(source.swaps)
         return {
             node: f"{kind.__module__}:{getattr(kind, '__qualname__', '')}"
             for node, kind in kinds.items()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qwen35.parallel.ranks import ALONE, Ranks
 from reference.model import Model
+from weights.shard import Plan
 
 
 class Joined(nn.Module):
@@ -19,6 +20,10 @@ class Joined(nn.Module):
         self.__dict__["part"] = part  # not a child, which would prefix all names below it
         self._modules, self._parameters = part._modules, part._parameters  # also what replaces them
         self.ranks = ranks
+
+    def around(self, part: nn.Module) -> "Joined":
+        """The same wrapper around a replacement of its part."""
+        return type(self)(part, self.ranks)
 
     def extra_repr(self) -> str:
         return f"{type(self.part).__name__}, rank {self.ranks.rank} of {self.ranks.size}"
@@ -52,6 +57,21 @@ class VocabularyHead(Joined):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat(self.ranks.gather(self.part(x)).unbind(0), dim=-1)
+
+
+def joined(stage: str, module: nn.Module, plan: Plan, ranks: Ranks) -> nn.Module:
+    """Wrap the nodes of a stage of a rank's model whose results the ranks combine. Returns the stage.
+
+    stage: the name of `module` in the model.
+    """
+    if stage == "embed_tokens":
+        return VocabularyEmbedding(module, ranks)
+    if stage == "lm_head":
+        return VocabularyHead(module, ranks)
+    for name in [name for name, _ in module.named_modules()]:
+        if plan.is_summed(f"{stage}.{name}"):
+            module.set_submodule(name, Summed(module.get_submodule(name), ranks))
+    return module
 
 
 def ranks_of(model: Model) -> Ranks:

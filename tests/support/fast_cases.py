@@ -43,7 +43,11 @@ WRITTEN = {
     "attend": ("partial", "peaks", "totals"),
     "combine": ("out",),
     "embed": ("out", "scaled", "squares"),
+    "embed_part": ("out",),
     "mtp_input": ("out",),
+    "allreduce": (),  # its output may be the residual
+    "add": (),
+    "gather": ("out",),
     "norm": ("out",),
     "head": ("logits", "best", "place"),
     "pick": ("tokens",),

@@ -37,6 +37,7 @@ BRANCHES = ("s_branch", "s_cbranch_scc0", "s_cbranch_scc1", "s_cbranch_vccz", "s
 BRANCHES += ("s_cbranch_execz", "s_cbranch_execnz")
 CONTROL = (*BRANCHES, "s_barrier", "s_endpgm")
 
+LIMIT = 1_000_000_000  # instructions of all waves of a launch
 # In random order, a wave that meets no barrier for so many instructions may be waiting for another wave.
 PATIENCE = 20_000
 
@@ -95,7 +96,7 @@ class Kernel:
         seed: int | None = None,
         batch: int = 32,
         races: bool = True,
-        limit: int = 1_000_000_000,
+        limit: int = LIMIT,
     ) -> Statistics:
         """Run a grid of workgroups of num_warps waves; arrays are pointers and are written in place.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fast.launch import Launch, Work, check_packing
 from qwen35.errors import InputError
-from tools.gfx950.emulator import Argument, Kernel, Statistics
+from tools.gfx950.emulator import LIMIT, Argument, Kernel, Statistics
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,8 @@ class CompiledKernel:
     text: assembly (amdgcn), or ptx. binary: the code object (hsaco), or cubin.
     shared: bytes of LDS (shared memory) that the launch adds.
     parameters: (name, Triton's type) of each argument that is left at run time, in order. Arguments that
-    are constexpr, or that Triton made constants, are not among them.
+    are constexpr, or that Triton made constants, are not among them. The elements of a tuple are
+    arguments of their own, such as `slots[0]`.
     """
 
     name: str
@@ -71,9 +72,7 @@ def compile_launch(launch: Launch, target: str) -> CompiledKernel:
         binary=kernel.asm[binary],
         shared=kernel.metadata.shared,
         num_warps=kernel.metadata.num_warps,
-        parameters=tuple(
-            (n, kind) for n, kind in kernel.src.signature.items() if kind != "constexpr"
-        ),
+        parameters=tuple(_parameters(kernel.src.signature)),
     )
 
 
@@ -84,12 +83,13 @@ def emulate(
     seed: int | None = None,
     batch: int = 32,
     races: bool = True,
+    limit: int = LIMIT,
 ) -> Statistics:
     """Do on the CPU what `fast.launch.run` does on a card: run all launches, one after the other.
 
     Each is compiled for gfx950, and the emulator executes that machine code on the launch's own tensors,
     in place; operations of torch between them are done as they are. Returns the counts of all launches
-    together. seed, batch, races: as in `Kernel.run`.
+    together. seed, batch, races, limit: as in `Kernel.run`.
 
     InputError for a device or a tensor that is not on the CPU, and EmulatorError, which is an InputError,
     for what a kernel does wrong or the emulator does not know, with the launch's name. Triton's own
@@ -105,9 +105,9 @@ def emulate(
         compiled = compile_launch(launch, "gfx950")
         try:
             kernel = _kernel(compiled.text, compiled.name)
+            values = dict(_flat(launch.arguments))
             arguments = {
-                name: _argument(name, kind, launch.arguments[name])
-                for name, kind in compiled.parameters
+                name: _argument(name, kind, values[name]) for name, kind in compiled.parameters
             }
             total += kernel.run(
                 list(arguments.values()),
@@ -118,10 +118,27 @@ def emulate(
                 seed=seed,
                 batch=batch,
                 races=races,
+                limit=limit,
             )
         except InputError as error:
             raise type(error)(f"{launch.name}: {error}") from None
     return total
+
+
+def _parameters(signature: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, type) of each parameter of Triton's signature that is left at run time."""
+    for name, kind in _flat(signature):
+        if kind != "constexpr":
+            yield name, kind
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All pairs, with one for each element of a tuple, whose names are `name[0]`, `name[1]`, ..."""
+    for name, value in values.items():
+        if isinstance(value, tuple):
+            yield from ((f"{name}[{i}]", element) for i, element in enumerate(value))
+        else:
+            yield name, value
 
 
 _kernel = cache(Kernel)  # the same kernel often runs on several inputs

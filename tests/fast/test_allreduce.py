@@ -1,0 +1,206 @@
+"""Sums over ranks as gfx950 code in the emulator: one rank at a time, whose packets of the others are
+there already, and whole rounds of ranks that take turns."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from fast.allreduce import AllReduce, Gathered, OneShot, Slots
+from fast.kernels import embedding, head
+from fast.launch import Launch, Scratch
+from fast.linear import Norm
+from qwen35.errors import InputError
+from qwen35.parallel.reduce import ordered_sum
+from tests.support.fast_cases import CPU, TARGET, integers, random
+from tools.gfx950.emulator import EmulatorError
+from tools.gfx950.target import emulate
+
+EPS = 1e-6
+
+
+class Group:
+    """A group as one rank sees it. together: what `gather` returns, whatever the rank gives."""
+
+    def __init__(self, rank: int, size: int, together: Tensor | None = None) -> None:
+        self.rank, self.size, self.together = rank, size, together
+
+    def gather(self, x: Tensor) -> Tensor:
+        assert self.together is not None and torch.equal(x, self.together[self.rank])
+        return self.together
+
+    def sum(self, x: Tensor) -> Tensor:
+        return ordered_sum(self.gather(x))
+
+    def exchange(self, value: Any) -> list[Any]:
+        return [value] * self.size
+
+
+def slots(size: int, programs: int, packets: int) -> Slots:
+    """Slots of all ranks in this process, with the packets of an epoch that is long over."""
+    shape = (programs, 2, size, packets)
+    return Slots(tuple(torch.full(shape, (7 << 32) | 0x7FC07FC0) for _ in range(size)))
+
+
+def one_shot(rank: int, size: int, sums: tuple[int, int] = (64, 64)) -> OneShot:
+    return OneShot(Group(rank, size), slots(size, *sums), slots(size, 2, 1024))
+
+
+def packets(words: Tensor, epoch: int) -> Tensor:
+    """Words int32 as packets int64."""
+    return (words.long() & 0xFFFFFFFF) | (epoch << 32)
+
+
+def arrive(exchange: OneShot, parts: Tensor, epoch: int) -> None:
+    """Write the packets of parts [size, N, D] bf16 of all other ranks, as each program expects them."""
+    size, N, D = parts.shape
+    width = exchange.sums.of_ranks[0].shape[-1]
+    blocks = parts.view(torch.int32).view(size, N * D // (2 * width), width)  # a program each
+    own = exchange.sums.of_ranks[exchange.rank]
+    for sender in range(size):
+        if sender != exchange.rank:
+            own[: blocks.shape[1], epoch % 2, sender] = packets(blocks[sender], epoch)
+
+
+def summed(exchange: AllReduce, part: Tensor, residual: Tensor | None, norm: Norm | None) -> Any:
+    scratch = Scratch(CPU)
+    work, out = exchange.sum(part, TARGET, scratch, residual=residual, then=norm, out="sum")
+    return work, out
+
+
+def parts_of(size: int, N: int, D: int) -> Tensor:
+    """Numbers of very different sizes, so that the order of additions shows."""
+    wide = random(N * D + size, size, N, D)
+    return (wide * 2.0 ** integers(3, -6, 6, size, N, D)).bfloat16()
+
+
+def expected(parts: Tensor, residual: Tensor | None) -> Tensor:
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part.float()
+    return (total if residual is None else total + residual.float()).bfloat16()
+
+
+@pytest.mark.parametrize(("size", "N", "D"), [(2, 1, 256), (4, 3, 384), (8, 8, 256), (2, 2, 48)])
+def test_the_sum_has_the_bits_of_additions_in_the_order_of_ranks(size: int, N: int, D: int):
+    parts, residual = parts_of(size, N, D), random(1, N, D).bfloat16()
+    norm = Norm(random(2, D).bfloat16(), EPS)
+    truth = expected(parts, residual)
+    width = min(64, (D // 2) & -(D // 2))
+    for rank in {0, 1, size - 1}:
+        exchange = one_shot(rank, size, (64, width))
+        for epoch in (1, 2, 3):
+            arrive(exchange, parts, epoch)
+            work, stream = summed(exchange, parts[rank], residual, norm)
+            emulate(work)
+            assert torch.equal(stream.x, truth)
+            scaled = (truth.float() * (1 + norm.weight.float())).bfloat16()
+            assert torch.equal(stream.scaled, scaled)
+            squares = truth.double().square().sum(1)
+            assert torch.allclose(stream.squares.double().sum(0)[:N], squares, rtol=1e-6)
+            programs = N * D // (2 * width)
+            assert exchange.sums.epochs.tolist() == [epoch] * programs + [0] * (64 - programs)
+            blocks = parts[rank].view(torch.int32).view(programs, width)
+            for of_rank in exchange.sums.of_ranks:  # every rank gets the same packets, its own too
+                assert torch.equal(of_rank[:programs, epoch % 2, rank], packets(blocks, epoch))
+        together, stream = summed(Gathered(Group(rank, size, parts)), parts[rank], residual, norm)
+        emulate(together)
+        assert torch.equal(stream.x, truth) and torch.equal(stream.scaled, scaled)
+
+
+def test_without_residual_and_norm_and_with_signs_of_zeros():
+    parts = parts_of(2, 2, 256)
+    parts[:, :, ::3] = -0.0
+    exchange = one_shot(1, 2)
+    arrive(exchange, parts, 1)
+    work, out = summed(exchange, parts[1], None, None)
+    emulate(work)
+    assert torch.equal(out.view(torch.int16), expected(parts, None).view(torch.int16))
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_packet_that_has_not_arrived_is_waited_for(late: int):
+    """The slot holds the packet of two epochs before. Nothing else would ever end the loop."""
+    parts = parts_of(2, 1, 256)
+    exchange = one_shot(0, 2)
+    exchange.sums.epochs.fill_(2)
+    arrive(exchange, parts, 3)
+    exchange.sums.of_ranks[0][late, 1, 1, 63] = packets(torch.tensor(0), 1)
+    work, _ = summed(exchange, parts[0], None, None)
+    with pytest.raises(EmulatorError, match="does this loop end"):
+        emulate(work, limit=100_000)
+
+
+@pytest.mark.parametrize(("size", "rows", "words"), [(2, 1, 16), (4, 3, 700), (2, 4, 1000)])
+def test_a_gather_joins_rows_in_the_order_of_ranks(size: int, rows: int, words: int):
+    x = integers(5, -(2**31), 2**31 - 1, size, rows, words).int()
+    out = torch.empty(rows, size * words, dtype=torch.int32)
+    blocks = -(-rows * words // 1024)
+    for rank in (0, size - 1):
+        exchange = one_shot(rank, size)
+        programs = len(exchange.gathers.of_ranks[0])
+        padded = torch.zeros(size, blocks * 1024, dtype=torch.int32)
+        padded[:, : rows * words] = x.flatten(1)
+        # The packets of the last two blocks of a program only: earlier ones are overwritten in its
+        # slots, so there may not be more.
+        assert blocks <= 2 * programs
+        for block, sender in [(b, s) for b in range(blocks) for s in range(size) if s != rank]:
+            epoch = 1 + block // programs
+            words_of = padded[sender, block * 1024 : (block + 1) * 1024]
+            own = exchange.gathers.of_ranks[rank]
+            own[block % programs, epoch % 2, sender] = packets(words_of, epoch)
+        launches = exchange.gather(x[rank], out)
+        (launch,) = launches
+        assert isinstance(launch, Launch)
+        emulate([Launch(launch.name, launch.kernel, (min(blocks, programs), 1, 1), launch.arguments,
+                        launch.options)])  # fmt: skip
+        assert torch.equal(out, torch.cat(list(x), 1))
+        out.zero_()
+        emulate(Gathered(Group(rank, size, x)).gather(x[rank], out))
+        assert torch.equal(out, torch.cat(list(x), 1))
+
+
+def test_bf16_rows_are_gathered_as_words():
+    x = random(4, 2, 3, 10).bfloat16()
+    out = torch.empty(3, 20, dtype=torch.bfloat16)
+    exchange = one_shot(0, 2)
+    words = torch.zeros(1024, dtype=torch.int32)
+    words[:15] = x[1].view(torch.int32).flatten()
+    exchange.gathers.of_ranks[0][0, 1, 1] = packets(words, 1)
+    emulate(exchange.gather(x[0], out))
+    assert torch.equal(out, torch.cat(list(x), 1))
+    with pytest.raises(InputError, match=r"rows of 5 numbers in torch.bfloat16; expected whole"):
+        exchange.gather(x[0][:, :5].contiguous(), out)
+
+
+def test_rows_that_no_kernel_takes_are_refused():
+    for D in (255, 130, 8192 + 128):
+        with pytest.raises(InputError, match=f"an all-reduce of {D} columns"):
+            summed(one_shot(0, 2), torch.zeros(1, D).bfloat16(), None, None)
+
+
+# ---- parts of the vocabulary
+
+
+def test_a_rank_looks_up_its_own_ids_and_zeros_for_others():
+    table, ids = random(1, 10, 48).bfloat16(), torch.tensor([20, 29, 19, 30, -1, 25]).int()
+    out = torch.full((6, 48), torch.nan).bfloat16()
+    arguments = {"table": table, "ids": ids, "out": out, "first": 20, "count": 10, "D": 48, "BLOCK": 64}
+    emulate([Launch("embed_part", embedding.embed_part, (6, 1, 1), arguments, {"num_warps": 4})])
+    there = torch.tensor([True, True, False, False, False, True])
+    assert torch.equal(out[there], table[[0, 9, 5]]) and not out[~there].any()
+
+
+def test_a_rank_chooses_among_its_own_ids():
+    best = torch.tensor([[1.0, -torch.inf, 2.0], [3.0, -torch.inf, 2.0], [3.0, 5.0, torch.nan]])
+    place = torch.tensor([[3, 0, 1], [5, 4, 6], [9, 8, -1]]).int()
+    tokens, largest = torch.zeros(3, dtype=torch.int32), torch.zeros(3)
+    arguments = {
+        "best": best, "place": place, "tokens": tokens, "largest": largest, "blocks": 3, "first": 100,
+        "STRIDE": 3, "BLOCK": 16, "OF_PART": True,
+    }  # fmt: skip
+    emulate([Launch("pick", head.pick, (3, 1, 1), arguments, {"num_warps": 4})])
+    assert tokens.tolist() == [105, 108, -1] and largest.tolist()[:2] == [3.0, 5.0]
