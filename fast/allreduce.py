@@ -21,7 +21,7 @@ from qwen35.errors import InputError
 
 # Packets that a program sends to each rank, and programs of a launch, at most. All programs of a launch
 # have to run at the same time as those of other ranks, so a gather has few.
-SUM_PACKETS, SUM_PROGRAMS = 64, 512
+SUM_PACKETS, SUM_PROGRAMS = 64, 1024
 GATHER_PACKETS, GATHER_PROGRAMS = 1024, 64
 
 
@@ -50,7 +50,7 @@ class AllReduce(ABC):
         self, part: Tensor, target: str, scratch: Scratch, *,
         residual: Tensor | None = None, then: Norm | None = None, out: str = "sum",
     ) -> tuple[list[Work], Any]:  # fmt: skip
-        """The work that adds up part [N, D] bf16 of all ranks, for 1 to 8 rows, and the result [N, D] bf16.
+        """The work that adds up part [N, D] bf16 of all ranks, for 1 to 8 rows, and the result [N, D].
 
         residual, then, out: as in `fast.linear.product`. InputError for a D that no kernel takes.
         """
@@ -199,7 +199,8 @@ class Slots:
         shape = (programs, 2, ranks.size, packets)
         own: Any = symmetric.empty(*shape, dtype=torch.int64, device=device)
         own.zero_()
-        handle = symmetric.rendezvous(own, dist.group.WORLD)
+        group: Any = dist.group.WORLD
+        handle = symmetric.rendezvous(own, group)
         return cls(tuple(handle.get_buffer(rank, shape, torch.int64) for rank in range(ranks.size)))
 
     def arguments(self, rank: int) -> dict[str, Any]:

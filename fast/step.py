@@ -206,10 +206,17 @@ class Step:
         by_rank = everyone.view(self.ranks.size, 2 * width)
         return [
             product,
-            self._pick(f"N={N}", rows, best, place, own[1], own[0].view(torch.float32), of_part=True),
+            self._pick(
+                f"N={N}", rows, best, place, own[1], own[0].view(torch.float32), of_part=True
+            ),
             *self.ranks.gather(own.view(1, -1), everyone),
             self._pick(
-                f"RANKS={len(by_rank)}", rows, by_rank.view(torch.float32), by_rank[:, width:], tokens, best
+                f"RANKS={len(by_rank)}",
+                rows,
+                by_rank.view(torch.float32),
+                by_rank[:, width:],
+                tokens,
+                best,
             ),
         ]
 

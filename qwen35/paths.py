@@ -31,9 +31,7 @@ class Choice:
         return [("layers.*", DecoderLayer), ("mtp", MTP)]  # pyright: ignore (classes with from_reference)
 
 
-def choose_path(
-    wanted: str, config: Config, device: torch.device, dtype: torch.dtype
-) -> Choice:
+def choose_path(wanted: str, config: Config, device: torch.device, dtype: torch.dtype) -> Choice:
     """Choose the path for a model of this shape. InputError, with the reason, if `fast` cannot
     run."""
     if wanted not in PATHS:

@@ -43,14 +43,14 @@ def _send(words, slots, place, epoch, rank, RANKS: tl.constexpr, PACKETS: tl.con
     part of this program and epoch begins in them.
     """
     packets = (epoch.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
-    for peer in tl.static_range(RANKS):
+    for peer in tl.static_range(RANKS):  # pyright: ignore
         at = slots[peer] + place + rank * PACKETS + tl.arange(0, PACKETS)
         tl.store(at, packets, cache_modifier=".wt")
 
 
 @triton.jit
 def _seen(pointers):
-    """64-bit numbers that another card may write at any time, as they are now. Every call reads memory."""
+    """64-bit numbers that another card may write at any time. Every call reads them from memory."""
     if is_hip():
         # A volatile load does not do: Triton makes a buffer load of it that is not volatile, and LLVM
         # then reads memory once, before the loop.
@@ -58,7 +58,7 @@ def _seen(pointers):
             "global_load_dwordx2 $0, $1, off sc0 sc1\n\ts_waitcnt vmcnt(0)", "=v,v,~{memory}",
             [pointers.to(tl.int64)], dtype=tl.int64, is_pure=False, pack=1,
         )  # fmt: skip
-    else:
+    else:  # noqa: RET505 (Triton compiles only one of the two)
         return tl.load(pointers, volatile=True)
 
 
@@ -77,9 +77,11 @@ def _ordered_sum(words, RANKS: tl.constexpr):
     """The sum over all ranks from rank 0 upwards, in fp32, of words [RANKS, P] of two bf16 each: the sums
     [P] of the lower numbers, and of the others."""
     sender = tl.arange(0, RANKS)[:, None]
-    low, high = _wide(tl.sum(tl.where(sender == 0, words, 0), 0))
-    for rank in tl.static_range(1, RANKS):
-        more_low, more_high = _wide(tl.sum(tl.where(sender == rank, words, 0), 0))
+    low, high = _wide(tl.sum(tl.where(sender == 0, words, 0), 0))  # pyright: ignore
+    for rank in tl.static_range(1, RANKS):  # pyright: ignore
+        more_low, more_high = _wide(  # pyright: ignore
+            tl.sum(tl.where(sender == rank, words, 0), 0)
+        )
         low += more_low
         high += more_high
     return low, high
@@ -87,8 +89,8 @@ def _ordered_sum(words, RANKS: tl.constexpr):
 
 @triton.jit
 def _beside(residual, next_norm, row, pair, D, HAS_RESIDUAL: tl.constexpr, HAS_NEXT: tl.constexpr):
-    """What `_finish` reads: the residual of a block of a row, and the norm's weights, as words. It is read
-    before a program waits."""
+    """The words that `_finish` needs: the residual of a block of a row, and the norm's weights. They are
+    read before a program waits."""
     before = pair
     if HAS_RESIDUAL:
         before = tl.load(_row(residual, row, D) + pair)
@@ -105,7 +107,7 @@ def _finish(
 ):  # fmt: skip
     """Add the residual, round once, and write a block of a row; HAS_NEXT as in kernels/linear.py."""
     if HAS_RESIDUAL:
-        before_low, before_high = _wide(before)
+        before_low, before_high = _wide(before)  # pyright: ignore
         low += before_low
         high += before_high
     words = _packed(low, high)
@@ -180,7 +182,7 @@ def gather(
     program = tl.program_id(0)
     lane, sender = tl.arange(0, PACKETS), tl.arange(0, RANKS)[:, None]
     epoch = tl.load(epochs + program)
-    for first in tl.range(program * PACKETS, rows * words, tl.num_programs(0) * PACKETS):
+    for first in tl.range(program * PACKETS, rows * words, tl.num_programs(0) * PACKETS):  # pyright: ignore
         epoch += 1
         place = (program * 2 + epoch % 2).to(tl.int64) * (RANKS * PACKETS)
         at = first + lane

@@ -30,7 +30,9 @@ def work(layer: Any, x: Tensor, state: Any, scratch: Scratch) -> tuple[list[Work
     between: Norm = layer.post_attention_layernorm
     first, rows = normed(x, before, scratch, name="normed")
     mixer = deltanet if layer.is_linear else attention
-    mixing, mixed = _added(layer, partial(mixer.work, layer.mixer, rows, state, scratch), x, scratch)
+    mixing, mixed = _added(
+        layer, partial(mixer.work, layer.mixer, rows, state, scratch), x, scratch
+    )
     second, rows = normed(mixed, between, scratch, name="normed")
     mlp: Any = layer.feed_forward
     feed_forward = moe.mlp if hasattr(mlp, "gate_up") else moe.block

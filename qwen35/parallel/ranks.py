@@ -111,7 +111,7 @@ def on_ranks(
     """
 
     def run(args: argparse.Namespace) -> int:
-        size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+        size = started_by_torchrun()
         if size == 1 and args.tp == 1:
             return main(args)
         if size == 1:
@@ -127,10 +127,19 @@ def on_ranks(
     return run
 
 
+def started_by_torchrun() -> int:
+    """The number of processes that torchrun has started, of which this is one; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 @contextmanager
 def group(prog: str, size: int, args: argparse.Namespace) -> Iterator[Ranks]:
     """Join the group of torchrun's environment for a block, and leave it together with the other
-    ranks."""
+    ranks.
+
+    prog: the command, for errors. size: as `started_by_torchrun` says. args: with tp and debug, and
+    with a device if it is not the CPU, which becomes that of this rank.
+    """
     rank = int(os.environ["RANK"])
     with Watch(prog, rank, debug=args.debug) as watch:
         if not dist.is_available():

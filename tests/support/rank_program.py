@@ -20,6 +20,7 @@ from qwen35.cli import Parser, run
 from qwen35.errors import InputError
 from qwen35.load import TINY, load
 from qwen35.parallel.ranks import Ranks, add_ranks, on_ranks
+from qwen35.parallel.reduce import ordered_sum
 from tools.exact import cells, differing, prompt_of
 
 WAYS = [("greedy", 3, 4096), ("sampled", 2, 64)]
@@ -73,10 +74,21 @@ def fail(args: argparse.Namespace) -> NoReturn:
     raise AssertionError
 
 
+def check_sums(ranks: Ranks) -> None:
+    """Sums of few and of many elements, and of a number that the ranks do not divide."""
+    for shape in ((3, 5), (600, 1024), (1001, 1001)):
+        parts = [
+            torch.randn(shape, generator=torch.Generator().manual_seed(rank)).bfloat16()
+            for rank in range(ranks.size)
+        ]
+        assert torch.equal(ranks.sum(parts[ranks.rank]), ordered_sum(torch.stack(parts)))
+
+
 def main(args: argparse.Namespace) -> int:
     if args.do:
         fail(args)
     ranks: Ranks = args.ranks
+    check_sums(ranks)
     model = load(TINY, ranks=ranks)
     prompt = prompt_of(70, 2000)
     # The first three cells: no cache, a miss, a hit of 64 tokens.

@@ -4,6 +4,7 @@ import sys
 
 from qwen35.cli import Parser, run
 from tools.bench import (
+    allreduce,
     busy,
     diff,
     exactness,
@@ -21,6 +22,7 @@ from tools.bench import (
 )
 
 OPS = {
+    "allreduce": allreduce,
     "busy": busy,
     "diff": diff,
     "exactness": exactness,

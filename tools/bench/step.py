@@ -1,12 +1,13 @@
 """Time a whole decode round on a GPU, with random weights.
 
 A round is drafts, verification and acceptance in one captured graph. --config chooses the shape:
-397b, 122b, 35b, or tiny (the embedded model). With --tp it is one rank's slice; the all-reduces
-between ranks are left out. Routed experts are MXFP4, everything else is bf16. The router's weights
-are random, so the rows choose different experts; the distinct experts are counted. `--layers N`
-builds only N layers of the trunk, for GPUs without the memory for all. The time of a layer is then
-the difference that the last N / 2 layers make, divided by N / 2, and is added for each missing
-layer.
+397b, 122b, 35b, or tiny (the embedded model). With --tp it is one rank's slice, without the
+all-reduces between ranks. `torchrun --nproc-per-node N -m tools.bench step --tp N` runs N ranks
+with them; all have the same weights, and rank 0 prints its figures. Routed experts are MXFP4,
+everything else is bf16. The router's weights are random, so the rows choose different experts; the
+distinct experts are counted. `--layers N` builds only N layers of the trunk, for GPUs without the
+memory for all. The time of a layer is then the difference that the last N / 2 layers make, divided
+by N / 2, and is added for each missing layer.
 
 `floor_us` is the time to read the weights, states and context once at `read_gb_s`. This is the
 bandwidth of a sum over 8 GiB in the same run. The row `round` is a replay of the graph. Each other
@@ -37,6 +38,8 @@ from qwen35.cli import Parser, at_least_one, at_least_zero
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.load import TINY, lay_out
+from qwen35.parallel.nodes import Summed
+from qwen35.parallel.ranks import ALONE, Ranks, group, started_by_torchrun
 from qwen35.progress import steps
 from reference.model import Model
 from tools.bench import gpu, report
@@ -74,9 +77,12 @@ def share_of(name: str, ranks: int) -> Config:
     return sliced(whole, ranks)
 
 
-def random_model(config: Config, device: torch.device) -> Model:
-    """A model of fast layers with random weights. It is built on the device, layer by layer."""
-    return _Builder(config, device).model()
+def random_model(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Model:
+    """A model of fast layers with random weights. It is built on the device, layer by layer.
+
+    ranks: the group of which this is one rank; its layers then exchange their results.
+    """
+    return _Builder(config, device, ranks).model()
 
 
 def begun(step: Step, context: int) -> Step:
@@ -99,8 +105,8 @@ def begun(step: Step, context: int) -> Step:
 class _Builder:
     """Builds the fast modules of a config with random weights, one by one on the device."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks) -> None:
+        self.config, self.device, self.ranks = config, device, ranks
         self.generator = torch.Generator(device).manual_seed(0)
 
     def model(self) -> Model:
@@ -128,6 +134,9 @@ class _Builder:
                 scale.random_(exponent - 1, exponent + 2, generator=self.generator)
             layer.mlp.experts = experts
         self._fill(layer)
+        mixer = "linear_attn" if layer.is_linear else "self_attn"
+        for name in (mixer, "mlp") if self.ranks.size > 1 else ():
+            setattr(layer, name, Summed(getattr(layer, name), self.ranks))
         return layer
 
     def _fill(self, module: nn.Module) -> None:
@@ -200,6 +209,15 @@ def nodes(work: Sequence[Work]) -> Iterator[tuple[str, list[int]]]:
 
 
 def main(args: argparse.Namespace) -> int:
+    size = started_by_torchrun()
+    if size == 1:
+        return _run(args, ALONE)
+    args.device = torch.device("cuda")
+    with group("python -m tools.bench step", size, args) as ranks:
+        return _run(args, ranks)
+
+
+def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     device, target = gpu.find()
     whole = share_of(args.config, args.tp)
     count = args.layers or whole.num_hidden_layers
@@ -210,7 +228,7 @@ def main(args: argparse.Namespace) -> int:
     config = replace(whole, num_hidden_layers=count, layer_types=whole.layer_types[:count])
     read = gpu.read_gb_s(device)
     with torch.inference_mode():
-        return _measured(args, config, whole.num_hidden_layers, device, target, read)
+        return _measured(args, config, whole.num_hidden_layers, device, target, read, ranks)
 
 
 def _measured(
@@ -220,8 +238,9 @@ def _measured(
     device: torch.device,
     target: str,
     read: float,
+    ranks: Ranks,
 ) -> int:
-    model = random_model(config, device)
+    model = random_model(config, device, ranks)
     model.kv_cache_dtype = args.kv_cache_dtype
     room = args.context + 8 * (args.repeats + 20) * (1 + args.drafts)
     step = begun(Step(model, room, args.drafts), args.context)
@@ -257,7 +276,7 @@ def _measured(
         _draw(args.plot, rows)
     names = ("config", "tp", "drafts", "context", "kv_cache_dtype", "repeats")
     report.emit(
-        "step", {"target": target} | {n: getattr(args, n) for n in names}, rows,
+        "step", {"target": target, "ranks": ranks.size} | {n: getattr(args, n) for n in names}, rows,
         only_json=args.json, device=torch.cuda.get_device_name(device), read_gb_s=read,
     )  # fmt: skip
     return 0
@@ -290,10 +309,11 @@ def _whole(
 
 def _end(work: Sequence[Work], begin: int) -> int:
     """The index after the last launch of the layer that begins at `begin`."""
+    is_summed = any(isinstance(one, Launch) and one.name.startswith("allreduce") for one in work)
     for place in range(begin, len(work)):
         one = work[place]
         if isinstance(one, Launch) and one.name.split()[0] in ("down", "mlp_down"):
-            return place + 1
+            return place + 1 + is_summed
     raise AssertionError("a layer ends with its feed-forward")
 
 
