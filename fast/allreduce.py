@@ -129,6 +129,7 @@ class OneShot(AllReduce):
             grid,
             {"part": part, **self.sums.arguments(self.rank), **arguments},
             {"num_warps": 1},
+            reaches=self.sums.of_ranks,
         )
         return [launch]
 
@@ -146,6 +147,7 @@ class OneShot(AllReduce):
                 "rows": len(words), "RANKS": self.size, "PACKETS": GATHER_PACKETS,
             },
             {"num_warps": 4},
+            reaches=self.gathers.of_ranks,
         )  # fmt: skip
         return [launch]
 
@@ -182,13 +184,15 @@ class Gathered(AllReduce):
 
 
 class Slots:
-    """Memory for packets: of_ranks, int64 [programs, 2, size, packets] of every rank, and epochs
-    [programs] int32, how often this rank's programs have used them."""
+    """Memory for packets on one rank.
 
-    def __init__(self, of_ranks: tuple[Tensor, ...]) -> None:
+    of_ranks: the slots of every rank, int64 [programs, 2, size, packets]. epochs [programs] int32: how
+    often this rank's programs have used theirs.
+    """
+
+    def __init__(self, of_ranks: tuple[Tensor, ...], device: torch.device) -> None:
         self.of_ranks = of_ranks
-        first = of_ranks[0]
-        self.epochs = torch.zeros(len(first), dtype=torch.int32, device=first.device)
+        self.epochs = torch.zeros(len(of_ranks[0]), dtype=torch.int32, device=device)
 
     @classmethod
     def shared(cls, ranks: Ranks, device: torch.device, programs: int, packets: int) -> "Slots":
@@ -201,12 +205,15 @@ class Slots:
         own.zero_()
         group: Any = dist.group.WORLD
         handle = symmetric.rendezvous(own, group)
-        return cls(tuple(handle.get_buffer(rank, shape, torch.int64) for rank in range(ranks.size)))
+        every = (handle.get_buffer(rank, shape, torch.int64) for rank in range(ranks.size))
+        return cls(tuple(own if rank == ranks.rank else o for rank, o in enumerate(every)), device)
 
     def arguments(self, rank: int) -> dict[str, Any]:
         """A kernel's arguments on a rank."""
         own = self.of_ranks[rank]
-        return {"slots": self.of_ranks, "own": own, "epochs": self.epochs, "rank": rank}
+        # To compile without memory, any address of 64 bits will do.
+        addresses = tuple(slots.data_ptr() or 1 << 40 for slots in self.of_ranks)
+        return {"own": own, "addresses": addresses, "epochs": self.epochs, "rank": rank}
 
 
 def joined(node: nn.Module) -> AllReduce | None:

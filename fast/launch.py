@@ -30,6 +30,7 @@ class Launch:
     options: num_warps, num_stages, ... as Triton takes them.
     weight_bytes: the bytes of weights that a program reads in one iteration of its hot loop; 0 when it
         has no such loop.
+    reaches: tensors whose addresses are among the arguments.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Launch:
     arguments: dict[str, Any]
     options: dict[str, int]
     weight_bytes: int = 0
+    reaches: tuple[torch.Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         """InputError for a tensor with more elements than its offsets can count."""

@@ -36,26 +36,25 @@ def _packed(low, high):
 
 
 @triton.jit
-def _send(words, slots, place, epoch, rank, RANKS: tl.constexpr, PACKETS: tl.constexpr):
-    """Write words [PACKETS] int32 as packets into a slot of every rank.
-
-    slots: those of all ranks, int64 [programs, 2, RANKS, PACKETS] each. place: where the two-dimensional
-    part of this program and epoch begins in them.
-    """
-    packets = (epoch.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
-    for peer in tl.static_range(RANKS):  # pyright: ignore
-        at = slots[peer] + place + rank * PACKETS + tl.arange(0, PACKETS)
-        tl.store(at, packets, cache_modifier=".wt")
+def _write(pointers, packets):
+    """Store packets so that other cards see them. They need no order among each other."""
+    # For gfx950 Triton makes buffer instructions of both accesses, and drops that a load is volatile:
+    # LLVM then reads memory once, before the loop that waits.
+    if is_hip():
+        tl.inline_asm_elementwise(
+            "global_store_dwordx2 $1, $2, off sc0 sc1\n\tv_mov_b32 $0, 0", "=v,v,v,~{memory}",
+            [pointers.to(tl.int64), packets], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.store(pointers, packets, cache_modifier=".wt")
 
 
 @triton.jit
-def _seen(pointers):
-    """64-bit numbers that another card may write at any time. Every call reads them from memory."""
+def _read(pointers):
+    """Packets that other cards may write at any time, as they are in memory now."""
     if is_hip():
-        # A volatile load does not do: Triton makes a buffer load of it that is not volatile, and LLVM
-        # then reads memory once, before the loop.
         return tl.inline_asm_elementwise(
-            "global_load_dwordx2 $0, $1, off sc0 sc1\n\ts_waitcnt vmcnt(0)", "=v,v,~{memory}",
+            "global_load_dwordx2 $0, $1, off sc0 sc1\n\ts_waitcnt vmcnt(0)", "=&v,v,~{memory}",
             [pointers.to(tl.int64)], dtype=tl.int64, is_pure=False, pack=1,
         )  # fmt: skip
     else:  # noqa: RET505 (Triton compiles only one of the two)
@@ -63,12 +62,23 @@ def _seen(pointers):
 
 
 @triton.jit
+def _send(words, addresses, place, epoch, rank, RANKS: tl.constexpr, PACKETS: tl.constexpr):
+    """Write words [PACKETS] int32 as packets into a slot of every rank. place: the first packet of the
+    slots [RANKS, PACKETS] of this program and epoch."""
+    packets = (epoch.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
+    for peer in tl.static_range(RANKS):  # pyright: ignore
+        # Triton refuses pointers into the memory of another card as arguments, but not numbers.
+        slots = addresses[peer].to(tl.pointer_type(tl.int64)) + place
+        _write(slots + rank * PACKETS + tl.arange(0, PACKETS), packets)
+
+
+@triton.jit
 def _received(own, place, epoch, RANKS: tl.constexpr, PACKETS: tl.constexpr):
     """Wait for the packets of all ranks. Returns their words, [RANKS, PACKETS] int32."""
     lane = tl.arange(0, RANKS)[:, None] * PACKETS + tl.arange(0, PACKETS)[None, :]
-    packets = _seen(own + place + lane)
+    packets = _read(own + place + lane)
     while tl.max(((packets >> 32).to(tl.int32) != epoch).to(tl.int32)) != 0:
-        packets = _seen(own + place + lane)
+        packets = _read(own + place + lane)
     return packets.to(tl.int32)
 
 
@@ -121,14 +131,15 @@ def _finish(
 
 @triton.jit(do_not_specialize=["rank"])
 def allreduce(
-    part, slots, own, epochs, residual, out, next_norm, scaled, out_squares, rank, D,
+    part, own, addresses, epochs, residual, out, next_norm, scaled, out_squares, rank, D,
     HAS_RESIDUAL: tl.constexpr, HAS_NEXT: tl.constexpr, RANKS: tl.constexpr, PACKETS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """out[row] = (residual[row] +) the sum of part[row] over all ranks, in their order, rounded once.
 
-    part, residual [rows, D] bf16. Written: out [rows, D] bf16, epochs [programs] int32 and packets in
-    slots, a tuple of int64 [programs, 2, RANKS, PACKETS], one for each rank; own: that of this rank.
+    part, residual [rows, D] bf16. own: this rank's slots, int64 [programs, 2, RANKS, PACKETS]. addresses:
+    a tuple of those of all ranks' slots. Written: out [rows, D] bf16, epochs [programs] int32, and
+    packets in the slots.
     HAS_NEXT: scaled [rows, D] bf16 and out_squares [D / (2 PACKETS), ROWS] fp32 are written for the norm
     that follows, whose weight is next_norm [D] bf16. D is a multiple of 2 PACKETS. A row's bits do not
     depend on the other rows. Grid (rows, D / (2 PACKETS)).
@@ -139,7 +150,7 @@ def allreduce(
     epoch = tl.load(epochs + program) + 1
     place = (program * 2 + epoch % 2).to(tl.int64) * (RANKS * PACKETS)
     words = tl.load(_row(part, row, D) + pair)
-    _send(words, slots, place, epoch, rank, RANKS, PACKETS)
+    _send(words, addresses, place, epoch, rank, RANKS, PACKETS)
     before, gain = _beside(residual, next_norm, row, pair, D, HAS_RESIDUAL, HAS_NEXT)
     received = _received(own, place, epoch, RANKS, PACKETS)
     tl.store(epochs + program, epoch)
@@ -172,7 +183,7 @@ def add(
 
 @triton.jit(do_not_specialize=["rank", "words"])
 def gather(
-    x, slots, own, epochs, out, rank, words, rows, RANKS: tl.constexpr, PACKETS: tl.constexpr
+    x, own, addresses, epochs, out, rank, words, rows, RANKS: tl.constexpr, PACKETS: tl.constexpr
 ):  # fmt: skip
     """out[row] = x[row] of all ranks, one after the other in their order.
 
@@ -188,7 +199,7 @@ def gather(
         at = first + lane
         there = at < rows * words
         sent = tl.load(x + at, mask=there, other=0)
-        _send(sent, slots, place, epoch, rank, RANKS, PACKETS)
+        _send(sent, addresses, place, epoch, rank, RANKS, PACKETS)
         received = _received(own, place, epoch, RANKS, PACKETS)
         row, column = at // words, at % words
         target = (row[None, :] * RANKS + sender) * words + column[None, :]

@@ -1,6 +1,7 @@
 """Sums over ranks as gfx950 code in the emulator: one rank at a time, whose packets of the others are
 there already, and whole rounds of ranks that take turns."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ class Group:
 def slots(size: int, programs: int, packets: int) -> Slots:
     """Slots of all ranks in this process, with the packets of an epoch that is long over."""
     shape = (programs, 2, size, packets)
-    return Slots(tuple(torch.full(shape, (7 << 32) | 0x7FC07FC0) for _ in range(size)))
+    return Slots(tuple(torch.full(shape, (7 << 32) | 0x7FC07FC0) for _ in range(size)), CPU)
 
 
 def one_shot(rank: int, size: int, sums: tuple[int, int] = (64, 64)) -> OneShot:
@@ -155,8 +156,7 @@ def test_a_gather_joins_rows_in_the_order_of_ranks(size: int, rows: int, words: 
         launches = exchange.gather(x[rank], out)
         (launch,) = launches
         assert isinstance(launch, Launch)
-        emulate([Launch(launch.name, launch.kernel, (min(blocks, programs), 1, 1), launch.arguments,
-                        launch.options)])  # fmt: skip
+        emulate([replace(launch, grid=(min(blocks, programs), 1, 1))])
         assert torch.equal(out, torch.cat(list(x), 1))
         out.zero_()
         emulate(Gathered(Group(rank, size, x)).gather(x[rank], out))

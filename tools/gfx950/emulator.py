@@ -97,6 +97,7 @@ class Kernel:
         batch: int = 32,
         races: bool = True,
         limit: int = LIMIT,
+        reaches: Sequence[np.ndarray] = (),
     ) -> Statistics:
         """Run a grid of workgroups of num_warps waves; arrays are pointers and are written in place.
 
@@ -110,13 +111,14 @@ class Kernel:
         and within a batch all workgroups make progress, so a workgroup may wait for lower ones.
         races: raise for LDS races, see `Lds`.
         limit: the most instructions that all waves together may execute.
+        reaches: arrays whose addresses on the host are among the arguments.
 
         EmulatorError, with the line of assembly, for any access outside of an array or of the LDS.
         """
         arrays = [a for a in arguments if isinstance(a, np.ndarray)]
         named = [n for n, a in zip(names, arguments, strict=False) if isinstance(a, np.ndarray)]
         segment = np.zeros(self._segment_size(arguments), np.uint8)
-        memory = Memory([*arrays, segment], named)
+        memory = Memory([*arrays, segment, *reaches], named)
         self._fill(segment, arguments, memory, grid, num_warps)
         counts = np.zeros(len(self._actions), np.int64)
         run = _Run(

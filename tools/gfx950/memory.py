@@ -23,6 +23,8 @@ class Memory:
     Arrays that overlap (views of one buffer) lie in one region, as they do on the card. Addresses are
     congruent to the host's modulo 256, since the compiler may rely on an alignment.
 
+    Loads and stores also take addresses of these arrays on the host.
+
     bytes_read, bytes_written: accesses so far; a byte that two lanes read counts twice.
     names: of the first arrays, in their order, for errors.
     """
@@ -35,6 +37,8 @@ class Memory:
         self._regions: list[NDArray[np.uint8]] = []
         self._starts: list[int] = []  # offset of each region in its slot
         self._writable: list[bool] = []
+        # First and end of each region on the host, and its device address.
+        self._spans: list[tuple[int, int, int]] = []
         self._names: list[str] = []  # of each region: those of its arrays
         self._addresses = [0] * len(arrays)  # an empty array is a null pointer
         groups: list[list[int]] = []
@@ -54,6 +58,7 @@ class Memory:
             self._starts.append(start)
             self._writable.append(all(arrays[i].flags.writeable for i in group))
             self._names.append(", ".join(names[i] for i in group if i < len(names)))
+            self._spans.append((low, low + size, _BASE + (slot << _SLOT_BITS) + start))
             for i in group:
                 first = arrays[i].__array_interface__["data"][0]
                 self._addresses[i] = _BASE + (slot << _SLOT_BITS) + start + first - low
@@ -92,6 +97,9 @@ class Memory:
             return []
         places = addresses.astype(np.int64) - _BASE
         slots = places >> _SLOT_BITS
+        if ((slots < 0) | (slots >= len(self._regions))).any():
+            places = self._of_host(addresses.astype(np.int64)) - _BASE
+            slots = places >> _SLOT_BITS
         found: list[tuple[int, NDArray | slice, NDArray[np.int64]]] = []
         same = bool((slots == slots[0]).all())
         for slot in (int(slots[0]),) if same else np.unique(slots).tolist():
@@ -111,6 +119,15 @@ class Memory:
                     f"the first at {first:#x}: {near}"
                 )
             found.append((slot, lanes, offsets))
+        return found
+
+
+    def _of_host(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The addresses, of which those on the host become device addresses."""
+        found = addresses.copy()
+        for first, end, device in self._spans:
+            inside = (addresses >= first) & (addresses < end)
+            found[inside] += device - first
         return found
 
 

@@ -140,6 +140,13 @@ def signed_field(x: NDArray, place: NDArray) -> NDArray:
     return np.where(width > 0, bits << (I64(64) - width) >> (I64(64) - width), 0).astype(I32)
 
 
+def wide_signed_field(x: NDArray, place: NDArray) -> NDArray:
+    """`signed_field` of 64 bits, whose beginning is place[5:0]."""
+    start, width = place & U32(63), np.minimum((place >> U32(16)) & U32(127), 64).astype(I64)
+    unused = np.minimum(I64(64) - width, 63)
+    return np.where(width > 0, x >> start.astype(I64) << unused >> unused, 0)
+
+
 def lowest_one(x: NDArray) -> NDArray:
     """The place of the lowest one in 64 bits, -1 if there is none."""
     lowest = x & (U64(0) - x)
@@ -176,6 +183,7 @@ define("s_lshr_b64", "u64 nonzero = u64 u32", lambda x, amount: x >> (amount & 6
 define("s_ashr_i64", "i64 nonzero = i64 u32", lambda x, amount: x >> (amount & 63).astype(I64))
 define("s_bfe_u32", "u32 nonzero = u32 u32", field)
 define("s_bfe_i32", "i32 nonzero = i32 u32", signed_field)
+define("s_bfe_i64", "i64 nonzero = i64 u32", wide_signed_field)
 define("s_bfm_b32", "u32 = u32 u32", lambda a, b: ((U32(1) << (a & 31)) - U32(1)) << (b & 31))
 define("s_brev_b32", "u32 = u32", reverse_bits)
 define("s_ff1_i32_b32", "i32 = u32", trailing_zeros)

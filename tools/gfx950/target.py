@@ -40,8 +40,8 @@ class CompiledKernel:
     text: assembly (amdgcn), or ptx. binary: the code object (hsaco), or cubin.
     shared: bytes of LDS (shared memory) that the launch adds.
     parameters: (name, Triton's type) of each argument that is left at run time, in order. Arguments that
-    are constexpr, or that Triton made constants, are not among them. The elements of a tuple are
-    arguments of their own, such as `slots[0]`.
+    are constexpr, or that Triton made constants, are not among them. Each element of a tuple is one, such
+    as `addresses[0]`.
     """
 
     name: str
@@ -72,7 +72,9 @@ def compile_launch(launch: Launch, target: str) -> CompiledKernel:
         binary=kernel.asm[binary],
         shared=kernel.metadata.shared,
         num_warps=kernel.metadata.num_warps,
-        parameters=tuple(_parameters(kernel.src.signature)),
+        parameters=tuple(
+            (n, kind) for n, kind in _flat(kernel.src.signature) if kind != "constexpr"
+        ),
     )
 
 
@@ -119,21 +121,15 @@ def emulate(
                 batch=batch,
                 races=races,
                 limit=limit,
+                reaches=[_bytes(tensor) for tensor in launch.reaches],
             )
         except InputError as error:
             raise type(error)(f"{launch.name}: {error}") from None
     return total
 
 
-def _parameters(signature: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, type) of each parameter of Triton's signature that is left at run time."""
-    for name, kind in _flat(signature):
-        if kind != "constexpr":
-            yield name, kind
-
-
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """All pairs, with one for each element of a tuple, whose names are `name[0]`, `name[1]`, ..."""
+    """All names and values, with a name for each element of a tuple."""
     for name, value in values.items():
         if isinstance(value, tuple):
             yield from ((f"{name}[{i}]", element) for i, element in enumerate(value))
