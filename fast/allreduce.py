@@ -22,7 +22,8 @@ from qwen35.errors import InputError
 # Packets that a program sends to each rank, and programs of a launch, at most. All programs of a launch
 # have to run at the same time as those of other ranks, so a gather has few.
 SUM_PACKETS, SUM_PROGRAMS = 64, 1024
-GATHER_PACKETS, GATHER_PROGRAMS = 1024, 64
+GATHER_PACKETS, GATHER_PROGRAMS = 512, 128
+SIZES = (SUM_PROGRAMS, SUM_PACKETS), (GATHER_PROGRAMS, GATHER_PACKETS)
 
 
 class Ranks(Protocol):
@@ -110,12 +111,15 @@ class OneShot(AllReduce):
     def connected(cls, ranks: Ranks, device: torch.device) -> "OneShot":
         """Allocate the slots, and exchange their addresses with the other ranks. InputError where cards
         cannot share memory."""
-        sums, gathers = (
-            Slots.shared(ranks, device, *sizes)
-            for sizes in ((SUM_PROGRAMS, SUM_PACKETS), (GATHER_PROGRAMS, GATHER_PACKETS))
-        )
+        sums, gathers = (Slots.shared(ranks, device, *sizes) for sizes in SIZES)
         torch.cuda.synchronize(device)
         ranks.exchange(None)  # no rank sends before all slots are cleared
+        return cls(ranks, sums, gathers)
+
+    @classmethod
+    def alone(cls, ranks: Ranks, device: torch.device) -> "OneShot":
+        """The same for one process, which has the slots of all ranks. It is for compiling."""
+        sums, gathers = (Slots.alone(ranks.size, device, *sizes) for sizes in SIZES)
         return cls(ranks, sums, gathers)
 
     def _sum(
@@ -207,6 +211,13 @@ class Slots:
         handle = symmetric.rendezvous(own, group)
         every = (handle.get_buffer(rank, shape, torch.int64) for rank in range(ranks.size))
         return cls(tuple(own if rank == ranks.rank else o for rank, o in enumerate(every)), device)
+
+    @classmethod
+    def alone(cls, size: int, device: torch.device, programs: int, packets: int) -> "Slots":
+        """The slots of all ranks in the memory of one process."""
+        shape = (programs, 2, size, packets)
+        every = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(size))
+        return cls(tuple(every), device)
 
     def arguments(self, rank: int) -> dict[str, Any]:
         """A kernel's arguments on a rank."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fast.allreduce import OneShot
 from fast.launch import Launch, Scratch, Work
 from fast.layer import DecoderLayer
 from fast.moe import Experts
@@ -40,9 +41,24 @@ def sliced(config: Config, ranks: int) -> Config:
     return replace(config, **shares)
 
 
+class Alone:
+    """One rank of a group that is not there: the sizes are all that compiling needs."""
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = 0, size
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    sum = gather
+
+    def exchange(self, value: Any) -> list[Any]:
+        raise NotImplementedError
+
+
 def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
-    """Yield each kernel and shape of the 397B once: those of a decode round on 1, 2, 4 and 8 ranks, and
-    those of a prompt's pass on 1 and 8.
+    """Yield each kernel and shape of the 397B once: those of a decode round on 1, 2, 4 and 8 ranks, which
+    send packets to each other, and those of a prompt's pass on 1 and 8.
 
     build: makes a reference model of a config, on the device meta.
     """
@@ -53,6 +69,10 @@ def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
         config = replace(config, num_hidden_layers=4, layer_types=config.layer_types[:4])
         model = build(replace(config, num_experts=1, num_experts_per_tok=1)).bfloat16()
         fast(model, config, target, meta)
+        if ranks > 1:
+            exchange = OneShot.alone(Alone(ranks), meta)
+            for layer in (*model.layers, model.mtp.layer):
+                layer.ranks = exchange
         for work in _works(model, config, ranks, meta):
             if isinstance(work, Launch) and work.name not in seen:
                 seen.add(work.name)

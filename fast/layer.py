@@ -59,14 +59,12 @@ class DecoderLayer(nn.Module):
     @property
     def mixer(self) -> GatedDeltaNet | GatedAttention:
         """The delta net or the attention, whichever this layer has."""
-        node: Any = self.many.linear_attn if self.is_linear else self.many.self_attn
-        return node if self.ranks is None else node.part
+        return _inside(self.many.linear_attn if self.is_linear else self.many.self_attn)
 
     @property
     def feed_forward(self) -> MLP | SparseMoeBlock:
         """The node behind the mixer."""
-        node: Any = self.many.mlp
-        return node if self.ranks is None else node.part
+        return _inside(self.many.mlp)
 
     def launches(
         self,
@@ -132,11 +130,15 @@ class DecoderLayer(nn.Module):
         return f"rank {ranks.rank} of {ranks.size}, {ranks.kind} all-reduce"
 
 
+def _inside(node: Any) -> Any:
+    """A node without the wrapper that sums its results over the ranks, if it has one."""
+    return getattr(node, "part", node)
+
+
 def _replaced(node: Any, kind: Any, target: str) -> Any:
-    """A node's fast replacement; inside of a wrapper that sums over ranks, in another such wrapper."""
-    if joined(node) is None:
-        return kind.from_reference(node, target)
-    return node.around(kind.from_reference(node.part, target))
+    """A node's fast replacement, in the same wrapper if the node has one."""
+    made = kind.from_reference(_inside(node), target)
+    return made if _inside(node) is node else node.around(made)
 
 
 def embedded(

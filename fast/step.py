@@ -229,7 +229,7 @@ class Step:
         from fast.kernels import head as kernels
 
         return Launch(
-            f"pick {shape}",
+            f"pick {shape}{' of a part' if of_part else ''}",
             kernels.pick,
             (rows, 1, 1),
             {

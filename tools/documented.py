@@ -26,7 +26,7 @@ SHELL = {"|", ">", "<", ";"}  # words that need a shell
 KINDS = {
     "small": "a few seconds on a CPU",
     "minutes": "longer, on a CPU",
-    "gpu": "needs one",
+    "gpu": "needs a GPU",
     "setup": "installs packages, or runs all checks",
 }
 SMALL = "small"
@@ -79,6 +79,10 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "python -m tools.bench prefill": ("gpu", "a minute: random weights"),
     "python -m tools.bench ttft --config 397b --tp 8 --tail 63 --prefill-chunk 8192 "
     "--lengths 16384 50048 100352 196608 --no-folder": ("gpu", "3 minutes: random weights"),
+    "torchrun --nproc-per-node 2 -m qwen35.generate 'In the beginning' --tp 2 --device cuda": (
+        "gpu", "two of them"),
+    "torchrun --nproc-per-node 2 -m tools.bench allreduce": ("gpu", "two of them"),
+    "torchrun --nproc-per-node 2 -m tools.bench step --config 35b --tp 2": ("gpu", "two of them"),
     "python -m tools.bench step": ("gpu", "20 GB of random weights, a minute"),
     "python -m tools.bench stream --device cuda": ("gpu", "a minute"),
     "python -m tools.bench moe": ("gpu", "a minute"),

@@ -225,10 +225,12 @@ def in_other_processes(
 
 
 def own_error(text: str) -> str:
-    """The error message of a failed process, without the lines that torchrun adds."""
+    """The error message of a failed process, without the lines that torchrun adds. If torchrun itself
+    fails, it is its last line."""
     own = [line for line in text.splitlines() if line.startswith("python -m qwen35.generate: ")]
     own = [line for line in own if ": warning: " not in line]
-    return own[-1] if own else text.strip()
+    lines = [line for line in text.splitlines() if line.strip()]
+    return own[-1] if own else lines[-1] if lines else "a process that continues the prompts failed"
 
 
 def continuations(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fast.allreduce import AllReduce, Gathered, OneShot, Slots
+from fast.allreduce import GATHER_PACKETS, AllReduce, Gathered, OneShot, Slots
 from fast.kernels import embedding, head
 from fast.launch import Launch, Scratch
 from fast.linear import Norm
@@ -41,13 +41,15 @@ class Group:
 
 
 def slots(size: int, programs: int, packets: int) -> Slots:
-    """Slots of all ranks in this process, with the packets of an epoch that is long over."""
-    shape = (programs, 2, size, packets)
-    return Slots(tuple(torch.full(shape, (7 << 32) | 0x7FC07FC0) for _ in range(size)), CPU)
+    """Slots of all ranks in this process, with packets of another epoch."""
+    made = Slots.alone(size, CPU, programs, packets)
+    for one in made.of_ranks:
+        one.fill_((7 << 32) | 0x7FC07FC0)
+    return made
 
 
 def one_shot(rank: int, size: int, sums: tuple[int, int] = (64, 64)) -> OneShot:
-    return OneShot(Group(rank, size), slots(size, *sums), slots(size, 2, 1024))
+    return OneShot(Group(rank, size), slots(size, *sums), slots(size, 2, GATHER_PACKETS))
 
 
 def packets(words: Tensor, epoch: int) -> Tensor:
@@ -135,22 +137,22 @@ def test_a_packet_that_has_not_arrived_is_waited_for(late: int):
         emulate(work, limit=100_000)
 
 
-@pytest.mark.parametrize(("size", "rows", "words"), [(2, 1, 16), (4, 3, 700), (2, 4, 1000)])
+@pytest.mark.parametrize(("size", "rows", "words"), [(2, 1, 16), (4, 3, 350), (2, 4, 500)])
 def test_a_gather_joins_rows_in_the_order_of_ranks(size: int, rows: int, words: int):
     x = integers(5, -(2**31), 2**31 - 1, size, rows, words).int()
     out = torch.empty(rows, size * words, dtype=torch.int32)
-    blocks = -(-rows * words // 1024)
+    blocks = -(-rows * words // GATHER_PACKETS)
     for rank in (0, size - 1):
         exchange = one_shot(rank, size)
         programs = len(exchange.gathers.of_ranks[0])
-        padded = torch.zeros(size, blocks * 1024, dtype=torch.int32)
+        padded = torch.zeros(size, blocks * GATHER_PACKETS, dtype=torch.int32)
         padded[:, : rows * words] = x.flatten(1)
         # The packets of the last two blocks of a program only: earlier ones are overwritten in its
         # slots, so there may not be more.
         assert blocks <= 2 * programs
         for block, sender in [(b, s) for b in range(blocks) for s in range(size) if s != rank]:
             epoch = 1 + block // programs
-            words_of = padded[sender, block * 1024 : (block + 1) * 1024]
+            words_of = padded[sender, block * GATHER_PACKETS :][:GATHER_PACKETS]
             own = exchange.gathers.of_ranks[rank]
             own[block % programs, epoch % 2, sender] = packets(words_of, epoch)
         launches = exchange.gather(x[rank], out)
@@ -167,7 +169,7 @@ def test_bf16_rows_are_gathered_as_words():
     x = random(4, 2, 3, 10).bfloat16()
     out = torch.empty(3, 20, dtype=torch.bfloat16)
     exchange = one_shot(0, 2)
-    words = torch.zeros(1024, dtype=torch.int32)
+    words = torch.zeros(GATHER_PACKETS, dtype=torch.int32)
     words[:15] = x[1].view(torch.int32).flatten()
     exchange.gathers.of_ranks[0][0, 1, 1] = packets(words, 1)
     emulate(exchange.gather(x[0], out))

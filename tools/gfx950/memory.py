@@ -121,7 +121,6 @@ class Memory:
             found.append((slot, lanes, offsets))
         return found
 
-
     def _of_host(self, addresses: NDArray[np.int64]) -> NDArray[np.int64]:
         """The addresses, of which those on the host become device addresses."""
         found = addresses.copy()
