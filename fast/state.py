@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fast.target import MAX_ROWS
 from qwen35.cache import E4M3, Cache, DeltaState, FP8KVCache, KVCache
 from qwen35.config import Config
 from qwen35.errors import InputError
@@ -147,16 +148,15 @@ class State:
         kv_cache_dtype: one of `qwen35.cache.KV_CACHE_DTYPES`. InputError when a pass's rows and the
         convolution's do not fit into the ring.
         """
-        slots = 1 << drafts.bit_length()  # a power of two that is at least 1 + drafts
-        if slots + config.linear_conv_kernel_dim - 1 > RING:
+        if MAX_ROWS + config.linear_conv_kernel_dim - 1 > RING:
             raise InputError(
-                f"{drafts} drafts and {config.linear_conv_kernel_dim} taps; the fast path keeps {RING} "
-                "positions of a delta net's projections"
+                f"{config.linear_conv_kernel_dim} taps; the fast path keeps {RING} positions of a delta "
+                f"net's projections, {MAX_ROWS} of them for a pass"
             )
         layers = [
             Keys.empty(config, capacity, device, kv_cache_dtype)
             if kind == "full_attention"
-            else Delta.empty(config, slots, device)
+            else Delta.empty(config, MAX_ROWS, device)
             for kind in config.layer_types
         ]
         mtp = Keys.empty(config, capacity, device, kv_cache_dtype) if drafts else None
@@ -179,6 +179,10 @@ class State:
             state.take(given, length)  # pyright: ignore (of the same kind)
         if self.mtp is not None and cache.mtp is not None:
             self.mtp.take(cache.mtp, cache.mtp.length)
+        self.place(length)
+
+    def place(self, length: int) -> None:
+        """Let the next round begin after `length` tokens."""
         # The MTP head's first pass takes the newest token together with the hidden state of the token
         # before it, and so begins at that token's position.
         starts = [length, length - 1, *range(length, length + len(self.starts))]

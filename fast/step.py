@@ -67,11 +67,29 @@ class Step:
         self.scratch = Scratch(device)
         self.work: list[Work] = self.launches()
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.tail = Tail(self)
+        self.length = 0
 
-    def begin(self, cache: Cache, token: int, hidden: Tensor) -> None:
-        """Start from a prompt's cache, the first new token, and the trunk's hidden state [D] of the
-        prompt's last token."""
+    def take(self, cache: Cache) -> None:
+        """Start from the cache of a prompt, or of its first part."""
         self.state.take(cache)
+        self.length = cache.length
+
+    def extend(self, ids: Sequence[int], before: Tensor | None) -> Tensor:
+        """Compute more tokens of the prompt, in passes of 8 rows. Returns the trunk's hidden state of the
+        last one, [D].
+
+        before: that of the token before them, or None at the beginning of a prompt. There is room for 7
+        positions after them, which a last pass may overwrite.
+        """
+        hidden = self.tail.run(ids, before, self.length)
+        self.length += len(ids)
+        self.state.place(self.length)
+        return hidden
+
+    def begin(self, token: int, hidden: Tensor) -> None:
+        """Begin the rounds with the first new token, and the trunk's hidden state [D] of the prompt's
+        last token."""
         self.rows_ids[0] = self.picked[0] = token
         self.fresh.fill_(1)
         self.hidden[0] = hidden
@@ -92,13 +110,15 @@ class Step:
         return [*self._draft(), *self._verify(pick=not choose), *choose, self._accept(), *after]
 
     def prepare(self) -> None:
-        """Compile every launch and capture the round as a graph, on a GPU; elsewhere do nothing.
+        """Compile every launch and capture the round and the passes of a prompt's tail as graphs, on a
+        GPU; elsewhere do nothing.
 
-        It runs the round once, which overwrites the state: call it before `begin`.
+        It runs them once, which overwrites the state: call it before `take`.
         """
         if self.table.device.type == "cuda" and self.graph is None:
             run(self.work, self.table.device)
             self.graph = captured(self.work)
+            self.tail.prepare()
 
     def round(self) -> list[int]:
         """Run one round, as the captured graph if there is one. Returns `report` as a list: the number of
@@ -139,8 +159,20 @@ class Step:
 
     def _verify(self, *, pick: bool) -> list[Work]:
         """The trunk over the newest token and the drafts. pick: also choose the likeliest tokens."""
+        scratch, ranks = self.scratch, self.ranks
+        trunk = self.trunk(self.rows_ids, self.state.starts[:1], self.hidden)
+        own = self.logits
+        if ranks is not None:
+            own = scratch("own logits", len(own), len(self.head))
+        head, *choice = self._choose(self.hidden, self.head, own, self.picked)
+        joined = [] if ranks is None else ranks.gather(own, self.logits)
+        return [*trunk, head, *joined, *(choice if pick else [])]
+
+    def trunk(self, ids: Tensor, start: Tensor, hidden: Tensor) -> list[Work]:
+        """The trunk over tokens ids [N] int32 of positions start[0] and later, which writes their hidden
+        states [N, D] bf16."""
         layers, scratch, ranks = self.model.layers, self.scratch, self.ranks
-        table, ids, then = self.table, self.rows_ids, layers[0].input_layernorm
+        table, then = self.table, layers[0].input_layernorm
         if ranks is None:
             launch, x = embedded(table, ids, then, self.target, scratch)
             first: list[Work] = [launch]
@@ -148,15 +180,10 @@ class Step:
             first, x = embedded_part(
                 table, ids, ranks, self.target, scratch, then=then, out="residual"
             )
-        rope, start = (self.state.cosine, self.state.sine), self.state.starts[:1]
+        rope = self.state.cosine, self.state.sine
         trunk, out = through(layers, self.state.layers, x, start, rope, scratch)
-        norm = self._norm(Norm.from_reference(self.model.norm), out, self.hidden, None)
-        own = self.logits
-        if ranks is not None:
-            own = scratch("own logits", len(own), len(self.head))
-        head, *choice = self._choose(self.hidden, self.head, own, self.picked)
-        joined = [] if ranks is None else ranks.gather(own, self.logits)
-        return [*first, *trunk, norm, head, *joined, *(choice if pick else [])]
+        norm = self._norm(Norm.from_reference(self.model.norm), out, hidden, None)
+        return [*first, *trunk, norm]
 
     def _norm(self, norm: Norm, x: Tensor, out: Tensor, count: Tensor | None) -> Launch:
         """The norm of all rows of x; with a count [1] int32, of row count[0] - 1 alone."""
@@ -253,6 +280,79 @@ class Step:
             },
             {"num_warps": 1},
         )  # fmt: skip
+
+
+class Tail:
+    """The end of a prompt, behind its last whole block of 64 tokens, in passes of 8 rows. A pass has no
+    decision on the host and is one graph, like a round.
+
+    A tail has too few rows for the kernels of whole blocks, which take 128 rows of an expert at a time. A
+    last pass that is not full computes rows beyond the prompt, which are written again before they are
+    read.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        device, D = step.table.device, step.hidden.shape[1]
+        self.ids, self.start = (
+            torch.zeros(count, dtype=torch.int32, device=device) for count in (MAX_ROWS, 1)
+        )
+        self.hidden = torch.zeros(MAX_ROWS, D, dtype=torch.bfloat16, device=device)
+        self.trunk = Pass(step.trunk(self.ids, self.start, self.hidden), device)
+        self.mtp: Pass | None = None
+        if step.state.mtp is not None:
+            rope = step.state.cosine, step.state.sine
+            work, _ = step.model.mtp.launches(
+                self.ids, self.hidden, step.table, step.state.mtp, self.start, rope, step.scratch
+            )
+            self.mtp = Pass(work, device)
+
+    def prepare(self) -> None:
+        """Compile and capture the passes."""
+        self.trunk.prepare()
+        if self.mtp is not None:
+            self.mtp.prepare()
+
+    def run(self, ids: Sequence[int], before: Tensor | None, first: int) -> Tensor:
+        """`Step.extend` for tokens from position `first` on."""
+        count = len(ids)
+        padded = torch.tensor([*ids, *[0] * MAX_ROWS], dtype=torch.int32).to(self.ids.device)
+        # The hidden states of the token before, and of all tokens.
+        hidden = self.hidden.new_zeros(1 + count + MAX_ROWS, self.hidden.shape[1])
+        if before is not None:
+            hidden[0] = before
+        for row in range(0, count, MAX_ROWS):
+            self.ids.copy_(padded[row : row + MAX_ROWS])
+            self.start.fill_(first + row)
+            self.trunk.run()
+            hidden[1 + row : 1 + row + MAX_ROWS] = self.hidden
+        # The MTP head takes each token with the hidden state of the token before it.
+        for row in range(before is None, count if self.mtp else 0, MAX_ROWS):
+            assert self.mtp is not None
+            self.ids.copy_(padded[row : row + MAX_ROWS])
+            self.hidden.copy_(hidden[row : row + MAX_ROWS])
+            self.start.fill_(first - 1 + row)
+            self.mtp.run()
+        return hidden[count]
+
+
+class Pass:
+    """Work on fixed buffers, as a graph once it is prepared."""
+
+    def __init__(self, work: list[Work], device: torch.device) -> None:
+        self.work, self.device = work, device
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def prepare(self) -> None:
+        """Compile every launch by running it, and capture all."""
+        run(self.work, self.device)
+        self.graph = captured(self.work)
+
+    def run(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            run(self.work, self.device)
 
 
 def is_fast(model: Any, drafts: int) -> bool:

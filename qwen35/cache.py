@@ -42,10 +42,19 @@ class KVCache:
     def take(self, *rows: Tensor) -> None:
         """Append T positions of every tensor, in the order of `tensors`. They may be on any
         device."""
-        end = self.length + rows[0].shape[2]
+        self.take_all([rows])
+
+    def take_all(self, parts: Sequence[Sequence[Tensor]]) -> None:
+        """`take` several times, with one copy for each tensor."""
+        end = self.length + sum(rows[0].shape[2] for rows in parts)
         self.grow(end)
-        for buffer, new in zip(self.buffers().values(), rows, strict=True):
-            buffer[:, :, self.length : end] = new
+        for buffer, new in zip(self.buffers().values(), zip(*parts, strict=True), strict=True):
+            target = buffer[:, :, self.length : end]
+            here = [rows.to(target.device) for rows in new]
+            # As bytes, since not every build of torch joins e4m3.
+            if target.dtype.itemsize == 1:
+                target, here = target.view(torch.uint8), [rows.view(torch.uint8) for rows in here]
+            torch.cat(here, dim=2, out=target)
         self.length = end
 
     @property
@@ -298,9 +307,11 @@ class Cache:
         """Copy consecutive snapshots into this empty cache. length: the tokens of all of them
         together."""
         for node, state in self._nodes(mtp).items():
-            for part in parts if isinstance(state, KVCache) else parts[-1:]:
-                names = state.tensors()
-                state.take(*(part[f"{node}.{name}"] for name in names))
+            held = [[part[f"{node}.{name}"] for name in state.tensors()] for part in parts]
+            if isinstance(state, KVCache):
+                state.take_all(held)
+            else:
+                state.take(*held[-1])
         self.length = length
 
     def _nodes(self, mtp: bool) -> dict[str, State]:

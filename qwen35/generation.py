@@ -22,7 +22,7 @@ from qwen35.node_error import blaming
 from qwen35.prefix.cache import PrefixCache
 from qwen35.sampling import Sampling, Seen, pick
 from qwen35.speculative import Decoder, DraftStats
-from qwen35.step_decoder import StepDecoder, prepared, runs_as_step
+from qwen35.step_decoder import Rounds, StepDecoder, finish_prompt, prepared, runs_as_step
 from reference.linear import GRID
 from reference.model import Model
 
@@ -146,11 +146,14 @@ class Generation:
         limit = min(self.max_new_tokens, room)
         at_once = min(limit, AT_ONCE)
         started = time.perf_counter()
+        rounds = None
         if self.path == "fast":  # kernels are compiled before the timing begins
-            prepared(self.model, len(self.prompt), self.draft_tokens, self.sampling, at_once)
+            rounds = prepared(
+                self.model, len(self.prompt), self.draft_tokens, self.sampling, at_once
+            )
             self.prepare_s, started = time.perf_counter() - started, time.perf_counter()
         bits = hashlib.sha256()
-        with self._reused() as (cache, hidden):
+        with self._computed(rounds) as (cache, hidden):
             logits = self.model.lm_head(hidden)[0, 0]  # [V]
             check_finite(logits, len(self.prompt), ())
             seen = None
@@ -163,8 +166,8 @@ class Generation:
                 "token": token, "hidden": hidden, "depth": self.draft_tokens,
                 "sampling": self.sampling, "stop": self.stop, "seen": seen,
             }  # fmt: skip
-            if self.path == "fast":
-                decoder = StepDecoder(self.model, cache, room=at_once, **settings)
+            if rounds is not None:
+                decoder = StepDecoder(self.model, rounds, len(self.prompt), **settings)
             else:
                 decoder = Decoder(self.model, cache, **settings)
             self.draft = decoder.stats
@@ -195,15 +198,32 @@ class Generation:
             yield token, logits
 
     @contextmanager
-    def _reused(self) -> Iterator[tuple[Cache, Tensor]]:
-        """Yield the prompt's cache and the hidden state of its last token, [1, 1, D]. At the end of
-        the block, new segments are stored in the prefix cache."""
+    def _computed(self, rounds: Rounds | None) -> Iterator[tuple[Cache, Tensor]]:
+        """Compute the prompt. Yield its cache and the hidden state of its last token, [1, 1, D].
+
+        With rounds, they take over after the last whole block, where the cache then ends. At the
+        end of the context, new segments are stored in the prefix cache.
+        """
+        length = len(self.prompt)
+        whole = length if rounds is None else length // GRID * GRID
+        with self._reused(self.prompt[:whole]) as (cache, hidden):
+            if rounds is not None:
+                hidden = finish_prompt(rounds, cache, self.prompt[whole:], hidden)
+                self.progress(length - whole)
+            assert hidden is not None, "a prompt has at least one token"
+            yield cache, hidden
+
+    @contextmanager
+    def _reused(self, ids: list[int]) -> Iterator[tuple[Cache, Tensor | None]]:
+        """Yield the cache of the first tokens of the prompt and the hidden state of the last of them,
+        [1, 1, D], or None if there are none. At the end of the context, new segments are stored in the
+        prefix cache."""
         cache, draft = self.model.new_cache(), self.draft_tokens > 0
         settings: dict[str, Any] = {
             "chunk": self.prefill_chunk, "draft": draft, "progress": self.progress
         }  # fmt: skip
         if self.prefix_cache is None:
-            yield cache, prefill(self.model, self.prompt, cache, **settings)
+            yield cache, prefill(self.model, ids, cache, **settings) if ids else None
             return
         kept = self.prefix_cache
         reuse = kept.begin(self.prompt, draft=draft, chunk=self.prefill_chunk)
@@ -212,10 +232,12 @@ class Generation:
             room = len(self.prompt) + min(self.max_new_tokens, AT_ONCE) + self.draft_tokens
             hidden = kept.restore(reuse, cache, room=room, draft=draft)
             self.progress(reuse.length)
-            yield cache, prefill(
-                self.model, self.prompt, cache, hidden=hidden, stops=reuse.stops,
-                at_stop=lambda end, h: kept.keep(reuse, cache, h, end, draft=draft), **settings,
-            )  # fmt: skip
+            if ids:
+                hidden = prefill(
+                    self.model, ids, cache, hidden=hidden, stops=reuse.stops,
+                    at_stop=lambda end, h: kept.keep(reuse, cache, h, end, draft=draft), **settings,
+                )  # fmt: skip
+            yield cache, hidden
             kept.finish(reuse, self.prompt)
         finally:
             kept.release(reuse)

@@ -1,6 +1,7 @@
 """Decoding on the fast path: rounds of `fast.step.Step`, with the interface of
 `speculative.Decoder`."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,31 +20,31 @@ KEPT = "_rounds"  # the attribute of a model with its last step
 
 
 class StepDecoder:
-    """Continues one sequence round by round on a device; arguments as in `speculative.Decoder`.
+    """Continues one sequence round by round on a device.
 
-    room: new tokens to reserve memory for. The capacity doubles when it is used up. The step of the
-    last sequence is reused, with its graph, if it has enough room and the same sampling settings.
+    rounds: those of `prepared`, which hold the prompt (`finish_prompt`). length: its number of
+    tokens. The others are as in `speculative.Decoder`. When the capacity is used up, it doubles.
     """
 
     def __init__(
         self,
         model: Model,
-        cache: Cache,
+        rounds: "Rounds",
+        length: int,
         *,
         token: int,
         hidden: Tensor,
         depth: int,
         sampling: Sampling,
         stop: frozenset[int],
-        room: int,
         seen: Seen | None = None,
     ) -> None:
         self.stats = DraftStats(proposed=[0] * depth, accepted=[0] * depth)
         self.model, self.sampling, self.stop = model, sampling, stop
-        self.length = cache.length  # positions that the trunk has computed
+        self.length = length  # positions that the trunk has computed
         self.newest = token
-        self.rounds = prepared(model, self.length, depth, sampling, room)
-        self.rounds.step.begin(cache, token, hidden[0, 0])
+        self.rounds = rounds
+        self.rounds.step.begin(token, hidden[0, 0])
         self.rounds.begin(self.length, sampling.seed, seen)
 
     def round(self, limit: int) -> list[tuple[int, Tensor]]:
@@ -92,13 +93,30 @@ def runs_as_step(model: Model, depth: int) -> bool:
     return on_gpu and depth < MAX_ROWS and is_fast(model, depth)
 
 
-def prepared(model: Model, length: int, depth: int, sampling: Sampling, room: int) -> "_Rounds":
-    """Compiled and captured rounds after a prompt of `length` tokens. Arguments are as in
-    `StepDecoder`."""
-    return _rounds(model, depth, length + room + 1 + depth, sampling)
+def prepared(model: Model, length: int, depth: int, sampling: Sampling, room: int) -> "Rounds":
+    """Compiled and captured rounds for a prompt of `length` tokens, with memory for `room` new ones.
+    The rounds of the last sequence are reused, with their graphs, if they have enough room and the
+    same sampling settings."""
+    return _rounds(model, depth, length + max(room + 1 + depth, MAX_ROWS), sampling)
 
 
-class _Rounds:
+def finish_prompt(
+    rounds: "Rounds", cache: Cache, tail: Sequence[int], before: Tensor | None
+) -> Tensor:
+    """Compute the end of a prompt, `tail`, after its whole blocks, which `cache` holds. Returns the
+    trunk's hidden state of the prompt's last token, [1, 1, D].
+
+    before: that of the last token in the cache, None if the cache is empty.
+    """
+    step = rounds.step
+    step.take(cache)
+    if not tail:
+        assert before is not None, "a prompt has at least one token"
+        return before
+    return step.extend(tail, None if before is None else before[0, 0])[None, None]
+
+
+class Rounds:
     """A step with its sampling: the likeliest token, or a draw that depends on seed and
     position."""
 
@@ -152,14 +170,14 @@ class _Rounds:
             counts.index_add_(0, step.picked.clamp(min=0).long(), is_new)
 
 
-def _rounds(model: Model, depth: int, capacity: int, sampling: Sampling) -> _Rounds:
+def _rounds(model: Model, depth: int, capacity: int, sampling: Sampling) -> Rounds:
     """The model's last rounds if they fit, or new ones that replace them."""
-    kept: _Rounds | None = model.__dict__.get(KEPT)
+    kept: Rounds | None = model.__dict__.get(KEPT)
     wanted = depth, replace(sampling, seed=0)
     if kept is not None and kept.step.state.capacity >= capacity and kept.serves == wanted:
         return kept
     kept = model.__dict__[KEPT] = None  # its memory is released before the new one is allocated
     rounded = -(-capacity // CAPACITY) * CAPACITY
-    fresh = model.__dict__[KEPT] = _Rounds(model, depth, rounded, sampling)
+    fresh = model.__dict__[KEPT] = Rounds(model, depth, rounded, sampling)
     fresh.step.prepare()
     return fresh

@@ -79,7 +79,8 @@ def main(args: argparse.Namespace) -> int:
         swap(model, "mtp", Packed(MTP))
     room = len(ids) + args.max_new_tokens + 1 + args.draft_tokens
     step = Step(model, room, args.draft_tokens, vocab=tokenizer.size)
-    step.begin(cache, token, hidden[0, 0])
+    step.take(cache)
+    step.begin(token, hidden[0, 0])
 
     started, instructions, rounds = time.perf_counter(), 0, 0
     tokens = [token]

@@ -25,6 +25,7 @@ from qwen35.prefix.store import Memory, Segment, Store
 from reference.linear import GRID
 from reference.model import Model
 
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by a tensor's name
 INTERVAL = 32  # blocks between snapshots: 2,048 tokens, or a chunk if that is longer
 
 
@@ -70,6 +71,7 @@ class PrefixCache:
         self.store, self.checkpoint, self.warn = store or Memory(), checkpoint, warn
         self.evicted: dict[str, None] = {}  # keys, the latest last; used to explain misses
         self.warned: set[str] = set()
+        self._described: dict[tuple[int, bool, bool, str], Shapes] = {}  # what it has returned
 
     def begin(self, ids: list[int], *, draft: bool, chunk: int = GRID) -> Reuse:
         """Find the longest stored prefix of `ids`, and pin it until `finish` or `release`. chunk:
@@ -239,14 +241,13 @@ class PrefixCache:
         described = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         return described == self.described(segment.first, segment.end, segment.drafts)
 
-    def described(
-        self, first: int, end: int, drafts: bool
-    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def described(self, first: int, end: int, drafts: bool) -> Shapes:
         """The shapes and dtypes of a segment's tensors, by name."""
+        kind = end - first, first == 0, drafts, self.model.kv_cache_dtype
+        if kind in self._described:
+            return self._described[kind]
         empty = self.model.new_cache()
-        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "hidden": ((1, 1, self.model.config.hidden_size), self.model.dtype)
-        }
+        found: Shapes = {"hidden": ((1, 1, self.model.config.hidden_size), self.model.dtype)}
         states = {f"layers.{i}": state for i, state in enumerate(empty.layers)}
         if drafts and empty.mtp is not None:
             states["mtp"] = empty.mtp
@@ -256,6 +257,7 @@ class PrefixCache:
                 B, G, *rest = tensor.shape
                 shape = (B, G, rows, rest[-1]) if isinstance(state, KVCache) else (B, G, *rest)
                 found[f"{node}.{name}"] = shape, tensor.dtype
+        self._described[kind] = found
         return found
 
     def _reason(

@@ -1,6 +1,8 @@
 """Whole rounds of the embedded model as gfx950 code in the emulator: text without the card."""
 
 import copy
+from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from fast.launch import Launch, Scratch
+from fast.launch import Launch, Scratch, Work
 from fast.layer import DecoderLayer
 from fast.mtp import MTP
 from fast.step import Step, is_fast
@@ -66,6 +68,11 @@ def begun(slow: Model, prompt: list[int], drafts: int) -> tuple[Cache, int, Tens
         return cache, int(slow.lm_head(hidden)[0, 0].argmax()), hidden[0, 0]
 
 
+def start(step: Step, cache: Cache, token: int, hidden: Tensor) -> None:
+    step.take(cache)
+    step.begin(token, hidden)
+
+
 def rounds(step: Step, count: int) -> list[list[int]]:
     """The new tokens of `count` rounds in the emulator, which poisons every scratch buffer first."""
     found = []
@@ -87,7 +94,7 @@ def test_the_tokens_and_the_accepted_drafts_are_the_references(
 ):
     step = Step(quick, 64, drafts)
     cache, token, hidden = begun(slow, prompt, drafts)
-    step.begin(cache, token, hidden)
+    start(step, cache, token, hidden)
     fresh = rounds(step, count)
     text = [token, *(t for part in fresh for t in part)]
     result = Generation(slow, prompt, len(text), Sampling(), frozenset(), drafts)
@@ -106,7 +113,7 @@ def _accepted(slow: Model, prompt: list[int], drafts: int, count: int) -> list[i
 def test_the_depth_decides_no_bit_of_the_logits(slow: Model, quick: Model, prompt: list[int]):
     def logits(drafts: int, count: int) -> Tensor:
         step = Step(quick, 64, drafts)
-        step.begin(*begun(slow, prompt, drafts))
+        start(step, *begun(slow, prompt, drafts))
         kept = []
         for _ in range(count):
             (fresh,) = rounds(step, 1)
@@ -139,13 +146,13 @@ def test_a_state_goes_to_the_references_cache_and_back(
     """In the middle of a text, the reference continues from the fast path's state."""
     step = Step(quick, 64, 3)
     cache, token, hidden = begun(slow, prompt, 3)
-    step.begin(cache, token, hidden)
+    start(step, cache, token, hidden)
     (fresh,) = rounds(step, 1)
     back = slow.new_cache()
     step.state.give(back)
     assert back.length == len(prompt) + len(fresh)
     other = Step(quick, 96, 3)
-    other.begin(back, fresh[-1], hidden)
+    start(other, back, fresh[-1], hidden)
     again = slow.new_cache()
     other.state.give(again)
     # The MTP head has not seen all new tokens yet, so its keys and values are not compared.
@@ -160,10 +167,70 @@ def test_a_step_with_more_room_takes_over_in_the_middle(
     slow: Model, quick: Model, prompt: list[int]
 ):
     small, large = Step(quick, 24, 3), Step(quick, 64, 3)
-    small.begin(*begun(slow, prompt, 3))
+    start(small, *begun(slow, prompt, 3))
     rounds(small, 1)
     large.take_over(small)
     assert rounds(small, 1) == rounds(large, 1)
+
+
+def extended(step: Step, parts: list[list[int]], cache: Cache, before: Tensor | None) -> Tensor:
+    """The hidden state [D] after a prompt's tail, given in parts, all in the emulator."""
+
+    def emulated_run(work: Iterable[Work], device: torch.device) -> None:
+        emulate(work)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fast.step.run", emulated_run)
+        step.take(cache)
+        for part in parts:
+            before = step.extend(part, before)
+    assert before is not None
+    return before
+
+
+def test_a_prompts_tail_goes_through_passes_of_eight_rows(
+    slow: Model, quick: Model, prompt: list[int]
+):
+    """From the beginning of a prompt: 10 tokens are a full pass and one of two rows."""
+    step = Step(quick, 64, 3)
+    cache, token, hidden = begun(slow, prompt, 3)
+    found = extended(step, [prompt], slow.new_cache(), None)
+    assert step.length == len(prompt) == 10
+    exact = load("tiny", dtype=torch.float64)
+    truth = prefill(exact, prompt, exact.new_cache(), chunk=64, draft=False)[0, 0]
+    error, yardstick = ((one.double() - truth).norm() for one in (found, hidden))
+    assert error <= 2 * yardstick
+    own = slow.new_cache()
+    step.state.give(own)
+    assert own.mtp is not None and cache.mtp is not None
+    assert own.mtp.length == cache.mtp.length == len(prompt) - 1
+    for name, tensor in cache.snapshot().items():
+        given = own.snapshot()[name]
+        assert given.shape == tensor.shape
+        assert (given.float() - tensor.float()).norm() <= 0.05 * tensor.float().norm(), name
+    step.begin(token, found)
+    text = [t for part in rounds(step, 2) for t in part]
+    result = Generation(slow, prompt, 1 + len(text), Sampling(), frozenset(), 0)
+    assert [token, *text] == [t for t, _ in result] and len(text) > 3
+
+
+def test_the_cuts_of_a_tail_decide_no_bit(slow: Model, quick: Model, prompt: list[int]):
+    """After some tokens in the cache, as after whole blocks."""
+
+    def computed(*cuts: int) -> dict[str, Tensor]:
+        cache = slow.new_cache()
+        before = prefill(slow, prompt[:3], cache, chunk=64, draft=True)[0, 0]
+        edges = [3, *cuts, 12]
+        parts = [(prompt + prompt)[first:last] for first, last in pairwise(edges)]
+        step = Step(quick, 64, 1)
+        hidden = extended(step, parts, cache, before)
+        own = slow.new_cache()
+        step.state.give(own)
+        return own.snapshot() | {"hidden": hidden}
+
+    whole = computed()
+    for name, tensor in computed(6).items():
+        assert torch.equal(tensor, whole[name]), name
 
 
 def test_a_nan_in_the_logits_is_told_apart_from_every_token(quick: Model):
@@ -219,4 +286,4 @@ def test_a_model_that_is_not_fast_has_no_step(slow: Model, quick: Model):
 def test_a_prompt_longer_than_the_room_is_refused(slow: Model, quick: Model, prompt: list[int]):
     step = Step(quick, 8, 0)
     with pytest.raises(InputError, match="10 tokens; the fast path's cache holds 8"):
-        step.begin(*begun(slow, prompt, 0))
+        start(step, *begun(slow, prompt, 0))

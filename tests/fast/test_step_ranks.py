@@ -95,7 +95,9 @@ def test_two_ranks_give_the_references_tokens_at_any_depth_with_the_same_bits(
     def continued(drafts: int, count: int) -> tuple[list[int], Tensor]:
         steps = [Step(model, 64, drafts) for model, _ in parts]
         for step, (_, begun) in zip(steps, parts, strict=True):
-            step.begin(*begun[drafts])
+            cache, token, hidden = begun[drafts]
+            step.take(cache)
+            step.begin(token, hidden)
         tokens, logits = [], []
         for _ in range(count):
             (fresh,) = rounds(steps, 1)

@@ -41,6 +41,7 @@ from qwen35.prefix.folder import Folder
 from qwen35.prefix.keys import fingerprint, identity
 from qwen35.progress import steps
 from qwen35.sampling import Sampling
+from qwen35.step_decoder import finish_prompt, prepared, runs_as_step
 from qwen35.tokenizer import Tokenizer
 from reference.linear import GRID
 from reference.model import Model
@@ -136,12 +137,20 @@ class Subject:
     def parts(self, ids: list[int], kept: PrefixCache) -> dict[str, float]:
         """The seconds of each part of a hit, as `Generation` does them."""
         cache, room = self.model.new_cache(), len(ids) + 1 + DRAFTS
+        rounds, whole = None, len(ids)
+        if runs_as_step(self.model, DRAFTS):
+            rounds = prepared(self.model, len(ids), DRAFTS, Sampling(), 1)
+            whole = len(ids) // GRID * GRID
         started = self.now()
         reuse = kept.begin(ids, draft=True, chunk=self.chunk)
         found = self.now()
         hidden = kept.restore(reuse, cache, room=room, draft=True)
         restored = self.now()
-        prefill(self.model, ids, cache, chunk=self.chunk, draft=True, hidden=hidden)
+        hidden = prefill(
+            self.model, ids[:whole], cache, chunk=self.chunk, draft=True, hidden=hidden
+        )
+        if rounds is not None:
+            finish_prompt(rounds, cache, ids[whole:], hidden)
         ended = self.now()
         kept.release(reuse)
         return {"begin": found - started, "restore": restored - found, "tail": ended - restored}
