@@ -111,8 +111,8 @@ class PrefixCache:
     ) -> Reuse:
         with self.store.exclusive():
             held = self.store.segments()
-            ways = {key: way for key in hashes[1:] if (way := _way(held, key, hashes, draft))}
-            best = max(ways.values(), key=lambda way: way[-1].end, default=[])
+            ends = (i * GRID for i in range(len(hashes) - 1, 0, -1) if hashes[i] in held)
+            best = next((way for end in ends if (way := _way(held, end, hashes, draft))), [])
             for segment in best:
                 if not self.store.pin(segment.key):
                     break
@@ -197,7 +197,7 @@ class PrefixCache:
         there = held.get(segment.key)
         parent_is_there = segment.first == 0 or segment.parent in held
         # A stored segment with this key may be useless: without drafts, or without its parent.
-        is_new = _way(held, segment.key, reuse.hashes, segment.drafts) is None
+        is_new = _way(held, segment.end, reuse.hashes, segment.drafts) is None
         if parent_is_there and is_new and (there is None or self.store.is_free(segment.key)):
             if not self._make_room(segment, there):
                 return False
@@ -286,12 +286,12 @@ class PrefixCache:
 
 
 def _way(
-    held: dict[str, Segment], key: str, hashes: list[str], draft: bool
+    held: dict[str, Segment], end: int, hashes: list[str], draft: bool
 ) -> list[Segment] | None:
-    """The segments from token 0 to a key. None if one is missing, lacks the MTP head's tensors with
-    `draft`, or does not fit the hashes."""
+    """The segments from token 0 to token `end`. None if one is missing, lacks the MTP head's
+    tensors with `draft`, or does not fit the hashes."""
     way: list[Segment] = []
-    end = hashes.index(key) * GRID
+    key = hashes[end // GRID]
     while end > 0:
         segment = held.get(key)
         if segment is None or (draft and not segment.drafts) or segment.end != end:

@@ -24,10 +24,10 @@ ENDS = 1 << 20  # bytes of a file that are hashed, at both ends of it
 def chained(root: str, ids: list[int]) -> list[str]:
     """The root, and the hash after each whole block of `ids`. A hash covers the hash before it and
     64 ids."""
+    whole = len(ids) // GRID
     hashes = [root]
-    for first in range(0, len(ids) // GRID * GRID, GRID):
-        block = np.array(ids[first : first + GRID], dtype="<i8").tobytes()
-        hashes.append(hashlib.sha256(bytes.fromhex(hashes[-1]) + block).hexdigest())
+    for block in np.array(ids[: whole * GRID], dtype="<i8").reshape(whole, GRID):
+        hashes.append(hashlib.sha256(bytes.fromhex(hashes[-1]) + block.tobytes()).hexdigest())
     return hashes
 
 
