@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 pytest.importorskip("tinygrad")
 
 from tests.support.gfx950_pseudocode import evaluate, pseudocode
+from tools.gfx950 import emulator  # noqa: F401  (fills the table of instructions)
 from tools.gfx950.assembly import parse
 from tools.gfx950.memory import Lds, Memory
 from tools.gfx950.registry import BUILDERS

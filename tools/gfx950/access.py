@@ -221,7 +221,7 @@ def _load_to_lds(ins: Instruction, size: int) -> Action:
     def run(waves: Waves) -> None:
         data, lanes = _fetch(waves, addresses, size)
         where = waves.sgpr[M0][:, None] + places
-        waves.lds.write(*_owners(waves, lanes), where[lanes], data)
+        waves.lds.write(*_owners(waves, lanes), where[lanes], data, load=ins)
 
     return run
 

@@ -51,13 +51,14 @@ class Instruction:
 
     modifiers: the words after the operands. A flag such as `offen` is True, any other has its text:
     `offset:16` is {"offset": "16"}, `op_sel:[1,0,0]` is {"op_sel": "[1,0,0]"}. line: the source line
-    without its comment.
+    without its comment. number: the line's in the file, from 1 on.
     """
 
     mnemonic: str
     operands: tuple[str, ...]
     modifiers: dict[str, str | bool]
     line: str
+    number: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def parse(text: str, name: str) -> Program:
         raise EmulatorError(f"{name}: the assembly has no such label") from None
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
-    for line in lines[start:]:
+    for number, line in enumerate(lines[start:], start + 1):
         line = re.sub(r"(;|//).*", "", line).rstrip()
         if label := _LABEL.match(line):
             if label[1].startswith(".Lfunc_end"):
@@ -104,7 +105,7 @@ def parse(text: str, name: str) -> Program:
             labels[label[1]] = len(instructions)
         elif code := _CODE.match(line):
             operands, modifiers = _split(code[2])
-            instructions.append(Instruction(code[1], operands, modifiers, line.strip()))
+            instructions.append(Instruction(code[1], operands, modifiers, line.strip(), number))
     if not instructions:
         raise EmulatorError(f"{name}: the assembly has no instructions after this label")
     metadata = _metadata(text, name)

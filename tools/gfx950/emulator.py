@@ -17,8 +17,10 @@ from itertools import islice, product
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.gfx950 import access, converts, lanes, matrix, scalar, vector_converts, vector_ops
+from tools.gfx950 import access, converts, lanes, matrix, scalar, vector_converts, vector_ops, waits
+from tools.gfx950.arrivals import Arrivals
 from tools.gfx950.assembly import EmulatorError, Instruction, parse
+from tools.gfx950.effects import effects
 from tools.gfx950.memory import Lds, Memory
 from tools.gfx950.operands import parse_operand
 from tools.gfx950.registry import BUILDERS, Action, plain
@@ -83,6 +85,13 @@ class Kernel:
         if unknown:
             problems = "; ".join(f"{line!r}: {why}" for line, why in unknown.items())
             raise EmulatorError(f"{name}: {problems}")
+        self._effects = tuple(effects(i) for i in self.program.instructions)
+        waits.check(self.program, self._effects)
+        self._loads_to_lds = any(what.lds == "load" for what in self._effects)
+        if self._loads_to_lds:
+            for i, what in enumerate(self._effects):
+                if what.unit == "vector":
+                    self._actions[i] = _counted(self._actions[i])
         self._vgprs, self._agprs = self._registers()
 
     def run(
@@ -129,7 +138,8 @@ class Kernel:
         with np.errstate(all="ignore"):
             pointer = np.array([memory.address(len(arrays))], np.uint64)  # to the arguments
             while workgroups := list(islice(order, batch)):
-                lds = Lds(len(workgroups), size, races=races)
+                arrivals = Arrivals(len(workgroups), size) if self._loads_to_lds else None
+                lds = Lds(len(workgroups), size, races=races, arrivals=arrivals)
                 waves = self._start(workgroups, num_warps, memory, lds)
                 waves.write_s64(self._pointer_register(), pointer)
                 run.batch(waves, num_warps)
@@ -369,6 +379,18 @@ class _Run:
         self._met[complete] = self._ended[complete]
         self._waiting = still
         self._queue.extend(freed)
+
+
+def _counted(action: Action | None) -> Action:
+    """An action that is counted for `Arrivals`."""
+    assert action is not None
+
+    def run(waves: Waves) -> None:
+        if waves.lds.arrivals is not None:
+            waves.lds.arrivals.issue(waves)
+        action(waves)
+
+    return run
 
 
 def _one_by_one(waves: Waves) -> Iterator[Waves]:

@@ -2,11 +2,15 @@
 
 import ctypes
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.gfx950.assembly import EmulatorError
+from tools.gfx950.assembly import EmulatorError, Instruction
+
+if TYPE_CHECKING:
+    from tools.gfx950.arrivals import Arrivals
 
 # Device addresses: region i starts in the middle of the i-th slot of 64 GiB. Offsets of 32 bits, in
 # either direction, cannot lead from one region to another, so an access beyond an array never hits a
@@ -136,11 +140,20 @@ class Lds:
     races: raise EmulatorError for a race. That is when, without a barrier of the workgroup in between,
     one wave reads a byte that another wave has written, or writes a byte that another wave has read or
     has written with another value. Whether such a kernel works depends on how its waves are scheduled.
+    Raise it too for a read of a byte that no wave has written.
+    arrivals: follows loads from global memory to the LDS, in a kernel that has them. Then an access of a
+    byte that is yet to be written is an EmulatorError, whatever `races` is.
     """
 
-    def __init__(self, workgroups: int, size: int, *, races: bool) -> None:
+    def __init__(
+        self, workgroups: int, size: int, *, races: bool, arrivals: "Arrivals | None" = None
+    ) -> None:
         self.size = size
+        self.arrivals = arrivals
         self._bytes = np.full(workgroups * size, 0xCC, np.uint8)
+        self._written = np.zeros(
+            workgroups * size if races else 0, np.uint8
+        )  # 1 for a written byte
         # For each byte, a bit for each wave that has read it, or written it, since the last barrier.
         self._races = races
         self._readers = np.zeros(workgroups * size if races else 0, np.uint32)
@@ -151,8 +164,9 @@ class Lds:
         self, workgroups: NDArray, waves: NDArray, addresses: NDArray[np.uint32], size: int
     ) -> NDArray[np.uint8]:
         """[n] workgroups, waves of these and byte addresses -> [n, size] bytes. EmulatorError outside of
-        the LDS, and for a race."""
+        the LDS, for a race, and for bytes that are not there yet."""
         places = self._places(workgroups, addresses, size, "load")
+        self._check_arrivals(places, size, "load")
         if self._races:
             self._touched[workgroups] = True
             spans, bits = self._spans(places, size), _wave_bits(waves)
@@ -162,6 +176,10 @@ class Lds:
                 )
             for wave, chosen in _by_wave(waves):
                 self._readers[spans[chosen]] |= _ONE << wave
+            written = _window(self._written, size)[places].view(np.uint8)
+            if not written.all():
+                first = int(spans.reshape(-1)[np.argmin(written)]) % self.size
+                raise EmulatorError(f"a load of byte {first} of the LDS, which no wave has written")
         return _window(self._bytes, size)[places].view(np.uint8).reshape(-1, size)
 
     def write(
@@ -170,25 +188,50 @@ class Lds:
         waves: NDArray,
         addresses: NDArray[np.uint32],
         data: NDArray[np.uint8],
+        load: Instruction | None = None,
     ) -> None:
         """Write [n, size] bytes at [n] addresses, each by a wave of a workgroup. If two lanes write to
-        one address, the later one's value stays. EmulatorError as in `read`."""
+        one address, the later one's value stays. EmulatorError as in `read`.
+
+        load: the instruction, where it loads from global memory and so has not ended yet.
+        """
         size = data.shape[1]
         places = self._places(workgroups, addresses, size, "store")
+        self._check_arrivals(places, size, "store")
         if self._races:
             self._touched[workgroups] = True
             self._check_write(places, waves, data)
+            _window(self._written, size)[places] = _window(np.ones(size, np.uint8), size)
+        if load is not None and self.arrivals is not None:
+            self.arrivals.load(load, workgroups, waves, self._spans(places, size))
         packed = np.ascontiguousarray(data).view(f"V{size}")[:, 0]
         _window(self._bytes, size)[places] = packed
 
     def barrier(self, workgroups: NDArray) -> None:
-        """All waves of these workgroups have met: accesses before this cannot race with later ones."""
+        """All waves of these workgroups have met: accesses before this cannot race with later ones, but
+        for loads that have not ended."""
         if self._races:
             for workgroup in np.unique(workgroups[self._touched[workgroups]]).tolist():
                 span = slice(workgroup * self.size, (workgroup + 1) * self.size)
                 self._readers[span] = 0
-                self._writers[span] = 0
-                self._touched[workgroup] = False
+                if self.arrivals is None:
+                    self._writers[span] = 0
+                else:
+                    ended = ~self.arrivals.pending(np.arange(span.start, span.stop))
+                    self._writers[span][ended] = 0
+                self._touched[workgroup] = bool(self._writers[span].any())
+
+    def _check_arrivals(self, places: NDArray, size: int, what: str) -> None:
+        if self.arrivals is None:
+            return
+        spans = self._spans(places, size)
+        pending = self.arrivals.pending(spans)
+        if pending.any():
+            first = int(spans[pending][0])
+            raise EmulatorError(
+                f"an LDS {what} of byte {first % self.size}, which {self.arrivals.of(first)} has yet to "
+                "write: no s_waitcnt vmcnt in between"
+            )
 
     def _check_write(self, places: NDArray, waves: NDArray, data: NDArray[np.uint8]) -> None:
         spans = self._spans(places, data.shape[1])

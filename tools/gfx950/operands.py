@@ -4,6 +4,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +69,7 @@ class Operand:
         return self.value & ((1 << bits) - 1)
 
 
+@cache
 def parse_operand(text: str) -> Operand:
     """One operand as the assembler writes it. EmulatorError if the text is no operand."""
     inner, negate, absolute, sign_extend = text, False, False, False

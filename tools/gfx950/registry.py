@@ -11,6 +11,8 @@ Builder = Callable[[Instruction], Action]
 # Mnemonic -> its builder. Mnemonics of vector instructions are without the suffix of their encoding. A
 # builder reads the text once, when the kernel is loaded; the action that it returns runs many times.
 BUILDERS: dict[str, Builder] = {}
+# Mnemonic -> the types of its results and sources, of those that a `define` makes.
+SIGNATURES: dict[str, str] = {}
 ENCODINGS = ("_e32", "_e64", "_dpp", "_sdwa")
 
 

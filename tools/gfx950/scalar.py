@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.gfx950.assembly import EmulatorError, Instruction
+from tools.gfx950.effects import LARGEST, counters_of
 from tools.gfx950.operands import (
     TYPES,
     Operand,
@@ -17,7 +18,7 @@ from tools.gfx950.operands import (
     operands_of,
     register,
 )
-from tools.gfx950.registry import BUILDERS, Action, instruction, parse_signature
+from tools.gfx950.registry import BUILDERS, SIGNATURES, Action, instruction, parse_signature
 from tools.gfx950.vector_ops import (
     add_carry,
     leading_signs,
@@ -73,6 +74,7 @@ def define(mnemonics: str, signature: str, function: Callable) -> None:
         return run
 
     for mnemonic in mnemonics.split():
+        SIGNATURES[mnemonic] = signature
         BUILDERS[mnemonic] = build
 
 
@@ -296,7 +298,7 @@ def load(ins: Instruction) -> Action:
 
 
 @instruction(
-    *["s_nop", "s_sleep", "s_setprio", "s_waitcnt", "s_waitcnt_depctr", "s_sched_barrier"],
+    *["s_nop", "s_sleep", "s_setprio", "s_waitcnt_depctr", "s_sched_barrier"],
     *["s_setreg_imm32_b32", "s_setreg_b32", "s_dcache_wb", "s_dcache_inv", "s_icache_inv"],
     *["buffer_wbl2", "buffer_inv"],
 )
@@ -306,5 +308,17 @@ def nothing(ins: Instruction) -> Action:
 
     def run(waves: Waves) -> None:
         pass
+
+    return run
+
+
+@instruction("s_waitcnt")
+def wait(ins: Instruction) -> Action:
+    """Wait for loads to the LDS. For registers, `waits` reads the text once."""
+    left = counters_of(ins).get("vmcnt", LARGEST["vmcnt"])
+
+    def run(waves: Waves) -> None:
+        if waves.lds.arrivals is not None and left < LARGEST["vmcnt"]:
+            waves.lds.arrivals.wait(waves, left)
 
     return run

@@ -24,7 +24,7 @@ from tools.gfx950.operands import (
     register,
     source,
 )
-from tools.gfx950.registry import BUILDERS, Action, Builder, instruction, parse_signature
+from tools.gfx950.registry import BUILDERS, SIGNATURES, Action, Builder, parse_signature
 from tools.gfx950.waves import EXEC, LANES, Waves, mask_of
 
 LANE = np.arange(LANES)
@@ -58,6 +58,7 @@ def define(
     """
     whole = function if own_nans else passing_on(function)
     for mnemonic in mnemonics.split():
+        SIGNATURES[mnemonic] = signature
         BUILDERS[mnemonic] = _builder(
             signature, whole, clamped, compares=mnemonic.startswith("v_cmp")
         )
@@ -73,7 +74,8 @@ def define_packed(
     """
     whole = function if own_nans else passing_on(function)
     for mnemonic in mnemonics.split():
-        instruction(mnemonic)(_packed_builder(signature, whole))
+        SIGNATURES[mnemonic] = signature
+        BUILDERS[mnemonic] = _packed_builder(signature, whole)
 
 
 def _builder(

@@ -176,9 +176,10 @@ def test_parsing_keeps_operands_and_modifiers_apart():
 
 
 def kernel(body: str) -> Kernel:
-    """A kernel with one argument, a pointer in s[0:1], and an LDS that begins at 0."""
+    """A kernel with one argument, a pointer, which is in s[4:5]."""
     lines = "\n".join(f"\t{line}" for line in body.strip().splitlines())
-    return Kernel(f"k:\n\ts_load_dwordx2 s[4:5], s[0:1], 0x0\n{lines}\n\ts_endpgm\n", "k")
+    begin = "\ts_load_dwordx2 s[4:5], s[0:1], 0x0\n\ts_waitcnt lgkmcnt(0)\n"
+    return Kernel(f"k:\n{begin}{lines}\n\ts_endpgm\n", "k")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_an_access_outside_of_an_array_quotes_its_line():
     data = np.zeros(65, np.int32)
     stats = code.run([data], (1, 1, 1), 1, 0)
     assert data.tolist() == [0, *range(64)]
-    assert (stats.instructions, stats.bytes_read, stats.bytes_written) == (5, 256 + 8, 256)
+    assert (stats.instructions, stats.bytes_read, stats.bytes_written) == (6, 256 + 8, 256)
     assert stats.by_mnemonic["global_load_dword"] == 1
     with pytest.raises(
         EmulatorError, match=r"by 1 lanes.*byte 256 of an array of 256, at: global_store_dword"

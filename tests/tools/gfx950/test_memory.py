@@ -17,8 +17,18 @@ def write(lds: Lds, wave: int, value: int, address: int = 8, workgroup: int = 0)
     lds.write(np.array([workgroup]), np.array([wave]), np.array([address], np.uint32), data)
 
 
+def filled(workgroups: int) -> Lds:
+    """An LDS whose bytes have been written before the last barrier."""
+    lds = Lds(workgroups, 64, races=True)
+    for workgroup in range(workgroups):
+        for address in range(0, 64, 4):
+            write(lds, 0, 0, address, workgroup)
+    lds.barrier(np.arange(workgroups))
+    return lds
+
+
 def test_read_after_write() -> None:
-    lds = Lds(2, 64, races=True)
+    lds = filled(2)
     write(lds, 0, 1)
     read(lds, 0)
     read(lds, 1, address=12)
@@ -29,12 +39,12 @@ def test_read_after_write() -> None:
 
 def test_write_after_read() -> None:
     """The kernels meet it where a buffer is filled again for the next block."""
-    lds = Lds(2, 64, races=True)
+    lds = filled(2)
     read(lds, 3)
     write(lds, 3, 1)
     write(lds, 1, 1, address=12)
     write(lds, 1, 1, workgroup=1)
-    lds = Lds(2, 64, races=True)
+    lds = filled(2)
     read(lds, 3)
     with pytest.raises(EmulatorError, match="a store to a byte that another wave has loaded"):
         write(lds, 1, 1, address=5)
@@ -52,13 +62,24 @@ def test_write_after_write() -> None:
 @pytest.mark.parametrize("wave", [1, 31])
 def test_a_barrier_parts_them(wave: int) -> None:
     """In its own workgroup, and in no other."""
-    lds = Lds(2, 64, races=True)
+    lds = filled(2)
     for workgroup in (0, 1):
         read(lds, 0, workgroup=workgroup)
     lds.barrier(np.array([0]))
     write(lds, wave, 1)
     with pytest.raises(EmulatorError, match="has loaded"):
         write(lds, wave, 1, workgroup=1)
+
+
+def test_a_byte_that_nobody_has_written() -> None:
+    lds = Lds(2, 64, races=True)
+    write(lds, 0, 1)
+    read(lds, 0)
+    for address, workgroup, first in ((6, 0, 6), (9, 0, 12), (8, 1, 8)):
+        with pytest.raises(
+            EmulatorError, match=f"byte {first} of the LDS, which no wave has written"
+        ):
+            read(lds, 0, address, workgroup)
 
 
 def test_nothing_is_watched_where_nobody_asks() -> None:

@@ -1,0 +1,238 @@
+"""Which registers an instruction reads and writes, from its text, and which counter reports its end.
+
+`waits` and `unwritten` follow registers through a kernel with it. The order of operands is the
+assembler's; types come from `registry.SIGNATURES`, where an instruction has them.
+"""
+
+import re
+from dataclasses import dataclass
+
+from tools.gfx950.assembly import EmulatorError, Instruction
+from tools.gfx950.operands import TYPES, Operand, bits_list, parse_operand
+from tools.gfx950.registry import SIGNATURES, parse_signature, plain
+from tools.gfx950.waves import EXEC, M0, VCC
+
+# A set of registers is an int with a bit for each: VGPRs from 0 on, then AGPRs, SGPRs and SCC.
+BANKS = {"v": 0, "a": 512, "s": 1024}
+SCC = 1 << (BANKS["s"] + 128)
+SCALARS = SCC | ((1 << 128) - 1) << BANKS["s"]
+NAMES = {VCC: "vcc_lo", VCC + 1: "vcc_hi", M0: "m0", EXEC: "exec_lo", EXEC + 1: "exec_hi"}
+
+# Where instructions that access memory are counted until they end.
+COUNTERS = {"vector": "vmcnt", "lds": "lgkmcnt", "scalar": "lgkmcnt"}
+# The counters stop at these numbers, so to wait until as many are left is not to wait.
+LARGEST = {"vmcnt": 63, "lgkmcnt": 15}
+
+_RESULTLESS = re.compile(
+    r"(global|buffer)_store|ds_write|s_(nop|sleep|setprio|waitcnt|sched_barrier|setreg|dcache|icache)"
+    r"|s_(branch|cbranch|barrier|endpgm)|buffer_(wbl2|inv)|(global|buffer)_load_lds"
+)
+_SWAPS = ("v_swap_b32", "v_permlane16_swap_b32", "v_permlane32_swap_b32")
+_HALF_WRITTEN = re.compile(r"v_fma_mix(lo|hi)|v_cvt_(scalef32_)?pk_(fp8|bf8|fp4)_")
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What an instruction does to registers.
+
+    reads, writes: sets of registers. kept: those of `writes` that keep a part of their bits, or all of
+    them in a lane that is not written; this is no use of the old value.
+    unit: "vector", "lds" or "scalar" for an instruction that is counted until it ends, otherwise "".
+    lds: what is done to the LDS: "read", "write", "load" (from global memory to the LDS) or "".
+    lanes: of a vector instruction: "active"; "all", whatever EXEC is; or "one", which an operand names.
+    """
+
+    reads: int
+    writes: int
+    kept: int = 0
+    unit: str = ""
+    lds: str = ""
+    lanes: str = "active"
+
+    @property
+    def touches(self) -> int:
+        return self.reads | self.writes
+
+
+def effects(instruction: Instruction) -> Effects:
+    """The effects of an instruction that the emulator knows."""
+    mnemonic = plain(instruction.mnemonic)
+    operands = _parsed(instruction)
+    count = _results(mnemonic, instruction)
+    results, sources = operands[:count], operands[count:]
+    writes = _all(results)
+    reads = _read_of_pairs(mnemonic, instruction, sources)
+    if reads is None:
+        reads = _all(sources)
+    kept = 0
+    if mnemonic in SIGNATURES:
+        written, read = parse_signature(SIGNATURES[mnemonic])
+        if any(kind.startswith("+") for kind in read):
+            reads |= writes
+        reads |= SCC * ("scc" in read)
+        writes |= SCC * (written[-1] in ("scc", "nonzero"))
+        upper_half = bits_list(instruction, "op_sel", [0] * (len(read) + 1))[len(read)]
+        if TYPES.get(written[0], (None, 0))[1] == 16 and upper_half:
+            kept = writes
+    if mnemonic in _SWAPS:
+        reads |= writes
+    elif _HALF_WRITTEN.match(mnemonic) or "_d16" in mnemonic or _keeps_a_part(instruction):
+        kept = _all(results)
+    elif "_atomic_" in mnemonic and mnemonic.startswith("buffer_"):
+        reads |= register_set(operands[0])
+        writes = _returned(mnemonic, results)
+    elif "_atomic_" in mnemonic:
+        writes = _returned(mnemonic, results)
+    elif mnemonic.startswith("v_cmpx"):
+        writes |= _register(EXEC, 2)
+    elif mnemonic == "v_div_fmas_f32":
+        reads |= _register(VCC, 2)
+    elif "_saveexec_" in mnemonic:
+        reads |= _register(EXEC, 2)
+        writes |= _register(EXEC, 2) | SCC
+    elif mnemonic.startswith("s_cbranch_vcc"):
+        reads |= _register(VCC, 2)
+    elif mnemonic.startswith("s_cbranch_scc"):
+        reads |= SCC
+    lds = _lds(mnemonic, instruction)
+    if lds == "load":
+        reads |= _register(M0, 1)
+    if mnemonic == "v_writelane_b32":
+        kept = writes
+    lanes = "active"
+    if mnemonic in ("v_readlane_b32", "v_writelane_b32"):
+        lanes = "one"
+    elif mnemonic.startswith("v_mfma") or mnemonic in _SWAPS[1:]:
+        lanes = "all"
+    return Effects(reads, writes, kept, _unit(mnemonic), lds, lanes)
+
+
+def names_of(registers: int) -> list[str]:
+    """The names of a set of registers, as the assembler writes them."""
+    found = ["scc"] if registers & SCC else []
+    for letter, first in BANKS.items():
+        for index in range(512 if letter != "s" else 128):
+            if registers >> (first + index) & 1:
+                named = NAMES.get(index) if letter == "s" else None
+                found.append(named or f"{letter}{index}")
+    return found
+
+
+def counters_of(instruction: Instruction) -> dict[str, int]:
+    """The counters that an s_waitcnt waits for, and how many instructions it leaves. EmulatorError if it
+    cannot be read."""
+    found: dict[str, int] = {}
+    for text in instruction.operands:
+        if named := re.fullmatch(r"(vmcnt|lgkmcnt|expcnt)\((\d+)\)", text):
+            found[named[1]] = int(named[2])
+        elif re.fullmatch(r"0x[0-9a-fA-F]+|\d+", text):
+            bits = int(text, 0)
+            found = {"vmcnt": bits & 15 | bits >> 10 & 48, "expcnt": bits >> 4 & 7}
+            found["lgkmcnt"] = bits >> 8 & 15
+        else:
+            raise EmulatorError(f"{text!r} is none of vmcnt(n), lgkmcnt(n), expcnt(n) or a number")
+    return found
+
+
+def register_set(operand: Operand) -> int:
+    """The registers of an operand as a set; constants have none."""
+    if operand.kind == "scc":
+        return SCC
+    if operand.kind not in BANKS:
+        return 0
+    return ((1 << operand.count) - 1) << (BANKS[operand.kind] + operand.index)
+
+
+def _all(operands: list[Operand]) -> int:
+    found = 0
+    for operand in operands:
+        found |= register_set(operand)
+    return found
+
+
+def _register(index: int, count: int) -> int:
+    """SGPRs from index on."""
+    return ((1 << count) - 1) << (BANKS["s"] + index)
+
+
+def _parsed(instruction: Instruction) -> list[Operand]:
+    """The operands, less those that are labels, counters or names of hardware registers."""
+    found: list[Operand] = []
+    for text in instruction.operands:
+        try:
+            found.append(parse_operand(text))
+        except EmulatorError:
+            continue
+    return found
+
+
+def _results(mnemonic: str, instruction: Instruction) -> int:
+    """How many of the first operands an instruction writes."""
+    if mnemonic in SIGNATURES:
+        written, _ = parse_signature(SIGNATURES[mnemonic])
+        return sum(kind not in ("scc", "nonzero") for kind in written)
+    if _RESULTLESS.match(mnemonic) or "lds" in instruction.modifiers:
+        return 0
+    if mnemonic in _SWAPS:
+        return 2
+    if "_atomic_" in mnemonic:
+        return int("sc0" in instruction.modifiers)
+    return 1
+
+
+def _returned(mnemonic: str, results: list[Operand]) -> int:
+    """What an atomic returns: as much as the memory holds, which is half the operand of a cmpswap in a
+    buffer."""
+    if not results or not mnemonic.startswith("buffer_atomic_cmpswap"):
+        return _all(results)
+    (result,) = results
+    first = BANKS[result.kind] + result.index
+    return ((1 << result.count // 2) - 1) << first
+
+
+def _read_of_pairs(mnemonic: str, instruction: Instruction, sources: list[Operand]) -> int | None:
+    """What a packed instruction on pairs of registers reads; None for other instructions."""
+    if mnemonic == "v_pk_mov_b32":
+        chosen = [[part] for part in bits_list(instruction, "op_sel", [0, 0])]
+    elif re.fullmatch(r"v_pk_\w+_f32", mnemonic):
+        low = bits_list(instruction, "op_sel", [0] * len(sources))
+        high = bits_list(instruction, "op_sel_hi", [1] * len(sources))
+        chosen = [list(both) for both in zip(low, high, strict=True)]
+    else:
+        return None
+    found = 0
+    for operand, parts in zip(sources, chosen, strict=True):
+        for part in parts if operand.count > 1 else [0]:
+            if operand.kind in BANKS:
+                found |= 1 << (BANKS[operand.kind] + operand.index + part)
+    return found
+
+
+def _keeps_a_part(instruction: Instruction) -> bool:
+    """Whether SDWA writes a part of its destination, or DPP only some lanes."""
+    modifiers = instruction.modifiers
+    if instruction.mnemonic.endswith("_sdwa"):
+        whole = str(modifiers.get("dst_sel", "DWORD")) == "DWORD"
+        return not whole and modifiers.get("dst_unused") == "UNUSED_PRESERVE"
+    if instruction.mnemonic.endswith("_dpp"):
+        masks = (str(modifiers.get(name, "0xf")) for name in ("row_mask", "bank_mask"))
+        return "bound_ctrl" not in modifiers or any(int(mask, 0) != 15 for mask in masks)
+    return False
+
+
+def _unit(mnemonic: str) -> str:
+    if mnemonic.startswith("ds_"):
+        return "lds"
+    if mnemonic.startswith(("s_load_", "s_buffer_load_", "s_dcache_")):
+        return "scalar"
+    # An invalidation of caches is not counted, but a write-back is.
+    if mnemonic.startswith(("global_", "buffer_")) and mnemonic != "buffer_inv":
+        return "vector"
+    return ""
+
+
+def _lds(mnemonic: str, instruction: Instruction) -> str:
+    if "_load_lds_" in mnemonic or "lds" in instruction.modifiers:
+        return "load"
+    # The permutations of lanes go through the LDS's unit, but not through its memory.
+    return {"ds_read": "read", "ds_writ": "write"}.get(mnemonic[:7], "")

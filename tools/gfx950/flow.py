@@ -1,0 +1,69 @@
+"""The flow of control of a kernel: its basic blocks, and facts that hold at their beginnings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import TypeVar
+
+from tools.gfx950.assembly import Program
+
+State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Instructions start to end - 1, which are executed one after the other; next: the indices of the
+    blocks that may follow."""
+
+    start: int
+    end: int
+    next: tuple[int, ...]
+
+
+def blocks_of(program: Program) -> tuple[Block, ...]:
+    """The basic blocks in the order of the text. A branch to the end of the code follows to no block."""
+    code, labels = program.instructions, program.labels
+    starts = {0, *labels.values()}
+    for i, instruction in enumerate(code):
+        if instruction.mnemonic.startswith(("s_branch", "s_cbranch", "s_endpgm")):
+            starts.add(i + 1)
+    edges = sorted(start for start in starts if start < len(code))
+    index = {start: i for i, start in enumerate(edges)}
+    blocks: list[Block] = []
+    for start, end in zip(edges, [*edges[1:], len(code)], strict=True):
+        last = code[end - 1]
+        follows: list[int] = []
+        if not last.mnemonic.startswith(("s_branch", "s_endpgm")):
+            follows.append(end)
+        if last.mnemonic.startswith(("s_branch", "s_cbranch")):
+            follows.append(labels[last.operands[0]])
+        blocks.append(Block(start, end, tuple({index[f]: None for f in follows if f in index})))
+    return tuple(blocks)
+
+
+def facts(
+    blocks: tuple[Block, ...],
+    first: State,
+    through: Callable[[Block, State], State],
+    joined: Callable[[State, State], State],
+) -> list[State | None]:
+    """The facts at the beginning of each block: those that hold whichever way leads there. None for a
+    block that no way leads to.
+
+    first: those at the first block. through: those after a block, from those before it. joined: those
+    that hold where two ways meet; it may only lose facts, of which there are finitely many.
+    """
+    before: list[State | None] = [None] * len(blocks)
+    before[0] = first
+    waiting = [0]
+    while waiting:
+        place = heappop(waiting)  # the first in the text: most of what leads to it is then known
+        after = through(blocks[place], before[place])
+        for follower in blocks[place].next:
+            old = before[follower]
+            new = after if old is None else joined(old, after)
+            if new != old:
+                before[follower] = new
+                if follower not in waiting:
+                    heappush(waiting, follower)
+    return before

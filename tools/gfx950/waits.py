@@ -1,0 +1,197 @@
+"""Whether a kernel waits for its loads: the rules of s_waitcnt, on every way through the code.
+
+An instruction that accesses memory ends some time after it was issued. Until then a register that it
+loads may be neither read nor written. What AMD's documents promise (CDNA3 ISA, 4.4):
+
+vmcnt counts vector loads, stores and atomics, which end in the order in which they were issued. lgkmcnt
+counts those of the LDS, which also end in order, and scalar loads, which end in any order; the two kinds
+are not ordered among each other. So a scalar load has ended only where lgkmcnt is 0. A store has read its
+data when it is issued: no counter guards them.
+
+s_barrier does not wait for the wave's own accesses of the LDS, and those of two waves may change places.
+So an access must have ended before the barrier that parts it from other waves'.
+
+The check reads the text once, when a kernel is loaded. It follows all ways through the branches, those
+too that no input takes.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tools.gfx950.assembly import EmulatorError, Program
+from tools.gfx950.effects import COUNTERS, LARGEST, Effects, counters_of, names_of
+from tools.gfx950.flow import Block, blocks_of, facts
+
+# Stands among the registers for what the LDS has yet to do.
+LDS = 1 << 2000
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Registers that loads have yet to write, on any way to a place.
+
+    vector, lds: a set for each of the latest instructions of this unit, the latest one first. A register
+    is only in the first set that may hold it. scalar: all those of scalar loads.
+    """
+
+    vector: tuple[int, ...] = ()
+    lds: tuple[int, ...] = ()
+    scalar: int = 0
+
+    def all(self) -> int:
+        found = self.scalar
+        for registers in (*self.vector, *self.lds):
+            found |= registers
+        return found
+
+    def issue(self, what: Effects) -> "Pending":
+        if what.unit == "scalar":
+            return replace(self, scalar=self.scalar | what.writes)
+        if what.unit == "vector":
+            return replace(self, vector=_begin(self.vector, what.writes, LARGEST["vmcnt"]))
+        registers = what.writes | (LDS if what.lds else 0)
+        return replace(self, lds=_begin(self.lds, registers, LARGEST["lgkmcnt"]))
+
+    def wait(self, counters: dict[str, int]) -> "Pending":
+        left = self
+        if (count := counters.get("vmcnt", 63)) < LARGEST["vmcnt"]:
+            left = replace(left, vector=_trimmed(left.vector[:count]))
+        if (count := counters.get("lgkmcnt", 15)) < LARGEST["lgkmcnt"]:
+            left = replace(left, lds=_trimmed(left.lds[:count]))
+            if count == 0:
+                left = replace(left, scalar=0)
+        return left
+
+    def joined(self, other: "Pending") -> "Pending":
+        return Pending(
+            _joined(self.vector, other.vector),
+            _joined(self.lds, other.lds),
+            self.scalar | other.scalar,
+        )
+
+
+def check(program: Program, every: Sequence[Effects]) -> None:
+    """EmulatorError for the first instruction, in the order of the text, that does not wait.
+
+    every: the effects of each instruction. The message names the kernel, the instruction and its place,
+    the register, the load, and the s_waitcnt that is missing.
+    """
+    code = program.instructions
+    waits = {
+        i: counters_of(instruction)
+        for i, instruction in enumerate(code)
+        if instruction.mnemonic == "s_waitcnt"
+    }
+    barriers = {i for i, instruction in enumerate(code) if instruction.mnemonic == "s_barrier"}
+    blocks = blocks_of(program)
+
+    def through(block: Block, state: Pending, *, complain: bool = False) -> Pending:
+        pending = state.all()
+        for i in range(block.start, block.end):
+            what = every[i]
+            if complain and pending:
+                touched = what.touches | (LDS if i in barriers else 0)
+                if touched & pending and (wrong := touched & _too_early(what, state)):
+                    raise _error(program, every, blocks, i, wrong & -wrong, state)
+            if what.unit:
+                state = state.issue(what)
+            elif i in waits:
+                state = state.wait(waits[i])
+            else:
+                continue
+            pending = state.all()
+        return state
+
+    before = facts(blocks, Pending(), through, Pending.joined)
+    for block, state in zip(blocks, before, strict=True):
+        if state is not None:
+            through(block, state, complain=True)
+
+
+def _too_early(what: Effects, state: Pending) -> int:
+    """The pending registers that an instruction must not touch. A load may have the destination of an
+    earlier load of its own unit, if the unit keeps the order."""
+    again = what.writes & ~what.reads
+    found = state.scalar
+    for unit, sets in (("vector", state.vector), ("lds", state.lds)):
+        for registers in sets:
+            found |= registers & ~again if unit == what.unit else registers
+    return found
+
+
+def _begin(sets: tuple[int, ...], registers: int, most: int) -> tuple[int, ...]:
+    """One more instruction of a unit. The last set holds all that is older."""
+    older = [before & ~registers for before in sets]
+    if len(older) == most:
+        last = older.pop()
+        older[-1] |= last
+    return (registers, *older)
+
+
+def _trimmed(sets: tuple[int, ...]) -> tuple[int, ...]:
+    """Without empty sets at the end, which say nothing."""
+    end = len(sets)
+    while end and not sets[end - 1]:
+        end -= 1
+    return sets[:end]
+
+
+def _joined(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
+    """A register belongs to the later one of two instructions: to wait for it is to wait for both."""
+    seen, found = 0, []
+    for i in range(max(len(left), len(right))):
+        both = (left[i] if i < len(left) else 0) | (right[i] if i < len(right) else 0)
+        found.append(both & ~seen)
+        seen |= both
+    return _trimmed(tuple(found))
+
+
+def _error(
+    program: Program,
+    every: Sequence[Effects],
+    blocks: tuple[Block, ...],
+    place: int,
+    register: int,
+    state: Pending,
+) -> EmulatorError:
+    code = program.instructions
+    unit, left = "scalar", 0
+    for name, sets in (("vector", state.vector), ("lds", state.lds)):
+        for i, registers in enumerate(sets):
+            if registers & register:
+                unit, left = name, i
+    load = _latest(every, blocks, place, register, unit)
+    counter = COUNTERS[unit]
+    if register == LDS:
+        does = "lets other waves go on before the LDS has ended"
+    else:
+        verb = "reads" if every[place].reads & register else "overwrites"
+        does = f"{verb} {names_of(register)[0]}, which may not have arrived from"
+    return EmulatorError(
+        f"{program.name}, line {code[place].number}: {code[place].line!r} {does} {code[load].line!r} of "
+        f"line {code[load].number}: no s_waitcnt {counter}({left}) in between"
+    )
+
+
+def _latest(
+    every: Sequence[Effects], blocks: tuple[Block, ...], place: int, register: int, unit: str
+) -> int:
+    """The nearest instruction before a place, on any way to it, that loads a register."""
+    before: list[list[int]] = [[] for _ in blocks]
+    for i, block in enumerate(blocks):
+        for follower in block.next:
+            before[follower].append(i)
+    here = next(i for i, block in enumerate(blocks) if block.start <= place < block.end)
+    queue, seen = deque([(here, place)]), set()
+    while queue:
+        index, end = queue.popleft()
+        for i in range(end - 1, blocks[index].start - 1, -1):
+            what = every[i]
+            if what.unit == unit and (what.writes & register or (register == LDS and what.lds)):
+                return i
+        for earlier in before[index]:
+            if earlier not in seen:
+                seen.add(earlier)
+                queue.append((earlier, blocks[earlier].end))
+    return place
