@@ -18,6 +18,9 @@ SCC = 1 << (BANKS["s"] + 128)
 SCALARS = SCC | ((1 << 128) - 1) << BANKS["s"]
 NAMES = {VCC: "vcc_lo", VCC + 1: "vcc_hi", M0: "m0", EXEC: "exec_lo", EXEC + 1: "exec_hi"}
 
+# They stand among registers for what the LDS has yet to do, and for a write-back of the caches.
+LDS, WRITE_BACK = 1 << 2000, 1 << 2001
+
 # Where instructions that access memory are counted until they end.
 COUNTERS = {"vector": "vmcnt", "lds": "lgkmcnt", "scalar": "lgkmcnt"}
 # The counters stop at these numbers, so to wait until as many are left is not to wait.
@@ -37,21 +40,27 @@ class Effects:
 
     reads, writes: sets of registers. kept: those of `writes` that keep a part of their bits, or all of
     them in a lane that is not written; this is no use of the old value.
+    passed: those of `reads` without which only `onto`, a part of `writes`, is undefined. The compiler
+    leaves them unwritten where it does not use that part.
     unit: "vector", "lds" or "scalar" for an instruction that is counted until it ends, otherwise "".
+    starts: LDS or WRITE_BACK, which the instruction starts; ended: that which must have ended before it.
+    stores: it stores to global memory, and is no atomic.
     lds: what is done to the LDS: "read", "write", "load" (from global memory to the LDS) or "".
-    lanes: of a vector instruction: "active"; "all", whatever EXEC is; or "one", which an operand names.
+    lanes: of a vector instruction: "active"; "all", whatever EXEC is; "first", the first active one; or
+    "one", which an operand names.
     """
 
     reads: int
     writes: int
     kept: int = 0
+    passed: int = 0
+    onto: int = 0
     unit: str = ""
+    starts: int = 0
+    ended: int = 0
+    stores: bool = False
     lds: str = ""
     lanes: str = "active"
-
-    @property
-    def touches(self) -> int:
-        return self.reads | self.writes
 
 
 def effects(instruction: Instruction) -> Effects:
@@ -102,9 +111,16 @@ def effects(instruction: Instruction) -> Effects:
     lanes = "active"
     if mnemonic in ("v_readlane_b32", "v_writelane_b32"):
         lanes = "one"
+    elif mnemonic == "v_readfirstlane_b32":
+        lanes = "first"
     elif mnemonic.startswith("v_mfma") or mnemonic in _SWAPS[1:]:
         lanes = "all"
-    return Effects(reads, writes, kept, _unit(mnemonic), lds, lanes)
+    passed, onto = _upper_half(mnemonic, operands)
+    starts = LDS * (lds in ("read", "write")) | WRITE_BACK * (mnemonic == "buffer_wbl2")
+    stores = mnemonic.startswith(("global_store", "buffer_store"))
+    ended = LDS * (mnemonic == "s_barrier") | WRITE_BACK * (stores or "_atomic_" in mnemonic)
+    unit = _unit(mnemonic)
+    return Effects(reads, writes, kept, passed, onto, unit, starts, ended, stores, lds, lanes)
 
 
 def names_of(registers: int) -> list[str]:
@@ -218,6 +234,16 @@ def _keeps_a_part(instruction: Instruction) -> bool:
         masks = (str(modifiers.get(name, "0xf")) for name in ("row_mask", "bank_mask"))
         return "bound_ctrl" not in modifiers or any(int(mask, 0) != 15 for mask in masks)
     return False
+
+
+def _upper_half(mnemonic: str, operands: list[Operand]) -> tuple[int, int]:
+    """Of a multiplication that adds 64 bits: the upper half of these, and what depends on it."""
+    if mnemonic not in ("v_mad_u64_u32", "v_mad_i64_i32") or operands[4].kind != "v":
+        return 0, 0
+    destination, carry, *factors, added = operands
+    upper = register_set(added) & ~(1 << added.index)
+    dependent = register_set(destination) & ~(1 << destination.index) | register_set(carry)
+    return (0, 0) if upper & _all(factors) else (upper, dependent)
 
 
 def _unit(mnemonic: str) -> str:

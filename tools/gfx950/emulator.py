@@ -17,10 +17,20 @@ from itertools import islice, product
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.gfx950 import access, converts, lanes, matrix, scalar, vector_converts, vector_ops, waits
+from tools.gfx950 import (
+    access,
+    converts,
+    lanes,
+    matrix,
+    scalar,
+    unwritten,
+    vector_converts,
+    vector_ops,
+    waits,
+)
 from tools.gfx950.arrivals import Arrivals
 from tools.gfx950.assembly import EmulatorError, Instruction, parse
-from tools.gfx950.effects import effects
+from tools.gfx950.effects import BANKS, effects
 from tools.gfx950.memory import Lds, Memory
 from tools.gfx950.operands import parse_operand
 from tools.gfx950.registry import BUILDERS, Action, plain
@@ -92,6 +102,10 @@ class Kernel:
             for i, what in enumerate(self._effects):
                 if what.unit == "vector":
                     self._actions[i] = _counted(self._actions[i])
+        first = 1 | sum(1 << (BANKS["s"] + i) for i in self._first_scalars())
+        self._actions, self._checks, self._watched = unwritten.watched(
+            self.program, self._effects, self._actions, first
+        )
         self._vgprs, self._agprs = self._registers()
 
     def run(
@@ -186,20 +200,34 @@ class Kernel:
         sizes = {"private_segment_buffer": 4, "dispatch_ptr": 2, "queue_ptr": 2}
         return sum(n for what, n in sizes.items() if directives.get(f"user_sgpr_{what}"))
 
+    def _workgroup_registers(self) -> dict[int, int]:
+        """The axis of a workgroup's number -> the SGPR that holds it at the start."""
+        directives = self.program.directives
+        asked = [
+            axis
+            for axis, letter in enumerate("xyz")
+            if directives.get(f"system_sgpr_workgroup_id_{letter}", int(letter == "x"))
+        ]
+        first = directives.get("user_sgpr_count", 2)
+        return {axis: first + i for i, axis in enumerate(asked)}
+
+    def _first_scalars(self) -> list[int]:
+        """The SGPRs that are written at the start."""
+        pointer = self._pointer_register()
+        return [pointer, pointer + 1, EXEC, EXEC + 1, *self._workgroup_registers().values()]
+
     def _start(
         self, workgroups: list[tuple[int, int, int]], num_warps: int, memory: Memory, lds: Lds
     ) -> Waves:
         """All waves of a batch of workgroups at the first instruction."""
         owner = np.repeat(np.arange(len(workgroups)), num_warps)
         number = np.tile(np.arange(num_warps), len(workgroups))
-        waves = Waves(self._vgprs, self._agprs, owner, number, memory, lds)
+        waves = Waves(
+            self._vgprs, self._agprs, owner, number, memory, lds, self._watched.bit_count()
+        )
         waves.write_s64(EXEC, np.array([2**64 - 1], np.uint64))
-        directives = self.program.directives
-        register = directives.get("user_sgpr_count", 2)
-        for axis, letter in enumerate("xyz"):
-            if directives.get(f"system_sgpr_workgroup_id_{letter}", int(letter == "x")):
-                waves.sgpr[register] = np.array(workgroups)[owner, axis]
-                register += 1
+        for axis, register in self._workgroup_registers().items():
+            waves.sgpr[register] = np.array(workgroups)[owner, axis]
         # A lane's number has three fields of 10 bits. y and z are 0: Triton's workgroups have one axis.
         waves.vgpr[0] = number[:, None] * LANES + np.arange(LANES)
         return waves
@@ -273,7 +301,7 @@ class _Run:
         random: np.random.Generator | None,
     ) -> None:
         self._instructions = kernel.program.instructions
-        self._actions = kernel._actions
+        self._actions, self._checks = kernel._actions, kernel._checks
         labels = kernel.program.labels
         self._targets = [
             labels.get(i.operands[0], -1) if i.operands else -1 for i in self._instructions
@@ -314,13 +342,7 @@ class _Run:
             counts[place] += size
             steps += 1
             if action is not None:
-                try:
-                    action(waves)
-                except EmulatorError as error:
-                    raise EmulatorError(f"{error}, at: {self._instructions[place].line}") from None
-                except Exception as error:  # a defect of the emulator
-                    error.add_note(f"emulating: {self._instructions[place].line}")
-                    raise
+                self._quoting(place, action, waves)
                 place += 1
                 continue
             mnemonic = self._mnemonics[place]
@@ -330,6 +352,8 @@ class _Run:
             if mnemonic == "s_barrier":
                 self._meet(waves, place + 1)
                 return
+            if place in self._checks:
+                self._quoting(place, self._checks[place], waves)
             taken = _condition(mnemonic, waves)
             target = self._targets[place]
             if taken.all():
@@ -349,6 +373,16 @@ class _Run:
                     self._queue.append((place, waves))
                     return
         raise EmulatorError("the code ends without s_endpgm")
+
+    def _quoting(self, place: int, action: Action, waves: Waves) -> None:
+        """Do an instruction's action. Errors quote its line."""
+        try:
+            action(waves)
+        except EmulatorError as error:
+            raise EmulatorError(f"{error}, at: {self._instructions[place].line}") from None
+        except Exception as error:  # a defect of the emulator
+            error.add_note(f"emulating: {self._instructions[place].line}")
+            raise
 
     def _meet(self, waves: Waves, place: int | None) -> None:
         """Waves have met a barrier, after which they go on at `place`; None: they have ended. A workgroup

@@ -46,24 +46,25 @@ def facts(
     first: State,
     through: Callable[[Block, State], State],
     joined: Callable[[State, State], State],
-) -> list[State | None]:
-    """The facts at the beginning of each block: those that hold whichever way leads there. None for a
-    block that no way leads to.
+) -> dict[int, State]:
+    """The facts at the beginning of each block, by its index: those that hold whichever way leads there.
+    Blocks that no way leads to are left out.
 
     first: those at the first block. through: those after a block, from those before it. joined: those
     that hold where two ways meet; it may only lose facts, of which there are finitely many.
     """
-    before: list[State | None] = [None] * len(blocks)
-    before[0] = first
+    before = {0: first}
     waiting = [0]
     while waiting:
         place = heappop(waiting)  # the first in the text: most of what leads to it is then known
         after = through(blocks[place], before[place])
         for follower in blocks[place].next:
-            old = before[follower]
-            new = after if old is None else joined(old, after)
-            if new != old:
-                before[follower] = new
-                if follower not in waiting:
-                    heappush(waiting, follower)
+            new = after
+            if follower in before:
+                new = joined(before[follower], after)
+                if new == before[follower]:
+                    continue
+            before[follower] = new
+            if follower not in waiting:
+                heappush(waiting, follower)
     return before

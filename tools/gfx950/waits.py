@@ -11,6 +11,10 @@ data when it is issued: no counter guards them.
 s_barrier does not wait for the wave's own accesses of the LDS, and those of two waves may change places.
 So an access must have ended before the barrier that parts it from other waves'.
 
+buffer_wbl2 makes earlier stores visible beyond the cache, for the sake of an atomic or a store that then
+tells of them: it must have ended before that one. (LLVM leaves the wait out where it knows of no access
+that has not ended.)
+
 The check reads the text once, when a kernel is loaded. It follows all ways through the branches, those
 too that no input takes.
 """
@@ -20,11 +24,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tools.gfx950.assembly import EmulatorError, Program
-from tools.gfx950.effects import COUNTERS, LARGEST, Effects, counters_of, names_of
+from tools.gfx950.effects import (
+    COUNTERS,
+    LARGEST,
+    LDS,
+    WRITE_BACK,
+    Effects,
+    counters_of,
+    names_of,
+)
 from tools.gfx950.flow import Block, blocks_of, facts
-
-# Stands among the registers for what the LDS has yet to do.
-LDS = 1 << 2000
 
 
 @dataclass(frozen=True)
@@ -32,12 +41,14 @@ class Pending:
     """Registers that loads have yet to write, on any way to a place.
 
     vector, lds: a set for each of the latest instructions of this unit, the latest one first. A register
-    is only in the first set that may hold it. scalar: all those of scalar loads.
+    is only in the first set that may hold it. scalar: all those of scalar loads. stored: there is a store
+    behind the last write-back.
     """
 
     vector: tuple[int, ...] = ()
     lds: tuple[int, ...] = ()
     scalar: int = 0
+    stored: bool = False
 
     def all(self) -> int:
         found = self.scalar
@@ -46,12 +57,16 @@ class Pending:
         return found
 
     def issue(self, what: Effects) -> "Pending":
+        started = what.writes | what.starts
+        if what.starts == WRITE_BACK:
+            started = WRITE_BACK * self.stored
         if what.unit == "scalar":
-            return replace(self, scalar=self.scalar | what.writes)
+            return replace(self, scalar=self.scalar | started)
         if what.unit == "vector":
-            return replace(self, vector=_begin(self.vector, what.writes, LARGEST["vmcnt"]))
-        registers = what.writes | (LDS if what.lds else 0)
-        return replace(self, lds=_begin(self.lds, registers, LARGEST["lgkmcnt"]))
+            vector = _begin(self.vector, started, LARGEST["vmcnt"])
+            stored = what.stores or (self.stored and what.starts != WRITE_BACK)
+            return replace(self, vector=vector, stored=stored)
+        return replace(self, lds=_begin(self.lds, started, LARGEST["lgkmcnt"]))
 
     def wait(self, counters: dict[str, int]) -> "Pending":
         left = self
@@ -68,6 +83,7 @@ class Pending:
             _joined(self.vector, other.vector),
             _joined(self.lds, other.lds),
             self.scalar | other.scalar,
+            self.stored or other.stored,
         )
 
 
@@ -83,7 +99,6 @@ def check(program: Program, every: Sequence[Effects]) -> None:
         for i, instruction in enumerate(code)
         if instruction.mnemonic == "s_waitcnt"
     }
-    barriers = {i for i, instruction in enumerate(code) if instruction.mnemonic == "s_barrier"}
     blocks = blocks_of(program)
 
     def through(block: Block, state: Pending, *, complain: bool = False) -> Pending:
@@ -91,7 +106,7 @@ def check(program: Program, every: Sequence[Effects]) -> None:
         for i in range(block.start, block.end):
             what = every[i]
             if complain and pending:
-                touched = what.touches | (LDS if i in barriers else 0)
+                touched = what.reads | what.writes | what.ended
                 if touched & pending and (wrong := touched & _too_early(what, state)):
                     raise _error(program, every, blocks, i, wrong & -wrong, state)
             if what.unit:
@@ -104,9 +119,8 @@ def check(program: Program, every: Sequence[Effects]) -> None:
         return state
 
     before = facts(blocks, Pending(), through, Pending.joined)
-    for block, state in zip(blocks, before, strict=True):
-        if state is not None:
-            through(block, state, complain=True)
+    for i in sorted(before):
+        through(blocks[i], before[i], complain=True)
 
 
 def _too_early(what: Effects, state: Pending) -> int:
@@ -164,7 +178,9 @@ def _error(
     load = _latest(every, blocks, place, register, unit)
     counter = COUNTERS[unit]
     if register == LDS:
-        does = "lets other waves go on before the LDS has ended"
+        does = "lets other waves go on before the end of"
+    elif register == WRITE_BACK:
+        does = "may be seen before what was stored earlier, since it does not await"
     else:
         verb = "reads" if every[place].reads & register else "overwrites"
         does = f"{verb} {names_of(register)[0]}, which may not have arrived from"
@@ -188,7 +204,7 @@ def _latest(
         index, end = queue.popleft()
         for i in range(end - 1, blocks[index].start - 1, -1):
             what = every[i]
-            if what.unit == unit and (what.writes & register or (register == LDS and what.lds)):
+            if what.unit == unit and (what.writes | what.starts) & register:
                 return i
         for earlier in before[index]:
             if earlier not in seen:

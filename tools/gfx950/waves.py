@@ -27,6 +27,7 @@ class Waves:
     all of it is True.
     workgroup, wave: int64 [W], the number of the workgroup in the batch and of the wave in the workgroup.
     memory, lds: those of all waves that run at the time.
+    written: bool [watched registers, W, 64], the lanes in which each of them has been written.
     """
 
     def __init__(
@@ -37,8 +38,10 @@ class Waves:
         wave: NDArray[np.int64],
         memory: "Memory",
         lds: "Lds",
+        watched: int = 0,
     ) -> None:
         count = len(workgroup)
+        self.written = np.zeros((watched, count, LANES), bool)
         self.vgpr = np.full((vgprs, count, LANES), GARBAGE, np.uint32)
         self.agpr = np.full((agprs, count, LANES), GARBAGE, np.uint32)
         self.sgpr = np.full((128, count), GARBAGE, np.uint32)
@@ -55,6 +58,7 @@ class Waves:
         part = object.__new__(Waves)
         part.vgpr, part.agpr = self.vgpr[:, chosen], self.agpr[:, chosen]
         part.sgpr, part.scc = self.sgpr[:, chosen], self.scc[chosen]
+        part.written = self.written[:, chosen]
         part.workgroup, part.wave = self.workgroup[chosen], self.wave[chosen]
         part.memory, part.lds = self.memory, self.lds
         part._update_active()
@@ -70,6 +74,7 @@ class Waves:
         whole.agpr = np.concatenate([p.agpr for p in parts], axis=1)
         whole.sgpr = np.concatenate([p.sgpr for p in parts], axis=1)
         whole.scc = np.concatenate([p.scc for p in parts])
+        whole.written = np.concatenate([p.written for p in parts], axis=1)
         whole.workgroup = np.concatenate([p.workgroup for p in parts])
         whole.wave = np.concatenate([p.wave for p in parts])
         whole.memory, whole.lds = parts[0].memory, parts[0].lds

@@ -26,6 +26,7 @@ def run(body: str, *, num_warps: int = 1, lds: int = 0) -> list[int]:
 
 TWO_LOADS = "global_load_dword v2, v1, s[4:5]\nglobal_load_dword v3, v1, s[4:5] offset:4\n"
 STORE = "global_store_dword v1, v2, s[6:7]\n"
+TOLD = "v_mov_b32_e32 v2, v0\n" + STORE + "s_waitcnt vmcnt(0)\nbuffer_wbl2 sc1\n"
 FENCED = "s_waitcnt lgkmcnt(0)\ns_barrier\n"
 
 
@@ -61,8 +62,11 @@ FENCED = "s_waitcnt lgkmcnt(0)\ns_barrier\n"
         ("v_mov_b32_e32 v2, 0\n.L1:\nv_add_u32_e32 v4, v2, v1\nglobal_load_dword v2, v1, s[4:5]\n"
          "s_cbranch_scc1 .L1", r"reads v2.*global_load_dword"),
         # Barriers do not wait.
-        ("ds_write_b32 v1, v0\ns_barrier", r"s_barrier.*LDS.*ds_write_b32 v1, v0.*lgkmcnt\(0\)"),
-        ("ds_write_b32 v1, v0\n" + FENCED + "ds_read_b32 v2, v1\ns_barrier", r"LDS.*ds_read_b32"),
+        ("ds_write_b32 v1, v0\ns_barrier", r"before the end of 'ds_write_b32 v1, v0.*lgkmcnt\(0\)"),
+        ("ds_write_b32 v1, v0\n" + FENCED + "ds_read_b32 v2, v1\ns_barrier", r"end of 'ds_read_b32"),
+        # A flag is raised after what it tells of can be seen.
+        (TOLD + "global_atomic_add v1, v0, s[6:7]", r"atomic_add.*await 'buffer_wbl2 sc1'.*vmcnt\(0\)"),
+        (TOLD + "s_waitcnt vmcnt(1)\n" + STORE, r"store_dword.*await 'buffer_wbl2 sc1'.*vmcnt\(0\)"),
     ],
 )  # fmt: skip
 def test_what_comes_too_early_is_refused(body: str, said: str) -> None:
@@ -86,6 +90,9 @@ def test_what_comes_too_early_is_refused(body: str, said: str) -> None:
         "s_waitcnt lgkmcnt(1)\n" + STORE,
         # Permutations of lanes do not use the LDS's memory.
         "ds_bpermute_b32 v2, v1, v0\ns_barrier\ns_waitcnt lgkmcnt(0)\n" + STORE,
+        # A flag; and a write-back of nothing.
+        TOLD + "s_waitcnt vmcnt(0)\n" + STORE,
+        "v_mov_b32_e32 v2, v0\nbuffer_wbl2 sc1\n" + STORE,
         # The wait covers both ways.
         "v_mov_b32_e32 v2, v0\ns_cmp_eq_u32 s4, 0\ns_cbranch_scc1 .L1\n"
         "global_load_dword v2, v1, s[4:5]\n.L1:\ns_waitcnt vmcnt(0)\n" + STORE,
