@@ -31,11 +31,9 @@ def faults_of_the_reference() -> tuple[int]:
 
 
 def faults_of_the_fast_path() -> tuple[int]:
-    from tests.fast import test_faults, test_faults_mixers
-    from tests.fast.prefill import test_faults as test_faults_prefill
+    from tests.support.fault_kinds import planted
 
-    files = (test_faults, test_faults_mixers, test_faults_prefill)
-    return (sum(len(file.FAULTS) for file in files),)
+    return (sum(what.test.startswith("tests/fast/") for what in planted()),)
 
 
 def launches_of_a_round() -> tuple[int]:

@@ -1,11 +1,12 @@
 """Executes gfx950 kernels (MI355X, CDNA4) with numpy, from the compiler's text assembly.
 
 It shows whether a compiled kernel computes the right thing, on a machine without the card. It finds
-accesses outside of an array and LDS races, which the card does not report; registers and LDS hold garbage
-until they are written. It does not model time, caches, hazards or s_waitcnt: every instruction completes
-before the next one. Scratch, flat addresses, images, fp6, sparse and 4x4 matrix instructions and LDS
-atomics are not emulated, and are refused by name. `vector_ops` and `matrix` say where rounding may
-differ from the card's, `formats` and `converts` which modes of the card are assumed.
+accesses outside of an array, LDS races, reads before a load has been waited for and reads of what nothing
+has written (docs/emulator.md), which the card does not report. It does not model time, caches or wait
+states: every instruction completes before the next one. Scratch, flat addresses, images, fp6, sparse and
+4x4 matrix instructions and LDS atomics are not emulated, and are refused by name. `vector_ops` and
+`matrix` say where rounding may differ from the card's, `formats` and `converts` which modes of the card
+are assumed.
 """
 
 import struct
@@ -80,7 +81,8 @@ class Statistics:
 class Kernel:
     """One kernel of an assembly file, ready to run.
 
-    Raises EmulatorError, with the line of every instruction that is not emulated.
+    Raises EmulatorError, with the line of every instruction that is not emulated, or of the first one that
+    does not wait for a load (`waits`).
     """
 
     def __init__(self, text: str, name: str) -> None:
@@ -132,11 +134,12 @@ class Kernel:
         barrier, in random order.
         batch: how many workgroups run at the same time. Batches follow one another in ascending order,
         and within a batch all workgroups make progress, so a workgroup may wait for lower ones.
-        races: raise for LDS races, see `Lds`.
+        races: raise for LDS races and for reads of LDS bytes that no wave has written, see `Lds`.
         limit: the most instructions that all waves together may execute.
         reaches: arrays whose addresses on the host are among the arguments.
 
-        EmulatorError, with the line of assembly, for any access outside of an array or of the LDS.
+        EmulatorError, with the line of assembly, for any access outside of an array or of the LDS, and for
+        reads of registers that nothing has written (`unwritten`).
         """
         arrays = [a for a in arguments if isinstance(a, np.ndarray)]
         named = [n for n, a in zip(names, arguments, strict=False) if isinstance(a, np.ndarray)]

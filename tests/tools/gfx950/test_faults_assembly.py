@@ -32,6 +32,7 @@ class Fault:
     which: int = 0
 
 
+UNWRITTEN = "registers and LDS not written"
 FAULTS = {
     "a vector load is not waited for": Fault(
         "waits", "softmax", r"s_waitcnt vmcnt\(0\)\n", "s_nop 0\n", r"reads v9.*buffer_load.*vmcnt\(0\)"
@@ -76,36 +77,36 @@ FAULTS = {
         r"atomic_add.*await 'buffer_wbl2",
     ),
     "a descriptor without its last word": Fault(
-        "registers", "softmax", r"\ts_mov_b32 s19, 0x27000\n", "",
+        UNWRITTEN, "softmax", r"\ts_mov_b32 s19, 0x27000\n", "",
         "s19, which nothing has written, at: buffer_load",
     ),
     "a mask that nothing has compared": Fault(
-        "registers", "softmax", r"\tv_cmp_eq_u32_e32 vcc, 0, v5\n", "",
+        UNWRITTEN, "softmax", r"\tv_cmp_eq_u32_e32 vcc, 0, v5\n", "",
         "vcc_lo, which nothing has written, at: s_and_saveexec",
     ),
     "an address in the wrong register": Fault(
-        "registers", "softmax", r"buffer_load_dword v7, v2,", "buffer_load_dword v7, v80,",
+        UNWRITTEN, "softmax", r"buffer_load_dword v7, v2,", "buffer_load_dword v7, v80,",
         "v80, which nothing has written in lane 0, at: buffer_load",
     ),
     "an accumulator in the wrong registers": Fault(
-        "registers", "bf16_fp4_16", r"(v_mfma_f32_16x16x32_bf16 [^\n]*), v\[2:5\]", r"\1, v[120:123]",
+        UNWRITTEN, "bf16_fp4_16", r"(v_mfma_f32_16x16x32_bf16 [^\n]*), v\[2:5\]", r"\1, v[120:123]",
         "v120, which nothing has written in lane 0, at: v_mfma",
     ),
     "an accumulator among those that are not used": Fault(
-        "registers", "bf16_fp4_16", r"(v_mfma_f32_16x16x32_bf16 [^\n]*), v\[2:5\]", r"\1, a[0:3]",
+        UNWRITTEN, "bf16_fp4_16", r"(v_mfma_f32_16x16x32_bf16 [^\n]*), v\[2:5\]", r"\1, a[0:3]",
         "a0, which nothing has written in lane 0, at: v_mfma",
     ),
     "a value of the one lane that computed it": Fault(
-        "registers", "softmax", r"\tv_mov_b32_e32 v5, s10\n(\tv_mov_b32_e32 v10, s2\n\tds_write_b32) v5,",
+        UNWRITTEN, "softmax", r"\tv_mov_b32_e32 v5, s10\n(\tv_mov_b32_e32 v10, s2\n\tds_write_b32) v5,",
         "\tv_mov_b32_e32 v70, s10\n\tds_write_b32 v70, v70\n\ts_mov_b64 exec, -1\n\\1 v70,",
         "v70, which nothing has written in lane 1, at: ds_write",
     ),
     "the waves' sums are not stored": Fault(
-        "registers", "softmax", r"\tds_write_b32 v5, v10\n", "",
+        UNWRITTEN, "softmax", r"\tds_write_b32 v5, v10\n", "",
         "byte 0 of the LDS, which no wave has written, at: ds_read",
     ),
     "half of a tile is not stored": Fault(
-        "registers", "matmul", r"\tds_write_b128 v\d+, v\[\d+:\d+\] offset:4096\n", "",
+        UNWRITTEN, "matmul", r"\tds_write_b128 v\d+, v\[\d+:\d+\] offset:4096\n", "",
         "of the LDS, which no wave has written, at: ds_read",
     ),
 }  # fmt: skip

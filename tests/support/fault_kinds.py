@@ -1,0 +1,148 @@
+"""All faults that are planted in kernels, in compiled assembly and in the emulator, by kind.
+
+Each is a test of its own, whose name it gives. What no kind names is a fault of what is computed: a
+formula, a head, a constant.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tests.fast import test_faults, test_faults_compiled, test_faults_kinds, test_faults_mixers
+from tests.fast.prefill import test_faults as test_faults_prefill
+from tests.tools.gfx950 import test_faults as test_faults_emulator
+from tests.tools.gfx950 import test_faults_assembly
+
+COMPUTED = "what is computed"
+# Where a fault is planted -> the modules whose FAULTS are.
+PLACES = {
+    "source": (test_faults, test_faults_mixers, test_faults_prefill, test_faults_kinds),
+    "assembly": (test_faults_compiled, test_faults_assembly),
+    "emulator": (test_faults_emulator,),
+}
+KINDS: dict[str, tuple[str, ...]] = {
+    "index width": (
+        "an expert's offset of 32 bits",
+        "a row's offset in down of 32 bits",
+        "a product's offset of 32 bits",
+        "a prompt's row of 32 bits",
+        "a prompt's weight of 32 bits",
+        "a prompt's output of 32 bits",
+        "a prompt's pair of 32 bits",
+        "an expert of a prompt's pair of 32 bits",
+        "carry ignored",
+    ),
+    "masks": (
+        "hidden rows stored without a mask",
+        "rows read without a mask",
+        "rows read without a mask in bf16",
+        "output rows stored without a mask",
+        "the residual read without a mask",
+        "parts of the router stored without a mask of rows",
+        "parts of the router stored without a mask of columns",
+        "the choice stored for slots that are not there",
+        "a product's rows read without a mask",
+        "experts that are not there share in the softmax",
+        "ids of no expert taken for the nearest one",
+        "ids above all experts taken for the last one",
+        "a row sees the rows behind it",
+        "a query that sees the next key",
+        "a query that sees its own chunk only before it",
+        "keys behind the last one",
+        "exec ignored",
+        "DPP masks ignored",
+        "buffer bounds ignored",
+    ),
+    "barriers": ("barrier releases nothing",),
+    "waits": ("the counter raised before all waves have stored",),
+    "order of sums": (
+        "the sum begins with the slot that arrives last",
+        "the sum over the slots begins with the number of rows",
+        "each row begins its sum with another slot",
+        "gate and up summed from the other end where there are several rows",
+        "a product summed from the other end where there are several rows",
+        "the state left once, not after each row",
+        "a tile's edge at the pass's first row",
+    ),
+    "scale groups": (
+        "the scale of the neighbouring group",
+        "the scales of the row below",
+        "the scale of down's neighbouring group",
+        "gate and up with the scales of the first block alone",
+        "down with the scales of the first block alone",
+        "down with the scales of the row below",
+        "the scale of the neighbouring group in a prompt's experts",
+        "keys without their scales",
+        "values without their scales",
+        "the scale of another position",
+        "a scale so large that small numbers lose bits",
+        "a scale so small that large numbers have no e4m3",
+        "new values without their scale",
+        "e8m0 bias 126",
+        "scale byte ignored",
+        "scales swapped",
+    ),
+    "nibbles": (
+        "high nibble first",
+        "both elements of a byte the first one",
+        "signs of the elements dropped",
+        "bytes of gate and up in pairs exchanged",
+        "bytes of down in pairs exchanged",
+        "high nibble first in a prompt's experts",
+        "nibbles swapped",
+        "op_sel ignored",
+    ),
+    "rows beyond": (
+        "rows of the weight read beyond its end",
+        "rows behind the last one not empty",
+        "blocks of columns beyond the last one",
+        "an expert's last row forgotten",
+        "only four rows are chosen for",
+        "the choice stored for rows that are not there",
+        "the shared expert's columns read beyond their end",
+        "queries of rows that are not there",
+        "rows before position 0 taken from the ring",
+        "rows before the pass left out",
+    ),
+    "counters": (
+        "the counter not set back",
+        "added up too early",
+        "the router chooses too early",
+        "the router's counter not set back",
+        "the delta net's counter not set back",
+        "an arrival counted twice",
+        "one counter for all blocks of columns",
+        "each block of columns sets back the first one's counter",
+        "the router counts a program twice",
+        "the router's counter set back to one",
+        "the delta net's heads share a counter",
+    ),
+    "registers and LDS not written": (),
+}
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A fault: its kind, where it is planted, its name, and the test that sees it."""
+
+    kind: str
+    place: str
+    name: str
+    test: str
+
+
+def planted() -> Iterator[Planted]:
+    by_name = {name: kind for kind, names in KINDS.items() for name in names}
+    for place, modules in PLACES.items():
+        for module in modules:
+            path = f"tests/{module.__name__.removeprefix('tests.').replace('.', '/')}.py"
+            function = next(name for name in vars(module) if name.startswith("test_a_"))
+            for name, what in module.FAULTS.items():
+                kind = by_name.get(name, COMPUTED)
+                if module in PLACES["assembly"]:
+                    kind = what.kind
+                yield Planted(kind, place, name, f"{path}::{function}[{name}]")
+
+
+if __name__ == "__main__":
+    for one in sorted(planted(), key=lambda what: (what.kind, what.test)):
+        print(f"{one.kind}: {one.test}")

@@ -1,0 +1,42 @@
+"""The planted faults of kernels, assembly and emulator, by kind, and the table of docs/trust.md."""
+
+import re
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("tinygrad")
+
+from tests.support.fault_kinds import COMPUTED, KINDS, PLACES, planted
+from tests.test_architecture import ROOT
+
+
+def test_a_fault_has_one_kind() -> None:
+    """And each name that a kind gives is one of a fault."""
+    names = [name for of_kind in KINDS.values() for name in of_kind]
+    assert len(names) == len(set(names))
+    assert set(names) <= {what.name for what in planted() if what.place != "assembly"}
+    assert len({what.test for what in planted()}) == len(list(planted()))
+    assert {what.kind for what in planted()} == {*KINDS, COMPUTED}
+
+
+def test_the_page_has_the_table() -> None:
+    page = (ROOT / "docs/trust.md").read_text()
+    counted = Counter((what.kind, what.place) for what in planted())
+    rows = re.findall(
+        r"^\| ([a-zA-Z ]+?) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE
+    )
+    found = {kind: tuple(map(int, counts)) for kind, *counts in rows}
+    wanted = {}
+    for kind in (*KINDS, COMPUTED):
+        counts = [counted[kind, place] for place in PLACES]
+        wanted[kind] = (*counts, sum(counts))
+    wanted["all"] = tuple(map(sum, zip(*wanted.values(), strict=True)))
+    assert found == wanted
+
+
+def test_the_kinds_that_authors_slip_on_have_sixty_faults_and_more() -> None:
+    by_kind = Counter(what.kind for what in planted())
+    assert all(by_kind[kind] >= 7 for kind in KINDS)
+    assert sum(by_kind[kind] for kind in KINDS) >= 60
