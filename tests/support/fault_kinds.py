@@ -1,12 +1,15 @@
-"""All faults that are planted in kernels, in compiled assembly and in the emulator, by kind.
+"""`python -m tests.support.fault_kinds`: all faults that are planted in kernels, in compiled assembly and
+in the emulator, by kind.
 
 Each is a test of its own, whose name it gives. What no kind names is a fault of what is computed: a
 formula, a head, a constant.
 """
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from qwen35.cli import Parser, run
 from tests.fast import test_faults, test_faults_compiled, test_faults_kinds, test_faults_mixers
 from tests.fast.prefill import test_faults as test_faults_prefill
 from tests.tools.gfx950 import test_faults as test_faults_emulator
@@ -143,6 +146,16 @@ def planted() -> Iterator[Planted]:
                 yield Planted(kind, place, name, f"{path}::{function}[{name}]")
 
 
-if __name__ == "__main__":
+def build_parser() -> Parser:
+    name = "python -m tests.support.fault_kinds"
+    return Parser(name, "Each planted fault's kind, and the test that sees it.", computes=False)
+
+
+def main(args: argparse.Namespace) -> int:
     for one in sorted(planted(), key=lambda what: (what.kind, what.test)):
         print(f"{one.kind}: {one.test}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(build_parser(), main)

@@ -81,8 +81,8 @@ class Statistics:
 class Kernel:
     """One kernel of an assembly file, ready to run.
 
-    Raises EmulatorError, with the line of every instruction that is not emulated, or of the first one that
-    does not wait for a load (`waits`).
+    Raises EmulatorError, with the line of every instruction that is not emulated, or of the first one
+    that does not wait for a load (`waits`).
     """
 
     def __init__(self, text: str, name: str) -> None:
@@ -138,8 +138,8 @@ class Kernel:
         limit: the most instructions that all waves together may execute.
         reaches: arrays whose addresses on the host are among the arguments.
 
-        EmulatorError, with the line of assembly, for any access outside of an array or of the LDS, and for
-        reads of registers that nothing has written (`unwritten`).
+        EmulatorError, with the line of assembly, for any access outside of an array or of the LDS, and
+        for reads of registers that nothing has written (`unwritten`).
         """
         arrays = [a for a in arguments if isinstance(a, np.ndarray)]
         named = [n for n, a in zip(names, arguments, strict=False) if isinstance(a, np.ndarray)]
@@ -225,9 +225,8 @@ class Kernel:
         """All waves of a batch of workgroups at the first instruction."""
         owner = np.repeat(np.arange(len(workgroups)), num_warps)
         number = np.tile(np.arange(num_warps), len(workgroups))
-        waves = Waves(
-            self._vgprs, self._agprs, owner, number, memory, lds, self._watched.bit_count()
-        )
+        waves = Waves(self._vgprs, self._agprs, owner, number, memory, lds, len(self._watched))
+        waves.written[self._watched] = True
         waves.write_s64(EXEC, np.array([2**64 - 1], np.uint64))
         for axis, register in self._workgroup_registers().items():
             waves.sgpr[register] = np.array(workgroups)[owner, axis]

@@ -185,11 +185,11 @@ def watched(
     every: Sequence[Effects],
     actions: Sequence[Action | None],
     first: int,
-) -> tuple[list[Action | None], dict[int, Action], int]:
+) -> tuple[list[Action | None], dict[int, Action], list[bool]]:
     """The actions of a kernel, with checks of the reads that may be of registers nothing has written.
 
-    Returns the actions, checks for branches, whose action is None, by their index, and the registers that
-    are watched: `Waves.written` has a row for each of them, in the order of the set's bits.
+    Returns the actions; checks for branches, whose action is None, by their index; and for each register
+    that is watched, which has a row of `Waves.written`, whether it is written at the start.
     """
     reads = possible(program, every, first)
     registers = 0
@@ -213,7 +213,7 @@ def watched(
         if write:
             mark = _mark(instruction, what, {bit: rows[bit] for bit in _bits(write)}, passed)
         found[i] = _around(check, action, mark)
-    return found, checks, registers
+    return found, checks, [bool(first >> bit & 1) for bit in rows]
 
 
 def _bits(registers: int) -> list[int]:

@@ -90,6 +90,10 @@ def test_a_read_of_what_nothing_has_written_is_found(body: str, said: str) -> No
          "v_and_b32_e32 v2, 0xffff, v2\n" + STORE, [0] * 64),
         ("v_mov_b32_e32 v2, v0\nv_mad_u64_u32 v[4:5], s[10:11], v0, 1, v[2:3]\n"
          "v_mov_b32_e32 v2, v4\n" + STORE, list(range(0, 128, 2))),
+        # A register of the start, which a later pass of the loop would read as a carry without a value.
+        (".L1:\ns_load_dword s12, s[0:1], 0x0\ns_waitcnt lgkmcnt(0)\nv_mov_b32_e32 v2, v0\n"
+         "v_mad_u64_u32 v[4:5], s[0:1], v0, 1, v[2:3]\ns_cmp_eq_u32 s12, 7\ns_cbranch_scc1 .L1\n" + STORE,
+         list(range(64))),
         # A loop that lanes leave one by one.
         ("s_mov_b64 s[8:9], 0\ns_mov_b32 s10, 0\n.L1:\nv_cmp_eq_u32_e32 vcc, s10, v0\n"
          "v_add_u32_e32 v3, s10, v0\ns_or_b64 s[8:9], vcc, s[8:9]\nv_mov_b32_e32 v2, v3\n"
