@@ -250,6 +250,13 @@ def rounding_findings(what: Pass) -> list[str]:
 def row_findings(what: Pass, parts: Sequence[int], **settings: Any) -> list[str]:
     """Findings on bits that differ between passes of `parts` rows each and one pass over all
     rows."""
+    try:
+        return _row_findings(what, parts, **settings)
+    except EmulatorError as error:
+        return [f"memory: {error}"]
+
+
+def _row_findings(what: Pass, parts: Sequence[int], **settings: Any) -> list[str]:
     whole = fast(what, **settings)
     begin = what.length if settings.get("start") is None else settings["start"]
     own = buffers(what, settings.get("capacity", 64), begin, settings.get("slots", 8))
