@@ -63,7 +63,6 @@ KINDS: dict[str, tuple[str, ...]] = {
         "each row begins its sum with another slot",
         "gate and up summed from the other end where there are several rows",
         "a product summed from the other end where there are several rows",
-        "the state left once, not after each row",
         "a tile's edge at the pass's first row",
     ),
     "scale groups": (
