@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen35.cache import Cache
+from qwen35.chunk import chosen_chunk
 from qwen35.errors import InputError
 from qwen35.finite import NotFiniteError, check_finite, not_finite
 from qwen35.logprobs import TokenLogprobs, token_logprobs
@@ -78,6 +79,7 @@ class Generation:
     """One continuation of a prompt. Iterate over it for (token, logits [V]), and then read the
     figures.
 
+    prefill_chunk: prompt tokens per pass, a multiple of 64; None: as `qwen35.chunk` chooses.
     logprobs: how many of the likeliest tokens `token_logprobs` has beside each chosen one. With
     None it is not computed, and stays empty.
     """
@@ -88,7 +90,7 @@ class Generation:
     sampling: Sampling
     stop: frozenset[int]
     draft_tokens: int
-    prefill_chunk: int = 2048
+    prefill_chunk: int | None = None
     prefix_cache: PrefixCache | None = None
     digest: bool = False
     logprobs: int | None = None
@@ -114,7 +116,8 @@ class Generation:
         self.model.config.check_prompt(self.prompt, new_tokens=1)
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens = {self.max_new_tokens}; expected at least 1")
-        if self.prefill_chunk < GRID or self.prefill_chunk % GRID:
+        chunk = self.prefill_chunk
+        if chunk is not None and (chunk < GRID or chunk % GRID):
             raise InputError(
                 f"prefill_chunk = {self.prefill_chunk}; expected a multiple of {GRID}, the grid"
             )
@@ -219,17 +222,19 @@ class Generation:
         [1, 1, D], or None if there are none. At the end of the context, new segments are stored in the
         prefix cache."""
         cache, draft = self.model.new_cache(), self.draft_tokens > 0
-        settings: dict[str, Any] = {
-            "chunk": self.prefill_chunk, "draft": draft, "progress": self.progress
-        }  # fmt: skip
+        room = len(ids)
+        if room == len(self.prompt):  # no rounds take over
+            room += min(self.max_new_tokens, AT_ONCE) + self.draft_tokens
+        cache.reserve(room)  # at once, so that memory is missing before the start or never
+        chunk = self.prefill_chunk or chosen_chunk(self.model, self.path)
+        settings: dict[str, Any] = {"chunk": chunk, "draft": draft, "progress": self.progress}
         if self.prefix_cache is None:
             yield cache, prefill(self.model, ids, cache, **settings) if ids else None
             return
         kept = self.prefix_cache
-        reuse = kept.begin(self.prompt, draft=draft, chunk=self.prefill_chunk)
+        reuse = kept.begin(self.prompt, draft=draft, chunk=chunk)
         self.cached_tokens, self.cache_reason = reuse.length, reuse.reason
         try:
-            room = len(self.prompt) + min(self.max_new_tokens, AT_ONCE) + self.draft_tokens
             hidden = kept.restore(reuse, cache, room=room, draft=draft)
             self.progress(reuse.length)
             if ids:
@@ -248,7 +253,8 @@ class Generation:
         sentence."""
         cache = self.model.new_cache()
         with not_finite(self.model) as found:
-            prefill(self.model, ids, cache, chunk=self.prefill_chunk, draft=False)
+            chunk = self.prefill_chunk or chosen_chunk(self.model, self.path)
+            prefill(self.model, ids, cache, chunk=chunk, draft=False)
         if found:
             return f"the first node that returns such a number is {found[0]}"
         return "a prefill of the same tokens has only finite numbers"
