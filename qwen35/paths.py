@@ -1,5 +1,7 @@
 """Chooses which nodes run fast, for `--path auto|fast|reference` and `load(path=...)`."""
 
+import re
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,7 @@ from qwen35.errors import InputError
 from qwen35.swap import Replacement
 
 PATHS = ("auto", "fast", "reference")
+TRITON = (3, 6), (3, 8)  # the kernels compile with versions from the first on and below the second
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,27 @@ def choose_path(wanted: str, config: Config, device: torch.device, dtype: torch.
         check_shapes(config)
         if dtype != torch.bfloat16:
             raise InputError(f"the fast path computes in bfloat16; the dtype is {dtype}")
-        import fast.kernels  # noqa: F401  (InputError where Triton is missing)
+        line = unfit_triton()  # InputError where Triton is missing
     except InputError as error:
         if wanted == "fast":
             raise
         return Choice("reference", str(error))
+    if line:
+        warnings.warn(line, stacklevel=2)
     return Choice("fast")
+
+
+def unfit_triton() -> str:
+    """A sentence if the installed Triton is outside of `TRITON`, or "". InputError if it is
+    missing."""
+    from fast.kernels import triton
+
+    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    (least, until), version = TRITON, tuple(map(int, found.groups())) if found else (0, 0)
+    if least <= version < until:
+        return ""
+    bounds = [".".join(map(str, bound)) for bound in TRITON]
+    return (
+        f"Triton {triton.__version__} is installed; the kernels are checked with {bounds[0]} and later, "
+        f"below {bounds[1]} (pip install -e '.[fast]')"
+    )

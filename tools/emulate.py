@@ -9,6 +9,7 @@ reference, and exits with 1 if they differ.
 import argparse
 import sys
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from qwen35.cli import CHECKPOINT, Parser, one_line, print_json, run
 from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import load, locate
+from qwen35.paths import unfit_triton
 from qwen35.progress import steps
 from qwen35.sampling import Sampling
 from qwen35.swap import swap
+from qwen35.terminal import say
 from qwen35.tokenizer import Tokenizer
 from tools.gfx950.target import emulate
 
@@ -57,6 +60,8 @@ def build_parser() -> Parser:
 
 @torch.inference_mode()
 def main(args: argparse.Namespace) -> int:
+    if line := unfit_triton():  # InputError where Triton is missing, before anything is read
+        say(line)
     folder = locate(args.model)
     tokenizer = Tokenizer(folder)
     ids = tokenizer.encode(args.prompt)
@@ -74,11 +79,14 @@ def main(args: argparse.Namespace) -> int:
     cache = model.new_cache()
     hidden = prefill(model, ids, cache, chunk=64, draft=args.draft_tokens > 0)
     token = int(model.lm_head(hidden)[0, 0, : tokenizer.size].argmax())
-    swap(model, "layers.*", Packed(DecoderLayer))
-    if model.mtp is not None:
-        swap(model, "mtp", Packed(MTP))
     room = len(ids) + args.max_new_tokens + 1 + args.draft_tokens
-    step = Step(model, room, args.draft_tokens, vocab=tokenizer.size)
+    with warnings.catch_warnings():
+        # Which configuration is fastest for a shape does not matter here.
+        warnings.filterwarnings("ignore", ".*is not in configs.json")
+        swap(model, "layers.*", Packed(DecoderLayer))
+        if model.mtp is not None:
+            swap(model, "mtp", Packed(MTP))
+        step = Step(model, room, args.draft_tokens, vocab=tokenizer.size)
     step.take(cache)
     step.begin(token, hidden[0, 0])
 

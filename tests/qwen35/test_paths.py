@@ -1,6 +1,7 @@
 """`--path` and `--swap`: what runs, what is refused before a weight is read, and what is said."""
 
 import json
+import tomllib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,14 @@ from qwen35.config import PUBLISHED, Config
 from qwen35.errors import InputError
 from qwen35.generate import build_parser, main
 from qwen35.load import TINY, load
-from qwen35.paths import choose_path
+from qwen35.paths import TRITON, choose_path, unfit_triton
 from qwen35.step_decoder import runs_as_step
 from qwen35.swap import replaced
 from tests.support.command import Cli, in_process
 from tools.gfx950.target import emulate
 
 TINY_CONFIG = Config.from_file(TINY / "config.json")
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 NO_CARD = "the fast path runs on gfx950 and sm_90; this is cpu"
 
@@ -169,3 +171,32 @@ def test_the_tools_name_the_embedded_model(tmp_path: Path):
     """`load` takes a folder or a name; a path of neither is one line."""
     with pytest.raises(InputError, match="no such folder"):
         load(tmp_path / "x" / "y" / "z", path="reference")
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [("3.6.0", True), ("3.7.1+git0a1b", True), ("3.5.1", False), ("3.8.0", False), ("4.0", False)],
+)
+def test_a_triton_that_the_kernels_are_not_checked_with_is_named(
+    version: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("triton.__version__", version)
+    line = unfit_triton()
+    assert (line == "") is fits
+    assert fits or (version in line and "3.6 and later, below 3.8" in line)
+
+
+def test_the_installed_extra_brings_a_triton_that_fits():
+    least, until = (".".join(map(str, bound)) for bound in TRITON)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert extras["fast"] == [f"triton>={least},<{until}"]
+    assert unfit_triton() == ""  # of the version that the tests pin
+
+
+def test_the_fast_path_warns_of_another_triton(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("qwen35.paths.target_of", lambda device: "sm_90")
+    monkeypatch.setattr("triton.__version__", "3.9.0")
+    with pytest.warns(UserWarning, match="Triton 3.9.0 is installed"):
+        assert choose_path("fast", TINY_CONFIG, CPU, torch.bfloat16).name == "fast"

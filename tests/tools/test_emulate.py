@@ -15,10 +15,10 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     return in_process(build_parser, main, capsys)
 
 
-@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
 def test_a_text_of_the_references_tokens(cli: Cli):
-    status, out, _ = cli("In the beginning", "--max-new-tokens", 5, "--check", "--json")
+    status, out, err = cli("In the beginning", "--max-new-tokens", 5, "--check", "--json")
     found = json.loads(out)
+    assert "configs.json" not in err and "Triton" not in err
     assert status == 0 and found["same_as_reference"] and len(found["token_ids"]) == 5
     assert found["instructions"] > 1_000_000 and found["launches_a_round"] == 91
     assert found["rounds"] < 5  # a draft was accepted
@@ -33,7 +33,12 @@ def test_a_text_of_the_references_tokens(cli: Cli):
         (("In", "--model", "no/such/folder/here"), "no such folder"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
 def test_bad_input_is_one_line(cli: Cli, arguments: tuple[object, ...], message: str):
     status, out, err = cli(*arguments)
     assert (status, out) == (2, "") and message in err and err.count("\n") == 1, err
+
+
+def test_another_triton_is_named_in_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("triton.__version__", "3.9.0")
+    status, _, err = cli("In", "--max-new-tokens", 1)
+    assert status == 0 and "Triton 3.9.0 is installed" in err.splitlines()[0]
