@@ -136,25 +136,12 @@ def size(text: str) -> int:
 
 def device(text: str) -> "torch.device":
     """Parse `--device`: a device that can compute here, such as `cpu` or `cuda:1`."""
-    import torch  # here: most command lines that read no device have no use for it
+    from qwen35.arguments import as_device  # here: most commands have no use for torch
 
     try:
-        found = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(
-            f"device {text!r} is unknown; expected cpu, cuda or cuda:N"
-        ) from None
-    if found.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return found  # qwen35/parallel/ranks.py chooses the GPU of each process of torchrun
-    try:
-        torch.zeros(1, device=found).item()  # a device without values, such as meta, fails here
-    except (RuntimeError, AssertionError, ImportError) as error:
-        # Without the backend, torch's message is a page. Its other messages begin with a sentence.
-        no_backend = isinstance(error, NotImplementedError | ImportError)
-        own = str(error).splitlines()[0].split(". ")[0]
-        reason = f"torch {torch.__version__} is built without it" if no_backend else own
-        raise argparse.ArgumentTypeError(f"device {text!r} cannot be used here: {reason}") from None
-    return found
+        return as_device(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def read_text(file: str | Path) -> str:

@@ -65,7 +65,7 @@ def build_parser() -> Parser:
     add("--path", choices=PATHS, default="auto",
         help="fast: decoding as one graph of kernels on a GPU; auto: fast where it can run")  # fmt: skip
     add("--swap", action="append", default=[], metavar="PATTERN=MODULE:CLASS",
-        help="put another class in the place of nodes (may be given more than once)")  # fmt: skip
+        help="put another class, or FILE.py:CLASS, in place of nodes (may be repeated)")  # fmt: skip
     add("--device", type=device, default="cpu", metavar="D")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto",

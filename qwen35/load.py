@@ -4,7 +4,6 @@ import copy
 import gc
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from qwen35.arguments import as_device, shown
 from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.config import Config
 from qwen35.errors import InputError
@@ -20,7 +20,7 @@ from qwen35.parallel.checkpoint import contents
 from qwen35.parallel.nodes import joined
 from qwen35.parallel.ranks import ALONE, Ranks
 from qwen35.paths import choose_path
-from qwen35.swap import Replacement, instead, matching, outermost
+from qwen35.swap import Replacement, Swaps, as_swaps, instead, matching, outermost
 from reference.model import Model
 from reference.quantized import FP8Linear, MXFP4Linear
 from reference.rope import rope_table
@@ -45,6 +45,8 @@ def locate(model: str | Path | None, ranks: Ranks = ALONE) -> Path:
     """
     if model is None or str(model) == "tiny":
         return TINY
+    if not isinstance(model, str | Path):
+        raise InputError(f"model = {shown(model)}; expected 'tiny', a folder or a hub id")
     path = Path(model)
     if path.is_dir():
         if (path / "config.json").exists():
@@ -66,13 +68,10 @@ def locate(model: str | Path | None, ranks: Ranks = ALONE) -> Path:
         return Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.pt", "*.pth"]))
 
 
-Swaps = Sequence[tuple[str, Replacement]]  # (pattern of node names, replacement)
-
-
 def load(
     model: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     path: str = "reference",
     swaps: Swaps = (),
@@ -83,7 +82,8 @@ def load(
 
     model: "tiny" (the embedded checkpoint), a folder, or a hub id, which is downloaded.
 
-    dtype: of the activations and the dense weights; None takes the checkpoint's own. On a CPU,
+    dtype: of the activations and the dense weights, also by its name, as in "float32"; None takes
+    the checkpoint's own. On a CPU,
     weights that are already in that dtype stay mapped files, and experts always do, in whatever
     format the file has them (they are cast or decoded when hit): what a token does not touch is
     never read. Other weights in FP8 or MXFP4 are decoded here. A_log and the delta net's norm keep
@@ -92,7 +92,8 @@ def load(
     path: "fast" uses the fast path's layers (this needs a GPU). "auto" uses them if possible, and
     warns otherwise.
 
-    swaps: replacements of nodes (`qwen35/swap.py`). Each is made as soon as its layer is loaded, so
+    swaps: replacements of nodes (`qwen35/swap.py`): pairs (PATTERN, class), or the command line's
+    "PATTERN=MODULE:CLASS". Each is made as soon as its layer is loaded, so
     that at most one layer exists twice.
 
     kv_cache_dtype: "fp8" keeps keys and values in e4m3 (`qwen35.cache.FP8KVCache`), "auto" in the
@@ -114,7 +115,7 @@ def load(
     loader = Loader(folder, dtype=dtype, device=device, path=path, swaps=swaps, ranks=ranks)
     if loader.path.reason:
         warnings.warn(f"the reference path runs: {loader.path.reason}", stacklevel=2)
-    check_memory(loader.nbytes, torch.device(device))
+    check_memory(loader.nbytes, loader.device)
     built = loader.skeleton
     for stage in loader.stages:
         built.set_submodule(stage, loader.fill(stage, built.get_submodule(stage)))
@@ -137,6 +138,13 @@ def check_memory(nbytes: int, device: torch.device) -> None:
         )
 
 
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in (torch.float16, *DTYPES.values()):
+        raise InputError(f"dtype = {shown(dtype)}; expected {', '.join(DTYPES)}")
+    return found
+
+
 class Loader:
     """Builds a checkpoint's model stage by stage, so that only one stage has to be in memory.
 
@@ -148,12 +156,13 @@ class Loader:
         self,
         folder: str | Path,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str = "cpu",
         path: str = "reference",
         swaps: Swaps = (),
         ranks: Ranks = ALONE,
     ) -> None:
+        dtype, device, swaps = _as_dtype(dtype), as_device(device), as_swaps(swaps)
         self.checkpoint = Checkpoint(folder, rank=ranks.rank, size=ranks.size)
         self.checkpoint.check_idle()
         try:
@@ -177,7 +186,7 @@ class Loader:
             self.skeleton.config = self.config
             ranks.agree(checkpoint=contents(self.checkpoint, self.plan))
         self.dtype, self.device = dtype or own_dtype(self.checkpoint), device
-        self.path = choose_path(path, self.config, torch.device(device), self.dtype)
+        self.path = choose_path(path, self.config, device, self.dtype)
         layers = [f"layers.{i}" for i in range(self.config.num_hidden_layers)]
         last = ["mtp"] if self.skeleton.mtp is not None else []
         self.stages = ["embed_tokens", *layers, "norm", "lm_head", *last]
@@ -213,7 +222,7 @@ class Loader:
         tied = name == "lm_head.weight" and self.config.tie_word_embeddings
         return "embed_tokens.weight" if tied else name
 
-    def _nodes_of(self, swaps: Swaps) -> dict[str, Replacement]:
+    def _nodes_of(self, swaps: list[tuple[str, Replacement]]) -> dict[str, Replacement]:
         """The replacements, by the names of the nodes that they replace."""
         return {
             name: replacement

@@ -9,16 +9,21 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase, translate
 from itertools import accumulate
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import nn
 
+from qwen35.arguments import shown
 from qwen35.errors import InputError
 from qwen35.node_error import NodeError, definition, told, watch
+from qwen35.user_file import load_file, name_of
+
+A_CLASS = "MODULE:CLASS or FILE.py:CLASS"
 
 
 class Replacement(Protocol):
@@ -27,9 +32,17 @@ class Replacement(Protocol):
     def from_reference(self, module: nn.Module) -> nn.Module: ...
 
 
+# (pattern of node names, replacement), or `PATTERN=MODULE:CLASS`
+Swaps = Sequence[tuple[str, Replacement | str] | str]
+
+
 def matching(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     """The modules whose dotted name fits a glob (`*` also spans dots). InputError, with the nearest
-    names, when there is none."""
+    names, when there is none, and for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model = {shown(model)}; expected a loaded model, as qwen35.load gives it"
+        )
     named = {name: module for name, module in model.named_modules() if name}
     found = {name: module for name, module in named.items() if fnmatchcase(name, pattern)}
     if not found:
@@ -69,7 +82,7 @@ def outermost(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
     return {n: module for n, module in found.items() if not any(p in found for p in parents(n))}
 
 
-def swap(model: nn.Module, pattern: str, replacement: Replacement) -> list[str]:
+def swap(model: nn.Module, pattern: str, replacement: Replacement | str) -> list[str]:
     """Replace every node that fits `pattern` by `replacement.from_reference(node)`; return their names.
 
     Nodes are replaced one by one; each old one is released before the next is packed. InputError when no
@@ -77,8 +90,9 @@ def swap(model: nn.Module, pattern: str, replacement: Replacement) -> list[str]:
     forward has other parameters than the old one's; NodeError when `from_reference` breaks.
     """
     names = list(outermost(matching(model, pattern)))
+    made = as_replacement(replacement)
     for name in names:
-        model.set_submodule(name, instead(name, model.get_submodule(name), replacement))
+        model.set_submodule(name, instead(name, model.get_submodule(name), made))
     return names
 
 
@@ -94,7 +108,7 @@ def replaced(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def swapped(model: nn.Module, pattern: str, replacement: Replacement) -> Iterator[list[str]]:
+def swapped(model: nn.Module, pattern: str, replacement: Replacement | str) -> Iterator[list[str]]:
     """`swap` until the end of the block, to compare two variants. The old nodes stay in memory."""
     before = outermost(matching(model, pattern))
     try:
@@ -127,19 +141,57 @@ def instead(name: str, module: nn.Module, replacement: Replacement) -> nn.Module
     return fresh
 
 
-def parse_swap(text: str) -> tuple[str, Replacement]:
-    """Parse `PATTERN=package.module:Class` into the pattern and the class. InputError where it fails."""
+def parse_swap(text: str, what: str = "--swap") -> tuple[str, Replacement]:
+    """Parse `PATTERN=package.module:Class` or `PATTERN=file.py:Class` into the pattern and the class.
+    what: the argument's name, for errors. InputError where it fails."""
     pattern, _, path = text.partition("=")
-    module, _, name = path.partition(":")
-    if not (pattern and module and name):
-        raise InputError(f"--swap {text!r}; expected PATTERN=MODULE:CLASS")
+    if not pattern or not path:
+        raise InputError(f"{what} {text!r}; expected PATTERN={A_CLASS}")
+    return pattern, class_at(path, f"{what} {text!r}", f"PATTERN={A_CLASS}")
+
+
+def class_at(path: str, what: str, expected: str = A_CLASS) -> Replacement:
+    """The class at `package.module:Class` or `file.py:Class`. what: begins an error."""
+    module, _, name = path.rpartition(":")
+    if not (module and name):
+        raise InputError(f"{what}; expected {expected}")
+    is_file = module.endswith(".py")
+    if is_file and not Path(module).is_file():
+        raise InputError(f"{what}: {module}: no such file")
     try:
-        imported = importlib.import_module(module)
+        imported = load_file(module) if is_file else importlib.import_module(module)
     except (Exception, SystemExit) as error:  # importing the module runs the user's code
-        raise InputError(f"--swap {text!r}: {told(error, module)}") from error
+        own = name_of(module) if is_file else module
+        raise InputError(f"{what}: {told(error, own)}") from error
     found = getattr(imported, name, None)
     if found is None:
-        raise InputError(f"--swap {text!r}: {module} has no {name}")
+        raise InputError(f"{what}: {module} has no {name}")
+    return _checked(found, f"{what}: {name}")
+
+
+def as_replacement(given: Replacement | str) -> Replacement:
+    """A class, or the class that a text names as the command line does."""
+    if isinstance(given, str):
+        return class_at(given, f"replacement {given!r}")
+    return _checked(given, f"replacement {shown(given)}")
+
+
+def as_swaps(swaps: Swaps | str) -> list[tuple[str, Replacement]]:
+    """Pairs (pattern, class) from such pairs, or from the command line's `PATTERN=MODULE:CLASS`."""
+    found: list[tuple[str, Replacement]] = []
+    for given in [swaps] if isinstance(swaps, str) else swaps:
+        if isinstance(given, str):
+            found.append(parse_swap(given, "swaps"))
+        elif isinstance(given, Sequence) and len(given) == 2 and isinstance(given[0], str):
+            found.append((given[0], as_replacement(given[1])))
+        else:
+            raise InputError(
+                f"swaps: {shown(given)}; expected pairs (PATTERN, class) or PATTERN={A_CLASS}"
+            )
+    return found
+
+
+def _checked(found: Any, what: str) -> Replacement:
     if not hasattr(found, "from_reference"):
-        raise InputError(f"--swap {text!r}: {name} has no from_reference")
-    return pattern, found
+        raise InputError(f"{what} has no from_reference")
+    return found

@@ -43,7 +43,8 @@ def build_parser() -> Parser:
     candidate = parser.add_argument_group("candidate (default: MODEL itself, in --dtype)")
     candidate.add_argument(
         "--swap", action="append", default=[], metavar="PATTERN=MODULE:CLASS",
-        help="replace the nodes that fit; CLASS has from_reference(node); may be repeated",
+        help="replace the nodes that fit; CLASS, also FILE.py:CLASS, has from_reference(node); "
+        "may be repeated",
     )  # fmt: skip
     against = "another checkpoint, a trace, or the same folder in the transformers library"
     candidate.add_argument("--against", metavar="MODEL|TRACE|transformers", help=against)

@@ -1,7 +1,5 @@
 """Load launches of a user's own kernels from a function in a Python file (`--kernel FILE:NAME`)."""
 
-import importlib.util
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +8,7 @@ from typing import Any
 
 from fast.launch import Launch
 from qwen35.errors import InputError
+from qwen35.user_file import load_file
 
 
 def launches_of(kernel: str) -> Callable[[str], Iterable[Launch]]:
@@ -22,12 +21,8 @@ def launches_of(kernel: str) -> Callable[[str], Iterable[Launch]]:
     path = Path(file)
     if not (name.isidentifier() and path.suffix == ".py" and path.is_file()):
         raise InputError(f"--kernel {kernel!r}; expected FILE.py:NAME, of a file that exists")
-    spec = importlib.util.spec_from_file_location(f"kernels in {path.name}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up their module there
     with _blamed(kernel, path):
-        spec.loader.exec_module(module)
+        module = load_file(file)
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"--kernel {kernel!r}: {path} has no function {name}")
