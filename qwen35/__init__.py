@@ -61,7 +61,8 @@ class _FrontDoor(ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *MODULES})
+        special = {name for name in super().__dir__() if name.startswith("__")}
+        return sorted({*special, *MODULES})
 
 
 sys.modules[__name__].__class__ = _FrontDoor

@@ -6,16 +6,19 @@ text.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from qwen35.arguments import checked, shown, token_ids
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
 from qwen35.generation import Generation
+from qwen35.load import load
 from qwen35.logprobs import TokenLogprobs
 from qwen35.messages import Answer, parse_messages, parse_tools, split_reasoning
 from qwen35.prefix.cache import PrefixCache
@@ -28,6 +31,14 @@ NEW_TOKENS = 128  # default for a prompt that is no conversation
 DRAFTS = 3
 
 
+KINDS: dict[str, type] = {
+    "max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float,
+    "repetition_penalty": float, "presence_penalty": float, "seed": int, "ignore_eos": bool,
+    "stop": str, "draft_tokens": int, "prefill_chunk": int, "digest": bool, "logprobs": int,
+    "thinking": bool, "chat_template_kwargs": dict, "allow_special_tokens": bool,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to continue a prompt. None means the default of the checkpoint's files or of the model.
@@ -37,7 +48,7 @@ class Settings:
     temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty: see `sampling.Sampling`. A
         conversation takes what generation_config.json advises; a prompt is continued greedily.
     ignore_eos: go on after an end-of-text token.
-    stop: texts that end the answer and are not part of it.
+    stop: texts that end the answer and are not part of it, or one text.
     draft_tokens: drafts per round; None is 3 if the model has an MTP head, else 0.
     prefill_chunk: prompt tokens per pass, a multiple of 64.
     digest: hash the logits.
@@ -56,7 +67,7 @@ class Settings:
     presence_penalty: float | None = None
     seed: int = 0
     ignore_eos: bool = False
-    stop: Sequence[str] = ()
+    stop: Sequence[str] | str = ()
     draft_tokens: int | None = None
     prefill_chunk: int = 2048
     digest: bool = False
@@ -66,8 +77,11 @@ class Settings:
     allow_special_tokens: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
-            raise InputError(f"stop = {self.stop!r}; expected texts of at least one character")
+        for own in fields(self):
+            value = getattr(self, own.name)
+            if value is not None or own.default is not None:
+                # The way to set a field of a frozen dataclass: one text becomes a tuple of it.
+                object.__setattr__(self, own.name, checked(own.name, value, KINDS[own.name]))
 
     def sampling(self, defaults: Defaults, vocab: int | None, *, conversation: bool) -> Sampling:
         """The sampling settings. In a conversation, the checkpoint's advice replaces those that are
@@ -220,8 +234,10 @@ class Completer:
 
     def prompt(self, given: Any, settings: Settings, *, tools: Any = None) -> Prompt:
         """Encode a text, ids, or a conversation (a list of messages). InputError for anything else."""
-        if isinstance(given, list) and all(type(i) is int for i in given):
-            return Prompt(given)
+        if (ids := token_ids(given)) is not None:
+            return Prompt(ids)
+        if not isinstance(given, str) and not _are_messages(given):
+            raise InputError(f"prompt = {shown(given)}; expected a text, token ids or messages")
         if self.tokenizer is None:
             raise InputError(
                 f"{self.model.folder}: there is no tokenizer.json, so a prompt has to be given as ids"
@@ -264,6 +280,10 @@ class Completer:
         return Completion(generation, self.tokenizer, prompt, stop)
 
 
+def _are_messages(given: Any) -> bool:
+    return isinstance(given, list) and all(isinstance(message, Mapping) for message in given)
+
+
 @lru_cache(maxsize=4)
 def _beside(folder: Path, model: Model) -> tuple[Tokenizer | None, Defaults]:
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
@@ -271,8 +291,8 @@ def _beside(folder: Path, model: Model) -> tuple[Tokenizer | None, Defaults]:
 
 
 def generate(
-    model: Model,
-    prompt: str | list[int] | list[dict[str, Any]],
+    model: Model | str | Path,
+    prompt: str | Sequence[int] | Tensor | list[dict[str, Any]],
     *,
     tools: list[dict[str, Any]] | None = None,
     prefix_cache: PrefixCache | None = None,
@@ -281,7 +301,8 @@ def generate(
 ) -> Completion:
     """Continue a prompt. Returns a Completion, which prints as its text.
 
-    model: from `load`. prompt: a text, token ids, or messages ({"role": ..., "content": ...}).
+    model: from `load`; a name or folder is loaded, at each call. prompt: a text, token ids (a list
+    or a tensor [T]), or messages ({"role": ..., "content": ...}).
     tools: functions that a conversation offers. prefix_cache: stores prefixes for later prompts.
     on_text: called with each piece of text as it comes. settings: fields of `completion.Settings`,
     with the names of the command line's options: max_new_tokens, temperature, seed, stop, ...
@@ -295,6 +316,8 @@ def generate(
     if unknown:
         known = ", ".join(Settings.__dataclass_fields__)
         raise InputError(f"unknown setting {min(unknown)!r}; known are {known}")
+    if not isinstance(model, Model):
+        model = load(model)
     if model.folder is None:
         raise InputError("the model was not loaded from a folder, so it has no tokenizer")
     completer = Completer(model, *_beside(model.folder, model), prefix_cache)

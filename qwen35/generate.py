@@ -195,17 +195,14 @@ def _serve(file: str, completer: Completer, settings: Settings, load_s: float, r
     A request whose logits are NaN or infinite fails alone: its line has `error`, and the status is 2.
     """
     requests = parse_requests(ranks.share(lambda: read_text(file)), file, completer, settings)
-    queue = [
-        (request.id, completer.complete(request.prompt, request.settings)) for request in requests
-    ]
     status = 0
-    for name, completion in queue:
+    for request in requests:
         try:
-            show(completion, quiet=True)
-            found = _document(completion, load_s)
+            show(request.completion, quiet=True)
+            found = _document(request.completion, load_s)
         except NotFiniteError as error:
             found, status = {"error": str(error)}, 2
-        print_json(found if name is None else {"id": name} | found)
+        print_json(found if request.id is None else {"id": request.id} | found)
     return status
 
 

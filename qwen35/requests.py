@@ -5,27 +5,28 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwen35.completion import Completer, Settings
+from qwen35.completion import Completer, Completion, Settings
 from qwen35.errors import InputError
 from qwen35.messages import parse_messages
 from qwen35.tokenizer import Prompt
 
 PROMPTS = ("prompt", "prompt_ids", "messages")
-SETTINGS: dict[str, type] = {
-    "max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float,
-    "repetition_penalty": float, "presence_penalty": float, "seed": int, "draft_tokens": int,
-    "logprobs": int, "ignore_eos": bool, "stop": list, "chat_template_kwargs": dict,
-}  # fmt: skip
+SETTINGS = (
+    "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "presence_penalty", "seed", "draft_tokens", "logprobs", "ignore_eos", "stop",
+    "chat_template_kwargs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Request:
     """One request. id: any JSON value, or None. settings: those of the request, then those of the
-    command."""
+    command. completion: what answers it, which does not run yet."""
 
     id: Any
     prompt: Prompt
     settings: Settings
+    completion: Completion
 
 
 def parse_requests(text: str, where: str, completer: Completer, common: Settings) -> list[Request]:
@@ -63,22 +64,12 @@ def parse_request(line: str, completer: Completer, common: Settings) -> Request:
     if "tools" in request and "messages" not in request:
         raise InputError("tools are offered, but there are no messages")
     _check_echo(request.get("id"))
-    settings = replace(
-        common, **{name: _setting(name, request[name]) for name in SETTINGS if name in request}
-    )
+    settings = replace(common, **{name: request[name] for name in SETTINGS if name in request})
     said = _said(given[0], request[given[0]])
     prompt = completer.prompt(said, settings, tools=request.get("tools"))
-    return Request(request.get("id"), prompt, settings)
-
-
-def _setting(name: str, value: Any) -> Any:
-    kind = SETTINGS[name]
-    if name == "stop" and isinstance(value, str):
-        return (value,)
-    kinds = (int, float) if kind is float else kind
-    if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
-        raise InputError(f"{name} = {value!r}; expected {kind.__name__}")
-    return tuple(value) if name == "stop" else value
+    # Made here, so that an error of it has the number of the line.
+    completion = completer.complete(prompt, settings)
+    return Request(request.get("id"), prompt, settings, completion)
 
 
 def _said(name: str, value: Any) -> Any:

@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen35.arguments import checked, shown
 from qwen35.cache import Cache, State
-from qwen35.compare.judge import Judge, Mode, Report
+from qwen35.compare.judge import MODES, Judge, Mode, Report
+from qwen35.compare.trace import prompt_ids
 from qwen35.errors import InputError
 from qwen35.load import Loader, Swaps, locate
 from qwen35.node_error import blaming, check_alike
@@ -52,23 +54,24 @@ Calls = dict[str, Call]
 
 @torch.inference_mode()
 def diff(
-    reference: str | Path,
-    ids: Sequence[int],
+    reference: str | Path | Model,
+    ids: Sequence[int] | Tensor | str,
     *,
     candidate: str | Path | Model | dict[str, Tensor] | None = None,
     swaps: Swaps = (),
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     mode: Mode = "local",
-    oracle_dtype: torch.dtype = torch.float32,
+    oracle_dtype: torch.dtype | str = torch.float32,
     decode: int = 6,
     stages: Callable[[str], bool] = lambda stage: True,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
     ranks: Ranks = ALONE,
 ) -> Report:
-    """Compare a candidate with the reference of a checkpoint over `ids`, teacher-forced.
+    """Compare a candidate with the reference of a checkpoint over `ids` or a text, teacher-forced.
 
-    reference: a folder, a hub id, or "tiny". candidate: a built model; another checkpoint; a trace
+    reference: a folder, a hub id, or "tiny"; a built model is the candidate, and its folder the
+    reference. candidate (`--against`): a built model; another checkpoint; a trace
     (node -> output of one pass over `ids`, compared free); None: the same checkpoint in `dtype`
     with `swaps`. decode: how many of the last ids are decoded. stages: which are compared; those
     before the last of them are run, the rest is not. device: where all sides run; None: the device
@@ -79,12 +82,25 @@ def diff(
     InputError for bad folders, other shapes than the reference's, and ids that the model cannot
     take. NodeError for a swapped node that fails, or returns another shape or kind of numbers.
     """
+    if mode not in MODES:
+        raise InputError(f"mode = {shown(mode)}; expected {' or '.join(MODES)}")
+    if checked("decode", decode, int) < 0:
+        raise InputError(f"decode = {decode}; expected an integer >= 0")
+    if not callable(stages):
+        raise InputError(f"stages = {shown(stages)}; expected a function of a stage's name")
+    if isinstance(reference, Model):
+        if candidate is not None or reference.folder is None:
+            raise InputError("reference is a built model; expected 'tiny', a folder or a hub id")
+        reference, candidate = reference.folder, reference
+    if isinstance(candidate, Model | dict) and (swaps or dtype is not None):
+        raise InputError("swaps and dtype are of a candidate that is loaded; this one is built")
     if device is None:
         is_built = isinstance(candidate, Model)
         device = candidate.embed_tokens.weight.device if is_built else "cpu"
     folder = locate(reference)
+    ids = prompt_ids(ids, folder)
     oracle = Loader(folder, dtype=oracle_dtype, device=device)
-    oracle.config.check_prompt(list(ids), new_tokens=0)
+    oracle.config.check_prompt(ids, new_tokens=0)
     sources: list[Loader | Model | dict[str, Tensor]] = [oracle]
     sources.append(Loader(folder, dtype=torch.bfloat16, device=device))
     if isinstance(candidate, Model | dict):
@@ -95,7 +111,7 @@ def diff(
     plan = passes(len(ids), min(decode, len(ids) - 1))
     if isinstance(candidate, dict):
         mode, plan = "free", [("prefill", 0, len(ids))]
-    sides = [Side(source, torch.tensor([list(ids)], device=device), plan) for source in sources]
+    sides = [Side(source, torch.tensor([ids], device=device), plan) for source in sources]
     oracle.config.check_same_shape(sides[2].whole or oracle.config)
     chosen = [name for name in oracle.stages if stages(name)]
     if not chosen:

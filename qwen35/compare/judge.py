@@ -9,12 +9,13 @@ finite.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 Mode = Literal["local", "free"]
+MODES: tuple[str, ...] = get_args(Mode)
 BINS = 24  # of a histogram; each is a factor of 2 wide, see `Row`
 MOST = 1e300  # replaces infinity, which JSON lacks
 FEWEST = 32  # fewest elements whose mean square is judged

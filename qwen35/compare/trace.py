@@ -1,15 +1,19 @@
 """Traces: the outputs of a model's nodes, by name, for one prompt."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+from qwen35.arguments import shown, token_ids
 from qwen35.errors import InputError
+from qwen35.load import load
 from qwen35.node_error import blaming
 from qwen35.swap import nodes
 from qwen35.tokenizer import Tokenizer
@@ -20,9 +24,15 @@ TRACED = ("reference.", "fast.")  # packages whose locals a trace may have
 
 @torch.inference_mode()
 def trace(
-    model: Model, ids: list[int] | str, pattern: str = "*", *, named_locals: bool = False
+    model: Model | str | Path,
+    ids: Sequence[int] | Tensor | str,
+    pattern: str = "*",
+    *,
+    named_locals: bool = False,
 ) -> dict[str, Tensor]:
     """Run `ids`, or a text, from an empty cache. Returns name -> output for each matching node.
+
+    model: from `load`; a name or folder is loaded.
 
     `lm_head` holds the logits of all positions [B, T, vocab]. A node with several outputs gives
     name.0, name.1, ... (a router: the experts, their weights). An expert that no token reached has
@@ -33,10 +43,9 @@ def trace(
     `fast` that it calls, had bound to names when they returned, as in `layers.0.linear_attn:beta`
     and `layers.0.linear_attn:chunk.state`.
     """
-    if isinstance(ids, str):
-        if model.folder is None:
-            raise InputError("this model has no folder with a tokenizer; trace takes its token ids")
-        ids = Tokenizer(model.folder).encode(ids)
+    if not isinstance(model, Model):
+        model = load(model)
+    ids = prompt_ids(ids, model.folder)
     model.config.check_prompt(ids, new_tokens=0)
     found = nodes(model, pattern)
     cache = model.new_cache()
@@ -51,6 +60,18 @@ def trace(
             with recording(mtp_nodes, outputs, named_locals):
                 model.draft(tokens[:, 1:], hidden[:, :-1], cache)
     return outputs
+
+
+def prompt_ids(given: Any, folder: Path | None) -> list[int]:
+    """Token ids from ids or a text. folder: has the tokenizer. InputError for anything else."""
+    if isinstance(given, str):
+        if folder is None:
+            raise InputError("this model has no folder with a tokenizer; token ids are expected")
+        return Tokenizer(folder).encode(given)
+    ids = token_ids(given)
+    if ids is None:
+        raise InputError(f"ids = {shown(given)}; expected token ids or a text")
+    return ids
 
 
 def _is_mtp(name: str) -> bool:

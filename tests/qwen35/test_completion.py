@@ -73,10 +73,11 @@ def test_a_stop_string_ends_a_text(model: Model) -> None:
         assert again.token_ids == cut.token_ids
 
 
-@pytest.mark.parametrize("stop", ["END", [""], [5]])
+@pytest.mark.parametrize("stop", ["", [""], [5], 5, True])
 def test_bad_stop_strings(stop: Any) -> None:
     with pytest.raises(InputError, match="stop = "):
         Settings(stop=stop)
+    assert Settings(stop="END").stop == ("END",)
 
 
 # --- limits and thoughts --------------------------------------------------------------------------
@@ -180,9 +181,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "prompt of a kind": ({"prompt": [1]}, "prompt is list; expected text"),
     "ids of a kind": ({"prompt_ids": [True]}, "prompt_ids: a list of integers"),
     "stop": ({"prompt": "x", "stop": [""]}, "stop = "),
-    "stop of a kind": ({"prompt": "x", "stop": 5}, "stop = 5; expected list"),
-    "kwargs": ({"prompt": "x", "chat_template_kwargs": []}, "chat_template_kwargs = .*expected dict"),
-    "temperature": ({"prompt": "x", "temperature": "hot"}, "temperature = 'hot'; expected float"),
+    "stop of a kind": ({"prompt": "x", "stop": 5}, "stop = 5; expected a text or a list"),
+    "kwargs": ({"prompt": "x", "chat_template_kwargs": []}, "chat_template_kwargs = .*an object"),
+    "temperature": ({"prompt": "x", "temperature": "hot"}, "temperature = 'hot'; expected a number"),
+    "empty prompt": ({"prompt": ""}, "the prompt is empty"),
+    "seed": ({"prompt": "x", "seed": -1}, "seed = -1; expected an integer"),
+    "limit": ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens = 0; expected at least 1"),
     "surrogate in the id": ({"prompt": "x", "id": "\ud83d"}, "id cannot be printed"),
     "surrogate in the prompt": ({"prompt": "\ud83d"}, "the text is not UTF-8: character 0"),
     "surrogate in a message": (
