@@ -58,7 +58,11 @@ def _said(completion: Completion, *, stopped: bool) -> Message:
     count = len(completion.token_ids)
     cause = f"Ctrl-C after {count} tokens" if stopped else f"the limit of {count} tokens"
     if not answer.finished:
-        say(f"no answer: {cause} cut the thought, which is not part of the conversation")
+        rest = "the thought, which is not part of the conversation"
+        if not stopped and completion.finish_reason == "stop":
+            say(f"no answer: the text ended inside {rest}; --no-thinking asks for none")
+        else:
+            say(f"no answer: {cause} cut {rest}")
         return {"role": "assistant", "content": ""}
     if stopped and answer.content:
         say(f"{cause}: the answer so far is part of the conversation; Ctrl-C here ends it")

@@ -238,6 +238,30 @@ def test_what_of_a_stopped_answer_is_kept(
     assert out.splitlines()[-1] == "AAAAA"
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"max_new_tokens": 3}, "no answer: the limit of 3 tokens cut the thought"),
+        ({"stop": ["AAA"]}, "no answer: the text ended inside the thought"),
+    ],
+    ids=["limit", "end"],
+)
+def test_why_a_thought_is_no_answer(
+    endless: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any],
+    line: str,
+) -> None:
+    """A limit is named only where it cut something."""
+    tokenizer, model = Tokenizer(endless), load(endless)
+    completer = Completer(model, tokenizer, Defaults.of_folder(endless, model.config, tokenizer))
+    monkeypatch.setattr(sys, "stdin", StringIO("\n"))
+    converse(completer, Settings(thinking=True, draft_tokens=0, **settings), [], "Hi")
+    err = capsys.readouterr().err
+    assert line in err and err.count("no answer") == 1
+
+
 @pytest.mark.usefixtures("default_handler")
 def test_over_several_ranks_an_interrupt_ends_the_program(
     endless: Path, monkeypatch: pytest.MonkeyPatch
