@@ -175,6 +175,7 @@ def run(
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see qwen35/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    _open_closed_streams()
     _never_fail_to_print()
     args = parser.parse_args(argv)
     args.command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
@@ -215,6 +216,15 @@ def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _open_closed_streams() -> None:
+    """Read nothing from, and write nowhere to, a standard stream that was closed when the process
+    began, as `<&-` and some supervisors do. Python has None for it."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _never_fail_to_print() -> None:

@@ -110,3 +110,28 @@ def test_python_has_its_handler_back_when_the_work_begins() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert seen == [signal.default_int_handler]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "out", "err"),
+    [
+        ("qwen35.generate --prompt-file - <&-", 2, "", "the prompt is empty"),
+        ("qwen35.generate --chat <&-", 0, "", ">"),
+        ("qwen35.generate x --max-new-tokens 1 --break layers.0 <&-", 130, "(Pdb)", ""),
+        ("tools.inspect tiny >&-", 0, "", ""),
+        ("tools.diff tiny --layers 0 --random 4 --json >&-", 0, "", ""),
+        ("qwen35.generate 'In the' --max-new-tokens 1 2>&-", 0, " ", ""),
+        ("qwen35.generate --nothing <&- >&- 2>&-", 2, "", ""),
+    ],
+)
+def test_a_closed_standard_stream_is_an_empty_one(
+    words: str, status: int, out: str, err: str
+) -> None:
+    """As cron and some supervisors start a process; Python has None for it."""
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m {words}"], capture_output=True, text=True,
+        cwd=Path(__file__).parents[2], check=False,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert out in done.stdout and err in done.stderr and "Traceback" not in done.stderr
+    assert bool(out) == bool(done.stdout)
