@@ -87,7 +87,7 @@ def build_parser() -> Parser:
         f"{SIZE_RULE}. Default: 4G")  # fmt: skip
     add("--break", dest="break_in", metavar="NODE",
         help="stop in pdb inside of this node's forward, as in layers.3.linear_attn")  # fmt: skip
-    add("--break-at", type=int, default=0, metavar="TOKEN",
+    add("--break-at", type=int, metavar="TOKEN",
         help="with --break: in the pass that computes this position (default 0)")  # fmt: skip
     add_ranks(parser)
     add("--json", action="store_true", help="print one JSON document instead of a stream")
@@ -98,6 +98,8 @@ def build_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.break_at is not None and args.break_in is None:
+        raise InputError(f"--break-at {args.break_at} goes with --break NODE")
     if args.break_in is not None and args.ranks.size > 1:
         raise InputError(f"--break {args.break_in} stops one process; --tp is {args.tp}")
     prompt = _prompt(args)
@@ -115,14 +117,27 @@ def main(args: argparse.Namespace) -> int:
         Config.from_file(folder / "config.json").check_prompt(ids, new_tokens=1)
     model = _load(args, folder)
     load_s = time.perf_counter() - started
-    if args.break_in is not None:
-        break_in(model, args.break_in, args.break_at)
+    at = args.break_at or 0
+    waiting = [] if args.break_in is None else break_in(model, args.break_in, at)
     if model.mtp is None and args.draft_tokens is None:
         say(f"{folder}: no MTP head in this checkpoint, drafting is off")
     defaults = Defaults.of_folder(folder, model.config, tokenizer)
     if defaults.warning:
         say(f"{folder}: {defaults.warning}")
     completer = Completer(model, tokenizer, defaults, _prefix_cache(args, model, folder))
+    status = _answer(args, completer, prompt, settings, load_s)
+    if waiting:
+        more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
+        say(f"--break {args.break_in}: it did not stop in {waiting[0]}{more}, which did not run in a "
+            f"pass over position {at}")  # fmt: skip
+    return status
+
+
+def _answer(
+    args: argparse.Namespace, completer: Completer, prompt: str | list[int] | None,
+    settings: Settings, load_s: float,
+) -> int:  # fmt: skip
+    """Answer the requests, the conversation or the prompt. Returns the exit status."""
     if args.requests:
         return _serve(args.requests, completer, settings, load_s, args.ranks)
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]

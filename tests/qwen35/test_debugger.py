@@ -48,11 +48,38 @@ def test_a_node_of_the_mtp_head() -> None:
     assert stopped.stdout.count("in mtp.layers.0.self_attn") == 1
 
 
+@pytest.mark.parametrize("commands", ["q\n", "n\nq\n", "", "r\nq\n"], ids=repr)
+def test_leaving_the_debugger_ends_the_program(commands: str) -> None:
+    """With q, or at the end of the input, also where the forward returns; as Ctrl-C does."""
+    left = generate("--break", "layers.3.mlp", commands=commands)
+    assert (left.returncode, left.stderr.strip()) == (130, ""), left.stderr
+    assert left.stdout.count("in layers.3.mlp") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("layers.0", "--break-at", "9999"), "stop in layers.0, which did not run in a pass over "
+         "position 9999"),
+        (("layers.*.mlp.experts.3",), "mlp.experts.3 and 7 more, which did not run"),
+    ],
+)  # fmt: skip
+def test_where_it_never_stopped_is_said(options: tuple[str, ...], words: str) -> None:
+    done = generate("--break", *options)
+    assert done.returncode == 0 and words in done.stderr.splitlines()[-1]
+
+
+def test_a_stop_begins_a_line() -> None:
+    done = generate("--break", "layers.0", "--break-at", "5", commands="c\n")
+    assert "\nin layers.0, " in done.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (("--break", "layers.99.mlp"), "pattern 'layers.99.mlp' matches no node; the nearest are"),
         (("--break", "layers.1.mlp", "--break-at", "-1"), "break at token -1"),
+        (("--break-at", "5"), "--break-at 5 goes with --break NODE"),
     ],
 )
 def test_bad_breaks(options: tuple[str, ...], words: str) -> None:
@@ -64,6 +91,7 @@ def test_bad_breaks(options: tuple[str, ...], words: str) -> None:
 
 def test_the_names_come_back() -> None:
     model = load("tiny")
-    assert break_in(model, "layers.3.*attn") == ["layers.3.self_attn"]
+    names = break_in(model, "layers.3.*attn")
+    assert names == ["layers.3.self_attn"]
     with pytest.raises(InputError):
         break_in(model, "nothing")
