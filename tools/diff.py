@@ -195,6 +195,8 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"--against {args.against} is not cut over ranks; --tp is {args.tp}")
     candidate: Path | dict[str, Tensor] | None = None
     if args.against == "transformers":
+        if args.swap:
+            raise InputError(f"--swap {args.swap[0]!r} goes with MODEL, not with transformers")
         ids = prompt_ids(args, folder)
         candidate = trace_of_transformers(folder, ids, DTYPES[args.dtype or "bfloat16"])
     elif _is_trace(args.against):
@@ -207,9 +209,11 @@ def main(args: argparse.Namespace) -> int:
         candidate = locate(args.against, args.ranks) if args.against else None
         ids = prompt_ids(args, folder)
     swaps = [parse_swap(text) for text in args.swap]
+    # transformers has computed in --dtype already.
+    dtype = None if isinstance(candidate, dict) else DTYPES.get(args.dtype)
     with Progress("stages") as bar:
         report = diff(
-            folder, ids, candidate=candidate, swaps=swaps, dtype=DTYPES.get(args.dtype),
+            folder, ids, candidate=candidate, swaps=swaps, dtype=dtype,
             mode=args.mode, oracle_dtype=DTYPES[args.oracle], decode=args.decode,
             stages=chosen_stages(args.layers), device=args.device, progress=bar.at,
             ranks=args.ranks,
