@@ -203,7 +203,8 @@ class PrefixCache:
                 return False
             problem = self.store.write(segment, ids, tensors)
             if problem:
-                self._warn_once(f"nothing is kept: {problem}")
+                beyond = f" beyond token {segment.first}" if segment.first else ""
+                self._warn_once(f"nothing is kept{beyond}: {problem}")
                 return False
         if parent_is_there and self.store.pin(segment.key):
             reuse.pinned.append(segment.key)
