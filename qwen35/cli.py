@@ -22,6 +22,7 @@ from qwen35.threads import set_threads
 if TYPE_CHECKING:
     import torch
 
+MOST_THREADS = 1024
 CHECKPOINT = "a checkpoint: a folder, a hub id, or `tiny`, the embedded one (default)"
 
 
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
         self.add_argument("--version", action="version", version=f"qwen35 {installed('qwen35')}")
         if computes:
-            self.add_argument("--threads", type=at_least_one, metavar="N",
+            self.add_argument("--threads", type=thread_count, metavar="N",
                               help="torch threads (default: one for a hidden size below 1,024, otherwise "
                                    "what torch chooses)")  # fmt: skip
 
@@ -107,6 +108,15 @@ def parse_ids(text: str) -> list[int]:
 def at_least_one(text: str) -> int:
     """Parse an integer that is at least 1."""
     return _at_least(1, text)
+
+
+def thread_count(text: str) -> int:
+    """Parse a number of threads. Far more than any machine has processors end the process in
+    torch's thread pool, without an exception."""
+    count = at_least_one(text)
+    if count > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of at most {MOST_THREADS:,}")
+    return count
 
 
 def at_least_zero(text: str) -> int:

@@ -58,6 +58,19 @@ def test_threads_are_set_before_the_work(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked == [3]
 
 
+@pytest.mark.parametrize("count", ["1025", "20000", "100000"])
+def test_more_threads_than_any_machine_has_are_refused(
+    count: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line; torch's thread pool would end the process."""
+    with pytest.raises(SystemExit) as ended:
+        run(Parser("x", "y"), lambda args: 0, ["--threads", count])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        f"x: argument --threads: '{count}'; expected a number of at most 1,024\n"
+    )
+
+
 def test_a_command_that_computes_nothing_has_no_threads() -> None:
     with pytest.raises(SystemExit):
         Parser("x", "y", computes=False).parse_args(["--threads", "3"])

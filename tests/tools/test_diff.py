@@ -283,7 +283,10 @@ def test_a_trace_of_a_model_without_mtp(tmp_path: Path, capsys: pytest.CaptureFi
     [
         (("--swap", f"layers.9*={HERE}:Swapped"), ["layers.9*", "matches no node", "layers."]),
         (("--swap", "layers.1"), ["PATTERN=MODULE:CLASS"]),
-        (("--swap", "norm=a:B", "--against", "transformers"), ["--swap 'norm=a:B' goes with MODEL"]),
+        (
+            ("--swap", "norm=a:B", "--against", "transformers"),
+            ["--swap 'norm=a:B' goes with MODEL"],
+        ),
         (("--swap", "layers.1=nowhere:X"), ["nowhere"]),
         (("--swap", f"layers.1={HERE}:IDS"), ["from_reference"]),
         (("--layers", "x"), ["'x'", "0-3"]),
