@@ -54,7 +54,10 @@ class Parser(argparse.ArgumentParser):
                           help="the same" if alone else help)  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {one_line(message)}\n")
+        # All processes of one torchrun have the same arguments, so its first one speaks for them.
+        # Whoever starts ranks otherwise may give each its own, so each speaks for itself.
+        has_same = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+        self.exit(2, None if has_same else f"{self.prog}: {one_line(message)}\n")
 
 
 class _Once(argparse.Action):

@@ -71,6 +71,35 @@ def test_more_threads_than_any_machine_has_are_refused(
     )
 
 
+@pytest.mark.parametrize(
+    ("environment", "speaks"),
+    [
+        ({}, True),
+        (
+            {"RANK": "1", "LOCAL_RANK": "1"},
+            True,
+        ),  # started by hand, maybe with arguments of its own
+        ({"RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, True),
+        ({"RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, False),
+        ({"RANK": "8", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}, True),  # of another host
+    ],
+)
+def test_bad_arguments_of_all_ranks_are_told_once(
+    environment: dict[str, str],
+    speaks: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        Parser("x", "y").parse_args(["--tp", "3"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == ("x: unrecognized arguments: --tp 3\n" if speaks else "")
+
+
 def test_a_command_that_computes_nothing_has_no_threads() -> None:
     with pytest.raises(SystemExit):
         Parser("x", "y", computes=False).parse_args(["--threads", "3"])
