@@ -50,7 +50,7 @@ class Settings:
     ignore_eos: go on after an end-of-text token.
     stop: texts that end the answer and are not part of it, or one text.
     draft_tokens: drafts per round; None is 3 if the model has an MTP head, else 0.
-    prefill_chunk: prompt tokens per pass, a multiple of 64.
+    prefill_chunk: prompt tokens per pass, a multiple of 64; None is as many as fit (`qwen35.chunk`).
     digest: hash the logits.
     logprobs: compute the log probabilities of each token and of this many likeliest ids (None: no).
     thinking: whether to think in a conversation; None lets the chat template decide.
@@ -69,7 +69,7 @@ class Settings:
     ignore_eos: bool = False
     stop: Sequence[str] | str = ()
     draft_tokens: int | None = None
-    prefill_chunk: int = 2048
+    prefill_chunk: int | None = None
     digest: bool = False
     logprobs: int | None = None
     thinking: bool | None = None

@@ -57,10 +57,10 @@ def build_parser() -> Parser:
     )
     add(
         "--prefill-chunk",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="prompt tokens per pass, a multiple of 64",
+        type=chunk,
+        metavar="N|auto",
+        help="prompt tokens per pass, a multiple of 64 (default: auto, as many as fit into a GPU's "
+        "memory, up to 8,192 on the fast path; 2,048 elsewhere)",
     )
     add("--path", choices=PATHS, default="auto",
         help="fast: decoding as one graph of kernels on a GPU; auto: fast where it can run")  # fmt: skip
@@ -95,6 +95,14 @@ def build_parser() -> Parser:
         help="give the log probability of each token, and of the N likeliest in its place")  # fmt: skip
     add("--digest", action="store_true", help="also give the SHA-256 of all logits")
     return parser
+
+
+def chunk(text: str) -> int | None:
+    """Parse `--prefill-chunk`."""
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected auto or a number") from None
 
 
 def main(args: argparse.Namespace) -> int:

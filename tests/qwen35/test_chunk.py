@@ -8,6 +8,7 @@ import torch
 
 from qwen35.chunk import LARGEST, chosen_chunk, row_bytes
 from qwen35.config import Config
+from qwen35.generate import build_parser
 from qwen35.generation import Generation
 from qwen35.load import load
 from qwen35.sampling import Sampling
@@ -76,3 +77,19 @@ def test_memory_for_the_whole_text_is_reserved_at_the_start(monkeypatch: pytest.
     for _ in Generation(model, [5] * 130, 6, Sampling(), frozenset(), 3, 64):
         pass
     assert set(reserved) == {130 + 6 + 3}
+
+
+def test_the_option_takes_auto_or_a_number():
+    parser = build_parser()
+    for words, value in (
+        (["--prefill-chunk", "auto"], None),
+        ([], None),
+        (["--prefill-chunk", "128"], 128),
+    ):
+        assert parser.parse_args(["x", *words]).prefill_chunk == value
+
+
+def test_another_word_is_one_line(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        build_parser().parse_args(["x", "--prefill-chunk", "most"])
+    assert "--prefill-chunk: 'most'; expected auto or a number" in capsys.readouterr().err

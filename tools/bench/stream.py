@@ -35,7 +35,7 @@ def add_arguments(parser: Parser) -> None:
     add("--prompt-tokens", type=at_least_one, default=10_000, metavar="T")
     add("--new-tokens", type=at_least_one, default=1_500, metavar="N")
     add("--draft-tokens", type=int, default=3, metavar="K")
-    add("--prefill-chunk", type=int, default=2048, metavar="N")
+    add("--prefill-chunk", type=int, metavar="N", help="default: as many as fit")
     add("--runs", type=at_least_one, default=10, metavar="R")
 
 
