@@ -139,8 +139,8 @@ def test_a_token_is_picked_from_any_number_of_blocks(blocks: int) -> None:
         for held, of_row in zip(of_rows, (best, place), strict=True):
             held[:, 0] = of_row
         launched(
-            pick, (1,), best=of_rows[0], place=of_rows[1], tokens=tokens, blocks=blocks, ROWS=ROWS,
-            BLOCK=16,
+            pick, (1,), best=of_rows[0], place=of_rows[1], tokens=tokens, largest=of_rows[0],
+            blocks=blocks, first=0, STRIDE=ROWS, BLOCK=16, OF_PART=False,
         )  # fmt: skip
         return int(tokens)
 
