@@ -1,0 +1,509 @@
+// The routed experts of 1 to 8 rows in one launch, for gfx950: gate-up, SiLU, down, and the weighted sum.
+//
+// The grid is what fits on the card at once. Its workgroups wait for each other, so every one of them must
+// be running. All work is a list of tasks in one order, and workgroup w does tasks w, w + workgroups, ...:
+//
+//   gate-up  some rows of one expert's gate and up -> hidden. Waits for nothing.
+//   down     some columns of one expert's output -> partial. Waits for the whole hidden row of its expert.
+//   sum      some columns of the output -> out. Waits for these columns of all experts.
+//
+// A task waits only for kinds of task that come before its own, and every workgroup does its tasks in
+// order, so there is always one that can go on. Waiting is for a counter in memory to reach a number.
+// Counters only grow: one launch, called an epoch, raises each by the same amount, whatever the rows chose.
+// Each has a cache line of its own.
+//
+// A workgroup has nine waves. Eight stream weights, and speak to memory for nothing else: their queue of
+// loads is always full, and nothing that they wait for is behind a store. The ninth, the messenger, writes
+// their results to memory, raises and watches counters, and brings hidden rows. At entry i of a
+// workgroup's list the streamers compute task i, the messenger publishes task i - 1 and fetches what
+// task i + 1 needs; then all meet at a barrier. Between two kinds of task is an entry without a
+// task, in which the messenger publishes the last task of one kind before it waits for the other.
+//
+// Every sum has one order that depends neither on the other rows, which are other columns of the matrix
+// unit, nor on the grid or on who is first. A row's shares are added in the order of its slots.
+
+#if __has_include(<hip/hip_runtime.h>)
+#include <hip/hip_runtime.h>
+#else  // a compiler without ROCm
+#define __global__ __attribute__((global))
+#define __device__ __attribute__((device))
+#define __shared__ __attribute__((shared))
+#endif
+
+// The sizes of the model's slice, which the build gives with -D. These are one of 8 ranks of the 397B's.
+#ifndef HIDDEN_SIZE
+#define HIDDEN_SIZE 4096
+#define INTERMEDIATE_SIZE 128
+#define EXPERTS 512
+#define TOP_K 10
+#endif
+
+#define INLINE static __device__ inline __attribute__((always_inline))
+
+namespace {
+
+typedef unsigned char u8;
+typedef unsigned long long u64;
+typedef __bf16 bf16x2 __attribute__((ext_vector_type(2)));
+typedef __bf16 bf16x8 __attribute__((ext_vector_type(8)));
+typedef float f32x2 __attribute__((ext_vector_type(2)));
+typedef float f32x4 __attribute__((ext_vector_type(4)));
+typedef unsigned u32x4 __attribute__((ext_vector_type(4)));
+
+constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
+constexpr int least(int a, int b) { return a < b ? a : b; }
+constexpr int most(int a, int b) { return a < b ? b : a; }
+constexpr int half_until(int n, int limit) { return n <= limit ? n : half_until(n / 2, limit); }
+
+constexpr int D = HIDDEN_SIZE, I = INTERMEDIATE_SIZE, E = EXPERTS;
+constexpr int LANES = 64, STREAMERS = 8, MESSENGER = STREAMERS;
+constexpr int MAX_ROWS = 8, MAX_PAIRS = 128;  // pairs of a row and a slot
+constexpr int SQUARES = 16;                   // rows that a norm's squares have room for
+
+// One load of 16 bytes a lane is a step: 16 rows of a weight by 128 columns, which are 4 groups of 32 with
+// a scale each. Lane l has row l % 16 and group l / 16. A step is four products of the matrix unit, in which
+// element 8 j + e of all four groups takes the place of column 8 (l / 16) + e of product j.
+constexpr int STEP = 128, TILE = 16;
+// The streamers share the columns of gate-up among them, and the rows of down. So each keeps its own
+// columns of the rows x in registers, for all tasks.
+constexpr int D_STEPS = (D / STEP + STREAMERS - 1) / STREAMERS, I_STEPS = I / STEP;
+constexpr int ROOM = most(4, most(D_STEPS, I_STEPS));
+// Tiles of 16 rows that a streamer has of one task.
+constexpr int GATE_TILES = half_until(16, ROOM / D_STEPS);
+constexpr int DOWN_TILES = gcd(half_until(16, ROOM / I_STEPS), D / STEP);
+constexpr int LOADS = most(GATE_TILES * D_STEPS, DOWN_TILES * I_STEPS);
+constexpr int AHEAD = LOADS > 4 ? 1 : 2;  // tasks whose weights are on their way: 32 KiB each, or 64
+// Scales that a lane gets with one load, four to a word.
+constexpr int WORDS = gcd(gcd(D_STEPS, D / STEP), gcd(DOWN_TILES * I_STEPS, 4));
+typedef unsigned Words __attribute__((ext_vector_type(WORDS)));
+
+constexpr int GATE_ROWS = TILE * GATE_TILES;              // of gate-up in a task; half of them are gates
+constexpr int COLUMNS = STREAMERS * TILE * DOWN_TILES;    // of the output in a down task
+constexpr int SUMMED = 64;                                // columns of a sum task
+constexpr int GATE_BLOCKS = 2 * I / GATE_ROWS, DOWN_BLOCKS = D / COLUMNS;
+
+static_assert(D % STEP == 0 && I % STEP == 0 && GATE_BLOCKS * GATE_ROWS == 2 * I, "unsupported sizes");
+static_assert(D_STEPS == 1 || D_STEPS * STREAMERS * STEP == D, "unsupported hidden size");
+
+constexpr int LINE = 16;  // u64 in a cache line
+constexpr int HIDDEN_STRIDE = I + 8;  // so that rows begin in different banks
+
+struct Shared {
+  float gate[2][STREAMERS][GATE_TILES][MAX_ROWS][TILE];  // sums over a streamer's columns
+  float down[2][MAX_ROWS][COLUMNS];
+  __bf16 hidden[2][MAX_ROWS][HIDDEN_STRIDE];
+};
+
+struct Arguments {
+  const __bf16* x;          // [rows, D]
+  const float* squares;     // [parts, 16]: sums of the rows' squares, if x is to be normalised
+  const int* experts;       // [rows, TOP_K]; an id that is no expert's makes its row NaN
+  const float* weights;     // [rows, TOP_K]
+  const u8* gate_up;        // [E, 2 I, D / 2]: gate row 0, up row 0, gate row 1, ...
+  const u8* gate_up_scale;  // [E, 2 I, D / 32]
+  const u8* down;           // [E, D, I / 2]
+  const u8* down_scale;     // [E, D, I / 32]
+  const __bf16* residual;   // [rows, D], or null
+  const __bf16* next_norm;  // [D], or null if no norm follows
+  __bf16* hidden;           // [rows * TOP_K, 8, I], scratch
+  float* partial;           // [rows * TOP_K, D], scratch
+  u64* counters;            // [MAX_PAIRS + DOWN_BLOCKS + workgroups, 16], zeros before the first launch
+  __bf16* out;              // [rows, D]
+  __bf16* scaled;           // [rows, D]: out * (1 + next_norm)
+  float* out_squares;       // [D / 64, 16]: sums of out's squares
+  int rows, parts, workgroups;
+  float eps;
+};
+
+// ---- which experts there are
+
+// The experts in the order in which the pairs name them first. Each lane has the pairs `lane` and
+// 64 + lane.
+struct Routing {
+  int id[2];
+  u64 present[2];  // lanes that have a pair
+  u64 named[2];    // lanes whose pair is the first one of its expert
+  int rank[2];     // of lanes in `named`: the expert's place in the list
+  int count;       // length of the list
+};
+
+INLINE u64 ballot(bool value) { return __builtin_amdgcn_ballot_w64(value); }
+
+// How many lanes below this one are in a mask.
+INLINE int below(u64 mask) {
+  return __builtin_amdgcn_mbcnt_hi((unsigned)(mask >> 32), __builtin_amdgcn_mbcnt_lo((unsigned)mask, 0));
+}
+
+// The lanes of `present` whose `other` is this lane's `id`, bit by bit.
+INLINE u64 alike(int id, int other, u64 present) {
+  u64 same = present;
+#pragma unroll
+  for (int bit = 1; bit <= E; bit *= 2) {
+    u64 set = ballot(other & bit);
+    same &= id & bit ? set : ~set;
+  }
+  return same;
+}
+
+INLINE Routing routing(const int* experts, int pairs, int lane) {
+  Routing r;
+#pragma unroll
+  for (int part = 0; part < 2; part++) {
+    int pair = part * LANES + lane;
+    r.present[part] = ballot(pair < pairs);
+    int id = pair < pairs ? experts[pair] : E;
+    r.id[part] = id < 0 || id > E ? E : id;  // all ids of no expert count as one
+  }
+  u64 mine = 1ull << lane;
+  u64 low = alike(r.id[0], r.id[0], r.present[0]);
+  r.named[0] = ballot((low & (mine - 1)) == 0) & r.present[0];
+  u64 before = alike(r.id[1], r.id[0], r.present[0]), high = alike(r.id[1], r.id[1], r.present[1]);
+  r.named[1] = ballot((before | (high & (mine - 1))) == 0) & r.present[1];
+  r.rank[0] = below(r.named[0]);
+  r.rank[1] = __builtin_popcountll(r.named[0]) + below(r.named[1]);
+  r.count = __builtin_popcountll(r.named[0]) + __builtin_popcountll(r.named[1]);
+  return r;
+}
+
+// Number u of the list.
+INLINE int expert_at(const Routing& r, int u, int lane) {
+  u64 low = ballot(r.rank[0] == u) & r.named[0], high = ballot(r.rank[1] == u) & r.named[1];
+  return low ? __builtin_amdgcn_readlane(r.id[0], __builtin_ctzll(low))
+             : __builtin_amdgcn_readlane(r.id[1], __builtin_ctzll(high));
+}
+
+INLINE int bounded(int expert) { return least(expert, E - 1); }
+
+// ---- tasks
+
+struct Task {
+  bool down;
+  int u, block;  // the expert's number in the list, and the block of its gate-up rows or output columns
+};
+
+INLINE Task task_at(int number, int count) {
+  int gates = count * GATE_BLOCKS;
+  if (number < gates) return {false, number / GATE_BLOCKS, number % GATE_BLOCKS};
+  return {true, (number - gates) / DOWN_BLOCKS, (number - gates) % DOWN_BLOCKS};
+}
+
+// How many of the first `end` tasks are a workgroup's own.
+INLINE int own(int end, int workgroup, int workgroups) {
+  return end > workgroup ? (end - workgroup + workgroups - 1) / workgroups : 0;
+}
+
+// ---- waiting
+
+INLINE u64* arrived(const Arguments& a, int u) { return a.counters + u * LINE; }
+INLINE u64* stored(const Arguments& a, int block) { return a.counters + (MAX_PAIRS + block) * LINE; }
+INLINE u64* epoch(const Arguments& a, int workgroup) {
+  return a.counters + (MAX_PAIRS + DOWN_BLOCKS + workgroup) * LINE;
+}
+
+// The fence lets what the counter announced be read: it drops what this CU and this XCD have cached.
+INLINE void wait_for(const u64* counter, u64 number) {
+  while (__hip_atomic_load(counter, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT) < number)
+    __builtin_amdgcn_s_sleep(1);
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent");
+}
+
+// The fence waits until all stores of this wave are where other XCDs see them; then the counter tells.
+INLINE void raise(u64* counter, u64 by, int lane) {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent");
+  if (lane == 0) __hip_atomic_fetch_add(counter, by, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+
+// All nine waves meet. Only the LDS passes between them here: loads of weights stay on their way.
+INLINE void meet() {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup", "local");
+  __builtin_amdgcn_s_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup", "local");
+}
+
+// ---- streamers
+
+struct Weights {
+  u32x4 codes[LOADS];
+  Words scales[LOADS / WORDS];
+};
+
+// Request a task's weights. Every call is the same loads whatever the task, so that the compiler can count
+// how many are on their way behind those that it waits for. Past the last task they all read one place.
+INLINE void request(Weights& w, const Arguments& a, const Routing& r, int number, int end, int wave, int lane) {
+  bool real = number < end;
+  Task task = task_at(real ? number : 0, r.count);
+  int expert = bounded(expert_at(r, task.u, lane)), row = lane % TILE, group = lane / TILE;
+  long first = task.down ? (long)expert * D + task.block * COLUMNS + wave * TILE * DOWN_TILES
+                         : (long)expert * 2 * I + task.block * GATE_ROWS;
+  const u8* codes = task.down ? a.down + first * (I / 2) : a.gate_up + first * (D / 2);
+  const u8* scales = task.down ? a.down_scale + first * (I / 32) : a.gate_up_scale + first * (D / 32);
+  int step = D_STEPS * wave < D / STEP ? D_STEPS * wave : 0;  // one without columns reads some
+  // Row t of a lane's tiles of down is row DOWN_TILES * row + t: then its scales lie in one piece.
+  unsigned code = task.down ? DOWN_TILES * row * (I / 2) : row * (D / 2) + step * (STEP / 2);
+  unsigned scale = task.down ? DOWN_TILES * row * (I / 32) : row * (D / 32) + step * (STEP / 32);
+  code = real ? code + group * 16 : 0, scale = real ? scale : 0;
+#pragma unroll
+  for (int l = 0; l < LOADS; l++) {
+    int gate = least(l / D_STEPS, GATE_TILES - 1) * TILE * (D / 2) + l % D_STEPS * (STEP / 2);
+    int down = least(l / I_STEPS, DOWN_TILES - 1) * (I / 2) + l % I_STEPS * (STEP / 2);
+    w.codes[l] = *(const u32x4*)(codes + (real ? task.down ? down : gate : 0) + code);
+  }
+#pragma unroll
+  for (int l = 0; l < LOADS; l += WORDS) {
+    int gate = least(l / D_STEPS, GATE_TILES - 1) * TILE * (D / 32) + l % D_STEPS * 4;
+    int down = least(l, DOWN_TILES * I_STEPS - WORDS) * 4;
+    w.scales[l / WORDS] = *(const Words*)(scales + (real ? task.down ? down : gate : 0) + scale);
+  }
+  __builtin_amdgcn_sched_barrier(0);  // so that no request slips behind the work that follows
+}
+
+// acc + 16 rows of weights by 32 columns, times 32 by 16 columns of activations.
+INLINE f32x4 product(unsigned codes, float scale, bf16x8 x, f32x4 acc) {
+  bf16x8 w;
+#pragma unroll
+  for (int b = 0; b < 4; b++) {
+    bf16x2 two;
+    if (b == 0) two = __builtin_amdgcn_cvt_scalef32_pk_bf16_fp4(codes, scale, 0);
+    if (b == 1) two = __builtin_amdgcn_cvt_scalef32_pk_bf16_fp4(codes, scale, 1);
+    if (b == 2) two = __builtin_amdgcn_cvt_scalef32_pk_bf16_fp4(codes, scale, 2);
+    if (b == 3) two = __builtin_amdgcn_cvt_scalef32_pk_bf16_fp4(codes, scale, 3);
+    w[2 * b] = two[0], w[2 * b + 1] = two[1];
+  }
+  return __builtin_amdgcn_mfma_f32_16x16x32_bf16(w, x, acc, 0, 0, 0);
+}
+
+// The scale of a lane's group in load l: 2^(code - 127), a float that has the code for its exponent.
+INLINE float scale_of(const Weights& w, int l, int group) {
+  unsigned word = w.scales[l / WORDS][l % WORDS];
+  return __builtin_bit_cast(float, (word >> 8 * group & 255) << 23);
+}
+
+INLINE void gate_task(Shared& lds, int buffer, const Weights& w, const bf16x8 (&x)[D_STEPS][4], int wave, int lane) {
+  int column = lane % TILE, group = lane / TILE;
+#pragma unroll
+  for (int t = 0; t < GATE_TILES; t++) {
+    f32x4 acc = {};
+#pragma unroll
+    for (int s = 0; s < D_STEPS; s++) {
+      int l = t * D_STEPS + s;
+      float scale = scale_of(w, l, group);
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        unsigned codes = w.codes[l][j];
+        acc = product(codes, scale, x[s][j], acc);
+      }
+    }
+    // Lane l has rows 4 (l / 16) to 4 (l / 16) + 3 of column l % 16.
+    if (column < MAX_ROWS) *(f32x4*)&lds.gate[buffer][wave][t][column][4 * group] = acc;
+  }
+}
+
+INLINE void down_task(Shared& lds, int buffer, const Weights& w, int rows, int wave, int lane) {
+  int column = lane % TILE, group = lane / TILE;
+  const __bf16* hidden = lds.hidden[buffer][least(column, rows - 1)] + group * 32;
+  f32x4 acc[DOWN_TILES] = {};
+#pragma unroll
+  for (int s = 0; s < I_STEPS; s++) {
+    bf16x8 x[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) x[j] = *(const bf16x8*)(hidden + s * STEP + 8 * j);
+#pragma unroll
+    for (int t = 0; t < DOWN_TILES; t++) {
+      int l = t * I_STEPS + s;
+      float scale = scale_of(w, l, group);
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        unsigned codes = w.codes[l][j];
+        acc[t] = product(codes, scale, x[j], acc[t]);
+      }
+    }
+  }
+  if (column < MAX_ROWS) {
+    float* to = &lds.down[buffer][column][(wave * TILE + 4 * group) * DOWN_TILES];
+#pragma unroll
+    for (int r = 0; r < 4; r++)
+#pragma unroll
+      for (int t = 0; t < DOWN_TILES; t++) to[r * DOWN_TILES + t] = acc[t][r];
+  }
+}
+
+// One row's shares of some columns, one column a lane. They are added in the order of the slots.
+INLINE void sum_task(const Arguments& a, int block, int row, int lane) {
+  int column = block * SUMMED + lane;
+  float total = 0;
+#pragma unroll
+  for (int slot = 0; slot < TOP_K; slot++) {
+    int pair = row * TOP_K + slot;
+    total += a.weights[pair] * a.partial[(long)pair * D + column];
+  }
+  long place = (long)row * D + column;
+  if (a.residual) total += (float)a.residual[place];
+  __bf16 rounded = (__bf16)total;
+  a.out[place] = rounded;
+  if (a.next_norm) {
+    float kept = (float)rounded, square = kept * kept;
+    a.scaled[place] = (__bf16)(kept * (1 + (float)a.next_norm[column]));
+#pragma unroll
+    for (int d = 32; d; d /= 2)
+      square += __builtin_bit_cast(
+          float, __builtin_amdgcn_ds_bpermute((lane ^ d) * 4, __builtin_bit_cast(int, square)));
+    if (lane == 0) a.out_squares[block * SQUARES + row] = square;
+  }
+}
+
+INLINE void stream(
+    Shared& lds, const Arguments& a, const Routing& r, int workgroup, int wave, int lane, int gates, int downs, int sums) {
+  int end = r.count * (GATE_BLOCKS + DOWN_BLOCKS), column = lane % TILE, group = lane / TILE;
+  Weights w[AHEAD + 1];
+#pragma unroll
+  for (int i = 0; i < AHEAD; i++) request(w[i], a, r, workgroup + i * a.workgroups, end, wave, lane);
+  // Columns of the matrix unit beyond the rows repeat the last one; nobody reads their sums.
+  bf16x8 x[D_STEPS][4];
+  bool has = D_STEPS * wave < D / STEP;
+  const __bf16* from = a.x + (long)least(column, a.rows - 1) * D + (has ? wave * D_STEPS * STEP : 0) + group * 32;
+#pragma unroll
+  for (int s = 0; s < D_STEPS; s++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      bf16x8 some = *(const bf16x8*)(from + s * STEP + 8 * j), none = {};
+      x[s][j] = has ? some : none;
+    }
+  for (int i = 0; i < downs;) {
+#pragma unroll
+    for (int b = 0; b <= AHEAD; b++) {
+      if (i >= downs) break;
+      if (i == gates) meet();
+      request(w[(b + AHEAD) % (AHEAD + 1)], a, r, workgroup + (i + AHEAD) * a.workgroups, end, wave, lane);
+      if (i < gates)
+        gate_task(lds, i % 2, w[b], x, wave, lane);
+      else
+        down_task(lds, i % 2, w[b], a.rows, wave, lane);
+      meet();
+      i++;
+    }
+  }
+  if (downs == gates) meet();
+  meet();
+  for (int i = downs; i < sums; i++) {
+    int block = workgroup + i * a.workgroups - end;
+    // The messenger has waited for these columns; this makes its view that of the whole workgroup.
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+    if (wave < a.rows) sum_task(a, block, wave, lane);
+    meet();
+  }
+}
+
+// ---- the messenger
+
+// 1 / rms of row lane % 8, or 1 if x is to be taken as it is.
+INLINE float inverse_rms(const Arguments& a, int lane) {
+  if (a.parts == 0) return 1;
+  float sum = 0;
+  for (int part = lane / MAX_ROWS; part < a.parts; part += LANES / MAX_ROWS)
+    sum += a.squares[part * SQUARES + lane % MAX_ROWS];
+#pragma unroll
+  for (int d = MAX_ROWS; d < LANES; d *= 2)
+    sum += __builtin_bit_cast(
+        float, __builtin_amdgcn_ds_bpermute((lane ^ d) * 4, __builtin_bit_cast(int, sum)));
+  return 1 / __builtin_sqrtf(sum / D + a.eps);
+}
+
+// hidden = silu(gate) * up. Lane l has row l % 8 and the (l / 8)-th pair of gate and up of each tile.
+INLINE void publish_gate(
+    Shared& lds, int buffer, const Arguments& a, const Routing& r, Task task, float inverse, int lane) {
+  int row = lane % MAX_ROWS, pair = lane / MAX_ROWS;
+  bool known = expert_at(r, task.u, lane) < E;
+#pragma unroll
+  for (int t = 0; t < GATE_TILES; t++) {
+    f32x2 sum = {};
+#pragma unroll
+    for (int wave = 0; wave < STREAMERS; wave++) sum += *(f32x2*)&lds.gate[buffer][wave][t][row][2 * pair];
+    float gate = sum[0] * inverse, up = sum[1] * inverse;
+    float activated = gate / (1 + __builtin_elementwise_exp(-gate)) * up;
+    int i = (task.block * GATE_TILES + t) * TILE / 2 + pair;
+    if (row < a.rows)
+      a.hidden[((long)task.u * MAX_ROWS + row) * I + i] = (__bf16)(known ? activated : __builtin_nanf(""));
+  }
+  raise(arrived(a, task.u), 1, lane);
+}
+
+// Bring the hidden rows of a down task's expert to the LDS.
+INLINE void fetch(Shared& lds, int buffer, const Arguments& a, Task task, u64 epochs, int lane) {
+  wait_for(arrived(a, task.u), epochs * GATE_BLOCKS);
+  const __bf16* from = a.hidden + (long)task.u * MAX_ROWS * I;
+  for (int i = lane * 8; i < a.rows * I; i += LANES * 8)
+    *(u32x4*)&lds.hidden[buffer][i / I][i % I] = *(const u32x4*)(from + i);
+}
+
+// Write a down task's columns for each pair that chose its expert.
+INLINE void publish_down(Shared& lds, int buffer, const Arguments& a, const Routing& r, Task task, int lane) {
+  int expert = expert_at(r, task.u, lane);
+#pragma unroll
+  for (int part = 0; part < 2; part++)
+    for (u64 pairs = ballot(r.id[part] == expert) & r.present[part]; pairs; pairs &= pairs - 1) {
+      int pair = part * LANES + __builtin_ctzll(pairs), row = pair / TOP_K;
+      float* to = a.partial + (long)pair * D + task.block * COLUMNS;
+      for (int c = lane * 4; c < COLUMNS; c += LANES * 4) *(f32x4*)(to + c) = *(f32x4*)&lds.down[buffer][row][c];
+    }
+  raise(stored(a, task.block), 1, lane);
+}
+
+INLINE void carry(
+    Shared& lds, const Arguments& a, const Routing& r, int workgroup, int lane, int gates, int downs, int sums) {
+  int end = r.count * (GATE_BLOCKS + DOWN_BLOCKS);
+  // Nobody else touches this counter: it counts this workgroup's launches.
+  u64 epochs = *epoch(a, workgroup) + 1;
+  float inverse = inverse_rms(a, lane);
+  auto task = [&](int i) { return task_at(workgroup + i * a.workgroups, r.count); };
+  auto wait_for_columns = [&](int i) {
+    int block = workgroup + i * a.workgroups - end;
+    wait_for(stored(a, block * SUMMED / COLUMNS), epochs * MAX_PAIRS);
+  };
+  if (workgroup == 0) {  // arrives for the experts that this list lacks
+    for (int u = r.count + lane; u < MAX_PAIRS; u += LANES) raise(arrived(a, u), GATE_BLOCKS, 0);
+    for (int b = lane; b < DOWN_BLOCKS; b += LANES) raise(stored(a, b), MAX_PAIRS - r.count, 0);
+  }
+  for (int i = 0; i < gates; i++) {
+    if (i > 0) publish_gate(lds, (i - 1) % 2, a, r, task(i - 1), inverse, lane);
+    meet();
+  }
+  if (gates > 0) publish_gate(lds, (gates - 1) % 2, a, r, task(gates - 1), inverse, lane);
+  if (gates < downs) fetch(lds, gates % 2, a, task(gates), epochs, lane);
+  meet();
+  for (int i = gates; i < downs; i++) {
+    if (i + 1 < downs) fetch(lds, (i + 1) % 2, a, task(i + 1), epochs, lane);
+    if (i > gates) publish_down(lds, (i - 1) % 2, a, r, task(i - 1), lane);
+    meet();
+  }
+  if (gates < downs) publish_down(lds, (downs - 1) % 2, a, r, task(downs - 1), lane);
+  if (downs < sums) wait_for_columns(downs);
+  meet();
+  for (int i = downs; i < sums; i++) {
+    if (i + 1 < sums) wait_for_columns(i + 1);
+    meet();
+  }
+  if (lane == 0) *epoch(a, workgroup) = epochs;
+}
+
+}  // namespace
+
+extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(576, 576))) void moe(
+    const __bf16* __restrict__ x, const float* __restrict__ squares, const int* __restrict__ experts,
+    const float* __restrict__ weights, const u8* __restrict__ gate_up, const u8* __restrict__ gate_up_scale,
+    const u8* __restrict__ down, const u8* __restrict__ down_scale, const __bf16* __restrict__ residual,
+    const __bf16* __restrict__ next_norm, __bf16* hidden, float* partial, u64* counters, __bf16* out,
+    __bf16* scaled, float* out_squares, int rows, int parts, int workgroups, float eps) {
+  __shared__ Shared lds;
+  Arguments a = {x, squares, experts, weights, gate_up, gate_up_scale, down, down_scale, residual, next_norm,
+                 hidden, partial, counters, out, scaled, out_squares, rows, parts, workgroups, eps};
+  int thread = __builtin_amdgcn_workitem_id_x(), workgroup = __builtin_amdgcn_workgroup_id_x();
+  int lane = thread % LANES, wave = __builtin_amdgcn_readfirstlane(thread / LANES);
+  Routing r = routing(experts, rows * TOP_K, lane);
+  int gates = own(r.count * GATE_BLOCKS, workgroup, workgroups);
+  int downs = own(r.count * (GATE_BLOCKS + DOWN_BLOCKS), workgroup, workgroups);
+  int sums = own(r.count * (GATE_BLOCKS + DOWN_BLOCKS) + D / SUMMED, workgroup, workgroups);
+  if (wave == MESSENGER)
+    carry(lds, a, r, workgroup, lane, gates, downs, sums);
+  else
+    stream(lds, a, r, workgroup, wave, lane, gates, downs, sums);
+}
