@@ -48,6 +48,7 @@ typedef __bf16 bf16x2 __attribute__((ext_vector_type(2)));
 typedef __bf16 bf16x8 __attribute__((ext_vector_type(8)));
 typedef float f32x2 __attribute__((ext_vector_type(2)));
 typedef float f32x4 __attribute__((ext_vector_type(4)));
+typedef unsigned u32x2 __attribute__((ext_vector_type(2)));
 typedef unsigned u32x4 __attribute__((ext_vector_type(4)));
 
 constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
@@ -75,7 +76,6 @@ constexpr int LOADS = most(GATE_TILES * D_STEPS, DOWN_TILES * I_STEPS);
 constexpr int AHEAD = LOADS > 4 ? 1 : 2;  // tasks whose weights are on their way: 32 KiB each, or 64
 // Scales that a lane gets with one load, four to a word.
 constexpr int WORDS = gcd(gcd(D_STEPS, D / STEP), gcd(DOWN_TILES * I_STEPS, 4));
-typedef unsigned Words __attribute__((ext_vector_type(WORDS)));
 
 constexpr int GATE_ROWS = TILE * GATE_TILES;              // of gate-up in a task; half of them are gates
 constexpr int COLUMNS = STREAMERS * TILE * DOWN_TILES;    // of the output in a down task
@@ -89,6 +89,7 @@ constexpr int LINE = 16;  // u64 in a cache line
 constexpr int HIDDEN_STRIDE = I + 8;  // so that rows begin in different banks
 
 struct Shared {
+  int list[MAX_PAIRS], count;                            // the experts of this launch
   float gate[2][STREAMERS][GATE_TILES][MAX_ROWS][TILE];  // sums over a streamer's columns
   float down[2][MAX_ROWS][COLUMNS];
   __bf16 hidden[2][MAX_ROWS][HIDDEN_STRIDE];
@@ -120,11 +121,9 @@ struct Arguments {
 // The experts in the order in which the pairs name them first. Each lane has the pairs `lane` and
 // 64 + lane.
 struct Routing {
-  int id[2];
+  int id[2];       // E stands for all ids that are no expert's
   u64 present[2];  // lanes that have a pair
-  u64 named[2];    // lanes whose pair is the first one of its expert
-  int rank[2];     // of lanes in `named`: the expert's place in the list
-  int count;       // length of the list
+  int count;       // of different ids
 };
 
 INLINE u64 ballot(bool value) { return __builtin_amdgcn_ballot_w64(value); }
@@ -145,32 +144,32 @@ INLINE u64 alike(int id, int other, u64 present) {
   return same;
 }
 
-INLINE Routing routing(const int* experts, int pairs, int lane) {
+// Also writes the list to the LDS, for all waves.
+INLINE Routing routing(Shared& lds, const int* experts, int pairs, int lane) {
   Routing r;
 #pragma unroll
   for (int part = 0; part < 2; part++) {
     int pair = part * LANES + lane;
     r.present[part] = ballot(pair < pairs);
     int id = pair < pairs ? experts[pair] : E;
-    r.id[part] = id < 0 || id > E ? E : id;  // all ids of no expert count as one
+    r.id[part] = id < 0 || id > E ? E : id;
   }
-  u64 mine = 1ull << lane;
+  u64 lower = (1ull << lane) - 1;
   u64 low = alike(r.id[0], r.id[0], r.present[0]);
-  r.named[0] = ballot((low & (mine - 1)) == 0) & r.present[0];
-  u64 before = alike(r.id[1], r.id[0], r.present[0]), high = alike(r.id[1], r.id[1], r.present[1]);
-  r.named[1] = ballot((before | (high & (mine - 1))) == 0) & r.present[1];
-  r.rank[0] = below(r.named[0]);
-  r.rank[1] = __builtin_popcountll(r.named[0]) + below(r.named[1]);
-  r.count = __builtin_popcountll(r.named[0]) + __builtin_popcountll(r.named[1]);
+  u64 high = alike(r.id[1], r.id[1], r.present[1]), before = alike(r.id[1], r.id[0], r.present[0]);
+  bool first[] = {(low & lower) == 0 && pairs > lane,
+                  (before | (high & lower)) == 0 && pairs > LANES + lane};
+  u64 named[] = {ballot(first[0]), ballot(first[1])};
+  int lows = __builtin_popcountll(named[0]);
+  r.count = lows + __builtin_popcountll(named[1]);
+  if (first[0]) lds.list[below(named[0])] = r.id[0];
+  if (first[1]) lds.list[lows + below(named[1])] = r.id[1];
+  if (lane == 0) lds.count = r.count;
   return r;
 }
 
 // Number u of the list.
-INLINE int expert_at(const Routing& r, int u, int lane) {
-  u64 low = ballot(r.rank[0] == u) & r.named[0], high = ballot(r.rank[1] == u) & r.named[1];
-  return low ? __builtin_amdgcn_readlane(r.id[0], __builtin_ctzll(low))
-             : __builtin_amdgcn_readlane(r.id[1], __builtin_ctzll(high));
-}
+INLINE int expert_at(const Shared& lds, int u) { return __builtin_amdgcn_readfirstlane(lds.list[u]); }
 
 INLINE int bounded(int expert) { return least(expert, E - 1); }
 
@@ -190,6 +189,18 @@ INLINE Task task_at(int number, int count) {
 // How many of the first `end` tasks are a workgroup's own.
 INLINE int own(int end, int workgroup, int workgroups) {
   return end > workgroup ? (end - workgroup + workgroups - 1) / workgroups : 0;
+}
+
+// How many of a workgroup's tasks are gate-ups, these or downs, and all. The streamers' loop does some
+// tasks in each round and has one exit, for the compiler's count of loads: `padded` is where it ends.
+struct Shares {
+  int gates, downs, sums, padded;
+};
+
+INLINE Shares shares(int count, int workgroup, int workgroups) {
+  int products = count * (GATE_BLOCKS + DOWN_BLOCKS), downs = own(products, workgroup, workgroups);
+  return {own(count * GATE_BLOCKS, workgroup, workgroups), downs,
+          own(products + D / SUMMED, workgroup, workgroups), (downs + AHEAD) / (AHEAD + 1) * (AHEAD + 1)};
 }
 
 // ---- waiting
@@ -222,37 +233,55 @@ INLINE void meet() {
 
 // ---- streamers
 
+typedef __amdgpu_buffer_rsrc_t Buffer;
+
 struct Weights {
   u32x4 codes[LOADS];
-  Words scales[LOADS / WORDS];
+  unsigned scales[LOADS];  // of a lane's row: those of all four groups
 };
 
+// A task's weights as buffers, whose size is 0 past the last task: their loads then ask memory for nothing.
+INLINE Buffer buffer(const u8* at, int bytes) {
+  return __builtin_amdgcn_make_buffer_rsrc((void*)at, 0, bytes, 0x27000);
+}
+
 // Request a task's weights. Every call is the same loads whatever the task, so that the compiler can count
-// how many are on their way behind those that it waits for. Past the last task they all read one place.
-INLINE void request(Weights& w, const Arguments& a, const Routing& r, int number, int end, int wave, int lane) {
-  bool real = number < end;
-  Task task = task_at(real ? number : 0, r.count);
-  int expert = bounded(expert_at(r, task.u, lane)), row = lane % TILE, group = lane / TILE;
-  long first = task.down ? (long)expert * D + task.block * COLUMNS + wave * TILE * DOWN_TILES
-                         : (long)expert * 2 * I + task.block * GATE_ROWS;
-  const u8* codes = task.down ? a.down + first * (I / 2) : a.gate_up + first * (D / 2);
-  const u8* scales = task.down ? a.down_scale + first * (I / 32) : a.gate_up_scale + first * (D / 32);
+// how many are on their way behind those that it waits for.
+INLINE void request(
+    Weights& w, const Shared& lds, const Arguments& a, int number, int count, int wave, int lane) {
+  bool real = number < count * (GATE_BLOCKS + DOWN_BLOCKS);
+  Task task = task_at(real ? number : 0, count);
+  int row = lane % TILE, group = lane / TILE;
   int step = D_STEPS * wave < D / STEP ? D_STEPS * wave : 0;  // one without columns reads some
   // Row t of a lane's tiles of down is row DOWN_TILES * row + t: then its scales lie in one piece.
-  unsigned code = task.down ? DOWN_TILES * row * (I / 2) : row * (D / 2) + step * (STEP / 2);
-  unsigned scale = task.down ? DOWN_TILES * row * (I / 32) : row * (D / 32) + step * (STEP / 32);
-  code = real ? code + group * 16 : 0, scale = real ? scale : 0;
+  long first = task.down ? task.block * COLUMNS + wave * TILE * DOWN_TILES : task.block * GATE_ROWS;
+  first += (long)bounded(expert_at(lds, task.u)) * (task.down ? D : 2 * I);
+  const u8* codes = task.down ? a.down + first * (I / 2) : a.gate_up + first * (D / 2) + step * (STEP / 2);
+  const u8* scales = task.down ? a.down_scale + first * (I / 32) : a.gate_up_scale + first * (D / 32) + step * 4;
+  int bytes = task.down ? DOWN_TILES * TILE * (I / 2) : GATE_ROWS * (D / 2) - step * (STEP / 2);
+  Buffer code_buffer = buffer(codes, real ? bytes : 0), scale_buffer = buffer(scales, real ? bytes / 16 : 0);
+  int line = task.down ? DOWN_TILES * row * (I / 2) : row * (D / 2);
 #pragma unroll
   for (int l = 0; l < LOADS; l++) {
     int gate = least(l / D_STEPS, GATE_TILES - 1) * TILE * (D / 2) + l % D_STEPS * (STEP / 2);
     int down = least(l / I_STEPS, DOWN_TILES - 1) * (I / 2) + l % I_STEPS * (STEP / 2);
-    w.codes[l] = *(const u32x4*)(codes + (real ? task.down ? down : gate : 0) + code);
+    w.codes[l] = __builtin_amdgcn_raw_buffer_load_b128(
+        code_buffer, line + group * 16, task.down ? down : gate, 0);
   }
 #pragma unroll
   for (int l = 0; l < LOADS; l += WORDS) {
     int gate = least(l / D_STEPS, GATE_TILES - 1) * TILE * (D / 32) + l % D_STEPS * 4;
     int down = least(l, DOWN_TILES * I_STEPS - WORDS) * 4;
-    w.scales[l / WORDS] = *(const Words*)(scales + (real ? task.down ? down : gate : 0) + scale);
+    int offset = task.down ? down : gate;
+    if constexpr (WORDS == 4) {
+      u32x4 some = __builtin_amdgcn_raw_buffer_load_b128(scale_buffer, line / 16, offset, 0);
+      for (int i = 0; i < 4; i++) w.scales[l + i] = some[i];
+    } else if constexpr (WORDS == 2) {
+      u32x2 some = __builtin_amdgcn_raw_buffer_load_b64(scale_buffer, line / 16, offset, 0);
+      for (int i = 0; i < 2; i++) w.scales[l + i] = some[i];
+    } else {
+      w.scales[l] = __builtin_amdgcn_raw_buffer_load_b32(scale_buffer, line / 16, offset, 0);
+    }
   }
   __builtin_amdgcn_sched_barrier(0);  // so that no request slips behind the work that follows
 }
@@ -274,8 +303,7 @@ INLINE f32x4 product(unsigned codes, float scale, bf16x8 x, f32x4 acc) {
 
 // The scale of a lane's group in load l: 2^(code - 127), a float that has the code for its exponent.
 INLINE float scale_of(const Weights& w, int l, int group) {
-  unsigned word = w.scales[l / WORDS][l % WORDS];
-  return __builtin_bit_cast(float, (word >> 8 * group & 255) << 23);
+  return __builtin_bit_cast(float, (w.scales[l] >> 8 * group & 255) << 23);
 }
 
 INLINE void gate_task(Shared& lds, int buffer, const Weights& w, const bf16x8 (&x)[D_STEPS][4], int wave, int lane) {
@@ -304,18 +332,15 @@ INLINE void down_task(Shared& lds, int buffer, const Weights& w, int rows, int w
   f32x4 acc[DOWN_TILES] = {};
 #pragma unroll
   for (int s = 0; s < I_STEPS; s++) {
-    bf16x8 x[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) x[j] = *(const bf16x8*)(hidden + s * STEP + 8 * j);
+    for (int j = 0; j < 4; j++) {
+      bf16x8 x = *(const bf16x8*)(hidden + s * STEP + 8 * j);
 #pragma unroll
-    for (int t = 0; t < DOWN_TILES; t++) {
-      int l = t * I_STEPS + s;
-      float scale = scale_of(w, l, group);
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        unsigned codes = w.codes[l][j];
-        acc[t] = product(codes, scale, x[j], acc[t]);
+      for (int t = 0; t < DOWN_TILES; t++) {
+        unsigned codes = w.codes[t * I_STEPS + s][j];
+        acc[t] = product(codes, scale_of(w, t * I_STEPS + s, group), x, acc[t]);
       }
+      if (LOADS > 4) __builtin_amdgcn_sched_barrier(0);  // registers are short then
     }
   }
   if (column < MAX_ROWS) {
@@ -351,12 +376,34 @@ INLINE void sum_task(const Arguments& a, int block, int row, int lane) {
   }
 }
 
-INLINE void stream(
-    Shared& lds, const Arguments& a, const Routing& r, int workgroup, int wave, int lane, int gates, int downs, int sums) {
-  int end = r.count * (GATE_BLOCKS + DOWN_BLOCKS), column = lane % TILE, group = lane / TILE;
+// All gate-up and down tasks of a workgroup, `count` experts in the list.
+INLINE void stream_products(
+    Shared& lds, const Arguments& a, const bf16x8 (&x)[D_STEPS][4], int count, Shares own, int workgroup,
+    int wave, int lane) {
+  auto number = [&](int i) { return workgroup + i * a.workgroups; };
   Weights w[AHEAD + 1];
 #pragma unroll
-  for (int i = 0; i < AHEAD; i++) request(w[i], a, r, workgroup + i * a.workgroups, end, wave, lane);
+  for (int i = 0; i < AHEAD; i++) request(w[i], lds, a, number(i), count, wave, lane);
+  for (int first = 0; first < own.padded; first += AHEAD + 1) {
+#pragma unroll
+    for (int b = 0; b <= AHEAD; b++) {  // unrolled, so that w[b] are registers
+      int i = first + b;
+      // Registers are short with tasks of 64 KiB: all that is computed from the lane is computed anew.
+      if (LOADS > 4) asm volatile("" : "+v"(lane));
+      if (i == own.gates) meet();
+      request(w[(b + AHEAD) % (AHEAD + 1)], lds, a, number(i + AHEAD), count, wave, lane);
+      if (i < own.gates)
+        gate_task(lds, i % 2, w[b], x, wave, lane);
+      else if (i < own.downs)
+        down_task(lds, i % 2, w[b], a.rows, wave, lane);
+      meet();
+    }
+  }
+  if (own.gates == own.padded) meet();
+}
+
+INLINE void stream(Shared& lds, const Arguments& a, int workgroup, int wave, int lane) {
+  int column = lane % TILE, group = lane / TILE;
   // Columns of the matrix unit beyond the rows repeat the last one; nobody reads their sums.
   bf16x8 x[D_STEPS][4];
   bool has = D_STEPS * wave < D / STEP;
@@ -368,26 +415,15 @@ INLINE void stream(
       bf16x8 some = *(const bf16x8*)(from + s * STEP + 8 * j), none = {};
       x[s][j] = has ? some : none;
     }
-  for (int i = 0; i < downs;) {
-#pragma unroll
-    for (int b = 0; b <= AHEAD; b++) {
-      if (i >= downs) break;
-      if (i == gates) meet();
-      request(w[(b + AHEAD) % (AHEAD + 1)], a, r, workgroup + (i + AHEAD) * a.workgroups, end, wave, lane);
-      if (i < gates)
-        gate_task(lds, i % 2, w[b], x, wave, lane);
-      else
-        down_task(lds, i % 2, w[b], a.rows, wave, lane);
-      meet();
-      i++;
-    }
-  }
-  if (downs == gates) meet();
+  meet();  // the list is there
+  int count = __builtin_amdgcn_readfirstlane(lds.count);
+  Shares own = shares(count, workgroup, a.workgroups);
+  stream_products(lds, a, x, count, own, workgroup, wave, lane);
   meet();
-  for (int i = downs; i < sums; i++) {
-    int block = workgroup + i * a.workgroups - end;
+  for (int i = own.downs; i < own.sums; i++) {
     // The messenger has waited for these columns; this makes its view that of the whole workgroup.
     __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+    int block = workgroup + i * a.workgroups - count * (GATE_BLOCKS + DOWN_BLOCKS);
     if (wave < a.rows) sum_task(a, block, wave, lane);
     meet();
   }
@@ -410,9 +446,9 @@ INLINE float inverse_rms(const Arguments& a, int lane) {
 
 // hidden = silu(gate) * up. Lane l has row l % 8 and the (l / 8)-th pair of gate and up of each tile.
 INLINE void publish_gate(
-    Shared& lds, int buffer, const Arguments& a, const Routing& r, Task task, float inverse, int lane) {
+    Shared& lds, int buffer, const Arguments& a, Task task, float inverse, int lane) {
   int row = lane % MAX_ROWS, pair = lane / MAX_ROWS;
-  bool known = expert_at(r, task.u, lane) < E;
+  bool known = expert_at(lds, task.u) < E;
 #pragma unroll
   for (int t = 0; t < GATE_TILES; t++) {
     f32x2 sum = {};
@@ -437,7 +473,7 @@ INLINE void fetch(Shared& lds, int buffer, const Arguments& a, Task task, u64 ep
 
 // Write a down task's columns for each pair that chose its expert.
 INLINE void publish_down(Shared& lds, int buffer, const Arguments& a, const Routing& r, Task task, int lane) {
-  int expert = expert_at(r, task.u, lane);
+  int expert = expert_at(lds, task.u);
 #pragma unroll
   for (int part = 0; part < 2; part++)
     for (u64 pairs = ballot(r.id[part] == expert) & r.present[part]; pairs; pairs &= pairs - 1) {
@@ -448,15 +484,16 @@ INLINE void publish_down(Shared& lds, int buffer, const Arguments& a, const Rout
   raise(stored(a, task.block), 1, lane);
 }
 
-INLINE void carry(
-    Shared& lds, const Arguments& a, const Routing& r, int workgroup, int lane, int gates, int downs, int sums) {
-  int end = r.count * (GATE_BLOCKS + DOWN_BLOCKS);
+INLINE void carry(Shared& lds, const Arguments& a, int workgroup, int lane) {
+  Routing r = routing(lds, a.experts, a.rows * TOP_K, lane);
+  meet();
+  auto [gates, downs, sums, padded] = shares(r.count, workgroup, a.workgroups);
   // Nobody else touches this counter: it counts this workgroup's launches.
   u64 epochs = *epoch(a, workgroup) + 1;
   float inverse = inverse_rms(a, lane);
   auto task = [&](int i) { return task_at(workgroup + i * a.workgroups, r.count); };
   auto wait_for_columns = [&](int i) {
-    int block = workgroup + i * a.workgroups - end;
+    int block = workgroup + i * a.workgroups - r.count * (GATE_BLOCKS + DOWN_BLOCKS);
     wait_for(stored(a, block * SUMMED / COLUMNS), epochs * MAX_PAIRS);
   };
   if (workgroup == 0) {  // arrives for the experts that this list lacks
@@ -464,18 +501,18 @@ INLINE void carry(
     for (int b = lane; b < DOWN_BLOCKS; b += LANES) raise(stored(a, b), MAX_PAIRS - r.count, 0);
   }
   for (int i = 0; i < gates; i++) {
-    if (i > 0) publish_gate(lds, (i - 1) % 2, a, r, task(i - 1), inverse, lane);
+    if (i > 0) publish_gate(lds, (i - 1) % 2, a, task(i - 1), inverse, lane);
     meet();
   }
-  if (gates > 0) publish_gate(lds, (gates - 1) % 2, a, r, task(gates - 1), inverse, lane);
+  if (gates > 0) publish_gate(lds, (gates - 1) % 2, a, task(gates - 1), inverse, lane);
   if (gates < downs) fetch(lds, gates % 2, a, task(gates), epochs, lane);
   meet();
-  for (int i = gates; i < downs; i++) {
+  for (int i = gates; i < padded; i++) {
     if (i + 1 < downs) fetch(lds, (i + 1) % 2, a, task(i + 1), epochs, lane);
-    if (i > gates) publish_down(lds, (i - 1) % 2, a, r, task(i - 1), lane);
+    if (gates < i && i <= downs) publish_down(lds, (i - 1) % 2, a, r, task(i - 1), lane);
     meet();
   }
-  if (gates < downs) publish_down(lds, (downs - 1) % 2, a, r, task(downs - 1), lane);
+  if (gates < downs && downs == padded) publish_down(lds, (downs - 1) % 2, a, r, task(downs - 1), lane);
   if (downs < sums) wait_for_columns(downs);
   meet();
   for (int i = downs; i < sums; i++) {
@@ -498,12 +535,8 @@ extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(576, 576))) voi
                  hidden, partial, counters, out, scaled, out_squares, rows, parts, workgroups, eps};
   int thread = __builtin_amdgcn_workitem_id_x(), workgroup = __builtin_amdgcn_workgroup_id_x();
   int lane = thread % LANES, wave = __builtin_amdgcn_readfirstlane(thread / LANES);
-  Routing r = routing(experts, rows * TOP_K, lane);
-  int gates = own(r.count * GATE_BLOCKS, workgroup, workgroups);
-  int downs = own(r.count * (GATE_BLOCKS + DOWN_BLOCKS), workgroup, workgroups);
-  int sums = own(r.count * (GATE_BLOCKS + DOWN_BLOCKS) + D / SUMMED, workgroup, workgroups);
   if (wave == MESSENGER)
-    carry(lds, a, r, workgroup, lane, gates, downs, sums);
+    carry(lds, a, workgroup, lane);
   else
-    stream(lds, a, r, workgroup, wave, lane, gates, downs, sums);
+    stream(lds, a, workgroup, wave, lane);
 }
