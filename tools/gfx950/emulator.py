@@ -48,11 +48,13 @@ SCALARS |= {"u8": "<B", "u16": "<H", "u32": "<I", "u64": "<Q"}
 
 BRANCHES = ("s_branch", "s_cbranch_scc0", "s_cbranch_scc1", "s_cbranch_vccz", "s_cbranch_vccnz")
 BRANCHES += ("s_cbranch_execz", "s_cbranch_execnz")
-CONTROL = (*BRANCHES, "s_barrier", "s_endpgm")
+CONTROL = (*BRANCHES, "s_barrier", "s_endpgm", "s_sleep")
 
 LIMIT = 1_000_000_000  # instructions of all waves of a launch
 # In random order, a wave that meets no barrier for so many instructions may be waiting for another wave.
 PATIENCE = 20_000
+# Waves that sleep so many times in turn, each, while none of them stores anything, will do so for ever.
+SLEEPS = 20
 
 
 @dataclass
@@ -290,7 +292,7 @@ class _Run:
 
     A group is a set of waves at the same instruction. It runs until it ends, meets a barrier, or branches
     backwards while others are in the queue, whose end it then joins. So waves that spin cannot keep
-    others from the work that they wait for. In lockstep, groups in the queue at the same instruction are
+    others from the work that they wait for. A group that sleeps gives way at once. In lockstep, groups in the queue at the same instruction are
     joined; in random order a group is one wave, and gives way only after PATIENCE instructions.
     """
 
@@ -319,6 +321,7 @@ class _Run:
         self._ended = np.zeros(workgroups, np.int64)
         self._queue: deque[tuple[int, Waves]] = deque()
         self._waiting: list[tuple[int, Waves]] = []
+        self._sleeps, self._stored = 0, self._memory.bytes_written
         parts = [waves] if self._random is None else _one_by_one(waves)
         self._queue.extend((0, part) for part in parts)
         while self._queue:
@@ -348,11 +351,13 @@ class _Run:
                 place += 1
                 continue
             mnemonic = self._mnemonics[place]
-            if mnemonic == "s_endpgm":
-                self._meet(waves, None)
+            if mnemonic in ("s_endpgm", "s_barrier"):
+                self._sleeps = 0
+                self._meet(waves, None if mnemonic == "s_endpgm" else place + 1)
                 return
-            if mnemonic == "s_barrier":
-                self._meet(waves, place + 1)
+            if mnemonic == "s_sleep":
+                self._sleep(place)
+                self._queue.append((place + 1, waves))
                 return
             if place in self._checks:
                 self._quoting(place, self._checks[place], waves)
@@ -372,6 +377,7 @@ class _Run:
                         f"more than {self._limit} instructions: does this loop end?"
                     )
                 if self._queue and (self._random is None or steps > PATIENCE):
+                    self._sleeps = 0
                     self._queue.append((place, waves))
                     return
         raise EmulatorError("the code ends without s_endpgm")
@@ -385,6 +391,17 @@ class _Run:
         except Exception as error:  # a defect of the emulator
             error.add_note(f"emulating: {self._instructions[place].line}")
             raise
+
+    def _sleep(self, place: int) -> None:
+        """A group sleeps. EmulatorError if all groups have done nothing else for long."""
+        if self._stored != self._memory.bytes_written:
+            self._stored, self._sleeps = self._memory.bytes_written, 0
+        self._sleeps += 1
+        if self._sleeps > SLEEPS * (len(self._queue) + 1):
+            raise EmulatorError(
+                "all waves that are left wait in their sleep, or at a barrier, for what none of them "
+                f"stores, at: {self._instructions[place].line}"
+            )
 
     def _meet(self, waves: Waves, place: int | None) -> None:
         """Waves have met a barrier, after which they go on at `place`; None: they have ended. A workgroup
