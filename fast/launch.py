@@ -1,4 +1,5 @@
-"""One launch of a Triton kernel as a value: to be run, compiled for an absent card, or emulated."""
+"""One launch of a kernel as a value: to be run, compiled for an absent card, or emulated. This one is
+Triton's; `hip.HipLaunch` is that of a HIP kernel."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -49,6 +50,15 @@ class Launch:
                     f"{self.name}: {name} has {value.numel()} elements; its offsets have 32 bits and "
                     f"reach {NARROW}"
                 )
+
+    @property
+    def alternatives(self) -> int:
+        """The hot loop's code has so many bodies for each one that a pass executes."""
+        return 1
+
+    def bytes_of_a_wave(self, num_warps: int) -> float:
+        """The part of `weight_bytes` that a wave reads."""
+        return self.weight_bytes / num_warps
 
     def __call__(self) -> None:
         compiled = self.kernel[self.grid](**self.arguments, **self.options)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fast import configs
+from fast import configs, moe_hip
 from fast.launch import Launch, Scratch, constants, options, run
 from fast.linear import Norm, Stream, in_bf16, interleaved, product, read_normed, written
 from fast.prefill import moe as prefill
@@ -18,6 +18,7 @@ from weights import fp8, mxfp4, words
 from weights.entry import decode
 
 MAX_PAIRS = 128  # the most rows times top-k: a program searches them all for its expert
+KERNELS = ("triton", "hip")
 MAX_SCALE = {"gfx950": 254, "sm_90": 128}  # the largest e8m0 code that the target's decoding takes
 
 
@@ -30,14 +31,25 @@ class Experts(nn.Module):
     `weights/words.py`, and gate_up and its scales are stored in its tiles.
     bf16 weights: gate_up [E, 2 I, D] and down [E, D, I], without scales.
 
-    Sums are fp32; a row's bits do not depend on other rows. Up to 8 rows take two launches; more rows are
+    Sums are fp32; a row's bits do not depend on other rows. Up to 8 rows take two launches of Triton
+    kernels, or, with kernel="hip", one of a HIP kernel (moe_hip.py: gfx950 and MXFP4 alone). More rows are
     sorted by expert (prefill/moe.py). InputError for sizes that the kernels do not take.
     """
 
     def __init__(
-        self, E: int, D: int, I: int, target: str, device: torch.device, *, fp4: bool = True
+        self,
+        E: int,
+        D: int,
+        I: int,
+        target: str,
+        device: torch.device,
+        *,
+        fp4: bool = True,
+        kernel: str = "triton",
     ) -> None:
         super().__init__()
+        if kernel not in KERNELS:
+            raise InputError(f"experts with kernel {kernel!r}; expected {' or '.join(KERNELS)}")
         if target not in ROWS:
             raise InputError(f"target {target!r}; expected {' or '.join(ROWS)}")
         self.stored_I = I  # the checkpoint's; self.I is padded
@@ -48,7 +60,10 @@ class Experts(nn.Module):
                 f"experts of hidden size {D} and intermediate size {I}; "
                 f"both must be multiples of {multiple}"
             )
-        self.E, self.D, self.I, self.target, self.fp4 = E, D, I, target, fp4
+        self.E, self.D, self.I, self.target, self.fp4, self.kernel = E, D, I, target, fp4, kernel
+        self.workgroups = moe_hip.workgroups_of(device)
+        if kernel == "hip":
+            moe_hip.check(self)
         self.tile_n = words.TILE_N if target == "sm_90" else 1
         self.tile_k = math.gcd(words.TILE_K, D)
         shape = configs.key(D=D, I=I)
@@ -74,7 +89,9 @@ class Experts(nn.Module):
             self.gate_up_scale, self.down_scale = self.gate_up, self.down  # not read
 
     @classmethod
-    def from_reference(cls, module: Any, target: str | None = None) -> "Experts":
+    def from_reference(
+        cls, module: Any, target: str | None = None, kernel: str = "triton"
+    ) -> "Experts":
         """Replaces a `reference.moe.Experts`. MXFP4 and bf16 weights keep their format; FP8 ones become
         bf16.
 
@@ -86,7 +103,8 @@ class Experts(nn.Module):
         gate = module[0].gate_proj.weight
         where, fp4 = gate.device, gate.dtype == torch.uint8
         D, I = module[0].down_proj.weight.shape[0], gate.shape[0]
-        packed = cls(len(module), D, I, target or target_of(where), where, fp4=fp4)
+        target = target or target_of(where)
+        packed = cls(len(module), D, I, target, where, fp4=fp4, kernel=kernel)
         for e, expert in enumerate(module):
             parts = (expert.gate_proj, expert.up_proj, expert.down_proj)
             if fp4:
@@ -204,14 +222,22 @@ class Experts(nn.Module):
         parts (`Choice.parts`) and its down weight [D, I] bf16. The shared expert and residual [N, D] bf16
         are added to the sum before it is rounded. then, out: as in `fast.linear.product`.
         """
-        from fast.kernels import moe as kernels  # Triton is needed from here on
-
         reads = read_normed(x)
         check_rows("experts", reads["x"], self.D)
         self._check_choice(reads["x"], experts, weights)
         N, k = experts.shape
         if N * k > MAX_PAIRS:
             raise InputError(f"{N} rows of {k} experts; expected at most {MAX_PAIRS} in all")
+        if self.kernel == "hip":
+            if shared is not None:
+                raise InputError("experts with kernel hip beside a shared expert; expected kernel triton")
+            whole, result = moe_hip.launch(
+                self, x, experts, weights, scratch,
+                workgroups=self.workgroups, residual=residual, then=then, out=out,
+            )  # fmt: skip
+            return [whole], result
+        from fast.kernels import moe as kernels  # Triton is needed from here on
+
         hidden = scratch("expert hidden", N * k, MAX_ROWS, self.I)
         first_pair = scratch("first pair", N * k, dtype=torch.int32)
         partial = scratch("expert partial", N * k + 1, MAX_ROWS, self.D, dtype=torch.float32)

@@ -48,7 +48,8 @@ from qwen35.cli import Parser, print_json, run
 from qwen35.errors import InputError
 from qwen35.load import lay_out
 from qwen35.progress import steps
-from tools.gfx950.assembly import Instruction, hot_loop, parse
+from tools.gfx950 import card
+from tools.gfx950.assembly import Instruction, hot_cycle, hot_loop, parse
 from tools.kernel_file import launches_of
 from weights.storage import whole, write_whole
 
@@ -61,6 +62,7 @@ TOLERANCE = 0.02  # relative, for weight_bytes_per_valu
 
 LANES = 64
 LOAD = re.compile(r"(?:buffer|global|flat)_load_(?:lds_)?(dword(?:x[234])?|[us]byte|[us]?short)")
+FP4_CONVERT = r"v_cvt_scalef32_pk_\w+_fp4"
 SCALAR_LOAD = re.compile(r"s_(?:buffer_)?load_dword(?:x(\d+))?$")
 BYTES = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "ubyte": 1, "sbyte": 1}
 SASS = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)")
@@ -149,40 +151,35 @@ def _compile(launch: Launch, target: str) -> Compiled:
 
 def _describe_gfx950(launch: Launch, compiled: Any) -> tuple[Row, str]:
     program = parse(compiled.text, compiled.name)
-    resources, loop = program.resources, hot_loop(program)
+    resources = program.resources
+    blocks = hot_cycle(program) if launch.alternatives > 1 else (hot_loop(program),)
+    loop = [instruction for block in blocks for instruction in block]
     mnemonics = [instruction.mnemonic for instruction in program.instructions]
     widths = [lane_bytes(instruction) for instruction in loop or program.instructions]
-    valu = sum(_is_valu(instruction.mnemonic) for instruction in loop)
+    valu = _valu(blocks, launch.alternatives)
+    lds = compiled.shared + program.directives.get("group_segment_fixed_size", 0)
     loop_bytes = compiled.num_warps * sum(map(wave_bytes, loop))
     per_valu = None
     if valu and 0 < launch.weight_bytes <= loop_bytes:
-        per_valu = round(launch.weight_bytes / compiled.num_warps / valu, 2)
+        per_valu = round(launch.alternatives * launch.bytes_of_a_wave(compiled.num_warps) / valu, 2)
     row = {
         **{
             name: resources[name]
             for name in ("vgpr", "agpr", "sgpr", "vgpr_spills", "sgpr_spills", "scratch")
         },
-        "lds": compiled.shared,
-        "occupancy": occupancy_gfx950(resources["vgpr"], compiled.shared, compiled.num_warps),
+        "lds": lds,
+        "occupancy": card.occupancy(resources["vgpr"], lds, compiled.num_warps),
         "code_bytes": resources["code_bytes"],
         "weight_bytes_per_valu": per_valu,
         "weight_bytes": launch.weight_bytes,
         "loop_bytes": loop_bytes,
-        "fp4_converts": _count(r"v_cvt_scalef32_pk_\w+_fp4", mnemonics),
+        "fp4_converts": _count(FP4_CONVERT, mnemonics),
         "scaled_mfma": _count(r"v_mfma_scale_\w+", mnemonics),
         "mfma": _count(r"v_mfma_(?!scale_)\w+", mnemonics),
         "wide_loads": sum(width == 16 for width in widths),
         "narrow_loads": sum(0 < width < 16 for width in widths),
     }
     return row, compiled.text
-
-
-def occupancy_gfx950(vgpr: int, lds: int, num_warps: int) -> float:
-    """Waves per SIMD. A CU has 4 SIMDs. A SIMD has 512 registers per lane, allocated in units of 8.
-    A CU has 160 KiB of LDS, allocated in units of 1280 bytes."""
-    by_registers = 512 // max(8, _round_up(vgpr, 8))
-    by_lds = 160 * 1024 // _round_up(lds, 1280) * num_warps / 4 if lds else math.inf
-    return min(8, by_registers, by_lds)
 
 
 def occupancy_sm90(registers: int, shared: int, num_warps: int) -> float:
@@ -196,6 +193,17 @@ def occupancy_sm90(registers: int, shared: int, num_warps: int) -> float:
 
 def _round_up(value: int, granule: int) -> int:
     return -(-value // granule) * granule
+
+
+def _valu(blocks: tuple[tuple[Instruction, ...], ...], alternatives: int) -> int:
+    """How many vector instructions the passes of a loop execute that go once through each of the
+    alternatives in it, which are the blocks that decode FP4."""
+    total = 0
+    for block in blocks:
+        names = [instruction.mnemonic for instruction in block]
+        times = 1 if _count(FP4_CONVERT, names) else alternatives
+        total += times * sum(map(_is_valu, names))
+    return total
 
 
 def _is_valu(mnemonic: str) -> bool:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ HALF_STEP = 2.0**-8  # relative rounding error of bf16
 WRITTEN = {
     "route": ("parts", "experts", "weights"),
     "gate_up": ("first", "hidden", "shared"),
+    "experts": ("hidden", "partial", "out", "scaled", "out_squares"),
     "down": ("partial", "out", "scaled", "out_squares"),
     "delta": ("gated", "squares", "out"),
     "attend": ("partial", "peaks", "totals"),
@@ -75,6 +77,8 @@ def poison(launches: Iterable[Launch]) -> None:
         arguments = launch.arguments
         for name in WRITTEN.get(launch.name.split()[0], PRODUCT):
             tensor = arguments[name]
+            if tensor is None:
+                continue
             if not arguments.get("RING"):
                 tensor.fill_(torch.nan if tensor.is_floating_point() else NOWHERE)
 
@@ -125,10 +129,10 @@ def slow_experts(E: int, D: int, I: int) -> reference.moe.Experts:
 
 
 @cache
-def fast_experts(E: int, D: int, I: int) -> Experts:
+def fast_experts(E: int, D: int, I: int, kernel: str = "triton") -> Experts:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Experts.from_reference(slow_experts(E, D, I), TARGET)
+        return Experts.from_reference(slow_experts(E, D, I), TARGET, kernel)
 
 
 def routing(kind: str, rows: int, top_k: int, E: int) -> Tensor:
@@ -156,7 +160,10 @@ def routing(kind: str, rows: int, top_k: int, E: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """Rows for experts. x [N, D] bf16, experts [N, k] int64, weights [N, k] fp32, residual [N, D]."""
+    """Rows for experts. x [N, D] bf16, experts [N, k] int64, weights [N, k] fp32, residual [N, D].
+
+    kernel: of `Experts`. workgroups: those of its persistent kernel.
+    """
 
     E: int
     D: int
@@ -165,11 +172,13 @@ class Case:
     experts: Tensor
     weights: Tensor
     residual: Tensor | None = None
+    kernel: str = "triton"
+    workgroups: int = 6
 
     def rows(self, chosen: list[int]) -> "Case":
         residual = None if self.residual is None else self.residual[chosen]
         x, experts, weights = self.x[chosen], self.experts[chosen], self.weights[chosen]
-        return Case(self.E, self.D, self.I, x, experts, weights, residual)
+        return replace(self, x=x, experts=experts, weights=weights, residual=residual)
 
 
 def case(
@@ -182,11 +191,12 @@ def case(
     residual: bool = False,
     cancelling: bool = False,
     seed: int = 0,
+    **kernel: Any,
 ) -> Case:
     """A random case. cancelling: the first and the last slot have large weights of opposite signs.
 
     If both slots have the same expert, the rest of the sum shows the order of summation. Otherwise
-    the rounding to bf16 hides the order nearly always.
+    the rounding to bf16 hides the order nearly always. kernel: those fields of `Case`.
     """
     N, k = experts.shape
     x = (random(seed, N, D) * scale).bfloat16()
@@ -195,11 +205,12 @@ def case(
         weights[:, 0], weights[:, -1] = 50_000, -50_000
     # About as large as the sum that it is added to. An expert's output is quadratic at small x.
     beside = (random(seed + 2, N, D) * 4 * scale**2).bfloat16() if residual else None
-    return Case(E, D, I, x, experts, weights, beside)
+    return Case(E, D, I, x, experts, weights, beside, **kernel)
 
 
 def launches_of(chosen: Case, scratch: Scratch | None = None) -> tuple[list[Launch], Tensor]:
-    packed = fast_experts(chosen.E, chosen.D, chosen.I)
+    packed = fast_experts(chosen.E, chosen.D, chosen.I, chosen.kernel)
+    packed.workgroups = chosen.workgroups
     return packed.launches(
         chosen.x,
         chosen.experts.int(),

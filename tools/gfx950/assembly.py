@@ -36,6 +36,7 @@ _METADATA = {
     "scratch": ".private_segment_fixed_size",
 }
 
+_JUMPS = ("s_branch", "s_cbranch")
 _LABEL = re.compile(r"([A-Za-z_.$][\w.$@]*):")
 _CODE = re.compile(r"\s+([a-z]\w*)\b(.*)")
 
@@ -150,6 +151,47 @@ def hot_loop(program: Program) -> tuple[Instruction, ...]:
 
     start, end = max(innermost, key=work)
     return program.instructions[start:end]
+
+
+def hot_cycle(program: Program) -> tuple[tuple[Instruction, ...], ...]:
+    """The blocks of the loop that does the work, loops in it included; () if there is none. A block is
+    what lies between branches and their targets.
+
+    It is what can be reached from the block with the most decodes of FP4 and from which that block can be
+    reached, wherever the compiler has put it.
+    """
+    code, labels = program.instructions, program.labels
+    ends = {i + 1 for i, one in enumerate(code) if one.mnemonic.startswith(_JUMPS)}
+    starts = sorted({0, len(code)} | ends | set(labels.values()))
+    blocks = dict(zip(starts, starts[1:], strict=False))  # start -> end
+    after: dict[int, set[int]] = {start: set() for start in blocks}
+    before: dict[int, set[int]] = {start: set() for start in blocks}
+    for start, end in blocks.items():
+        last = code[end - 1]
+        goes_on = last.mnemonic not in ("s_branch", "s_endpgm") and end in blocks
+        there = {end} if goes_on else set()
+        if last.mnemonic.startswith(_JUMPS) and labels.get(last.operands[0]) in blocks:
+            there.add(labels[last.operands[0]])
+        after[start] = there
+        for one in there:
+            before[one].add(start)
+
+    def decodes(start: int) -> int:
+        names = [one.mnemonic for one in code[start : blocks[start]]]
+        return sum(bool(re.match(r"v_cvt_scalef32_pk_\w+_fp4", name)) for name in names)
+
+    def reached(start: int, edges: dict[int, set[int]]) -> set[int]:
+        found: set[int] = set()
+        rest = [start]
+        while rest:
+            for one in edges[rest.pop()] - found:
+                found.add(one)
+                rest.append(one)
+        return found
+
+    hottest = max(blocks, key=decodes)
+    cycle = reached(hottest, after) & reached(hottest, before)
+    return tuple(code[start : blocks[start]] for start in sorted(cycle))
 
 
 def _split(text: str) -> tuple[tuple[str, ...], dict[str, str | bool]]:

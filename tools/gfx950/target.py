@@ -5,6 +5,7 @@ own arguments, so that it is specialised as it would be on the card: an int that
 a pointer or an int that 16 divides is known to be so, a tensor below 2 GiB is read by buffer loads.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fast import hip, hip_compiler
+from fast.hip import HipLaunch
 from fast.launch import Launch, Work, check_packing
 from qwen35.errors import InputError
+from tools.gfx950 import card
 from tools.gfx950.emulator import LIMIT, Argument, Kernel, Statistics
 
 CPU = torch.device("cpu")
@@ -61,6 +65,8 @@ def compile_launch(launch: Launch, target: str) -> CompiledKernel:
     """
     if target not in TARGETS:
         raise InputError(f"target {target!r} is none of {', '.join(TARGETS)}")
+    if isinstance(launch, HipLaunch):
+        return _compile_hip(launch, target)
     *_, text, binary = TARGETS[target]
     with stand_in_driver(target):
         kernel = launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
@@ -75,6 +81,24 @@ def compile_launch(launch: Launch, target: str) -> CompiledKernel:
         parameters=tuple(
             (n, kind) for n, kind in _flat(kernel.src.signature) if kind != "constexpr"
         ),
+    )
+
+
+def _compile_hip(launch: HipLaunch, target: str) -> CompiledKernel:
+    if target != hip_compiler.ARCHITECTURE:
+        raise InputError(
+            f"{launch.name}: a HIP kernel for {hip_compiler.ARCHITECTURE}; this is {target}"
+        )
+    kernel = launch.kernel
+    text = hip_compiler.assembly(kernel)
+    return CompiledKernel(
+        name=kernel.name,
+        target=target,
+        text=text,
+        binary=hip_compiler.code_object(kernel),
+        shared=0,
+        num_warps=launch.options["num_warps"],
+        parameters=hip.parameters(launch.name, launch.arguments),
     )
 
 
@@ -104,10 +128,13 @@ def emulate(
         if not isinstance(launch, Launch):
             launch()
             continue
-        compiled = compile_launch(launch, "gfx950")
+        compiled, at_once = compile_launch(launch, "gfx950"), batch
         try:
             kernel = _kernel(compiled.text, compiled.name)
             values = dict(_flat(launch.arguments))
+
+            if isinstance(launch, HipLaunch) and launch.together:
+                at_once = _all_at_once(launch, kernel)
             arguments = {
                 name: _argument(name, kind, values[name]) for name, kind in compiled.parameters
             }
@@ -118,7 +145,7 @@ def emulate(
                 compiled.shared,
                 names=list(arguments),
                 seed=seed,
-                batch=batch,
+                batch=at_once,
                 races=races,
                 limit=limit,
                 reaches=[_bytes(tensor) for tensor in launch.reaches],
@@ -136,6 +163,17 @@ def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         else:
             yield name, value
 
+def _all_at_once(launch: HipLaunch, kernel: Kernel) -> int:
+    """How many workgroups a launch has whose workgroups wait for each other. InputError if a card does not
+    run them all at once."""
+    program = kernel.program
+    lds = program.directives.get("group_segment_fixed_size", 0)
+    fitting = card.workgroups_of_a_unit(
+        program.resources["vgpr"], lds, launch.options["num_warps"]
+    )
+    hip.check_together(launch, fitting, card.UNITS)
+    return math.prod(launch.grid)
+
 
 _kernel = cache(Kernel)  # the same kernel often runs on several inputs
 
@@ -143,6 +181,8 @@ _kernel = cache(Kernel)  # the same kernel often runs on several inputs
 def _argument(name: str, kind: str, value: Any) -> Argument:
     """One argument of a launch as the emulator takes it."""
     if kind.startswith("*"):
+        if value is None:
+            return np.empty(0, np.uint8)  # a null pointer
         if not isinstance(value, Tensor) or value.device.type != "cpu":
             where = value.device if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"argument {name}: {where}, expected a tensor on the CPU")

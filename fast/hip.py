@@ -1,0 +1,166 @@
+"""One launch of a HIP kernel as a value, beside Triton's: run on a ROCm card, compiled, or emulated."""
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast import hip_compiler
+from fast.hip_compiler import ARCHITECTURE, Kernel
+from fast.launch import Launch
+from fast.target import target_of
+from qwen35.errors import InputError
+
+LANES = 64
+NO_BINARY, INVALID_IMAGE = 209, 200  # of hipError_t: not for this card, not a code object
+SCALARS = {int: ("i32", ctypes.c_int32), float: ("fp32", ctypes.c_float)}
+
+
+@dataclass(frozen=True)
+class HipLaunch(Launch):
+    """A HIP kernel with everything that it is launched with.
+
+    kernel: a `hip_compiler.Kernel`. arguments: the parameters in their order; a tensor or None, which is
+    a null pointer, an int (32 bits) or a float (32 bits). options: num_warps alone.
+    kinds: of work, of which a pass of the hot loop does one. loading: how many of the waves load weights. together: all workgroups must run at the same time,
+    because they wait for each other.
+    """
+
+    loading: int = 1
+    kinds: int = 1
+    together: bool = False
+
+    def __post_init__(self) -> None:
+        """HIP kernels address all tensors with 64 bits. InputError for an argument of another type."""
+        parameters(self.name, self.arguments)
+
+    @property
+    def threads(self) -> int:
+        """Of a workgroup."""
+        return LANES * self.options["num_warps"]
+
+    @property
+    def alternatives(self) -> int:
+        return self.kinds
+
+    def bytes_of_a_wave(self, num_warps: int) -> float:
+        return self.weight_bytes / self.loading
+
+    def __call__(self) -> None:
+        where = next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
+        if (target := target_of(where)) != ARCHITECTURE:
+            raise InputError(f"{self.name}: a HIP kernel for {ARCHITECTURE}; this is {target}")
+        with torch.cuda.device(where):
+            index = torch.cuda.current_device()
+            function = _function(self.kernel, index)
+            if self.together and (function.value, self.grid) not in _checked:
+                units = torch.cuda.get_device_properties(index).multi_processor_count
+                runtime().check_together(self, function, units)
+                _checked.add((function.value, self.grid))
+            runtime().launch(self, function, torch.cuda.current_stream().cuda_stream)
+
+
+_checked: set[tuple[int | None, tuple[int, int, int]]] = set()  # functions and grids that fit
+
+
+def parameters(name: str, arguments: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """(name, type) of each argument of a launch; "*" is a pointer. InputError for any other type."""
+    found = []
+    for parameter, value in arguments.items():
+        if value is None or isinstance(value, Tensor):
+            found.append((parameter, "*"))
+        elif type(value) in SCALARS:
+            found.append((parameter, SCALARS[type(value)][0]))
+        else:
+            kind = type(value).__name__
+            raise InputError(f"{name}: argument {parameter} is a {kind}; expected a tensor or a number")
+    return tuple(found)
+
+
+def packed(arguments: Mapping[str, Any]) -> list[Any]:
+    """The arguments as C values, in their order."""
+    values: list[Any] = []
+    for value in arguments.values():
+        if value is None or isinstance(value, Tensor):
+            values.append(ctypes.c_void_p(None if value is None else value.data_ptr()))
+        else:
+            values.append(SCALARS[type(value)][1](value))
+    return values
+
+
+class Runtime:
+    """HIP's module API. library: libamdhip64 as ctypes loads it."""
+
+    def __init__(self, library: Any) -> None:
+        self.library = library
+
+    def load(self, kernel: Kernel, code: bytes) -> ctypes.c_void_p:
+        """The function of a kernel on the current device. InputError if the code object is not for it."""
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        status = self.library.hipModuleLoadData(ctypes.byref(module), ctypes.c_char_p(code))
+        if status in (NO_BINARY, INVALID_IMAGE):
+            raise InputError(
+                f"{kernel.name}: the code object is for {ARCHITECTURE}, not for this card "
+                f"({self._text(status)})"
+            )
+        self._check(kernel.name, "hipModuleLoadData", status)
+        status = self.library.hipModuleGetFunction(
+            ctypes.byref(function), module, ctypes.c_char_p(kernel.name.encode())
+        )
+        self._check(kernel.name, "hipModuleGetFunction", status)
+        return function
+
+    def check_together(self, launch: HipLaunch, function: ctypes.c_void_p, units: int) -> None:
+        """InputError unless a card of so many compute units runs the whole grid at once."""
+        fitting = ctypes.c_int()
+        status = self.library.hipModuleOccupancyMaxActiveBlocksPerMultiprocessor(
+            ctypes.byref(fitting), function, ctypes.c_int(launch.threads), ctypes.c_size_t(0)
+        )
+        self._check(launch.name, "hipModuleOccupancyMaxActiveBlocksPerMultiprocessor", status)
+        check_together(launch, fitting.value, units)
+
+    def launch(self, launch: HipLaunch, function: ctypes.c_void_p, stream: int) -> None:
+        values = packed(launch.arguments)
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        sizes = *launch.grid, launch.threads, 1, 1, 0  # the last one: no LDS besides the kernel's own
+        status = self.library.hipModuleLaunchKernel(
+            function, *map(ctypes.c_uint, sizes), ctypes.c_void_p(stream), pointers, None
+        )
+        self._check(launch.name, "hipModuleLaunchKernel", status)
+
+    def _check(self, name: str, call: str, status: int) -> None:
+        if status:
+            raise InputError(f"{name}: {call} returned {status} ({self._text(status)})")
+
+    def _text(self, status: int) -> str:
+        self.library.hipGetErrorString.restype = ctypes.c_char_p
+        return self.library.hipGetErrorString(ctypes.c_int(status)).decode()
+
+
+def check_together(launch: Launch, fitting: int, units: int) -> None:
+    """InputError unless `units` compute units, each of which runs `fitting` workgroups, run the whole
+    grid at once. Workgroups that wait for one that has no place would wait for ever."""
+    x, y, z = launch.grid
+    if x * y * z > fitting * units:
+        raise InputError(
+            f"{launch.name}: {x * y * z} workgroups wait for each other; this card runs "
+            f"{fitting * units} of them at once"
+        )
+
+
+@cache
+def runtime() -> Runtime:
+    try:
+        return Runtime(ctypes.CDLL("libamdhip64.so"))  # the one that torch has loaded
+    except OSError as error:
+        raise InputError(f"HIP kernels need ROCm's runtime: {error}") from None
+
+
+@cache
+def _function(kernel: Kernel, device: int) -> ctypes.c_void_p:
+    """A kernel's function on a device, which must be the current one."""
+    return runtime().load(kernel, hip_compiler.code_object(kernel))

@@ -1,0 +1,109 @@
+"""The routed experts of 1 to 8 rows as one launch of a HIP kernel, kernels/moe.hip, on gfx950."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fast import configs
+from fast.hip import HipLaunch
+from fast.hip_compiler import ARCHITECTURE, Kernel
+from fast.launch import Scratch
+from fast.linear import Norm, Stream, read_normed, written
+from fast.target import MAX_ROWS
+from qwen35.errors import InputError
+
+if TYPE_CHECKING:
+    from fast.moe import Experts
+
+SOURCE = Path(__file__).parent / "kernels" / "moe.hip"
+UNITS = 256  # compute units of an MI355X
+# As in the source.
+STREAMERS, MAX_PAIRS, LINE, STEP, SUMMED = 8, 128, 16, 128, 64
+
+
+def check(packed: "Experts") -> None:
+    """InputError unless the kernel takes these experts."""
+    if packed.target != ARCHITECTURE:
+        raise InputError(f"experts with kernel hip for {packed.target}; it is for {ARCHITECTURE}")
+    if not packed.fp4:
+        raise InputError("experts with kernel hip in bf16; it takes MXFP4")
+    steps = packed.D // STEP
+    if steps > STREAMERS and steps % STREAMERS:
+        raise InputError(
+            f"experts with kernel hip of hidden size {packed.D}; expected at most "
+            f"{STREAMERS * STEP}, or a multiple of it"
+        )
+
+
+def loads(D: int, I: int) -> int:
+    """How many loads of 16 bytes a lane a wave makes for one task."""
+    of_D, of_I = -(-D // STEP // STREAMERS), I // STEP
+    room = max(4, of_D, of_I)
+    gate = min(16, 1 << (room // of_D).bit_length() - 1)
+    down = math.gcd(min(16, 1 << (room // of_I).bit_length() - 1), D // STEP)
+    return max(gate * of_D, down * of_I)
+
+
+def launch(
+    packed: "Experts",
+    x: Tensor | Stream,
+    experts: Tensor,
+    weights: Tensor,
+    scratch: Scratch,
+    *,
+    workgroups: int,
+    residual: Tensor | None = None,
+    then: Norm | None = None,
+    out: str = "moe",
+) -> tuple[HipLaunch, Any]:
+    """The launch, and the output [N, D] bf16, which it will write. Arguments as in `Experts.launches`.
+
+    workgroups: as many as the card runs at once; they wait for each other.
+    """
+    reads = read_normed(x)
+    (N, k), D, I = experts.shape, packed.D, packed.I
+    shape = configs.key(D=D, I=I)
+    writes, result = written(out, N, D, D // SUMMED, packed.target, then, scratch)
+    followed = then is not None
+    # Counters of arrivals, which only grow. How much depends on the sizes and the grid.
+    lines = MAX_PAIRS + D // STEP + workgroups
+    counters = scratch(f"experts {shape} on {workgroups}", lines, LINE, dtype=torch.int64)
+    load = loads(D, I)
+    value = HipLaunch(
+        f"experts {shape}",
+        Kernel(
+            SOURCE,
+            "moe",
+            (("HIDDEN_SIZE", D), ("INTERMEDIATE_SIZE", I), ("EXPERTS", packed.E), ("TOP_K", k)),
+        ),
+        (workgroups, 1, 1),
+        {
+            "x": reads["x"], "squares": reads["squares"] if reads["PARTS"] else None,
+            "experts": experts, "weights": weights,
+            "gate_up": packed.gate_up, "gate_up_scale": packed.gate_up_scale,
+            "down": packed.down, "down_scale": packed.down_scale, "residual": residual,
+            "next_norm": writes["next_norm"] if followed else None,
+            "hidden": scratch("expert hidden", N * k, MAX_ROWS, I),
+            "partial": scratch("expert outputs", N * k, D, dtype=torch.float32),
+            "counters": counters, "out": writes["out"],
+            "scaled": writes["scaled"] if followed else None,
+            "out_squares": writes["out_squares"] if followed else None,
+            "rows": N, "parts": reads["PARTS"], "workgroups": workgroups, "eps": reads["eps"],
+        },
+        {"num_warps": STREAMERS + 1},
+        (2 if load > 4 else 3) * STREAMERS * 64 * 16 * load,  # a pass does two or three tasks
+        loading=STREAMERS,
+        kinds=2,  # gate-up and down
+        together=True,
+    )  # fmt: skip
+    return value, result
+
+
+def workgroups_of(device: torch.device) -> int:
+    """How many workgroups the kernel is launched with: one for each compute unit."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return UNITS
