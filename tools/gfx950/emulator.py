@@ -292,8 +292,9 @@ class _Run:
 
     A group is a set of waves at the same instruction. It runs until it ends, meets a barrier, or branches
     backwards while others are in the queue, whose end it then joins. So waves that spin cannot keep
-    others from the work that they wait for. A group that sleeps gives way at once. In lockstep, groups in the queue at the same instruction are
-    joined; in random order a group is one wave, and gives way only after PATIENCE instructions.
+    others from the work that they wait for. A group that sleeps gives way at once. In lockstep, groups
+    in the queue at the same instruction are joined; in random order a group is one wave, and gives way
+    only after PATIENCE instructions.
     """
 
     def __init__(
@@ -342,6 +343,7 @@ class _Run:
     def _advance(self, place: int, waves: Waves) -> None:
         """Run one group until it stops or others get their turn."""
         actions, counts, size, steps = self._actions, self._counts, len(waves), 0
+        woke = place if place and self._mnemonics[place - 1] == "s_sleep" else -1
         while place < len(actions):
             action = actions[place]
             counts[place] += size
@@ -362,7 +364,7 @@ class _Run:
             if place in self._checks:
                 self._quoting(place, self._checks[place], waves)
             taken = _condition(mnemonic, waves)
-            target = self._targets[place]
+            target, came_from = self._targets[place], place
             if taken.all():
                 backwards, place = target <= place, target
             elif not taken.any():
@@ -377,7 +379,8 @@ class _Run:
                         f"more than {self._limit} instructions: does this loop end?"
                     )
                 if self._queue and (self._random is None or steps > PATIENCE):
-                    self._sleeps = 0
+                    if not place < woke <= came_from:
+                        self._sleeps = 0
                     self._queue.append((place, waves))
                     return
         raise EmulatorError("the code ends without s_endpgm")
