@@ -1,6 +1,7 @@
 """The launches of every kernel at the sizes of the published model, to be compiled, not run: their
 tensors have no memory."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from qwen35.cache import KV_CACHE_DTYPES, Cache
 from qwen35.config import Config
 from qwen35.errors import InputError
 
-PUBLISHED = "397B-A17B"
+PUBLISHED, SMALLER = "397B-A17B", "35B-A3B"
 RANKS = (1, 2, 4, 8)
 DIVIDED = (
     "num_attention_heads", "linear_num_key_heads", "linear_num_value_heads",
@@ -77,6 +78,25 @@ def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
             if isinstance(work, Launch) and work.name not in seen:
                 seen.add(work.name)
                 yield work
+
+
+def hip_launches(target: str) -> Iterator[Launch]:
+    """The routed experts as one HIP kernel and, of the same sizes, as Triton's two: of the 397B on 1, 2,
+    4 and 8 ranks. HIP alone: of the 35B-A3B on 1, 2 and 4."""
+    meta = torch.device("meta")
+    for name, ranks, kernel in (
+        *((PUBLISHED, ranks, kernel) for ranks in RANKS for kernel in ("hip", "triton")),
+        *((SMALLER, ranks, "hip") for ranks in RANKS[:-1]),
+    ):
+        config = sliced(Config.published(name), ranks)
+        sizes = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the smaller model's sizes are not in Triton's table
+            experts = Experts(*sizes, target, meta, kernel=kernel)
+        rows, k = DRAFTS + 1, config.num_experts_per_tok
+        x = torch.empty(rows, config.hidden_size, dtype=torch.bfloat16, device=meta)
+        ids = torch.empty(rows, k, dtype=torch.int32, device=meta)
+        yield from experts.launches(x, ids, torch.empty(rows, k, device=meta), Scratch(meta))[0]
 
 
 def _works(model: Any, config: Config, ranks: int, device: torch.device) -> Iterator[Work]:

@@ -26,8 +26,8 @@ class HipLaunch(Launch):
 
     kernel: a `hip_compiler.Kernel`. arguments: the parameters in their order; a tensor or None, which is
     a null pointer, an int (32 bits) or a float (32 bits). options: num_warps alone.
-    kinds: of work, of which a pass of the hot loop does one. loading: how many of the waves load weights. together: all workgroups must run at the same time,
-    because they wait for each other.
+    kinds: of work, of which a pass of the hot loop does one. loading: how many of the waves load weights.
+    together: all workgroups must run at the same time, because they wait for each other.
     """
 
     loading: int = 1
@@ -77,7 +77,9 @@ def parameters(name: str, arguments: Mapping[str, Any]) -> tuple[tuple[str, str]
             found.append((parameter, SCALARS[type(value)][0]))
         else:
             kind = type(value).__name__
-            raise InputError(f"{name}: argument {parameter} is a {kind}; expected a tensor or a number")
+            raise InputError(
+                f"{name}: argument {parameter} is a {kind}; expected a tensor or a number"
+            )
     return tuple(found)
 
 
@@ -126,7 +128,13 @@ class Runtime:
     def launch(self, launch: HipLaunch, function: ctypes.c_void_p, stream: int) -> None:
         values = packed(launch.arguments)
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        sizes = *launch.grid, launch.threads, 1, 1, 0  # the last one: no LDS besides the kernel's own
+        sizes = (
+            *launch.grid,
+            launch.threads,
+            1,
+            1,
+            0,
+        )  # the last one: no LDS besides the kernel's own
         status = self.library.hipModuleLaunchKernel(
             function, *map(ctypes.c_uint, sizes), ctypes.c_void_p(stream), pointers, None
         )

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from qwen35.errors import InputError
-from weights.storage import write_whole
+from weights.storage import whole
 
 ARCHITECTURE = "gfx950"
 FLAGS = (
@@ -97,8 +97,8 @@ def _built(compiler: Compiler, kernel: Kernel, suffix: str) -> Path:
     file = cached(compiler, kernel, suffix)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            write_whole(file, _compile(compiler, kernel, suffix, Path(folder)))
+        with tempfile.TemporaryDirectory() as folder, whole(file) as part:
+            part.write_bytes(_compile(compiler, kernel, suffix, Path(folder)))
     return file
 
 
@@ -115,9 +115,7 @@ def _compile(compiler: Compiler, kernel: Kernel, suffix: str, folder: Path) -> b
     # From the very text that the emulator executes.
     text, part = _built(compiler, kernel, "s"), folder / "kernel.o"
     target = "-target", "amdgcn-amd-amdhsa", f"-mcpu={ARCHITECTURE}"
-    _run(
-        compiler, (*compiler.clang, *target, "-x", "assembler", "-c", str(text), "-o", str(part))
-    )
+    _run(compiler, (*compiler.clang, *target, "-x", "assembler", "-c", str(text), "-o", str(part)))
     _run(compiler, (*compiler.linker, "-shared", str(part), "-o", str(linked)))
     return linked.read_bytes()
 

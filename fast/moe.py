@@ -32,8 +32,8 @@ class Experts(nn.Module):
     bf16 weights: gate_up [E, 2 I, D] and down [E, D, I], without scales.
 
     Sums are fp32; a row's bits do not depend on other rows. Up to 8 rows take two launches of Triton
-    kernels, or, with kernel="hip", one of a HIP kernel (moe_hip.py: gfx950 and MXFP4 alone). More rows are
-    sorted by expert (prefill/moe.py). InputError for sizes that the kernels do not take.
+    kernels, or, with kernel="hip", one of a HIP kernel (moe_hip.py: gfx950 and MXFP4 alone). More rows
+    are sorted by expert (prefill/moe.py). InputError for sizes that the kernels do not take.
     """
 
     def __init__(
@@ -230,7 +230,9 @@ class Experts(nn.Module):
             raise InputError(f"{N} rows of {k} experts; expected at most {MAX_PAIRS} in all")
         if self.kernel == "hip":
             if shared is not None:
-                raise InputError("experts with kernel hip beside a shared expert; expected kernel triton")
+                raise InputError(
+                    "experts with kernel hip beside a shared expert; expected kernel triton"
+                )
             whole, result = moe_hip.launch(
                 self, x, experts, weights, scratch,
                 workgroups=self.workgroups, residual=residual, then=then, out=out,

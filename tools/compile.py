@@ -2,7 +2,7 @@
 
 The targets are gfx950 (MI355X) and sm_90 (H100, H200). Neither a GPU nor a driver is needed.
 --check compares the result with the committed table, compile.json. --kernel compiles your own
-launches instead (docs/write-a-kernel.md). The columns of the table are:
+launches instead (docs/write-a-kernel.md), and --hip the HIP kernels. The columns of the table are:
 
 vgpr: vector registers per lane (sm_90: registers per thread). agpr of them are for accumulation.
 scratch: bytes of scratch memory per lane. lds: bytes of shared memory per program.
@@ -26,7 +26,6 @@ is another loop.
 
 import argparse
 import json
-import math
 import os
 import re
 import subprocess
@@ -43,12 +42,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from fast import hip_compiler
 from fast.launch import Launch
 from qwen35.cli import Parser, print_json, run
 from qwen35.errors import InputError
 from qwen35.load import lay_out
 from qwen35.progress import steps
-from tools.gfx950 import card
+from tools.cards import occupancy_gfx950, occupancy_sm90
 from tools.gfx950.assembly import Instruction, hot_cycle, hot_loop, parse
 from tools.kernel_file import launches_of
 from weights.storage import whole, write_whole
@@ -98,6 +98,10 @@ def build_parser() -> Parser:
         "--kernel", metavar="FILE:NAME",
         help="not the project's kernels but the launches that a function of a Python file gives for a "
         "target; --check then exits 1 at spills and scratch",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hip", action="store_true",
+        help="the HIP kernels, with Triton's for the same work, for gfx950; --check as with --kernel",
     )  # fmt: skip
     parser.add_argument("--match", metavar="GLOB", default="*", help="only kernels so named")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -168,7 +172,7 @@ def _describe_gfx950(launch: Launch, compiled: Any) -> tuple[Row, str]:
             for name in ("vgpr", "agpr", "sgpr", "vgpr_spills", "sgpr_spills", "scratch")
         },
         "lds": lds,
-        "occupancy": card.occupancy(resources["vgpr"], lds, compiled.num_warps),
+        "occupancy": occupancy_gfx950(resources["vgpr"], lds, compiled.num_warps),
         "code_bytes": resources["code_bytes"],
         "weight_bytes_per_valu": per_valu,
         "weight_bytes": launch.weight_bytes,
@@ -180,19 +184,6 @@ def _describe_gfx950(launch: Launch, compiled: Any) -> tuple[Row, str]:
         "narrow_loads": sum(0 < width < 16 for width in widths),
     }
     return row, compiled.text
-
-
-def occupancy_sm90(registers: int, shared: int, num_warps: int) -> float:
-    """Warps per scheduler. An SM has 4 schedulers and 64 Ki registers, which a warp takes in units
-    of 256. It has 228 KiB of shared memory, of which each program takes 1 KiB more than it asks
-    for. It holds at most 64 warps and 32 programs."""
-    by_registers = 65536 // _round_up(32 * registers, 256) // num_warps
-    by_shared = 228 * 1024 // (_round_up(shared, 128) + 1024)
-    return min(by_registers, by_shared, 64 // num_warps, 32) * num_warps / 4
-
-
-def _round_up(value: int, granule: int) -> int:
-    return -(-value // granule) * granule
 
 
 def _valu(blocks: tuple[tuple[Instruction, ...], ...], alternatives: int) -> int:
@@ -411,6 +402,13 @@ def all_launches(target: str) -> Iterable[Launch]:
     return launches(target, lay_out)
 
 
+def hip_launches(target: str) -> Iterable[Launch]:
+    """The HIP kernels, and Triton's for the same work."""
+    from fast.catalogue import hip_launches
+
+    return hip_launches(target)
+
+
 def main(
     args: argparse.Namespace,
     launches: Callable[[str], Iterable[Launch]] = all_launches,
@@ -421,16 +419,26 @@ def main(
     except ImportError:
         raise InputError("Triton is missing; pip install triton (needs no GPU)") from None
     version = triton.__version__
-    if args.kernel:
+    if own := "--kernel" if args.kernel else "--hip" if args.hip else "":
         if args.update:
-            raise InputError(f"--update writes {TABLE.name}, which --kernel is not about")
-        launches = launches_of(args.kernel)
+            raise InputError(f"--update writes {TABLE.name}, which {own} is not about")
+        launches = launches_of(args.kernel) if args.kernel else hip_launches
+    if args.hip:
+        if args.kernel:
+            raise InputError("--hip and --kernel are two choices of kernels; expected one")
+        if hip_compiler.ARCHITECTURE not in args.target:
+            raise InputError(
+                f"--hip is for {hip_compiler.ARCHITECTURE}; --target has {args.target[0]}"
+            )
+        args.target = [hip_compiler.ARCHITECTURE]
+        compiler = hip_compiler.find()
+        print(f"HIP: {compiler.name}, {hip_compiler.version(compiler)}", file=sys.stderr)
 
     def wanted(name: str, target: str) -> bool:
         return target in args.target and fnmatchcase(name, args.match)
 
     kept: list[Row] = []  # rows of the table that this run does not cover
-    compares = args.check and not args.kernel
+    compares = args.check and not own
     old = read_table(table) if compares or (args.update and not _whole(args)) else None
     if old and args.update:
         if old["triton"] != version:
@@ -457,7 +465,7 @@ def main(
 
     worse = [f"{one.name} {one.target}: {one.error}" for one in found if one.row is None]
     better: list[str] = []
-    if args.check and args.kernel:
+    if args.check and own:
         worse += [f"{row['name']} {row['target']}: {line}" for row in rows for line in faults(row)]
     if compares and old:
         if old["triton"] != version:

@@ -218,10 +218,14 @@ INLINE void wait_for(const u64* counter, u64 number) {
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent");
 }
 
+INLINE void add(u64* counter, u64 number) {
+  __hip_atomic_fetch_add(counter, number, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+
 // The fence waits until all stores of this wave are where other XCDs see them; then the counter tells.
-INLINE void raise(u64* counter, u64 by, int lane) {
+INLINE void arrive(u64* counter, int lane) {
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent");
-  if (lane == 0) __hip_atomic_fetch_add(counter, by, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+  if (lane == 0) add(counter, 1);
 }
 
 // All nine waves meet. Only the LDS passes between them here: loads of weights stay on their way.
@@ -286,18 +290,17 @@ INLINE void request(
   __builtin_amdgcn_sched_barrier(0);  // so that no request slips behind the work that follows
 }
 
+// Byte B of a word of codes: two elements of a group.
+template <int B>
+INLINE bf16x2 decoded(unsigned codes, float scale) {
+  return __builtin_amdgcn_cvt_scalef32_pk_bf16_fp4(codes, scale, B);
+}
+
 // acc + 16 rows of weights by 32 columns, times 32 by 16 columns of activations.
 INLINE f32x4 product(unsigned codes, float scale, bf16x8 x, f32x4 acc) {
-  bf16x8 w;
-#pragma unroll
-  for (int b = 0; b < 4; b++) {
-    bf16x2 two;
-    if (b == 0) two = __builtin_amdgcn_cvt_scalef32_pk_bf16_fp4(codes, scale, 0);
-    if (b == 1) two = __builtin_amdgcn_cvt_scalef32_pk_bf16_fp4(codes, scale, 1);
-    if (b == 2) two = __builtin_amdgcn_cvt_scalef32_pk_bf16_fp4(codes, scale, 2);
-    if (b == 3) two = __builtin_amdgcn_cvt_scalef32_pk_bf16_fp4(codes, scale, 3);
-    w[2 * b] = two[0], w[2 * b + 1] = two[1];
-  }
+  bf16x2 a = decoded<0>(codes, scale), b = decoded<1>(codes, scale);
+  bf16x2 c = decoded<2>(codes, scale), d = decoded<3>(codes, scale);
+  bf16x8 w = {a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]};
   return __builtin_amdgcn_mfma_f32_16x16x32_bf16(w, x, acc, 0, 0, 0);
 }
 
@@ -460,7 +463,7 @@ INLINE void publish_gate(
     if (row < a.rows)
       a.hidden[((long)task.u * MAX_ROWS + row) * I + i] = (__bf16)(known ? activated : __builtin_nanf(""));
   }
-  raise(arrived(a, task.u), 1, lane);
+  arrive(arrived(a, task.u), lane);
 }
 
 // Bring the hidden rows of a down task's expert to the LDS.
@@ -481,7 +484,7 @@ INLINE void publish_down(Shared& lds, int buffer, const Arguments& a, const Rout
       float* to = a.partial + (long)pair * D + task.block * COLUMNS;
       for (int c = lane * 4; c < COLUMNS; c += LANES * 4) *(f32x4*)(to + c) = *(f32x4*)&lds.down[buffer][row][c];
     }
-  raise(stored(a, task.block), 1, lane);
+  arrive(stored(a, task.block), lane);
 }
 
 INLINE void carry(Shared& lds, const Arguments& a, int workgroup, int lane) {
@@ -497,8 +500,8 @@ INLINE void carry(Shared& lds, const Arguments& a, int workgroup, int lane) {
     wait_for(stored(a, block * SUMMED / COLUMNS), epochs * MAX_PAIRS);
   };
   if (workgroup == 0) {  // arrives for the experts that this list lacks
-    for (int u = r.count + lane; u < MAX_PAIRS; u += LANES) raise(arrived(a, u), GATE_BLOCKS, 0);
-    for (int b = lane; b < DOWN_BLOCKS; b += LANES) raise(stored(a, b), MAX_PAIRS - r.count, 0);
+    for (int u = r.count + lane; u < MAX_PAIRS; u += LANES) add(arrived(a, u), GATE_BLOCKS);
+    for (int b = lane; b < DOWN_BLOCKS; b += LANES) add(stored(a, b), MAX_PAIRS - r.count);
   }
   for (int i = 0; i < gates; i++) {
     if (i > 0) publish_gate(lds, (i - 1) % 2, a, task(i - 1), inverse, lane);

@@ -314,12 +314,12 @@ def bits(
     return found
 
 
-def repeated_work(rows: int, top_k: int) -> list[str]:
+def repeated_work(rows: int, top_k: int, kernel: str = "triton") -> list[str]:
     """A finding if several rows with the same experts need more matrix instructions than one
     row."""
     counts = []
     for N in (1, rows):
-        launches, _ = launches_of(case(routing("same", N, top_k, 24)))
+        launches, _ = launches_of(case(routing("same", N, top_k, 24), kernel=kernel))
         counts.append(
             [
                 sum(count for name, count in done.by_mnemonic.items() if "mfma" in name)

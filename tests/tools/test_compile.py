@@ -15,6 +15,7 @@ import torch
 
 from fast.launch import Launch
 from qwen35.cli import run
+from tools.cards import occupancy_gfx950, occupancy_sm90
 from tools.compile import (
     TARGETS,
     Compiled,
@@ -25,12 +26,10 @@ from tools.compile import (
     faults,
     lane_bytes,
     main,
-    occupancy_sm90,
     read_table,
     wave_bytes,
     write_table,
 )
-from tools.gfx950 import card
 from tools.gfx950.assembly import parse
 
 triton = pytest.importorskip("triton")
@@ -245,7 +244,7 @@ def test_bytes_of_a_load(line: str, lane: int, wave: int) -> None:
      (8, 160 * 1024, 1, 0.25), (8, 160 * 1024 + 1, 4, 0)],
 )  # fmt: skip
 def test_occupancy_of_gfx950(vgpr: int, lds: int, warps: int, waves: float) -> None:
-    assert card.occupancy(vgpr, lds, warps) == waves
+    assert occupancy_gfx950(vgpr, lds, warps) == waves
 
 
 def test_occupancy_of_sm90() -> None:

@@ -5,6 +5,7 @@ Reads what LLVM prints: `k.asm["amdgcn"]` of a compiled Triton kernel, or the ou
 
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from qwen35.errors import InputError
 
@@ -163,7 +164,7 @@ def hot_cycle(program: Program) -> tuple[tuple[Instruction, ...], ...]:
     code, labels = program.instructions, program.labels
     ends = {i + 1 for i, one in enumerate(code) if one.mnemonic.startswith(_JUMPS)}
     starts = sorted({0, len(code)} | ends | set(labels.values()))
-    blocks = dict(zip(starts, starts[1:], strict=False))  # start -> end
+    blocks = dict(pairwise(starts))  # start -> end
     after: dict[int, set[int]] = {start: set() for start in blocks}
     before: dict[int, set[int]] = {start: set() for start in blocks}
     for start, end in blocks.items():

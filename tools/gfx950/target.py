@@ -20,7 +20,7 @@ from fast import hip, hip_compiler
 from fast.hip import HipLaunch
 from fast.launch import Launch, Work, check_packing
 from qwen35.errors import InputError
-from tools.gfx950 import card
+from tools import cards
 from tools.gfx950.emulator import LIMIT, Argument, Kernel, Statistics
 
 CPU = torch.device("cpu")
@@ -163,15 +163,16 @@ def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         else:
             yield name, value
 
+
 def _all_at_once(launch: HipLaunch, kernel: Kernel) -> int:
-    """How many workgroups a launch has whose workgroups wait for each other. InputError if a card does not
-    run them all at once."""
+    """How many workgroups a launch has whose workgroups wait for each other. InputError if a card does
+    not run them all at once."""
     program = kernel.program
     lds = program.directives.get("group_segment_fixed_size", 0)
-    fitting = card.workgroups_of_a_unit(
+    fitting = cards.workgroups_of_a_unit(
         program.resources["vgpr"], lds, launch.options["num_warps"]
     )
-    hip.check_together(launch, fitting, card.UNITS)
+    hip.check_together(launch, fitting, cards.UNITS)
     return math.prod(launch.grid)
 
 
