@@ -229,13 +229,9 @@ class Experts(nn.Module):
         if N * k > MAX_PAIRS:
             raise InputError(f"{N} rows of {k} experts; expected at most {MAX_PAIRS} in all")
         if self.kernel == "hip":
-            if shared is not None:
-                raise InputError(
-                    "experts with kernel hip beside a shared expert; expected kernel triton"
-                )
             whole, result = moe_hip.launch(
                 self, x, experts, weights, scratch,
-                workgroups=self.workgroups, residual=residual, then=then, out=out,
+                workgroups=self.workgroups, shared=shared, residual=residual, then=then, out=out,
             )  # fmt: skip
             return [whole], result
         from fast.kernels import moe as kernels  # Triton is needed from here on
@@ -325,8 +321,8 @@ class SparseMoeBlock(nn.Module):
     """Routed experts plus the shared expert behind its sigmoid gate, [B, T, D] -> [B, T, D].
 
     Up to 8 rows take three launches: the router with the shared expert's gate-up product, and the
-    experts' two. The last one also computes the shared expert's down product and adds everything up. More
-    rows go through prefill/moe.py.
+    experts' two, or one (`Experts`). The last one also computes the shared expert's down product and adds
+    everything up. More rows go through prefill/moe.py.
     """
 
     def __init__(self, gate: Router, experts: Experts, shared_down: Tensor | None) -> None:
@@ -339,12 +335,14 @@ class SparseMoeBlock(nn.Module):
         )
 
     @classmethod
-    def from_reference(cls, module: Any, target: str | None = None) -> "SparseMoeBlock":
-        """Replaces a `reference.moe.SparseMoeBlock`; target as in `Experts.from_reference`."""
+    def from_reference(
+        cls, module: Any, target: str | None = None, kernel: str = "triton"
+    ) -> "SparseMoeBlock":
+        """Replaces a `reference.moe.SparseMoeBlock`; target and kernel as in `Experts`."""
         shared = module.shared_expert
         return cls(
             Router.from_reference(module.gate, target, shared, module.shared_expert_gate),
-            Experts.from_reference(module.experts, target),
+            Experts.from_reference(module.experts, target, kernel),
             None if shared is None else in_bf16(shared.down_proj),
         )
 

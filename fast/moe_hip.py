@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).parent / "kernels" / "moe.hip"
 UNITS = 256  # compute units of an MI355X
 # As in the source.
-STREAMERS, MAX_PAIRS, LINE, STEP, SUMMED = 8, 128, 16, 128, 64
+STREAMERS, MAX_PAIRS, LINE, STEP, SUMMED, DEPTH = 8, 128, 16, 128, 32, 32
 
 
 def check(packed: "Experts") -> None:
@@ -41,6 +41,8 @@ def check(packed: "Experts") -> None:
 def loads(D: int, I: int) -> int:
     """How many loads of 16 bytes a lane a wave makes for one task."""
     of_D, of_I = -(-D // STEP // STREAMERS), I // STEP
+    if of_I > 4 and of_I % 2 == 0:
+        of_I //= 2
     room = max(4, of_D, of_I)
     gate = min(16, 1 << (room // of_D).bit_length() - 1)
     down = math.gcd(min(16, 1 << (room // of_I).bit_length() - 1), D // STEP)
@@ -55,13 +57,15 @@ def launch(
     scratch: Scratch,
     *,
     workgroups: int,
+    shared: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
     then: Norm | None = None,
     out: str = "moe",
 ) -> tuple[HipLaunch, Any]:
     """The launch, and the output [N, D] bf16, which it will write. Arguments as in `Experts.launches`.
 
-    workgroups: as many as the card runs at once; they wait for each other.
+    workgroups: as many as the card runs at once; they wait for each other. InputError for a shared
+    expert of a size that the kernel does not take.
     """
     reads = read_normed(x)
     (N, k), D, I = experts.shape, packed.D, packed.I
@@ -69,16 +73,21 @@ def launch(
     writes, result = written(out, N, D, D // SUMMED, packed.target, then, scratch)
     followed = then is not None
     # Counters of arrivals, which only grow. How much depends on the sizes and the grid.
-    lines = MAX_PAIRS + D // STEP + workgroups
+    lines = MAX_PAIRS + 2 * D // STEP + workgroups
     counters = scratch(f"experts {shape} on {workgroups}", lines, LINE, dtype=torch.int64)
     load = loads(D, I)
+    routed, shared_down = shared or (None, None)
+    shared_I = 0 if shared_down is None else shared_down.shape[1]
+    if shared_I % DEPTH:
+        raise InputError(
+            f"experts with kernel hip and a shared expert of intermediate size {shared_I}; "
+            f"expected a multiple of {DEPTH}"
+        )
+    sizes = {"HIDDEN_SIZE": D, "INTERMEDIATE_SIZE": I, "EXPERTS": packed.E, "TOP_K": k}
+    sizes |= {"SHARED_SIZE": shared_I}
     value = HipLaunch(
         f"experts {shape}",
-        Kernel(
-            SOURCE,
-            "moe",
-            (("HIDDEN_SIZE", D), ("INTERMEDIATE_SIZE", I), ("EXPERTS", packed.E), ("TOP_K", k)),
-        ),
+        Kernel(SOURCE, "moe", tuple(sizes.items())),
         (workgroups, 1, 1),
         {
             "x": reads["x"], "squares": reads["squares"] if reads["PARTS"] else None,
@@ -91,7 +100,10 @@ def launch(
             "counters": counters, "out": writes["out"],
             "scaled": writes["scaled"] if followed else None,
             "out_squares": writes["out_squares"] if followed else None,
-            "rows": N, "parts": reads["PARTS"], "workgroups": workgroups, "eps": reads["eps"],
+            "routed": routed, "shared_down": shared_down,
+            "rows": N, "parts": reads["PARTS"], "workgroups": workgroups,
+            "splits": 0 if routed is None else routed.shape[0],
+            "routed_width": 0 if routed is None else routed.shape[2], "eps": reads["eps"],
         },
         {"num_warps": STREAMERS + 1},
         (2 if load > 4 else 3) * STREAMERS * 64 * 16 * load,  # a pass does two or three tasks

@@ -1,11 +1,13 @@
-// The routed experts of 1 to 8 rows in one launch, for gfx950: gate-up, SiLU, down, and the weighted sum.
+// The experts of 1 to 8 rows in one launch, for gfx950: gate-up, SiLU, down, and the weighted sum. A shared
+// expert, whose gate and up the router's launch has computed, may be added.
 //
 // The grid is what fits on the card at once. Its workgroups wait for each other, so every one of them must
 // be running. All work is a list of tasks in one order, and workgroup w does tasks w, w + workgroups, ...:
 //
 //   gate-up  some rows of one expert's gate and up -> hidden. Waits for nothing.
 //   down     some columns of one expert's output -> partial. Waits for the whole hidden row of its expert.
-//   sum      some columns of the output -> out. Waits for these columns of all experts.
+//   sum      some columns of the output -> out. Waits for these columns of all experts. The shared
+//            expert's down product comes before the wait.
 //
 // A task waits only for kinds of task that come before its own, and every workgroup does its tasks in
 // order, so there is always one that can go on. Waiting is for a counter in memory to reach a number.
@@ -36,6 +38,7 @@
 #define INTERMEDIATE_SIZE 128
 #define EXPERTS 512
 #define TOP_K 10
+#define SHARED_SIZE 128
 #endif
 
 #define INLINE static __device__ inline __attribute__((always_inline))
@@ -57,6 +60,7 @@ constexpr int most(int a, int b) { return a < b ? b : a; }
 constexpr int half_until(int n, int limit) { return n <= limit ? n : half_until(n / 2, limit); }
 
 constexpr int D = HIDDEN_SIZE, I = INTERMEDIATE_SIZE, E = EXPERTS;
+constexpr int SHARED = SHARED_SIZE;  // intermediate size of the shared expert, 0 if there is none
 constexpr int LANES = 64, STREAMERS = 8, MESSENGER = STREAMERS;
 constexpr int MAX_ROWS = 8, MAX_PAIRS = 128;  // pairs of a row and a slot
 constexpr int SQUARES = 16;                   // rows that a norm's squares have room for
@@ -68,22 +72,32 @@ constexpr int STEP = 128, TILE = 16;
 // The streamers share the columns of gate-up among them, and the rows of down. So each keeps its own
 // columns of the rows x in registers, for all tasks.
 constexpr int D_STEPS = (D / STEP + STREAMERS - 1) / STREAMERS, I_STEPS = I / STEP;
-constexpr int ROOM = most(4, most(D_STEPS, I_STEPS));
+// Long rows of down are cut in two, for two streamers: four loads a task leave room to request two more.
+constexpr int HALVES = I_STEPS > 4 && I_STEPS % 2 == 0 ? 2 : 1, I_PART = I_STEPS / HALVES;
+constexpr int TEAM = STREAMERS / HALVES;
+constexpr int ROOM = most(4, most(D_STEPS, I_PART));
 // Tiles of 16 rows that a streamer has of one task.
 constexpr int GATE_TILES = half_until(16, ROOM / D_STEPS);
-constexpr int DOWN_TILES = gcd(half_until(16, ROOM / I_STEPS), D / STEP);
-constexpr int LOADS = most(GATE_TILES * D_STEPS, DOWN_TILES * I_STEPS);
-constexpr int AHEAD = LOADS > 4 ? 1 : 2;  // tasks whose weights are on their way: 32 KiB each, or 64
+constexpr int DOWN_TILES = gcd(half_until(16, ROOM / I_PART), D / STEP);
+constexpr int LOADS = most(GATE_TILES * D_STEPS, DOWN_TILES * I_PART);
+constexpr int AHEAD = LOADS > 4 ? 1 : 2;  // tasks whose weights are on their way, of 32 KiB each or more
 // Scales that a lane gets with one load, four to a word.
-constexpr int WORDS = gcd(gcd(D_STEPS, D / STEP), gcd(DOWN_TILES * I_STEPS, 4));
+constexpr int WORDS = gcd(gcd(D_STEPS, D / STEP), gcd(DOWN_TILES * I_PART, 4));
 
 constexpr int GATE_ROWS = TILE * GATE_TILES;              // of gate-up in a task; half of them are gates
-constexpr int COLUMNS = STREAMERS * TILE * DOWN_TILES;    // of the output in a down task
-constexpr int SUMMED = 64;                                // columns of a sum task
+constexpr int COLUMNS = TEAM * TILE * DOWN_TILES;  // of the output in a down task
+constexpr int SUMMED = 32;                                // columns of a sum task
 constexpr int GATE_BLOCKS = 2 * I / GATE_ROWS, DOWN_BLOCKS = D / COLUMNS;
 
 static_assert(D % STEP == 0 && I % STEP == 0 && GATE_BLOCKS * GATE_ROWS == 2 * I, "unsupported sizes");
+static_assert(HALVES == 1 || DOWN_TILES == 1, "unsupported sizes");
 static_assert(D_STEPS == 1 || D_STEPS * STREAMERS * STEP == D, "unsupported hidden size");
+
+// The shared expert's product for a sum task: each streamer has a tile and a part of the columns, in steps of
+// one product of the matrix unit.
+constexpr int DEPTH = 32, SUM_TILES = SUMMED / TILE, PARTS = STREAMERS / SUM_TILES;
+constexpr int SHARED_STEPS = (SHARED / DEPTH + PARTS - 1) / PARTS;
+static_assert(SHARED % DEPTH == 0, "unsupported size of the shared expert");
 
 constexpr int LINE = 16;  // u64 in a cache line
 constexpr int HIDDEN_STRIDE = I + 8;  // so that rows begin in different banks
@@ -91,8 +105,10 @@ constexpr int HIDDEN_STRIDE = I + 8;  // so that rows begin in different banks
 struct Shared {
   int list[MAX_PAIRS], count;                            // the experts of this launch
   float gate[2][STREAMERS][GATE_TILES][MAX_ROWS][TILE];  // sums over a streamer's columns
-  float down[2][MAX_ROWS][COLUMNS];
+  float down[2][HALVES][MAX_ROWS][COLUMNS];
   __bf16 hidden[2][MAX_ROWS][HIDDEN_STRIDE];
+  __bf16 activated[MAX_ROWS][SHARED + 8];  // the shared expert's silu(gate) * up
+  float shared[2][PARTS][MAX_ROWS][SUMMED];
 };
 
 struct Arguments {
@@ -111,8 +127,12 @@ struct Arguments {
   u64* counters;            // [MAX_PAIRS + DOWN_BLOCKS + workgroups, 16], zeros before the first launch
   __bf16* out;              // [rows, D]
   __bf16* scaled;           // [rows, D]: out * (1 + next_norm)
-  float* out_squares;       // [D / 64, 16]: sums of out's squares
-  int rows, parts, workgroups;
+  float* out_squares;       // [D / 32, 16]: sums of out's squares
+  // The shared expert: columns E (its gate), E + 1 on (gates), E + 1 + SHARED on (ups) of the router's
+  // product, a sum over `splits`.
+  const float* routed;        // [splits, rows, routed_width]
+  const __bf16* shared_down;  // [D, SHARED]
+  int rows, parts, workgroups, splits, routed_width;
   float eps;
 };
 
@@ -255,27 +275,27 @@ INLINE void request(
     Weights& w, const Shared& lds, const Arguments& a, int number, int count, int wave, int lane) {
   bool real = number < count * (GATE_BLOCKS + DOWN_BLOCKS);
   Task task = task_at(real ? number : 0, count);
-  int row = lane % TILE, group = lane / TILE;
+  int row = lane % TILE, group = lane / TILE, half = wave / TEAM;
   int step = D_STEPS * wave < D / STEP ? D_STEPS * wave : 0;  // one without columns reads some
   // Row t of a lane's tiles of down is row DOWN_TILES * row + t: then its scales lie in one piece.
-  long first = task.down ? task.block * COLUMNS + wave * TILE * DOWN_TILES : task.block * GATE_ROWS;
+  long first = task.down ? task.block * COLUMNS + wave % TEAM * TILE * DOWN_TILES : task.block * GATE_ROWS;
   first += (long)bounded(expert_at(lds, task.u)) * (task.down ? D : 2 * I);
-  const u8* codes = task.down ? a.down + first * (I / 2) : a.gate_up + first * (D / 2) + step * (STEP / 2);
-  const u8* scales = task.down ? a.down_scale + first * (I / 32) : a.gate_up_scale + first * (D / 32) + step * 4;
-  int bytes = task.down ? DOWN_TILES * TILE * (I / 2) : GATE_ROWS * (D / 2) - step * (STEP / 2);
+  const u8* codes = task.down ? a.down + first * (I / 2) + half * I_PART * (STEP / 2) : a.gate_up + first * (D / 2) + step * (STEP / 2);
+  const u8* scales = task.down ? a.down_scale + first * (I / 32) + half * I_PART * 4 : a.gate_up_scale + first * (D / 32) + step * 4;
+  int bytes = task.down ? DOWN_TILES * TILE * (I / 2) - half * I_PART * (STEP / 2) : GATE_ROWS * (D / 2) - step * (STEP / 2);
   Buffer code_buffer = buffer(codes, real ? bytes : 0), scale_buffer = buffer(scales, real ? bytes / 16 : 0);
   int line = task.down ? DOWN_TILES * row * (I / 2) : row * (D / 2);
 #pragma unroll
   for (int l = 0; l < LOADS; l++) {
     int gate = least(l / D_STEPS, GATE_TILES - 1) * TILE * (D / 2) + l % D_STEPS * (STEP / 2);
-    int down = least(l / I_STEPS, DOWN_TILES - 1) * (I / 2) + l % I_STEPS * (STEP / 2);
+    int down = least(l / I_PART, DOWN_TILES - 1) * (I / 2) + l % I_PART * (STEP / 2);
     w.codes[l] = __builtin_amdgcn_raw_buffer_load_b128(
         code_buffer, line + group * 16, task.down ? down : gate, 0);
   }
 #pragma unroll
   for (int l = 0; l < LOADS; l += WORDS) {
     int gate = least(l / D_STEPS, GATE_TILES - 1) * TILE * (D / 32) + l % D_STEPS * 4;
-    int down = least(l, DOWN_TILES * I_STEPS - WORDS) * 4;
+    int down = least(l, DOWN_TILES * I_PART - WORDS) * 4;
     int offset = task.down ? down : gate;
     if constexpr (WORDS == 4) {
       u32x4 some = __builtin_amdgcn_raw_buffer_load_b128(scale_buffer, line / 16, offset, 0);
@@ -330,24 +350,23 @@ INLINE void gate_task(Shared& lds, int buffer, const Weights& w, const bf16x8 (&
 }
 
 INLINE void down_task(Shared& lds, int buffer, const Weights& w, int rows, int wave, int lane) {
-  int column = lane % TILE, group = lane / TILE;
-  const __bf16* hidden = lds.hidden[buffer][least(column, rows - 1)] + group * 32;
+  int column = lane % TILE, group = lane / TILE, half = wave / TEAM;
+  const __bf16* hidden = lds.hidden[buffer][least(column, rows - 1)] + half * I_PART * STEP + group * 32;
   f32x4 acc[DOWN_TILES] = {};
 #pragma unroll
-  for (int s = 0; s < I_STEPS; s++) {
+  for (int s = 0; s < I_PART; s++) {
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       bf16x8 x = *(const bf16x8*)(hidden + s * STEP + 8 * j);
 #pragma unroll
       for (int t = 0; t < DOWN_TILES; t++) {
-        unsigned codes = w.codes[t * I_STEPS + s][j];
-        acc[t] = product(codes, scale_of(w, t * I_STEPS + s, group), x, acc[t]);
+        unsigned codes = w.codes[t * I_PART + s][j];
+        acc[t] = product(codes, scale_of(w, t * I_PART + s, group), x, acc[t]);
       }
-      if (LOADS > 4) __builtin_amdgcn_sched_barrier(0);  // registers are short then
     }
   }
   if (column < MAX_ROWS) {
-    float* to = &lds.down[buffer][column][(wave * TILE + 4 * group) * DOWN_TILES];
+    float* to = &lds.down[buffer][half][column][(wave % TEAM * TILE + 4 * group) * DOWN_TILES];
 #pragma unroll
     for (int r = 0; r < 4; r++)
 #pragma unroll
@@ -355,14 +374,50 @@ INLINE void down_task(Shared& lds, int buffer, const Weights& w, int rows, int w
   }
 }
 
-// One row's shares of some columns, one column a lane. They are added in the order of the slots.
-INLINE void sum_task(const Arguments& a, int block, int row, int lane) {
-  int column = block * SUMMED + lane;
+// The sum over splits of one column of the router's product.
+INLINE float routed(const Arguments& a, int row, int column) {
+  float sum = 0;
+  for (int split = 0; split < a.splits; split++)
+    sum += a.routed[((long)split * a.rows + row) * a.routed_width + column];
+  return sum;
+}
+
+// The shared expert's down product for some columns of the output.
+INLINE void shared_task(Shared& lds, int buffer, const Arguments& a, int block, int wave, int lane) {
+  int column = lane % TILE, group = lane / TILE, tile = wave % SUM_TILES, part = wave / SUM_TILES;
+  long line = block * SUMMED + tile * TILE + column;
+  const __bf16* x = lds.activated[least(column, a.rows - 1)] + group * 8;
+  bf16x8 w[most(SHARED_STEPS, 1)];
+#pragma unroll
+  for (int s = 0; s < SHARED_STEPS; s++) {
+    int k = (part * SHARED_STEPS + s) * DEPTH;
+    if (k < SHARED) w[s] = *(const bf16x8*)(a.shared_down + line * SHARED + k + group * 8);
+  }
+  f32x4 acc = {};
+#pragma unroll
+  for (int s = 0; s < SHARED_STEPS; s++) {
+    int k = (part * SHARED_STEPS + s) * DEPTH;
+    if (k < SHARED) acc = __builtin_amdgcn_mfma_f32_16x16x32_bf16(w[s], *(const bf16x8*)(x + k), acc, 0, 0, 0);
+  }
+  if (column < MAX_ROWS) *(f32x4*)&lds.shared[buffer][part][column][tile * TILE + 4 * group] = acc;
+}
+
+// A row's shares of some columns, one column a lane and two rows a wave. They are added in the order of the
+// slots.
+INLINE void sum_task(const Shared& lds, int buffer, const Arguments& a, int block, int wave, int lane) {
+  int row = wave * (LANES / SUMMED) + lane / SUMMED, inside = lane % SUMMED, column = block * SUMMED + inside;
+  if (row >= a.rows) return;
   float total = 0;
 #pragma unroll
   for (int slot = 0; slot < TOP_K; slot++) {
     int pair = row * TOP_K + slot;
     total += a.weights[pair] * a.partial[(long)pair * D + column];
+  }
+  if (SHARED) {
+    float sum = 0;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) sum += lds.shared[buffer][part][row][inside];
+    total += sum / (1 + __builtin_elementwise_exp(-routed(a, row, E)));
   }
   long place = (long)row * D + column;
   if (a.residual) total += (float)a.residual[place];
@@ -372,10 +427,10 @@ INLINE void sum_task(const Arguments& a, int block, int row, int lane) {
     float kept = (float)rounded, square = kept * kept;
     a.scaled[place] = (__bf16)(kept * (1 + (float)a.next_norm[column]));
 #pragma unroll
-    for (int d = 32; d; d /= 2)
+    for (int d = SUMMED / 2; d; d /= 2)
       square += __builtin_bit_cast(
           float, __builtin_amdgcn_ds_bpermute((lane ^ d) * 4, __builtin_bit_cast(int, square)));
-    if (lane == 0) a.out_squares[block * SQUARES + row] = square;
+    if (inside == 0) a.out_squares[block * SQUARES + row] = square;
   }
 }
 
@@ -391,8 +446,6 @@ INLINE void stream_products(
 #pragma unroll
     for (int b = 0; b <= AHEAD; b++) {  // unrolled, so that w[b] are registers
       int i = first + b;
-      // Registers are short with tasks of 64 KiB: all that is computed from the lane is computed anew.
-      if (LOADS > 4) asm volatile("" : "+v"(lane));
       if (i == own.gates) meet();
       request(w[(b + AHEAD) % (AHEAD + 1)], lds, a, number(i + AHEAD), count, wave, lane);
       if (i < own.gates)
@@ -422,12 +475,14 @@ INLINE void stream(Shared& lds, const Arguments& a, int workgroup, int wave, int
   int count = __builtin_amdgcn_readfirstlane(lds.count);
   Shares own = shares(count, workgroup, a.workgroups);
   stream_products(lds, a, x, count, own, workgroup, wave, lane);
+  auto block = [&](int i) { return workgroup + i * a.workgroups - count * (GATE_BLOCKS + DOWN_BLOCKS); };
+  if (SHARED && own.downs < own.sums) shared_task(lds, own.downs % 2, a, block(own.downs), wave, lane);
   meet();
   for (int i = own.downs; i < own.sums; i++) {
     // The messenger has waited for these columns; this makes its view that of the whole workgroup.
     __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
-    int block = workgroup + i * a.workgroups - count * (GATE_BLOCKS + DOWN_BLOCKS);
-    if (wave < a.rows) sum_task(a, block, wave, lane);
+    sum_task(lds, i % 2, a, block(i), wave, lane);
+    if (SHARED && i + 1 < own.sums) shared_task(lds, (i + 1) % 2, a, block(i + 1), wave, lane);
     meet();
   }
 }
@@ -482,9 +537,22 @@ INLINE void publish_down(Shared& lds, int buffer, const Arguments& a, const Rout
     for (u64 pairs = ballot(r.id[part] == expert) & r.present[part]; pairs; pairs &= pairs - 1) {
       int pair = part * LANES + __builtin_ctzll(pairs), row = pair / TOP_K;
       float* to = a.partial + (long)pair * D + task.block * COLUMNS;
-      for (int c = lane * 4; c < COLUMNS; c += LANES * 4) *(f32x4*)(to + c) = *(f32x4*)&lds.down[buffer][row][c];
+      for (int c = lane * 4; c < COLUMNS; c += LANES * 4) {
+        f32x4 sum = *(f32x4*)&lds.down[buffer][0][row][c];
+        if (HALVES == 2) sum += *(f32x4*)&lds.down[buffer][HALVES - 1][row][c];
+        *(f32x4*)(to + c) = sum;
+      }
     }
   arrive(stored(a, task.block), lane);
+}
+
+// The shared expert's silu(gate) * up, for workgroups that have a sum task.
+INLINE void activate(Shared& lds, const Arguments& a, int lane) {
+  for (int i = lane; i < a.rows * SHARED; i += LANES) {
+    int row = i / most(SHARED, 1), column = i % most(SHARED, 1);
+    float gate = routed(a, row, E + 1 + column), up = routed(a, row, E + 1 + SHARED + column);
+    lds.activated[row][column] = (__bf16)(gate / (1 + __builtin_elementwise_exp(-gate)) * up);
+  }
 }
 
 INLINE void carry(Shared& lds, const Arguments& a, int workgroup, int lane) {
@@ -503,6 +571,7 @@ INLINE void carry(Shared& lds, const Arguments& a, int workgroup, int lane) {
     for (int u = r.count + lane; u < MAX_PAIRS; u += LANES) add(arrived(a, u), GATE_BLOCKS);
     for (int b = lane; b < DOWN_BLOCKS; b += LANES) add(stored(a, b), MAX_PAIRS - r.count);
   }
+  if (SHARED && downs < sums) activate(lds, a, lane);  // the streamers' first weights are on their way
   for (int i = 0; i < gates; i++) {
     if (i > 0) publish_gate(lds, (i - 1) % 2, a, task(i - 1), inverse, lane);
     meet();
@@ -532,10 +601,13 @@ extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(576, 576))) voi
     const float* __restrict__ weights, const u8* __restrict__ gate_up, const u8* __restrict__ gate_up_scale,
     const u8* __restrict__ down, const u8* __restrict__ down_scale, const __bf16* __restrict__ residual,
     const __bf16* __restrict__ next_norm, __bf16* hidden, float* partial, u64* counters, __bf16* out,
-    __bf16* scaled, float* out_squares, int rows, int parts, int workgroups, float eps) {
+    __bf16* scaled, float* out_squares, const float* __restrict__ routed,
+    const __bf16* __restrict__ shared_down, int rows, int parts, int workgroups, int splits,
+    int routed_width, float eps) {
   __shared__ Shared lds;
   Arguments a = {x, squares, experts, weights, gate_up, gate_up_scale, down, down_scale, residual, next_norm,
-                 hidden, partial, counters, out, scaled, out_squares, rows, parts, workgroups, eps};
+                 hidden, partial, counters, out, scaled, out_squares, routed, shared_down,
+                 rows, parts, workgroups, splits, routed_width, eps};
   int thread = __builtin_amdgcn_workitem_id_x(), workgroup = __builtin_amdgcn_workgroup_id_x();
   int lane = thread % LANES, wave = __builtin_amdgcn_readfirstlane(thread / LANES);
   if (wave == MESSENGER)

@@ -422,26 +422,35 @@ def wide_block(block: reference.moe.SparseMoeBlock, x: Tensor, *, narrow: bool =
 
 
 @cache
-def fast_block(block: nn.Module) -> SparseMoeBlock:
+def fast_block(block: nn.Module, kernel: str = "triton") -> SparseMoeBlock:
     """The fast block of a copy, because `from_reference` takes over its argument."""
-    return SparseMoeBlock.from_reference(copy.deepcopy(block), TARGET)
+    packed = SparseMoeBlock.from_reference(copy.deepcopy(block), TARGET, kernel)
+    packed.experts.workgroups = 6
+    return packed
 
 
 def block_output(
-    block: nn.Module, x: Tensor, *, seed: int | None = None, batch: int = 32
+    block: nn.Module,
+    x: Tensor,
+    *,
+    seed: int | None = None,
+    batch: int = 32,
+    kernel: str = "triton",
 ) -> Tensor:
     """The output of the fast block for x [N, D] bf16. It is NaN if a counter is not zero at the
     end."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        launches, out = fast_block(block).launches(x, Scratch(CPU))
+        launches, out = fast_block(block, kernel).launches(x, Scratch(CPU))
     emulated(launches, seed=seed, batch=batch)
     return out.fill_(torch.nan) if counters(launches) else out
 
 
-def block_findings(block: reference.moe.SparseMoeBlock, x: Tensor) -> list[str]:
+def block_findings(
+    block: reference.moe.SparseMoeBlock, x: Tensor, kernel: str = "triton"
+) -> list[str]:
     try:
-        out = block_output(block, x)
+        out = block_output(block, x, kernel=kernel)
     except EmulatorError as error:
         return [f"memory: {error}"]
     return too_far(out, block(x[:, None])[:, 0], wide_block(block, x.double()))
