@@ -416,7 +416,7 @@ class _Run:
             self._ended += arrived
         else:
             self._waiting.append((place, waves))
-        complete = self._met == self._num_warps
+        complete = (self._met == self._num_warps) & (self._ended < self._num_warps)
         if not self._waiting or not complete.any():
             return
         still: list[tuple[int, Waves]] = []

@@ -251,6 +251,47 @@ def test_a_loop_without_end_is_noticed():
         code.run([], (1, 1, 1), 1, 0, limit=10_000)
 
 
+# The first workgroup waits in its sleep until a word is not 0; the others add 1 to it.
+WAITING = """
+	s_load_dwordx2 s[4:5], s[0:1], 0x0
+	v_mov_b32_e32 v1, 0
+	v_mov_b32_e32 v2, 1
+	s_cmp_eq_u32 s2, 0
+	s_cbranch_scc1 .L1
+	global_atomic_add v1, v2, s[4:5]
+	s_endpgm
+.L1:
+	s_sleep 1
+	global_load_dword v3, v1, s[4:5]
+	v_readfirstlane_b32 s6, v3
+	s_cmp_eq_u32 s6, 0
+	s_cbranch_scc1 .L1
+	s_endpgm
+"""
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_waves_that_sleep_give_way_and_none_sleeps_for_ever(seed: int | None):
+    code = Kernel(f"k:{WAITING}", "k")
+    word = np.zeros(1, np.int32)
+    code.run([word], (3, 1, 1), 2, 0, seed=seed)
+    assert word[0] == 2 * 2 * 64
+    with pytest.raises(
+        EmulatorError, match=r"all waves that are left wait in their sleep.*s_sleep"
+    ):
+        code.run([np.zeros(1, np.int32)], (1, 1, 1), 2, 0, seed=seed)
+
+
+def test_a_wave_that_works_long_while_others_sleep_is_waited_for():
+    busy = "\ts_mov_b32 s7, 3000\n.L2:\n\ts_sub_u32 s7, s7, 1\n"
+    busy += "\ts_cmp_lg_u32 s7, 0\n\ts_cbranch_scc1 .L2\n"
+    text = WAITING.replace("\tglobal_atomic_add", f"{busy}\tglobal_atomic_add")
+    for seed in (None, 0):
+        word = np.zeros(1, np.int32)
+        Kernel(f"k:{text}", "k").run([word], (2, 1, 1), 1, 0, seed=seed)
+        assert word[0] == 64
+
+
 def without_barriers(name: str) -> tuple[target.CompiledKernel, Sample]:
     sample = SAMPLES[name](np.random.default_rng(0))
     compiled = target.compile_launch(sample.launch, "gfx950")
