@@ -81,8 +81,8 @@ def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
 
 
 def hip_launches(target: str) -> Iterator[Launch]:
-    """The routed experts as one HIP kernel and, of the same sizes, as Triton's two: of the 397B on 1, 2,
-    4 and 8 ranks. HIP alone: of the 35B-A3B on 1, 2 and 4."""
+    """The experts, with the shared one, as one HIP kernel and, of the same sizes, as Triton's two: of the
+    397B on 1, 2, 4 and 8 ranks. HIP alone: of the 35B-A3B on 1, 2 and 4."""
     meta = torch.device("meta")
     for name, ranks, kernel in (
         *((PUBLISHED, ranks, kernel) for ranks in RANKS for kernel in ("hip", "triton")),
@@ -96,7 +96,11 @@ def hip_launches(target: str) -> Iterator[Launch]:
         rows, k = DRAFTS + 1, config.num_experts_per_tok
         x = torch.empty(rows, config.hidden_size, dtype=torch.bfloat16, device=meta)
         ids = torch.empty(rows, k, dtype=torch.int32, device=meta)
-        yield from experts.launches(x, ids, torch.empty(rows, k, device=meta), Scratch(meta))[0]
+        I = config.shared_expert_intermediate_size
+        parts = torch.empty(2, rows, config.num_experts + 1 + 2 * I, device=meta)
+        down = torch.empty(config.hidden_size, I, dtype=torch.bfloat16, device=meta)
+        shares, scratch = torch.empty(rows, k, device=meta), Scratch(meta)
+        yield from experts.launches(x, ids, shares, scratch, shared=(parts, down))[0]
 
 
 def _works(model: Any, config: Config, ranks: int, device: torch.device) -> Iterator[Work]:

@@ -6,18 +6,24 @@ import pytest
 import torch
 
 from fast import moe_hip
+from fast.catalogue import hip_launches
+from fast.hip import HipLaunch
 from fast.launch import Scratch
-from tests.fast.test_moe_hip import of_model, streamed
+from tests.fast.test_moe_hip import streamed
 from tests.support.fast_cases import (
     CPU,
+    TARGET,
     bits,
+    block_findings,
     emulated,
+    exact_rows,
     expected,
     findings,
     launches_of,
     output,
     repeated_work,
     routing,
+    slow_block,
     too_far,
 )
 from tests.support.fast_faults import Check, Fault, Faults
@@ -111,7 +117,13 @@ def waiting() -> list[str]:
 
 
 def streaming() -> list[str]:
-    return persistent(of_model(4096, 128))
+    *_, launch = (one for one in hip_launches(TARGET) if one.name == "experts D=4096 I=128")
+    assert isinstance(launch, HipLaunch)
+    return persistent(launch)
+
+
+def block() -> list[str]:
+    return block_findings(slow_block(16, 256, 128, 4, 64), exact_rows(1, 3, 256), "hip")
 
 
 def stream() -> list[str]:
@@ -292,6 +304,29 @@ fault(
     "spills registers waiting",
     ("AHEAD = LOADS > 4 ? 1 : 2", "AHEAD = 4"),
 )
+
+
+fault(
+    "the shared expert's gate and up swapped", block, "numbers",
+    ("gate = routed(a, row, E + 1 + column), up", "up = routed(a, row, E + 1 + column), gate"),
+)  # fmt: skip
+fault(
+    "the shared expert let through in all rows", block, "numbers",
+    ("sum / (1 + __builtin_elementwise_exp(-routed(a, row, E)))", "sum"),
+)  # fmt: skip
+fault(
+    "the shared expert opened by an expert's logit", block, "numbers",
+    ("routed(a, row, E)", "routed(a, row, E - 1)"),
+)  # fmt: skip
+fault("the shared expert forgotten", block, "numbers", ("  if (SHARED) {", "  if (false) {"))
+fault(
+    "the last step of the shared expert's sum skipped", block, "numbers",
+    ("part < PARTS; part++) sum", "part < 1; part++) sum"),
+)  # fmt: skip
+fault(
+    "a part of the router's product forgotten", block, "numbers",
+    ("for (int split = 0; split < a.splits", "for (int split = 1; split < a.splits"),
+)  # fmt: skip
 
 
 def plant(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:

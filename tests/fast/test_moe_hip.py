@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fast.catalogue import hip_launches
 from fast.hip import HipLaunch
-from fast.launch import Scratch
+from fast.launch import Launch, Scratch
 from fast.linear import Norm, Stream
 from fast.moe import Experts
 from qwen35.errors import InputError
@@ -17,8 +18,11 @@ from tests.support.fast_cases import (
     TARGET,
     Case,
     bits,
+    block_findings,
+    block_output,
     case,
     emulated,
+    exact_rows,
     expected,
     fast_experts,
     findings,
@@ -27,6 +31,7 @@ from tests.support.fast_cases import (
     random,
     repeated_work,
     routing,
+    slow_block,
     slow_experts,
     too_far,
 )
@@ -115,6 +120,14 @@ def test_bytes_that_move_besides_the_weights():
     assert done.bytes_read >= weights
 
 
+@pytest.mark.parametrize(
+    ("D", "I", "shared"), [(1024, 128, 256), (256, 1024, 1024), (256, 128, 32), (256, 128, 0)]
+)
+def test_a_whole_block_with_its_shared_expert(D: int, I: int, shared: int):
+    slow = slow_block(16, D, I, 4, shared)
+    assert not block_findings(slow, exact_rows(1, 3, D), "hip")
+
+
 # ---- bits
 
 
@@ -124,6 +137,14 @@ def test_a_rows_bits_depend_neither_on_the_rows_beside_it_nor_on_the_order_of_th
         routing(kind, 3, 3, 24), residual=True, cancelling=kind == "returning", workgroups=3
     )
     assert not bits(chosen, seeds=(1, 2))
+
+
+def test_a_blocks_rows_do_not_depend_on_each_other_or_on_the_order_of_the_waves():
+    slow, x = slow_block(16, 256, 128, 4, 32), exact_rows(1, 3, 256)
+    plain = block_output(slow, x, kernel="hip")
+    assert torch.equal(block_output(slow, x, kernel="hip", seed=3), plain)
+    for row in (0, 2):
+        assert torch.equal(block_output(slow, x[[row]], kernel="hip"), plain[[row]])
 
 
 def test_launches_one_after_the_other_need_no_preparation():
@@ -143,7 +164,9 @@ def test_launches_one_after_the_other_need_no_preparation():
 
 def streamed(seed: int | None = None) -> list[str]:
     """Rows that are to be normalised, and a norm that follows."""
-    chosen = hip_case(routing("overlapping", 3, 2, 3), E=3, D=384, residual=True)
+    chosen = hip_case(
+        routing("overlapping", 3, 2, 3), E=3, D=384, residual=True, workgroups=3
+    )
     N, D = chosen.x.shape
     first, second = ((random(s, D) / 8).bfloat16() for s in (11, 12))
     scratch = Scratch(CPU)
@@ -152,6 +175,7 @@ def streamed(seed: int | None = None) -> list[str]:
     stream.squares.fill_(torch.nan)  # that of rows that are not there is not read
     stream.squares[:, :N] = chosen.x.float().square().view(N, 3, -1).sum(-1).T
     packed = fast_experts(3, D, 128, "hip")
+    packed.workgroups = 3
     launches, after = packed.launches(
         stream, chosen.experts.int(), chosen.weights, scratch,
         residual=chosen.residual, then=Norm(second, 1e-6),
@@ -204,20 +228,12 @@ def test_stores_and_loads_of_other_workgroups_data_have_their_fences():
     assert not fences(hip_case(routing("random", 4, 3, 24)))
 
 
-@pytest.mark.parametrize(("D", "I"), [(4096, 128), (4096, 256), (4096, 512), (4096, 1024)])
-def test_weights_of_the_next_tasks_stay_on_their_way(D: int, I: int):
-    """No wait of the loop over tasks waits for the loads of the last two tasks, or one of 64 KiB; they
-    store nothing. The registers suffice for nine waves."""
-    assert not persistent(of_model(D, I))
-
-
-def of_model(D: int, I: int, E: int = 512, k: int = 10) -> HipLaunch:
-    experts = Experts(E, D, I, TARGET, META, kernel="hip")
-    x = torch.empty(4, D, dtype=torch.bfloat16, device=META)
-    ids = torch.empty(4, k, dtype=torch.int32, device=META)
-    (launch,), _ = experts.launches(x, ids, torch.empty(4, k, device=META), Scratch(META))
-    assert isinstance(launch, HipLaunch)
-    return launch
+@pytest.mark.parametrize("launch", hip_launches(TARGET), ids=lambda launch: launch.name)
+def test_weights_of_the_next_tasks_stay_on_their_way(launch: Launch):
+    """No wait of the loop over tasks waits for the loads of the last two tasks. The loop stores nothing
+    to memory. The registers suffice for nine waves."""
+    if isinstance(launch, HipLaunch):
+        assert not persistent(launch)
 
 
 # ---- bad input
@@ -240,6 +256,13 @@ def test_experts_that_the_kernel_does_not_take_are_refused():
     assert refused(of(fp4=False)) == "experts with kernel hip in bf16; it takes MXFP4"
     assert refused(of(D=1152)) == (
         "experts with kernel hip of hidden size 1152; expected at most 1024, or a multiple of it"
+    )
+    few = fast_experts(24, 256, 128, "hip")
+    chosen = hip_case(routing("random", 2, 3, 24))
+    given = chosen.x, chosen.experts.int(), chosen.weights, Scratch(CPU)
+    shared = torch.zeros(1, 2, 24 + 1 + 96), torch.zeros(256, 48).bfloat16()
+    assert refused(lambda: few.launches(*given, shared=shared)) == (
+        "experts with kernel hip and a shared expert of intermediate size 48; expected a multiple of 32"
     )
 
 

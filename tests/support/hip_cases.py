@@ -90,7 +90,7 @@ def persistent(launch: HipLaunch) -> list[str]:
     load = moe_hip.loads(
         *(dict(launch.kernel.sizes)[n] for n in ("HIDDEN_SIZE", "INTERMEDIATE_SIZE"))
     )
-    ahead = (1 if load > 4 else 2) * (load + load // 4)
+    ahead = 2 * (load + load // 4)
     waits = [int(n) for one in loop for n in re.findall(r"vmcnt\((\d+)\)", one.line)]
     if not waits or min(waits) < ahead:
         found.append(f"waiting: vmcnt({min(waits, default=0)}), expected at least {ahead}")
