@@ -41,6 +41,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "python -m tools.exact": ("minutes", "one minute; tests/tools/test_exact.py has a part"),
     "python -m tools.exact --all": ("minutes", "an hour: 3,616 continuations"),
     "python -m tools.compile": ("minutes", "2 minutes; tests/tools/test_compile.py has a part"),
+    "python -m tools.compile --hip": ("minutes", "15 s; tests/fast/test_moe_hip.py has a part"),
     "python -m tools.emulate 'The whale' --max-new-tokens 8": (
         "minutes", "half a minute; tests/tools/test_emulate.py has a shorter text"),
     "python -m tools.emulate 'In the beginning' --check": (

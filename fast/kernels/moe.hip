@@ -460,17 +460,15 @@ INLINE void stream_products(
 
 INLINE void stream(Shared& lds, const Arguments& a, int workgroup, int wave, int lane) {
   int column = lane % TILE, group = lane / TILE;
-  // Columns of the matrix unit beyond the rows repeat the last one; nobody reads their sums.
-  bf16x8 x[D_STEPS][4];
-  bool has = D_STEPS * wave < D / STEP;
-  const __bf16* from = a.x + (long)least(column, a.rows - 1) * D + (has ? wave * D_STEPS * STEP : 0) + group * 32;
+  // Zeros in columns of the matrix unit beyond the rows, and for a streamer without columns of x.
+  bf16x8 x[D_STEPS][4] = {};
+  if (column < a.rows && D_STEPS * wave < D / STEP) {
+    const __bf16* from = a.x + (long)column * D + wave * D_STEPS * STEP + group * 32;
 #pragma unroll
-  for (int s = 0; s < D_STEPS; s++)
+    for (int s = 0; s < D_STEPS; s++)
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      bf16x8 some = *(const bf16x8*)(from + s * STEP + 8 * j), none = {};
-      x[s][j] = has ? some : none;
-    }
+      for (int j = 0; j < 4; j++) x[s][j] = *(const bf16x8*)(from + s * STEP + 8 * j);
+  }
   meet();  // the list is there
   int count = __builtin_amdgcn_readfirstlane(lds.count);
   Shares own = shares(count, workgroup, a.workgroups);

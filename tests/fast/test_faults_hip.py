@@ -49,6 +49,11 @@ def wide_experts() -> list[str]:
     return findings(hip_case(routing("overlapping", 2, 2, 3), E=3, D=2048, I=256))
 
 
+def long_rows() -> list[str]:
+    """Two streamers share a row of down."""
+    return findings(hip_case(routing("overlapping", 2, 2, 3), E=3, I=1024))
+
+
 def many_pairs() -> list[str]:
     return findings(hip_case(routing("same", 8, 10, 24)))
 
@@ -150,7 +155,7 @@ fault(
 )  # fmt: skip
 fault(
     "SiLU forgotten", experts, "numbers",
-    ("gate / (1 + __builtin_elementwise_exp(-gate)) * up", "gate * up"),
+    ("activated = gate / (1 + __builtin_elementwise_exp(-gate)) * up", "activated = gate * up"),
 )  # fmt: skip
 fault(
     "the scale of the neighbouring group",
@@ -176,11 +181,11 @@ fault(
 )  # fmt: skip
 fault(
     "rows of x that are not there are read", experts, "memory",
-    ("(long)least(column, a.rows - 1) * D", "(long)column * D"),
+    ("if (column < a.rows && D_STEPS", "if (D_STEPS"),
 )  # fmt: skip
 fault(
-    "a streamer without columns counts some twice", experts, "numbers",
-    ("x[s][j] = has ? some : none;", "x[s][j] = some;"),
+    "a streamer without columns counts those of another", experts, "numbers memory",
+    (" && D_STEPS * wave < D / STEP)", ")"), ("+ wave * D_STEPS * STEP", "+ wave % 2 * D_STEPS * STEP"),
 )  # fmt: skip
 fault(
     "the last step of the hidden size skipped", wide_experts, "numbers",
@@ -188,7 +193,7 @@ fault(
 )  # fmt: skip
 fault(
     "the last step of the intermediate size skipped", wide_experts, "numbers",
-    ("for (int s = 0; s < I_STEPS; s++) {", "for (int s = 0; s < I_STEPS - 1; s++) {"),
+    ("for (int s = 0; s < I_PART; s++) {", "for (int s = 0; s < I_PART - 1; s++) {"),
 )  # fmt: skip
 fault(
     "the share of the next slot",
@@ -317,6 +322,18 @@ fault(
 fault(
     "the shared expert opened by an expert's logit", block, "numbers",
     ("routed(a, row, E)", "routed(a, row, E - 1)"),
+)  # fmt: skip
+fault(
+    "the shared expert's SiLU forgotten", block, "numbers",
+    ("(__bf16)(gate / (1 + __builtin_elementwise_exp(-gate)) * up)", "(__bf16)(gate * up)"),
+)  # fmt: skip
+fault(
+    "the second half of long rows of down forgotten", long_rows, "numbers",
+    ("if (HALVES == 2) sum", "if (false) sum"),
+)  # fmt: skip
+fault(
+    "hidden columns of the first half taken for the second", long_rows, "numbers",
+    ("+ half * I_PART * STEP + group * 32", "+ group * 32"),
 )  # fmt: skip
 fault("the shared expert forgotten", block, "numbers", ("  if (SHARED) {", "  if (false) {"))
 fault(

@@ -164,9 +164,7 @@ def test_launches_one_after_the_other_need_no_preparation():
 
 def streamed(seed: int | None = None) -> list[str]:
     """Rows that are to be normalised, and a norm that follows."""
-    chosen = hip_case(
-        routing("overlapping", 3, 2, 3), E=3, D=384, residual=True, workgroups=3
-    )
+    chosen = hip_case(routing("overlapping", 3, 2, 3), E=3, D=384, residual=True, workgroups=3)
     N, D = chosen.x.shape
     first, second = ((random(s, D) / 8).bfloat16() for s in (11, 12))
     scratch = Scratch(CPU)
