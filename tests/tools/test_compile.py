@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from fast import hip_compiler
 from fast.launch import Launch
 from qwen35.cli import run
+from qwen35.errors import InputError
 from tools.cards import occupancy_gfx950, occupancy_sm90
 from tools.compile import (
     TARGETS,
@@ -505,3 +507,34 @@ def test_the_projects_kernels_are_no_worse_than_the_committed_table(
         assert not row["vgpr_spills"] and not row["scratch"], row
     hot = [row for row in kernels if row["weight_bytes_per_valu"]]
     assert hot and all(row["weight_bytes_per_valu"] >= 13 for row in hot)
+
+
+# ---- HIP
+
+
+def test_the_hip_kernels_stand_beside_tritons(cli: Cli):
+    """Of the same work. No spills, and as many bytes of weights a vector instruction as are asked."""
+    status, out, _ = cli("--hip", "--check", "--json", "--match", "* D=4096 I=128")
+    rows = {row["name"].split()[0]: row for row in json.loads(out)["kernels"]}
+    assert status == 0 and list(rows) == ["experts", "gate_up", "down"]
+    row = rows["experts"]
+    assert row["weight_bytes_per_valu"] >= 28 and row["narrow_loads"] == 0 < row["wide_loads"]
+    assert row["vgpr"] <= 168  # nine waves on four SIMDs
+
+
+def test_what_hip_cannot_be_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch):
+    def refused(*arguments: str) -> str:
+        status, out, err = cli("--hip", *arguments)
+        assert status == 2 and not out and err.count("\n") == 1, err
+        return err.removeprefix("python -m tools.compile: ").strip()
+
+    assert refused("--target", "sm_90") == "--hip is for gfx950; --target has sm_90"
+    assert refused("--update") == "--update writes compile.json, which --hip is not about"
+    message = "--hip and --kernel are two choices of kernels; expected one"
+    assert refused("--kernel", f"{__file__}:samples") == message
+
+    def nothing() -> None:
+        raise InputError("no compiler for HIP; looked for some")
+
+    monkeypatch.setattr(hip_compiler, "find", nothing)
+    assert refused() == "no compiler for HIP; looked for some"
