@@ -84,9 +84,9 @@ constexpr int AHEAD = LOADS > 4 ? 1 : 2;  // tasks whose weights are on their wa
 // Scales that a lane gets with one load, four to a word.
 constexpr int WORDS = gcd(gcd(D_STEPS, D / STEP), gcd(DOWN_TILES * I_PART, 4));
 
-constexpr int GATE_ROWS = TILE * GATE_TILES;              // of gate-up in a task; half of them are gates
+constexpr int GATE_ROWS = TILE * GATE_TILES;       // of gate-up in a task; half of them are gates
 constexpr int COLUMNS = TEAM * TILE * DOWN_TILES;  // of the output in a down task
-constexpr int SUMMED = 32;                                // columns of a sum task
+constexpr int SUMMED = 32;                         // columns of a sum task
 constexpr int GATE_BLOCKS = 2 * I / GATE_ROWS, DOWN_BLOCKS = D / COLUMNS;
 
 static_assert(D % STEP == 0 && I % STEP == 0 && GATE_BLOCKS * GATE_ROWS == 2 * I, "unsupported sizes");
@@ -280,9 +280,15 @@ INLINE void request(
   // Row t of a lane's tiles of down is row DOWN_TILES * row + t: then its scales lie in one piece.
   long first = task.down ? task.block * COLUMNS + wave % TEAM * TILE * DOWN_TILES : task.block * GATE_ROWS;
   first += (long)bounded(expert_at(lds, task.u)) * (task.down ? D : 2 * I);
-  const u8* codes = task.down ? a.down + first * (I / 2) + half * I_PART * (STEP / 2) : a.gate_up + first * (D / 2) + step * (STEP / 2);
-  const u8* scales = task.down ? a.down_scale + first * (I / 32) + half * I_PART * 4 : a.gate_up_scale + first * (D / 32) + step * 4;
-  int bytes = task.down ? DOWN_TILES * TILE * (I / 2) - half * I_PART * (STEP / 2) : GATE_ROWS * (D / 2) - step * (STEP / 2);
+  const u8* codes = task.down
+      ? a.down + first * (I / 2) + half * I_PART * (STEP / 2)
+      : a.gate_up + first * (D / 2) + step * (STEP / 2);
+  const u8* scales = task.down
+      ? a.down_scale + first * (I / 32) + half * I_PART * 4
+      : a.gate_up_scale + first * (D / 32) + step * 4;
+  int bytes = task.down
+      ? DOWN_TILES * TILE * (I / 2) - half * I_PART * (STEP / 2)
+      : GATE_ROWS * (D / 2) - step * (STEP / 2);
   Buffer code_buffer = buffer(codes, real ? bytes : 0), scale_buffer = buffer(scales, real ? bytes / 16 : 0);
   int line = task.down ? DOWN_TILES * row * (I / 2) : row * (D / 2);
 #pragma unroll
