@@ -36,7 +36,6 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "pip install torch==2.13.0 -e .": ("setup", "installs; the next line of the README includes it"),
     "pip install torch==2.13.0 -e '.[test]'": ("setup", "installs; .ci/run does it"),
     "pip install -e '.[fast]'": ("setup", "installs Triton; a part of .[test]"),
-
     "pip install -e '.[hip]'": ("setup", "installs; ziglang is among the tests' packages too"),
     "pytest": ("setup", "all checks, 12 minutes; .ci/run does it"),
     ".ci/run": ("setup", "all checks after an installation"),

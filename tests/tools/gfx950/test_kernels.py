@@ -256,6 +256,7 @@ WAITING = """
 	s_load_dwordx2 s[4:5], s[0:1], 0x0
 	v_mov_b32_e32 v1, 0
 	v_mov_b32_e32 v2, 1
+	s_waitcnt lgkmcnt(0)
 	s_cmp_eq_u32 s2, 0
 	s_cbranch_scc1 .L1
 	global_atomic_add v1, v2, s[4:5]
@@ -263,6 +264,7 @@ WAITING = """
 .L1:
 	s_sleep 1
 	global_load_dword v3, v1, s[4:5]
+	s_waitcnt vmcnt(0)
 	v_readfirstlane_b32 s6, v3
 	s_cmp_eq_u32 s6, 0
 	s_cbranch_scc1 .L1
