@@ -125,8 +125,9 @@ class Example:
     """A command or a Python example of a page.
 
     text: the text of the page. words: the words of a command as a shell splits them, without
-    comments; empty for Python. typed: lines that the page types into the command. inline: whether
-    it is inline code in a sentence, which may name a command again.
+    comments; empty for Python. typed: lines that the page types into the command. printed: lines
+    that it shows below a command with a `$` before it. inline: whether it is inline code in a
+    sentence, which may name a command again.
     """
 
     page: str
@@ -134,6 +135,7 @@ class Example:
     text: str
     words: tuple[str, ...] = ()
     typed: list[str] = field(default_factory=list)
+    printed: list[str] = field(default_factory=list)
     inline: bool = False
 
     @property
@@ -201,6 +203,7 @@ def examples(page: str, text: str) -> list[Example]:
     language: str | None = None  # of the fenced block that is open
     block: list[str] = []
     prose: list[str] = []  # the lines of a paragraph; inline code may span lines
+    prompted = False  # whether the lines below are what a command with a `$` before it prints
     joined = ""  # a command that a backslash continues on the next line
     for number, line in enumerate([*text.splitlines(), ""], 1):
         fence, stripped = FENCE.match(line), line.strip()
@@ -219,8 +222,14 @@ def examples(page: str, text: str) -> list[Example]:
             if joined.endswith("\\"):
                 joined = joined[:-1]
                 continue
-            found += commands_of(page, number, joined)
+            fresh = list(commands_of(page, number, joined))
+            if stripped.startswith("$ ") or fresh:
+                prompted = stripped.startswith("$ ")
+            elif prompted:
+                found[-1].printed.append(stripped)
+            found += fresh
             joined = ""
+        prompted = prompted and line.startswith("    ")
         if fence or language is not None or line.startswith("    ") or not stripped:
             for inline in INLINE.findall(" ".join(prose)):
                 start = number - len(prose)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import qwen35.cli
+from tests.support.printed import missing
 from tools import documented
 from tools.bench.__main__ import OPS
 from tools.documented import ROOT, SHELL, SMALL, Example, examples
@@ -90,8 +91,11 @@ def test_the_small_examples_of_a_page_run(
             continue
         done.add(one.words)
         status = outcome(one, own_process)
-        err = capsys.readouterr().err
-        assert status == one.status, f"{page}:{one.line}: exit status {status}: {one.text}\n{err}"
+        out, err = capsys.readouterr()
+        where = f"{page}:{one.line}: {one.text}"
+        assert status == one.status, f"{where}: exit status {status}\n{err}"
+        lost = missing("\n".join(one.printed), out + err)
+        assert not lost, f"{where}: these lines are not printed: {lost}"
 
 
 def test_the_second_run_of_a_prompt_hits(

@@ -1,18 +1,18 @@
 """docs/write-a-kernel.md, followed word by word: its listing, commands, what they print, its faults."""
 
-import math
 import os
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import dropwhile
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+
+from tests.support.printed import missing, says
 
 pytest.importorskip("triton")
 
@@ -20,8 +20,6 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "write-a-kernel.md").read_text(encoding="utf-8")
 EXAMPLE = ROOT / "docs" / "examples" / "norm_kernel.py"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
-NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]\d+)?")
-PIECE = re.compile(rf"({NUMBER.pattern}| ?\.\.\. ?)")
 
 
 class Step(NamedTuple):
@@ -57,34 +55,6 @@ def changed(source: str, change: str) -> str:
     (old,), (new,) = ([line[1:] for line in lines if line[0] == sign] for sign in "-+")
     assert source.count(old) == 1, old
     return source.replace(old, new)
-
-
-def says(expected: str, line: str) -> bool:
-    """Whether a line is the page's: `...` is anything, and figures may be 5% off."""
-    pieces = PIECE.split(" ".join(expected.split()))
-    pattern = "".join(
-        ".*" if piece.strip() == "..." else
-        f"({NUMBER.pattern})" if NUMBER.fullmatch(piece) else re.escape(piece)
-        for piece in pieces
-    )  # fmt: skip
-    found = re.fullmatch(pattern, " ".join(line.split()))
-    if not found:
-        return False
-    pairs = zip(NUMBER.findall(expected), found.groups(), strict=True)
-    return all(math.isclose(float(a), float(b), rel_tol=0.05) for a, b in pairs)
-
-
-def missing(expected: str, output: str) -> list[str]:
-    """The page's lines that the output does not have, in this order."""
-    rest = output.splitlines()
-    lost: list[str] = []
-    for wanted in filter(str.strip, expected.splitlines()):
-        after = list(dropwhile(lambda line, wanted=wanted: not says(wanted, line), rest))
-        if after:
-            rest = after[1:]
-        else:
-            lost.append(wanted)
-    return lost
 
 
 def test_the_listing_is_the_example() -> None:
