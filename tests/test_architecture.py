@@ -3,6 +3,7 @@ how plain the reference stays."""
 
 import ast
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -189,10 +190,16 @@ def test_text_is_read_and_written_in_a_named_encoding(file: Path) -> None:
 
 
 def repository_texts() -> Iterator[tuple[str, str]]:
-    """Every text file that is part of the repository: no caches, no hidden work folders."""
+    """Every text file that is part of the repository: no caches, no hidden work folders, and no files
+    that somebody keeps in a checkout without adding them."""
+    git = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    listed = subprocess.run(git, capture_output=True, text=True, check=False)
+    tracked = set(listed.stdout.split("\0")) if listed.returncode == 0 else None
     skipped = re.compile(r"(^|/)(\.(?!github|gitignore)[^/]*|__pycache__|[^/]*\.egg-info)(/|$)")
     for file in sorted(ROOT.rglob("*")):
         name = file.relative_to(ROOT).as_posix()
+        if tracked is not None and name not in tracked:
+            continue
         if skipped.search(name) or not file.is_file() or file.suffix == ".safetensors":
             continue
         try:
@@ -212,6 +219,19 @@ def test_no_file_names_a_place_on_one_machine() -> None:
         if path.search(line)
     ]
     assert not found
+
+
+def test_a_scratch_file_is_not_judged() -> None:
+    """As one that the pages tell to save in the checkout's folder."""
+    scratch = ROOT / "scratch_of_a_test.py"
+    scratch.write_text("")
+    try:
+        git = subprocess.run(["git", "-C", str(ROOT), "status"], capture_output=True, check=False)
+        if git.returncode:
+            pytest.skip("this is no git checkout")
+        assert scratch.name not in dict(repository_texts())
+    finally:
+        scratch.unlink()
 
 
 def bound_again(function: ast.AST) -> set[str]:
