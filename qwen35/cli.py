@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 MOST_THREADS = 1024
-CHECKPOINT = "a checkpoint: a folder, a hub id, or `tiny`, the embedded one (default)"
+CHECKPOINT = "a checkpoint's folder, a hub id, or `tiny`, the embedded model (default)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("model", metavar="MODEL", nargs="?", action=_Once, default=default,
                               help=help)  # fmt: skip
         self.add_argument("--model", metavar="MODEL", action=_Once, default=default,
-                          help="the same" if alone else help)  # fmt: skip
+                          help="the same as MODEL" if alone else help)  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
         # All processes of one torchrun have the same arguments, so its first one speaks for them.
@@ -96,6 +96,11 @@ def one_line(text: object) -> str:
     escapes."""
     words = shortened(" ".join(str(text).split()))
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 token`, `2 tokens`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def parse_ids(text: str) -> list[int]:
@@ -164,7 +169,9 @@ def read_text(file: str | Path) -> str:
         if str(file) == "-":
             return TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig").read()
         return Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
         raise InputError(f"{file}: not readable as UTF-8 text: {error}") from None
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen35.arguments import checked, shown, token_ids
+from qwen35.cli import counted
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
 from qwen35.generation import Generation
@@ -131,7 +132,8 @@ class Completion:
 
     def __repr__(self) -> str:
         shown = self.text if len(self.text) <= 60 else f"{self.text[:60]}..."
-        return f"Completion({shown!r}, {len(self.token_ids)} tokens, {self.finish_reason})"
+        tokens = counted(len(self.token_ids), "token")
+        return f"Completion({shown!r}, {tokens}, {self.finish_reason})"
 
     @property
     def token_ids(self) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
 
+from qwen35.cli import counted
 from qwen35.completion import Completer, Completion, Settings
 from qwen35.errors import InputError
 from qwen35.messages import Message
@@ -55,8 +56,8 @@ def _said(completion: Completion, *, stopped: bool) -> Message:
     """The assistant's message for the next turns. A line is printed if it was cut."""
     answer = completion.answer
     assert answer is not None
-    count = len(completion.token_ids)
-    cause = f"Ctrl-C after {count} tokens" if stopped else f"the limit of {count} tokens"
+    count = counted(len(completion.token_ids), "token")
+    cause = f"Ctrl-C after {count}" if stopped else f"the limit of {count}"
     if not answer.finished:
         rest = "the thought, which is not part of the conversation"
         if not stopped and completion.finish_reason == "stop":

@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from qwen35.cache import KV_CACHE_DTYPES
-from qwen35.cli import SIZE_RULE, Parser, device, parse_ids, print_json, read_text, run, size
+from qwen35.cli import (
+    SIZE_RULE,
+    Parser,
+    counted,
+    device,
+    parse_ids,
+    print_json,
+    read_text,
+    run,
+    size,
+)
 from qwen35.completion import NEW_TOKENS, Completer, Completion, Settings
 from qwen35.config import Config
 from qwen35.conversation import converse
@@ -45,7 +55,7 @@ def build_parser() -> Parser:
         help="divide the logits of tokens seen, the prompt included, by R (1 is off)")  # fmt: skip
     add("--presence-penalty", type=float, metavar="R",
         help="subtract R from the logits of tokens generated so far (0 is off)")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="S")
+    add("--seed", type=int, default=0, metavar="S", help="of the draws (default 0)")
     add("--stop", action="append", default=[], metavar="TEXT",
         help="end before this text (may be given more than once)")  # fmt: skip
     add("--ignore-eos", action="store_true", help="go on after an end-of-text token")
@@ -244,7 +254,7 @@ def _load(args: argparse.Namespace, folder: Path) -> Model:
         say(f"{len(held)} ranks, each with {max(held) / 1e6:,.1f} MB of weights")
     fast = sum(type(layer).__module__.startswith("fast.") for layer in model.layers)
     if fast or swaps:
-        own = f"; {len(swaps)} patterns swapped" if swaps else ""
+        own = f"; {counted(len(swaps), 'pattern')} swapped" if swaps else ""
         say(f"{fast} of {len(model.layers)} layers run on the fast path{own}")
     return model
 

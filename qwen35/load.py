@@ -45,7 +45,7 @@ def locate(model: str | Path | None, ranks: Ranks = ALONE) -> Path:
     """
     if model is None or str(model) == "tiny":
         return TINY
-    if not isinstance(model, str | Path):
+    if not isinstance(model, str | Path) or not str(model):
         raise InputError(f"model = {shown(model)}; expected 'tiny', a folder or a hub id")
     path = Path(model)
     if path.is_dir():
@@ -58,6 +58,8 @@ def locate(model: str | Path | None, ranks: Ranks = ALONE) -> Path:
                 )
             return parts[ranks.rank]
         raise InputError(without_config(path))
+    if path.is_file():
+        raise InputError(f"{model}: is a file; expected a folder or a hub id")
     from weights.hub import is_hub_id, one_line  # here, because the hub's client is slow to import
 
     if not is_hub_id(str(model)):

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 
-from qwen35.cli import one_line
+from qwen35.cli import counted, one_line
 from qwen35.completion import Completion
 from qwen35.logprobs import table
 from qwen35.progress import Progress
@@ -52,9 +52,13 @@ def _show_figures(completion: Completion, *, quiet: bool) -> None:
     result = completion.generation
     if completion.logprobs and not quiet:
         print(table(completion.logprobs, completion.tokenizer), file=sys.stderr, flush=True)
+    given, made = (
+        counted(len(result.prompt), "prompt token"),
+        counted(len(result.token_ids), "token"),
+    )
     say(
-        f"{len(result.prompt)} prompt tokens ({result.cached_tokens} cached), first token after "
-        f"{result.ttft_s:.3f} s, {len(result.token_ids)} tokens at {result.tokens_per_s:.1f} tokens/s, "
+        f"{given} ({result.cached_tokens} cached), first token after {result.ttft_s:.3f} s, "
+        f"{made} at {result.tokens_per_s:.1f} tokens/s, "
         f"{result.draft.tokens_per_forward:.2f} tokens/forward"
     )
     if result.prefix_cache:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35.cli import CHECKPOINT, Parser, at_least_one, device, parse_ids, print_json, run
+from qwen35.cli import CHECKPOINT, Parser, at_least_one, counted, device, parse_ids, print_json, run
 from qwen35.compare.diff import diff
-from qwen35.compare.judge import Report, table
+from qwen35.compare.judge import MODES, Report, table
 from qwen35.compare.trace_file import read_trace
 from qwen35.config import Config
 from qwen35.errors import InputError
@@ -39,7 +39,7 @@ def build_parser() -> Parser:
         "Exit status 1 when a node differs.",
     )
     add = parser.add_argument
-    parser.add_model(f"the reference: {CHECKPOINT}")
+    parser.add_model(f"of the reference: {CHECKPOINT}")
     candidate = parser.add_argument_group("candidate (default: MODEL itself, in --dtype)")
     candidate.add_argument(
         "--swap", action="append", default=[], metavar="PATTERN=MODULE:CLASS",
@@ -55,10 +55,18 @@ def build_parser() -> Parser:
     prompt.add_argument(
         "--random", type=at_least_one, metavar="N", help="N random ids (default: 200)"
     )
-    add("--seed", type=int, default=0, help="of random ids")
-    add("--decode", type=int, default=6, metavar="N", help="of the last ids, decoded (default: 6)")
-    add("--mode", choices=("local", "free"), default="local")
-    add("--oracle", choices=("float32", "float64"), default="float32")
+    add("--seed", type=int, default=0, help="for --random (default: 0)")
+    add(
+        "--decode",
+        type=int,
+        default=6,
+        metavar="N",
+        help="decode the last N ids; the others are a prompt (default: 6)",
+    )
+    add("--mode", choices=MODES, default="local",
+        help="local (default): nodes get the reference's inputs; free: their own side's")  # fmt: skip
+    add("--oracle", choices=("float32", "float64"), default="float32",
+        help="dtype of the reference that all are compared with (default: float32)")  # fmt: skip
     add("--device", type=device, default="cpu", metavar="D", help="of all sides (default: cpu)")
     add("--layers", metavar="A-B", help="compare these layers only, as in 0-3")
     add("--report", type=Path, metavar="FILE", help="also write a page, as HTML")
@@ -99,13 +107,16 @@ def trace_of_transformers(folder: Path, ids: list[int], dtype: torch.dtype) -> d
     return outputs
 
 
-def chosen_stages(text: str | None) -> Callable[[str], bool]:
+def chosen_stages(text: str | None, layers: int) -> Callable[[str], bool]:
+    """Whether a stage is in `--layers`. layers: how many there are."""
     if text is None:
         return lambda stage: True
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
     if not match:
         raise InputError(f"--layers {text!r}; expected a number or a range, as in 0-3")
     first, last = int(match[1]), int(match[2] or match[1])
+    if not first <= last < layers:
+        raise InputError(f"--layers {text}; expected A-B within the layers 0 to {layers - 1}")
     names = {f"layers.{i}" for i in range(first, last + 1)}
     return lambda stage: stage in names
 
@@ -208,6 +219,8 @@ def main(args: argparse.Namespace) -> int:
     else:
         candidate = locate(args.against, args.ranks) if args.against else None
         ids = prompt_ids(args, folder)
+    layers = Config.from_file(folder / "config.json").num_hidden_layers
+    stages = chosen_stages(args.layers, layers)
     swaps = [parse_swap(text) for text in args.swap]
     # transformers has computed in --dtype already.
     dtype = None if isinstance(candidate, dict) else DTYPES.get(args.dtype)
@@ -215,14 +228,14 @@ def main(args: argparse.Namespace) -> int:
         report = diff(
             folder, ids, candidate=candidate, swaps=swaps, dtype=dtype,
             mode=args.mode, oracle_dtype=DTYPES[args.oracle], decode=args.decode,
-            stages=chosen_stages(args.layers), device=args.device, progress=bar.at,
+            stages=stages, device=args.device, progress=bar.at,
             ranks=args.ranks,
         )  # fmt: skip
     against = args.against or ", ".join(args.swap) or (args.dtype or "the checkpoint's own dtype")
     if args.ranks.size > 1:
         against += f", over {args.ranks.size} ranks"
     mode = "free" if isinstance(candidate, dict) else args.mode
-    title = f"{args.model} against {against}: {mode}, {len(ids)} tokens"
+    title = f"{args.model} against {against}: {mode}, {counted(len(ids), 'token')}"
     found = document(report, title, mode, described(args, ids))
     if args.report and args.ranks.rank == 0:
         try:

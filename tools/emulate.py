@@ -20,7 +20,7 @@ from fast.layer import DecoderLayer
 from fast.mtp import MTP
 from fast.shapes import check_shapes
 from fast.step import Step
-from qwen35.cli import CHECKPOINT, Parser, one_line, print_json, run
+from qwen35.cli import CHECKPOINT, Parser, counted, one_line, print_json, run
 from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import load, locate
@@ -112,8 +112,8 @@ def main(args: argparse.Namespace) -> int:
     else:
         print(tokenizer.decode(tokens))
         line = (
-            f"{len(tokens)} tokens in {rounds} rounds of {len(step.work)} launches, "
-            f"{instructions:,} instructions of {TARGET} in {seconds:.1f} s"
+            f"{counted(len(tokens), 'token')} in {counted(rounds, 'round')} of {len(step.work)} "
+            f"launches, {instructions:,} instructions of {TARGET} in {seconds:.1f} s"
         )
         if args.check:
             line += "; the reference's tokens" if same else f"; the reference gives {expected}"

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from qwen35.cache import KV_CACHE_DTYPES
-from qwen35.cli import Parser, at_least_one, device, print_json, run
+from qwen35.cli import Parser, at_least_one, counted, device, print_json, run
 from qwen35.errors import InputError
 from qwen35.generation import Generation
 from qwen35.load import DTYPES, load, locate
@@ -343,7 +343,8 @@ def main(args: argparse.Namespace) -> int:
                 f"DIFF  {cell.length} tokens, {cell.sampling}, depth {cell.depth}, "
                 f"chunk {cell.chunk}, cache {cell.cache}"
             )
-        print(f"{len(found)} continuations of {len(prompts)} prompts, {len(wrong)} differ")
+        compared = counted(len(found), "continuation")
+        print(f"{compared} of {counted(len(prompts), 'prompt')}, {len(wrong)} differ")
     return 1 if wrong else 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen35.cli import counted
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.tokenizer import read_config
@@ -200,8 +201,8 @@ def print_rank(document: dict[str, Any]) -> None:
         written += f" --what {what}"
     print(f"rank {document['rank']} of {document['size']} of a tensor-parallel group{written}")
     print(
-        f"{document['tensors']} tensors, {document['bytes']} bytes in {document['files']} files; no "
-        "checkpoint by itself"
+        f"{document['tensors']} tensors, {document['bytes']} bytes in "
+        f"{counted(document['files'], 'file')}; no checkpoint by itself"
     )
     if document["missing_ranks"]:
         print(f"not beside it: {', '.join(document['missing_ranks'])}")

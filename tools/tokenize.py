@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qwen35.cli import Parser, parse_ids, print_json, read_text, run
+from qwen35.cli import Parser, counted, parse_ids, print_json, read_text, run
 from qwen35.errors import InputError
 from qwen35.load import TINY
 from qwen35.messages import parse_messages
@@ -117,7 +117,7 @@ def _show(pieces: list[Piece], text: str) -> None:
         print(f"{place:>{width}}  {one.id:>{size}}  {_kind(one):{kind}}  {one}")
     controls = sum(one.is_control for one in pieces)
     print(
-        f"{len(pieces)} tokens, {controls} of them control tokens; {len(text):,} characters, "
+        f"{counted(len(pieces), 'token')}, {controls} of them control tokens; {len(text):,} characters, "
         f"{len(text.encode()):,} bytes"
     )
 

@@ -6,7 +6,7 @@
 import argparse
 from pathlib import Path
 
-from qwen35.cli import Parser, device, parse_ids, print_json, run
+from qwen35.cli import Parser, counted, device, parse_ids, print_json, run
 from qwen35.compare.trace import trace
 from qwen35.compare.trace_file import save_trace
 from qwen35.errors import InputError
@@ -60,7 +60,9 @@ def main(args: argparse.Namespace) -> int:
         shapes = {name: list(output.shape) for name, output in outputs.items()}
         print_json({"file": str(args.output), "ids": ids, "nodes": shapes})
     else:
-        print(f"{len(outputs)} tensors for {len(ids)} tokens in {args.output}")
+        print(
+            f"{counted(len(outputs), 'tensor')} for {counted(len(ids), 'token')} in {args.output}"
+        )
     return 0
 
 

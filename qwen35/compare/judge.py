@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from qwen35.cli import counted
+
 Mode = Literal["local", "free"]
 MODES: tuple[str, ...] = get_args(Mode)
 BINS = 24  # of a histogram; each is a factor of 2 wide, see `Row`
@@ -142,7 +144,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         verdict = "ok" if row.passed else "DIFF"
         most = "inf" if row.max_abs >= MOST else f"{row.max_abs:.2e}"
         broken = f", {row.nonfinite} not finite" if row.nonfinite else ""
-        flips = f", {row.flips} tokens with other experts" if row.flips else ""
+        flips = f", {counted(row.flips, 'token')} with other experts" if row.flips else ""
         lines.append(
             f"{verdict:4}  {times(row):>8}  {most:>8}  {row.rel_rms:>8.2e}  "
             f"{row.name} {row.shape}, {row.place}{broken}{flips}"

@@ -135,3 +135,20 @@ def test_a_closed_standard_stream_is_an_empty_one(
     assert done.returncode == status, done.stderr
     assert out in done.stdout and err in done.stderr and "Traceback" not in done.stderr
     assert bool(out) == bool(done.stdout)
+
+
+def test_a_file_that_is_not_there_is_not_said_to_be_no_text(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent: No such file or directory$"):
+        cli.read_text(tmp_path / "absent")
+
+
+def test_counts_have_their_plural() -> None:
+    assert [cli.counted(n, "token") for n in (0, 1, 2)] == ["0 tokens", "1 token", "2 tokens"]
+
+
+def test_the_package_by_itself_is_generate() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen35"], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 2 and "qwen35.generate: no prompt: give PROMPT" in done.stderr

@@ -63,7 +63,7 @@ def test_a_device_that_is_not_here(device: Any, words: str) -> None:
     assert words in in_one_line(lambda: load("tiny", device=device))
 
 
-@pytest.mark.parametrize("given", [3, ["tiny"], torch.zeros(2), b"tiny"])
+@pytest.mark.parametrize("given", ["", 3, ["tiny"], torch.zeros(2), b"tiny"])
 def test_what_names_no_checkpoint(given: Any) -> None:
     for call in (load, lambda m: qwen35.generate(m, TEXT), lambda m: trace(m, TEXT)):
         message = in_one_line(lambda call=call: call(given))

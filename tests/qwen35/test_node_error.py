@@ -165,7 +165,9 @@ def test_the_command_line(kind: Any, capsys: pytest.CaptureFixture[str]) -> None
     arguments = ["The whale", "--max-new-tokens", "2", "--swap", f"{NODE}={HERE}:{kind.__name__}"]
     with pytest.raises(SystemExit) as ended:
         run(build_parser(), main, arguments)
-    said = [line for line in capsys.readouterr().err.splitlines() if "patterns swapped" not in line]
+    said = [
+        line for line in capsys.readouterr().err.splitlines() if "1 pattern swapped" not in line
+    ]
     assert ended.value.code == 2 and len(said) == 1
     assert NODE in said[0] and "test_node_error.py:" in said[0]
     with pytest.raises(SystemExit) as ended:

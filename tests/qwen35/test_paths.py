@@ -118,7 +118,7 @@ def test_a_swapped_node_runs_and_is_named(cli: Cli):
     found = json.loads(out)
     assert status == 0 and found["token_ids"] != plain["token_ids"]
     assert found["swaps"] == [f"layers.{i}.mlp={__name__}:Doubled" for i in range(8)]
-    assert "0 of 8 layers run on the fast path; 1 patterns swapped" in err
+    assert "0 of 8 layers run on the fast path; 1 pattern swapped" in err
 
 
 @pytest.mark.parametrize(

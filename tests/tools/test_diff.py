@@ -282,6 +282,8 @@ def test_a_trace_of_a_model_without_mtp(tmp_path: Path, capsys: pytest.CaptureFi
     ("arguments", "words"),
     [
         (("--swap", f"layers.9*={HERE}:Swapped"), ["layers.9*", "matches no node", "layers."]),
+        (("--layers", "99"), ["--layers 99; expected A-B within the layers 0 to"]),
+        (("--layers", "1-0"), ["--layers 1-0; expected A-B within the layers 0 to"]),
         (("--swap", "layers.1"), ["PATTERN=MODULE:CLASS"]),
         (
             ("--swap", "norm=a:B", "--against", "transformers"),
@@ -290,7 +292,6 @@ def test_a_trace_of_a_model_without_mtp(tmp_path: Path, capsys: pytest.CaptureFi
         (("--swap", "layers.1=nowhere:X"), ["nowhere"]),
         (("--swap", f"layers.1={HERE}:IDS"), ["from_reference"]),
         (("--layers", "x"), ["'x'", "0-3"]),
-        (("--layers", "50"), ["no stage"]),
         (("--decode", -1), ["-1"]),
         (("--ids", "1,99999999"), ["99999999"]),
         (("--against", TINY), ["in the reference", "in the candidate"]),
