@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qwen35.cli import SIZE_RULE, Parser, print_json, run, size
+from qwen35.cli import SIZE_RULE, Parser, counted, print_json, run, size
 from qwen35.errors import InputError
 from qwen35.load import COPIES, TINY, lay_out, shapes, text_model, warn_of_problems
 from qwen35.progress import Progress
@@ -139,6 +139,8 @@ def say_verified(args: argparse.Namespace, source: Path | str, options: Options)
 
 
 def main(args: argparse.Namespace) -> int:
+    if str(args.target) == "tiny":
+        raise InputError("DST tiny: this name means the embedded checkpoint wherever one is named")
     if args.shard_bytes < 1:
         raise InputError(f"--shard-bytes {args.shard_bytes}; expected a positive number")
     folder = TINY if args.source == "tiny" else Path(args.source)
@@ -164,7 +166,7 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
         return 0
-    print(f"{report['files']} files, {report['bytes'] / 1e9:.3f} GB in {args.target}")
+    print(f"{counted(report['files'], 'file')}, {report['bytes'] / 1e9:.3f} GB in {args.target}")
     errors = report["errors"]
     if not errors:
         print(f"all tensors are copies: nothing of {args.source} was in another format")

@@ -81,8 +81,10 @@ def convert(
 
 def check_target(target: Path) -> None:
     """InputError if a conversion into this folder can neither begin nor continue."""
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{target}: is there already as a file; expected an empty folder or none")
     is_new = not target.exists() or (target / UNFINISHED).exists()
-    if not is_new and (not target.is_dir() or any(target.iterdir())):
+    if not is_new and any(target.iterdir()):
         raise InputError(f"{target}: is there already and not empty; nothing is overwritten")
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from qwen35.errors import InputError
+from qwen35.load import TINY
 from tests.support.checkpoints import (
     MXFP4_ATTENTION,
     QUANTIZED_SIZES,
@@ -295,3 +296,14 @@ def test_traces_of_another_conversion(little: Path, capsys: pytest.CaptureFixtur
     (target / FINISHED).mkdir()
     (target / REPORT).unlink()
     check_refused(capsys, little, target, words=[FINISHED, REPORT], left=True)
+
+
+def test_the_name_of_the_embedded_model_is_no_target(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A folder of that name could not be read again by it."""
+    monkeypatch.chdir(tmp_path)
+    for target in ("tiny", "./tiny"):
+        words = ["DST tiny: this name means the embedded checkpoint"]
+        check_refused(capsys, TINY, Path(target), words=words)
+    assert not Path("tiny").exists()
