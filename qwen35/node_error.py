@@ -114,14 +114,14 @@ def blaming(model: nn.Module, stage: str = "") -> Iterator[None]:
         yield
     except (NodeError, RankLostError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a node may call sys.exit
         message = _blame(error, model, stage)
         if message is None:
             raise
         raise NodeError(message) from error
 
 
-def _blame(error: Exception, model: nn.Module, stage: str) -> str | None:
+def _blame(error: BaseException, model: nn.Module, stage: str) -> str | None:
     """The message of a NodeError, or None if no swapped node was involved."""
     prefix = f"{stage}." if stage else ""
     names = {id(module): f"{prefix}{name}" for name, module in model.named_modules()}

@@ -125,7 +125,7 @@ def instead(name: str, module: nn.Module, replacement: Replacement) -> nn.Module
         fresh = make(module)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = told(error, replacement.__module__, definition(make))
         raise NodeError(f"{name}: {text}") from error
     if not isinstance(fresh, nn.Module):

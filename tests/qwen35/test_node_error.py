@@ -269,3 +269,18 @@ def test_a_long_message_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NodeError, match=r"RuntimeError: at 5:10: x = tl\.load") as caught:
         trace(model, IDS)
     assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+def test_a_node_that_ends_the_process_is_named() -> None:
+    """Its status would be taken for that of the command: 1 is a node that differs."""
+
+    class Exits(nn.Module):
+        @classmethod
+        def from_reference(cls, _: nn.Module) -> "Exits":
+            return cls()
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise SystemExit(1)
+
+    with pytest.raises(NodeError, match=r"^norm: .*SystemExit: 1"):
+        diff(TINY, IDS, swaps=[("norm", Exits)], stages="norm".__eq__)
