@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("model", metavar="MODEL", nargs="?", action=_Once, default=default,
                               help=help)  # fmt: skip
         self.add_argument("--model", metavar="MODEL", action=_Once, default=default,
-                          help="the same as MODEL" if alone else help)  # fmt: skip
+                          help="another way to give MODEL" if alone else help)  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
         # All processes of one torchrun have the same arguments, so its first one speaks for them.
