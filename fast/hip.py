@@ -128,13 +128,8 @@ class Runtime:
     def launch(self, launch: HipLaunch, function: ctypes.c_void_p, stream: int) -> None:
         values = packed(launch.arguments)
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        sizes = (
-            *launch.grid,
-            launch.threads,
-            1,
-            1,
-            0,
-        )  # the last one: no LDS besides the kernel's own
+        no_more_lds = 0  # besides the kernel's own
+        sizes = (*launch.grid, launch.threads, 1, 1, no_more_lds)
         status = self.library.hipModuleLaunchKernel(
             function, *map(ctypes.c_uint, sizes), ctypes.c_void_p(stream), pointers, None
         )
