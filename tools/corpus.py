@@ -454,7 +454,7 @@ def build(target: Path) -> None:
     """Write the two texts and the table of sources."""
     target.mkdir(parents=True, exist_ok=True)
     seen, texts = Filter(), {"train": [], "heldout": []}
-    table = ["| package | version | licence | bytes |", "|---|---|---|---|"]
+    table = ["| package | version | licence | characters |", "|---|---|---|---|"]
     with ProcessPoolExecutor() as pool:
         for source, (version, raw) in zip(SOURCES, pool.map(extract, SOURCES), strict=True):
             documents = seen.apply(raw, source.book)
@@ -465,7 +465,7 @@ def build(target: Path) -> None:
             for name, paragraphs in documents:
                 texts["heldout" if name in held else "train"].append("\n\n".join(paragraphs))
             table.append(f"| {source.package} | {version} | {source.licence} | {size} |")
-            print(f"{source.package}: {size} bytes, {len(held)} held out", file=sys.stderr)
+            print(f"{source.package}: {size} characters, {len(held)} held out", file=sys.stderr)
     texts["heldout"] = unshared(texts["heldout"], texts["train"])
     for kind, parts in texts.items():
         text = f"\n{SEPARATOR}\n".join(parts) + "\n"

@@ -51,7 +51,7 @@ TEMPLATES: dict[str, str] = {
     "loops in loops": "{% for i in [1, 2] %}" * 19 + "x" + "{% endfor %}" * 19,
     "filters in a row": "{{ 'x' " + "| upper " * _DEEP + "}}",
     "nots in a row": "{{ " + "not " * _DEEP + "1 }}",
-    "a sum of a thousand": "{{ " + "1 + " * _DEEP + "1 }}",
+    "a sum of 5,000 terms": "{{ " + "1 + " * _DEEP + "1 }}",
     "attributes in a row": "{{ messages" + ".a" * _DEEP + " }}",
     "unclosed": "{% for m in messages %}",
     "an opening alone": "{{",

@@ -413,7 +413,7 @@ def print_document(document: dict[str, Any]) -> None:
         print(reason)
     print()
     stops = (f"{number} ({', '.join(files)})" for number, files in document["stop_ids"].items())
-    print(f"ends of a text: {'; '.join(stops) or 'none'}")
+    print(f"end-of-text tokens: {'; '.join(stops) or 'none'}")
     if document["sampling"]:
         advice = ", ".join(f"{name} {value}" for name, value in document["sampling"].items())
         print(f"advised for a conversation: {advice}")

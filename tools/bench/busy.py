@@ -65,7 +65,10 @@ def main(args: argparse.Namespace) -> int:
     ways: dict[str, tuple[list[str], dict[str, str]]] = {
         "chosen by the program": ([], {}),
         "a thread for each core": (["--threads", cores], {}),
-        "and spinning": (["--threads", cores], {"GOMP_SPINCOUNT": "infinite"}),
+        "a thread for each core, which spins": (
+            ["--threads", cores],
+            {"GOMP_SPINCOUNT": "infinite"},
+        ),
     }
     speeds: dict[tuple[str, int], list[float]] = {}
     with Progress("runs", args.repeats * 2 * len(ways)) as progress:

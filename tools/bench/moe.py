@@ -27,7 +27,7 @@ from tools.bench.mixture import Case, Run, Weights
 OURS = "ours"
 IDS, MATRICES = (
     "triton_kernels, from the top-k ids",
-    "triton_kernels, its three matrix launches alone",
+    "triton_kernels, its two products and the sum alone",
 )
 PLAIN = "plain torch, bf16 weights"
 INSTALL = "triton_kernels is not installed (pip install tokenspeed-triton-kernels): no such row"

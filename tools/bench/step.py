@@ -332,7 +332,7 @@ def _draw(path: Path, rows: Sequence[report.Row]) -> None:
             f'<text x="{168 + row["us"] * scale:.0f}" y="{y + 13}">{row["us"]:.0f} us</text>',
         ]
     title = (
-        '<text x="160" y="18">time a round by node; dark: its bytes at the read bandwidth</text>'
+        '<text x="160" y="18">microseconds a round by node; dark: the time to read its bytes</text>'
     )
     write_whole(
         path,

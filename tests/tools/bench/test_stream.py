@@ -32,8 +32,8 @@ def test_the_figures_fit_together(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("count, place", [(1, 0), (2, 1), (9, 8), (10, 8), (11, 9), (20, 17)])
 def test_nine_tenths_of_the_runs_reach_the_90th_percentile(count: int, place: int) -> None:
     times = [float(i) for i in range(count)]
-    assert stream.slowest_of_nine_tenths(times[::-1], more_is_slower=True) == place
-    assert stream.slowest_of_nine_tenths(times, more_is_slower=False) == count - 1 - place
+    assert stream.ninetieth_percentile(times[::-1], more_is_slower=True) == place
+    assert stream.ninetieth_percentile(times, more_is_slower=False) == count - 1 - place
 
 
 def test_a_prompt_longer_than_the_text_is_refused() -> None:
