@@ -161,7 +161,7 @@ def test_a_request_has_its_own(model: Model) -> None:
     for request, expected in (({}, 1), ({"logprobs": 3}, 3), ({"logprobs": None}, 1)):
         parsed = parse_request(json.dumps({"prompt": "x"} | request), completer, common)
         assert parsed.settings.logprobs == expected
-    for request, line in ((True, "logprobs = True; expected int"), ("2", "logprobs = '2'")):
+    for request, line in ((True, "logprobs = True; expected an integer"), ("2", "logprobs = '2'")):
         with pytest.raises(InputError, match=line):
             parse_request(json.dumps({"prompt": "x", "logprobs": request}), completer, common)
     for wrong in (-1, 2001):
