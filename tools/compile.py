@@ -47,6 +47,7 @@ from fast.launch import Launch
 from qwen35.cli import Parser, print_json, run
 from qwen35.errors import InputError
 from qwen35.load import lay_out
+from qwen35.paths import unfit_triton
 from qwen35.progress import steps
 from tools.cards import occupancy_gfx950, occupancy_sm90
 from tools.gfx950.assembly import Instruction, hot_cycle, hot_loop, parse
@@ -417,8 +418,10 @@ def main(
     try:
         import triton
     except ImportError:
-        raise InputError("Triton is missing; pip install triton (needs no GPU)") from None
+        raise InputError("Triton is missing; pip install -e '.[fast]' (needs no GPU)") from None
     version = triton.__version__
+    if line := unfit_triton():
+        print(f"python -m tools.compile: warning: {line}", file=sys.stderr)
     if own := "--kernel" if args.kernel else "--hip" if args.hip else "":
         if args.update:
             raise InputError(f"--update writes {TABLE.name}, which {own} is not about")

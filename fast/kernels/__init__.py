@@ -6,7 +6,7 @@ try:
     import triton
 except ModuleNotFoundError:
     raise InputError(
-        "the fast path needs Triton 3.6 or later, which is not installed (pip install triton)"
+        "the fast path needs Triton 3.6 or later, which is not installed (pip install -e '.[fast]')"
     ) from None
 
 __all__ = ["triton"]

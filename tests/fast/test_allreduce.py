@@ -18,7 +18,7 @@ from qwen35.errors import InputError
 from qwen35.parallel.reduce import ordered_sum
 from tests.support.fast_cases import CPU, TARGET, integers, random
 from tools.gfx950.emulator import EmulatorError
-from tools.gfx950.target import emulate
+from tools.gfx950.target import compile_launch, emulate
 
 EPS = 1e-6
 
@@ -214,3 +214,14 @@ def test_a_rank_chooses_among_its_own_ids():
     }  # fmt: skip
     emulate([Launch("pick", head.pick, (3, 1, 1), arguments, {"num_warps": 4})])
     assert tokens.tolist() == [105, 108, -1] and largest.tolist()[:2] == [3.0, 5.0]
+
+
+@pytest.mark.parametrize("address", [1 << 12, 1 << 31, 1 << 44])
+@pytest.mark.parametrize("target", ["gfx950", "sm_90"])
+def test_an_address_may_have_any_number_of_bits(address: int, target: str):
+    """Triton gives a number that fits into 32 bits 32 of them."""
+    exchange = one_shot(0, 2)
+    (launch,), _ = summed(exchange, parts_of(2, 1, 256)[0], None, None)
+    assert isinstance(launch, Launch)
+    arguments = launch.arguments | {"addresses": (address, address)}
+    compile_launch(replace(launch, arguments=arguments), target)

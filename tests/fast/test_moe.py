@@ -483,7 +483,9 @@ def test_without_triton_packing_works_and_launching_says_what_to_install(
     monkeypatch.setitem(sys.modules, "triton", None)
     chosen = case(routing("random", 2, 3, 24))
     fast_experts.cache_clear()
-    message = "the fast path needs Triton 3.6 or later, which is not installed (pip install triton)"
+    message = (
+        "the fast path needs Triton 3.6 or later, which is not installed (pip install -e '.[fast]')"
+    )
     assert refused(lambda: launches_of(chosen)) == message
     gate = quiet_router(exact_router(torch.zeros(1, 24).bfloat16(), 3))
     assert refused(lambda: gate.launch(picks(1), Scratch(CPU))) == message

@@ -476,7 +476,7 @@ def test_without_triton() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "pip install triton" in done.stderr and done.stderr.count("\n") == 1
+    assert "pip install -e '.[fast]'" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_without_path_and_gpu(compiled: list[Compiled], tmp_path: Path) -> None:
