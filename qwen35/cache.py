@@ -50,6 +50,9 @@ class KVCache:
         self.grow(end)
         for buffer, new in zip(self.buffers().values(), zip(*parts, strict=True), strict=True):
             target = buffer[:, :, self.length : end]
+            if len(new) == 1:
+                target[:] = new[0]
+                continue
             here = [rows.to(target.device) for rows in new]
             # As bytes, since not every build of torch joins e4m3.
             if target.dtype.itemsize == 1:

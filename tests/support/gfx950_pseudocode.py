@@ -438,7 +438,8 @@ class Machine:
             return Value("u", 32, to_bits(first).bit_count())
         if name == "signext_from_bit":
             width = int(arguments[1].value)
-            return from_bits(from_bits(int(x), "i", width).value if width else 0, "i", 32)
+            extended = from_bits(int(x), "i", width).value if width else 0
+            return from_bits(extended, "i", first.width)
         if name == "signext":
             return from_bits(int(x), "i", first.width)
         if name == "isEven":
