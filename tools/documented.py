@@ -37,7 +37,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "pip install torch==2.13.0 -e '.[test]'": ("setup", "installs; .ci/run does it"),
     "pip install -e '.[fast]'": ("setup", "installs Triton; a part of .[test]"),
     "pip install -e '.[hip]'": ("setup", "installs; ziglang is among the tests' packages too"),
-    "pytest": ("setup", "all checks, 15 minutes; .ci/run does it"),
+    "pytest": ("setup", "all checks, 16 minutes; .ci/run does it"),
     ".ci/run": ("setup", "all checks after an installation"),
     "python -m tools.exact": ("minutes", "one minute; tests/tools/test_exact.py has a part"),
     "python -m tools.exact --all": ("minutes", "an hour: 3,616 continuations"),
