@@ -1,6 +1,7 @@
 """Sums over ranks as gfx950 code in the emulator: one rank at a time, whose packets of the others are
 there already, and whole rounds of ranks that take turns."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ pytest.importorskip("triton")
 
 from fast.allreduce import GATHER_PACKETS, AllReduce, Gathered, OneShot, Slots
 from fast.kernels import embedding, head
-from fast.launch import Launch, Scratch
+from fast.launch import Launch, Scratch, Work
 from fast.linear import Norm
 from qwen35.errors import InputError
 from qwen35.parallel.reduce import ordered_sum
@@ -74,6 +75,11 @@ def summed(exchange: AllReduce, part: Tensor, residual: Tensor | None, norm: Nor
     return work, out
 
 
+def run(work: Iterable[Work], limit: int = 500_000) -> None:
+    """Emulate, for no longer than these launches take: with a fault they might wait for ever."""
+    emulate(work, limit=limit)
+
+
 def parts_of(size: int, N: int, D: int) -> Tensor:
     """Numbers of very different sizes, so that the order of additions shows."""
     wide = random(N * D + size, size, N, D)
@@ -98,7 +104,7 @@ def test_the_sum_has_the_bits_of_additions_in_the_order_of_ranks(size: int, N: i
         for epoch in (1, 2, 3):
             arrive(exchange, parts, epoch)
             work, stream = summed(exchange, parts[rank], residual, norm)
-            emulate(work)
+            run(work)
             assert torch.equal(stream.x, truth)
             scaled = (truth.float() * (1 + norm.weight.float())).bfloat16()
             assert torch.equal(stream.scaled, scaled)
@@ -110,7 +116,7 @@ def test_the_sum_has_the_bits_of_additions_in_the_order_of_ranks(size: int, N: i
             for of_rank in exchange.sums.of_ranks:  # every rank gets the same packets, its own too
                 assert torch.equal(of_rank[:programs, epoch % 2, rank], packets(blocks, epoch))
         together, stream = summed(Gathered(Group(rank, size, parts)), parts[rank], residual, norm)
-        emulate(together)
+        run(together)
         assert torch.equal(stream.x, truth) and torch.equal(stream.scaled, scaled)
 
 
@@ -120,7 +126,7 @@ def test_without_residual_and_norm_and_with_signs_of_zeros():
     exchange = one_shot(1, 2)
     arrive(exchange, parts, 1)
     work, out = summed(exchange, parts[1], None, None)
-    emulate(work)
+    run(work)
     assert torch.equal(out.view(torch.int16), expected(parts, None).view(torch.int16))
 
 
@@ -134,7 +140,7 @@ def test_a_packet_that_has_not_arrived_is_waited_for(late: int):
     exchange.sums.of_ranks[0][late, 1, 1, 63] = packets(torch.tensor(0), 1)
     work, _ = summed(exchange, parts[0], None, None)
     with pytest.raises(EmulatorError, match="does this loop end"):
-        emulate(work, limit=100_000)
+        run(work, 100_000)
 
 
 @pytest.mark.parametrize(("size", "rows", "words"), [(2, 1, 16), (4, 3, 350), (2, 4, 500)])
@@ -158,10 +164,10 @@ def test_a_gather_joins_rows_in_the_order_of_ranks(size: int, rows: int, words: 
         launches = exchange.gather(x[rank], out)
         (launch,) = launches
         assert isinstance(launch, Launch)
-        emulate([replace(launch, grid=(min(blocks, programs), 1, 1))])
+        run([replace(launch, grid=(min(blocks, programs), 1, 1))])
         assert torch.equal(out, torch.cat(list(x), 1))
         out.zero_()
-        emulate(Gathered(Group(rank, size, x)).gather(x[rank], out))
+        run(Gathered(Group(rank, size, x)).gather(x[rank], out))
         assert torch.equal(out, torch.cat(list(x), 1))
 
 
@@ -172,7 +178,7 @@ def test_bf16_rows_are_gathered_as_words():
     words = torch.zeros(GATHER_PACKETS, dtype=torch.int32)
     words[:15] = x[1].view(torch.int32).flatten()
     exchange.gathers.of_ranks[0][0, 1, 1] = packets(words, 1)
-    emulate(exchange.gather(x[0], out))
+    run(exchange.gather(x[0], out))
     assert torch.equal(out, torch.cat(list(x), 1))
     with pytest.raises(InputError, match=r"rows of 5 numbers in torch.bfloat16; expected whole"):
         exchange.gather(x[0][:, :5].contiguous(), out)
@@ -199,7 +205,7 @@ def test_a_rank_looks_up_its_own_ids_and_zeros_for_others():
         "D": 48,
         "BLOCK": 64,
     }
-    emulate([Launch("embed_part", embedding.embed_part, (6, 1, 1), arguments, {"num_warps": 4})])
+    run([Launch("embed_part", embedding.embed_part, (6, 1, 1), arguments, {"num_warps": 4})])
     there = torch.tensor([True, True, False, False, False, True])
     assert torch.equal(out[there], table[[0, 9, 5]]) and not out[~there].any()
 
@@ -212,7 +218,7 @@ def test_a_rank_chooses_among_its_own_ids():
         "best": best, "place": place, "tokens": tokens, "largest": largest, "blocks": 3, "first": 100,
         "STRIDE": 3, "BLOCK": 16, "OF_PART": True,
     }  # fmt: skip
-    emulate([Launch("pick", head.pick, (3, 1, 1), arguments, {"num_warps": 4})])
+    run([Launch("pick", head.pick, (3, 1, 1), arguments, {"num_warps": 4})])
     assert tokens.tolist() == [105, 108, -1] and largest.tolist()[:2] == [3.0, 5.0]
 
 
