@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen35.cache import Cache, DeltaState, KVCache
+from qwen35.cache import Cache, DeltaState, FP8KVCache, KVCache
 from qwen35.generation import prefill
 from reference.linear import DECODE_ROWS
 from reference.model import Model
@@ -251,3 +251,22 @@ def test_a_delta_state_that_goes_on_from_copies_cannot_go_back_behind_them():
     with pytest.raises(AssertionError, match="only a decode pass goes back"):
         state.rollback(1)
     assert not state.recurrent.any()
+
+
+@pytest.mark.parametrize("kind", [KVCache, FP8KVCache])
+def test_several_parts_are_taken_in_their_order(kind: type[KVCache]) -> None:
+    """Behind what is there, into buffers with more room, in one copy a tensor."""
+    torch.manual_seed(0)
+    whole = kind.empty((1, 2, 16), torch.float32, "cpu")
+    whole.append(torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16))
+    taken = kind.empty((1, 2, 16), torch.float32, "cpu")
+    taken.reserve(20)
+    edges = (0, 1), (1, 4), (4, 5), (5, 9)
+    pieces = [
+        [tensor[:, :, first:last] for tensor in whole.tensors().values()] for first, last in edges
+    ]
+    taken.take_all(pieces[:1])
+    taken.take_all(pieces[1:])
+    assert taken.length == 9 and taken.capacity == 20
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(taken.tensors()[name].view(torch.uint8), tensor.view(torch.uint8)), name
