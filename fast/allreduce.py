@@ -227,7 +227,7 @@ class Slots:
         return {"own": own, "addresses": addresses, "epochs": self.epochs, "rank": rank}
 
 
-def joined(node: nn.Module) -> AllReduce | None:
+def exchange_of(node: nn.Module) -> AllReduce | None:
     """The exchange of a node whose results the ranks add up (`qwen35.parallel.nodes.Summed`), or None for
     a node of a whole model."""
     ranks: Any = getattr(node, "ranks", None)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast.allreduce import AllReduce, joined
+from fast.allreduce import AllReduce, exchange_of
 from fast.attention import GatedAttention
 from fast.deltanet import GatedDeltaNet
 from fast.launch import Launch, Scratch, Work, run
@@ -40,7 +40,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         module = twin(module)
         self.is_linear = module.is_linear
-        self.ranks: AllReduce | None = joined(module.mlp)
+        self.ranks: AllReduce | None = exchange_of(module.mlp)
         if self.is_linear:
             module.linear_attn = _replaced(module.linear_attn, GatedDeltaNet, target)
         else:

@@ -109,9 +109,8 @@ def product(
     config = config | {"BLOCK_K": math.gcd(config["BLOCK_K"], K)}
     reads = read_normed(x)
     rows, blocks = len(reads["x"]), -(-M // config["BLOCK_N"])
-    unread = reads[
-        "x"
-    ]  # in place of arguments that are not read, since the weight may be too large
+    # In place of arguments that are not read, since the weight may be too large.
+    unread = reads["x"]
     width = M // 2 if activated else M
     writes, result = written(out or name, rows, width, blocks, target, then, scratch)
     if ring is not None:

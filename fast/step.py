@@ -292,7 +292,6 @@ class Tail:
     """
 
     def __init__(self, step: Step) -> None:
-        self.step = step
         device, D = step.table.device, step.hidden.shape[1]
         self.ids, self.start = (
             torch.zeros(count, dtype=torch.int32, device=device) for count in (MAX_ROWS, 1)

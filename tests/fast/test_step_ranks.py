@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from fast.allreduce import Gathered, joined
+from fast.allreduce import Gathered, exchange_of
 from fast.launch import Launch, Work
 from fast.layer import DecoderLayer
 from fast.mtp import MTP
@@ -51,7 +51,7 @@ def parts(prompt: list[int]) -> list[tuple[Model, dict[int, Begun]]]:
             cache = model.new_cache()
             hidden = prefill(model, prompt, cache, chunk=64, draft=drafts > 0)
             begun[drafts] = cache, int(model.lm_head(hidden)[0, 0].argmax()), hidden[0, 0]
-        assert isinstance(joined(model.layers[0].mlp), Gathered)  # pyright: ignore (a module)
+        assert isinstance(exchange_of(model.layers[0].mlp), Gathered)  # pyright: ignore (a module)
         model.layers = nn.ModuleList(
             DecoderLayer.from_reference(layer, TARGET) for layer in model.layers
         )
