@@ -30,17 +30,19 @@ def work(layer: Any, x: Tensor, state: Any, scratch: Scratch) -> tuple[list[Work
     between: Norm = layer.post_attention_layernorm
     first, rows = normed(x, before, scratch, name="normed")
     mixer = deltanet if layer.is_linear else attention
-    mixing, mixed = _added(
+    mixing, mixed = added_over_ranks(
         layer, partial(mixer.work, layer.mixer, rows, state, scratch), x, scratch
     )
     second, rows = normed(mixed, between, scratch, name="normed")
     mlp: Any = layer.feed_forward
     feed_forward = moe.mlp if hasattr(mlp, "gate_up") else moe.block
-    feeding, out = _added(layer, partial(feed_forward, mlp, rows, scratch), mixed, scratch)
+    feeding, out = added_over_ranks(
+        layer, partial(feed_forward, mlp, rows, scratch), mixed, scratch
+    )
     return [first, *mixing, second, *feeding], out
 
 
-def _added(
+def added_over_ranks(
     layer: Any, work: Callable[..., tuple[list[Work], Tensor]], residual: Tensor, scratch: Scratch
 ) -> tuple[list[Work], Tensor]:
     """The work of a mixer or a feed-forward, summed over the ranks if the layer is a part, and its output

@@ -3,6 +3,7 @@ there already, and whole rounds of ranks that take turns."""
 
 from collections.abc import Iterable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from fast.allreduce import GATHER_PACKETS, AllReduce, Gathered, OneShot, Slots
 from fast.kernels import embedding, head
 from fast.launch import Launch, Scratch, Work
 from fast.linear import Norm
+from fast.prefill.layer import added_over_ranks
 from qwen35.errors import InputError
 from qwen35.parallel.reduce import ordered_sum
 from tests.support.fast_cases import CPU, TARGET, integers, random
@@ -128,6 +130,21 @@ def test_without_residual_and_norm_and_with_signs_of_zeros():
     work, out = summed(exchange, parts[1], None, None)
     run(work)
     assert torch.equal(out.view(torch.int16), expected(parts, None).view(torch.int16))
+
+
+def test_a_prompts_rows_are_summed_and_then_get_the_residual():
+    """As the layer of a prompt does it: the sum is rounded, and then the sum with the residual."""
+    parts, residual = parts_of(4, 20, 48), random(1, 20, 48).bfloat16()
+    layer = SimpleNamespace(ranks=Gathered(Group(2, 4, parts)))
+
+    def own(**settings: Any) -> tuple[list[Work], Tensor]:
+        assert not settings, "the residual is added once, by the sum"
+        return [], parts[2]
+
+    work, out = added_over_ranks(layer, own, residual, Scratch(CPU))
+    for one in work:
+        one()
+    assert torch.equal(out, ordered_sum(parts) + residual)
 
 
 @pytest.mark.parametrize("late", [0, 1])
