@@ -16,15 +16,21 @@ from fast.target import MAX_ROWS, check_rows, target_of
 from qwen35.cache import E4M3, KVCache
 from qwen35.errors import InputError
 
-GROUP = 4  # rows that share what is read of the cache
-# As in kernels/attention.py: the context is cut into SHORT short pieces, then pieces of FAR positions.
-SHORT, FAR = 128, 1024
+SHORT = 128  # short pieces of the context, before the long ones, as in kernels/attention.py
 
 
-def pieces(length: int, near: int) -> int:
-    """The number of pieces that cover `length` positions, if a short piece has `near` positions."""
+def piece_sizes(shared: int) -> tuple[int, int]:
+    """The positions of a short piece and of a long one, if `shared` query heads share a key head.
+
+    A piece costs its partial sums, which are longer where more heads share its keys.
+    """
+    return (128, 512) if shared <= 8 else (256, 1024)
+
+
+def pieces(length: int, near: int, far: int) -> int:
+    """The number of pieces that cover `length` positions: SHORT of `near` positions, then of `far`."""
     short = -(-min(length, SHORT * near) // near)
-    return short + -(-max(length - SHORT * near, 0) // FAR)
+    return short + -(-max(length - SHORT * near, 0) // far)
 
 
 class GatedAttention(nn.Module):
@@ -81,9 +87,8 @@ class GatedAttention(nn.Module):
         N, H, G, K = len(rows), self.H, self.G, self.K
         capacity = state.keys.shape[1]
         first, projected = product(x, self.in_proj, self.target, scratch, name="attention_in")
-        # A piece costs its partial sums, which are longer where more heads share its keys.
-        near = 128 if H // G <= 8 else 256
-        count = pieces(capacity, near)
+        near, far = piece_sizes(H // G)
+        count = pieces(capacity, near, far)
         partial = scratch("attention partial", count, N, H, K, dtype=torch.float32)
         peaks, totals = (
             scratch(f"attention {name}", count, N, H, dtype=torch.float32)
@@ -92,30 +97,32 @@ class GatedAttention(nn.Module):
         FP8 = state.keys.dtype == E4M3
         shape = configs.key(H=H, G=G, K=K)
         config = configs.lookup(self.target, "attend_fp8" if FP8 else "attend", shape)
-        sizes = {"H": H, "G": G, "K": K, "NEAR": near}
+        group = config["GROUP"]  # rows that share what is read of the cache
+        sizes = {"H": H, "G": G, "K": K, "NEAR": near, "FAR": far}
         each = Launch(
             f"attend {shape}{' FP8' if FP8 else ''}",
             kernels.attend,
-            (count, G, -(-N // GROUP)),
+            (count, G, -(-N // group)),
             {
                 "projected": projected, "q_gain": self.q_norm, "k_gain": self.k_norm,
                 "cosine": rope[0], "sine": rope[1], "keys": state.keys, "values": state.values,
                 "key_scales": state.key_scales, "value_scales": state.value_scales,
                 "partial": partial, "peaks": peaks, "totals": totals, "start": start, "rows": N,
-                "eps": self.eps, "FP8": FP8, "ROTARY": self.rotary, "CAPACITY": capacity, "GROUP": GROUP,
-                "BLOCK": max(16, power_of_two(GROUP * H // G)), **sizes, **constants(config),
+                "eps": self.eps, "FP8": FP8, "ROTARY": self.rotary, "CAPACITY": capacity,
+                "BLOCK": max(16, power_of_two(group * H // G)), **sizes, **constants(config),
             },
             options(config),
         )  # fmt: skip
         read = scratch("attention read", N, H * K)
         config = configs.lookup(self.target, "combine", shape)
+        width = min(K, config["WIDTH"])
         together = Launch(
             f"combine {shape}",
             kernels.combine,
-            (N, H, 1),
+            (N, H, K // width),
             {
                 "projected": projected, "partial": partial, "peaks": peaks, "totals": totals,
-                "out": read, "start": start, "rows": N, **sizes, **constants(config),
+                "out": read, "start": start, "rows": N, **sizes, **constants(config), "WIDTH": width,
             },
             options(config),
         )  # fmt: skip

@@ -83,15 +83,16 @@ DELTA = [
     for block, warps in ((8, 1), (8, 2), (16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4))
 ]
 ATTEND = [
-    {"TILE": tile, "num_warps": warps, "num_stages": stages}
+    {"GROUP": group, "TILE": tile, "num_warps": warps, "num_stages": stages}
+    for group in (2, 4)
     for tile, warps, stages in (
         (32, 4, 2), (32, 4, 3), (32, 8, 3), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 1),
     )
 ]  # fmt: skip
-ATTEND_FP8 = [{"TILE": 16, "num_warps": 8, "num_stages": 2}, *ATTEND]
 COMBINE = [
-    {"MANY": many, "num_warps": warps}
-    for many, warps in ((8, 1), (8, 4), (16, 4), (32, 4), (64, 4), (64, 8))
+    {"MANY": many, "WIDTH": width, "num_warps": warps}
+    for width in (32, 64, 128, 256)
+    for many, warps in ((16, 2), (32, 4), (64, 4), (64, 8), (128, 8))
 ]
 CONTEXT = 10_000  # tokens that the rows attend to
 
@@ -273,7 +274,7 @@ def of_step(ops: list[str], tp: int, target: str, device: torch.device) -> Itera
     rows: dict[str, tuple[str, list[LaunchConfig]]] = {
         "delta": (configs.key(HV=config.linear_num_value_heads, K=128, V=128), DELTA),
         "attend": (_heads(config), ATTEND),
-        "attend_fp8": (_heads(config), ATTEND_FP8),
+        "attend_fp8": (_heads(config), ATTEND),
         "combine": (_heads(config), COMBINE),
         "head": (configs.key(N=config.vocab_size, K=HIDDEN), blocked(HEAD)),
     }

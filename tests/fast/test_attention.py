@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fast.attention import FAR, SHORT, pieces
+from fast.attention import SHORT, piece_sizes, pieces
 from fast.state import Keys
 from qwen35.cache import FP8KVCache, KVCache
 from tests.support.fast_cases import CPU
@@ -92,10 +92,10 @@ def test_a_nan_in_an_early_key_reaches_every_row_that_sees_it_and_is_not_hidden(
 
 
 def test_pieces_cover_the_context_once():
-    for near in (128, 256):
-        assert [pieces(length, near) for length in (1, near, near + 1)] == [1, 1, 2]
+    for near, far in map(piece_sizes, (4, 16)):
+        assert [pieces(length, near, far) for length in (1, near, near + 1)] == [1, 1, 2]
         edge = SHORT * near
-        assert [pieces(edge + more, near) for more in (0, 1, FAR, FAR + 1)] == [
+        assert [pieces(edge + more, near, far) for more in (0, 1, far, far + 1)] == [
             SHORT, SHORT + 1, SHORT + 1, SHORT + 2,
         ]  # fmt: skip
 

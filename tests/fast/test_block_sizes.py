@@ -1,6 +1,7 @@
 """Sizes around the block that a kernel's loop goes by: less than one, exactly one, one and a bit,
 several. Kernels run in the emulator with small blocks of their own."""
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fast.attention import FAR, SHORT, pieces
+from fast.attention import SHORT, piece_sizes, pieces
 from fast.launch import Launch
 from fast.moe import Experts
 from fast.prefill.moe import Sort
@@ -33,33 +34,36 @@ def launched(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 # --- a context in pieces
 
 
-def begins(near: int, count: int) -> list[int]:
+def begins(near: int, far: int, count: int) -> list[int]:
     """Where the pieces begin: short ones, then long ones."""
-    return [min(i, SHORT) * near + max(i - SHORT, 0) * FAR for i in range(count)]
+    return [min(i, SHORT) * near + max(i - SHORT, 0) * far for i in range(count)]
 
 
-@pytest.mark.parametrize("near", [128, 256])
-def test_pieces_cover_a_context_and_none_is_empty(near: int) -> None:
+@pytest.mark.parametrize("shared", [4, 16])
+def test_pieces_cover_a_context_and_none_is_empty(shared: int) -> None:
+    near, far = piece_sizes(shared)
     whole = SHORT * near
     for length in (1, near - 1, near, near + 1, 5 * near + 7, whole - 1, whole, whole + 1,
-                   whole + FAR - 1, whole + FAR, whole + FAR + 1, whole + 9 * FAR + 3):  # fmt: skip
-        count = pieces(length, near)
-        first = begins(near, count + 1)
+                   whole + far - 1, whole + far, whole + far + 1, whole + 9 * far + 3):  # fmt: skip
+        count = pieces(length, near, far)
+        first = begins(near, far, count + 1)
         assert first[count - 1] < length <= first[count], length
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 7 * 16, 8 * 16, 8 * 16 + 1, 23 * 16 + 5,
-                                    SHORT * 16, SHORT * 16 + 1, SHORT * 16 + 9 * FAR + 1])  # fmt: skip
+                                    SHORT * 16, SHORT * 16 + 1, SHORT * 16 + 9 * 64 + 1,
+                                    SHORT * 16 + 384 * 64, SHORT * 16 + 400 * 64 + 1])  # fmt: skip
 def test_the_pieces_of_a_context_are_added_eight_at_a_time(length: int) -> None:
-    """Fewer than eight, eight, more; short pieces and long ones. What is behind the last is no number."""
+    """Fewer than eight, eight, more, up to as many as the peaks that are compared at a time, and more;
+    short pieces and long ones. What is behind the last is no number."""
     from fast.kernels.attention import combine
 
-    H, G, K, near = 2, 1, 16, 16
-    count = pieces(length, near)
+    H, G, K, near, far = 2, 1, 16, 16, 64
+    count = pieces(length, near, far)
     partial, peaks, totals = (
         random(seed, count + 3, 1, H, *more) for seed, more in enumerate(((K,), (), ()))
     )
-    peaks, totals = peaks * 100, totals.abs() + 1  # a sum of e^peak would be infinite
+    peaks, totals = peaks * 100, totals.abs() + 1  # a sum of 2^peak would be infinite
     for tensor, unread in ((partial, torch.nan), (peaks, 1e30), (totals, torch.nan)):
         tensor[count:] = unread
     projected, out = (
@@ -67,10 +71,11 @@ def test_the_pieces_of_a_context_are_added_eight_at_a_time(length: int) -> None:
         torch.empty(1, H * K).bfloat16(),
     )
     launched(
-        combine, (1, H), projected=projected, partial=partial, peaks=peaks, totals=totals, out=out,
-        start=torch.tensor([length - 1], dtype=torch.int32), rows=1, H=H, G=G, K=K, NEAR=near, MANY=8,
+        combine, (1, H, 2), projected=projected, partial=partial, peaks=peaks, totals=totals, out=out,
+        start=torch.tensor([length - 1], dtype=torch.int32), rows=1, H=H, G=G, K=K, NEAR=near, FAR=far,
+        MANY=8, WIDTH=8,
     )  # fmt: skip
-    share = (peaks[:count] - peaks[:count].amax(0)).double().exp()[..., None]
+    share = (peaks[:count] - peaks[:count].amax(0)).double().exp2()[..., None]
     read = (share * partial[:count]).sum(0) / (share * totals[:count, ..., None]).sum(
         0
     )  # [1, H, K]
@@ -80,48 +85,65 @@ def test_the_pieces_of_a_context_are_added_eight_at_a_time(length: int) -> None:
 
 
 @pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize(
-    "length", [1, 15, 16, 17, 65, SHORT * 16, SHORT * 16 + 1, SHORT * 16 + FAR + 70]
+    "length", [1, 15, 16, 17, 65, SHORT * 64, SHORT * 64 + 1, SHORT * 64 + 128 + 70]
 )
-def test_each_piece_attends_to_its_own_positions(length: int, tile: int) -> None:
-    """In tiles that a piece is shorter than, as long as, or longer; to the newest position, which it
-    writes, and to none behind it."""
+def test_each_piece_attends_to_its_own_positions(length: int, fp8: bool, tile: int) -> None:
+    """In tiles that a piece is as long as, or longer; to the newest position, which it writes, and to
+    none behind it. In e4m3 each position has exponents of its own."""
     from fast.kernels.attention import attend
 
-    H, G, K, near = 2, 1, 16, 16
-    capacity = SHORT * 16 + 2 * FAR  # the same for all lengths, so that the kernel is compiled once
-    count = pieces(capacity, near)
+    H, G, K, near, far = 2, 1, 16, 64, 128
+    capacity = (
+        SHORT * near + 2 * far
+    )  # the same for all lengths, so that the kernel is compiled once
+    count = pieces(capacity, near, far)
     keys, values = (random(seed, G, capacity, K).bfloat16() for seed in range(2))
-    for held in (keys, values):
-        held[:, length - 1 :] = torch.nan
+    scales = [torch.empty(0, dtype=torch.uint8)] * 2
+    if fp8:
+        keys, values = (8 * held.float() for held in (keys, values))
+        keys, values = keys.to(torch.float8_e4m3fn), values.to(torch.float8_e4m3fn)
+        scales = [(122 + 2 * random(seed, G, capacity)).to(torch.uint8) for seed in (5, 6)]
+    for held in (keys, values, *(scales if fp8 else ())):
+        held[:, length - 1 :] = 255 if held.dtype == torch.uint8 else torch.nan
     projected = random(2, 1, 2 * H * K + 2 * G * K).bfloat16()
     partial = torch.full((count, 1, H, K), torch.nan)
     peaks, totals = (torch.full((count, 1, H), torch.nan) for _ in range(2))
-    none = torch.empty(0, dtype=torch.uint8)
     launched(
         attend, (count, G, 1), projected=projected, q_gain=torch.zeros(K).bfloat16(),
         k_gain=torch.zeros(K).bfloat16(), cosine=torch.ones(capacity, 4), sine=torch.zeros(capacity, 4),
-        keys=keys, values=values, key_scales=none, value_scales=none, partial=partial, peaks=peaks,
-        totals=totals, start=torch.tensor([length - 1], dtype=torch.int32), rows=1, eps=1e-6, H=H, G=G,
-        K=K, ROTARY=8, CAPACITY=capacity, NEAR=near, GROUP=4, FP8=False, TILE=tile, BLOCK=16,
+        keys=keys, values=values, key_scales=scales[0], value_scales=scales[1], partial=partial,
+        peaks=peaks, totals=totals, start=torch.tensor([length - 1], dtype=torch.int32), rows=1, eps=1e-6,
+        H=H, G=G, K=K, ROTARY=8, CAPACITY=capacity, NEAR=near, FAR=far, GROUP=4, FP8=fp8, TILE=tile,
+        BLOCK=16,
     )  # fmt: skip
     query, _ = projected[0, : 2 * H * K].double().view(H, 2, K).unbind(1)
     new_key, new_value = projected[0, 2 * H * K :].view(2, K)
     query, key = (
         x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() for x in (query, new_key.double())
     )
-    assert torch.allclose(keys[0, length - 1].double(), key, rtol=1e-2)
-    assert torch.equal(values[0, length - 1], new_value)
-    assert keys[:, length:].isnan().all() and values[:, length:].isnan().all()
-    used = pieces(length, near)
-    scores = query @ keys[0, :length].double().T / K**0.5  # [H, length]
-    edges = [*begins(near, used), length]
+    assert keys[:, length:].double().isnan().all() and values[:, length:].double().isnan().all()
+    seen_keys, seen_values = keys[0, :length].double(), values[0, :length].double()
+    if fp8:
+        seen_keys, seen_values = (
+            seen * (scale[0, :length].double() - 127).exp2()[:, None]
+            for seen, scale in zip((seen_keys, seen_values), scales, strict=True)
+        )
+    assert torch.allclose(seen_keys[-1], key, rtol=0.07 if fp8 else 1e-2, atol=1e-3)
+    assert torch.allclose(seen_values[-1], new_value.double(), rtol=0.07 if fp8 else 0, atol=1e-3)
+    used = pieces(length, near, far)
+    scores = query.bfloat16().double() @ seen_keys.T / K**0.5  # [H, length]
+    edges = [*begins(near, far, used), length]
     for piece, (first, end) in enumerate(pairwise(edges)):
-        share = (scores[:, first:end] - peaks[piece, 0].double()[:, None]).exp()
+        share = (scores[:, first:end] - peaks[piece, 0].double()[:, None] * math.log(2)).exp()
         assert torch.allclose(share.amax(1), torch.ones(H).double(), rtol=2e-2)
         assert torch.allclose(totals[piece, 0].double(), share.sum(1), rtol=2e-2)
-        read = share @ values[0, first:end].double()
-        assert torch.allclose(partial[piece, 0].double(), read, rtol=3e-2, atol=3e-2 * end**0.5)
+        read = share @ seen_values[first:end]
+        largest = seen_values[first:end].abs().amax()
+        assert torch.allclose(
+            partial[piece, 0].double(), read, rtol=3e-2, atol=3e-2 * (end - first) ** 0.5 * largest
+        )
     assert partial[used:].isnan().all() and peaks[used:].isnan().all()
 
 

@@ -186,7 +186,8 @@ fault("the head's mean over one block of columns", "deltanet", delta_net, "numbe
 )  # fmt: skip
 fault("the delta net's counter not set back", "deltanet", delta_net, "arrived",
     ("        tl.store(arrived + head, 0)\n", ""))  # fmt: skip
-fault("attention without its scale", "attention", attention, "numbers", (" * (K**-0.5)", ""))
+fault("attention without its scale", "attention", attention, "numbers",
+    (" * (K**-0.5 * LOG2_E)", " * LOG2_E"))  # fmt: skip
 fault("RoPE turns the other way", "attention", attention, "numbers",
     ("tl.where(k < HALF, -crossed, crossed)", "tl.where(k < HALF, crossed, -crossed)"))  # fmt: skip
 fault("RoPE on all channels", "attention", attention, "numbers memory",
@@ -197,7 +198,7 @@ fault("neighbouring channels are pairs", "attention", attention, "numbers",
 fault("q norm's weight is w, not 1 + w", "attention", attention, "numbers",
     ("raw * scale * (1 + tl", "raw * scale * (tl"))  # fmt: skip
 fault("a row sees the rows behind it", "attention", attention, "numbers",
-    ("(p[None, :] <= position) & ", ""))  # fmt: skip
+    ("score = tl.where(p[None, :] <= position, ", "score = tl.where(p[None, :] < end, "))  # fmt: skip
 fault("query heads in turns over the key heads", "attention", attention, "numbers",
     ("query_head = head * SHARED + m % SHARED", "query_head = m % SHARED * G + head"))  # fmt: skip
 fault("gate and query swapped", "attention", attention, "numbers",
@@ -206,25 +207,37 @@ fault("gate and query swapped", "attention", attention, "numbers",
 fault("the gate without its sigmoid", "attention", attention, "numbers",
     ("/ (1 + tl.exp(-gate))", "* gate"))  # fmt: skip
 fault("new keys written only in the first piece", "attention", attention, "unwritten",
-    ("tl.maximum(first, begin), end)",
-     "first, tl.minimum(end, begin + (1 - tl.minimum(piece, 1)) * NEAR))"),
+    ("tl.maximum(first, begin), end, NEW)",
+     "first, tl.minimum(end, begin + (1 - tl.minimum(piece, 1)) * NEAR), NEW)"),
 )  # fmt: skip
 fault("peaks of the pieces ignored", "attention", attention, "numbers unwritten",
-    ("share = tl.exp(tl.load(peaks + place, mask=there, other=float(\"-inf\")) - level)",
-     "share = tl.where(there, 1.0, 0.0)"))  # fmt: skip
+    ("acc += tl.sum(tl.exp2(peak - level) * part, 0)", "acc += tl.sum(part, 0)"))  # fmt: skip
 fault("the last piece forgotten", "attention", attention, "numbers unwritten",
-    ("count = _pieces(tl.load(start) + row + 1, NEAR)",
-     "count = _pieces(tl.load(start) + row + 1 - NEAR, NEAR)"),
+    ("count = _pieces(tl.load(start) + row + 1, NEAR, FAR)",
+     "count = _pieces(tl.load(start) + row + 1 - NEAR, NEAR, FAR)"),
 )  # fmt: skip
 fault("the softmax not rescaled between tiles", "attention", attention, "numbers",
-    ("acc = tl.dot(share.to(tl.bfloat16), value.to(tl.bfloat16), acc * fade)",
-     "acc = tl.dot(share.to(tl.bfloat16), value.to(tl.bfloat16), acc)"))  # fmt: skip
+    ("acc = tl.dot(share.to(tl.bfloat16), value, acc * fade)",
+     "acc = tl.dot(share.to(tl.bfloat16), value, acc)"))  # fmt: skip
 fault("keys without their scales", "attention", attention_in_e4m3, "numbers",
-    ("score *= _power_of_two(scale)[None, :]", "score *= 1.0"))  # fmt: skip
+    (" * key_scale[None, :]", ""))  # fmt: skip
 fault("values without their scales", "attention", attention_in_e4m3, "numbers",
-    ("share *= _power_of_two(scale)[None, :]", "share *= 1.0"))  # fmt: skip
+    ("share * _power_of_two(tl.maximum(below + 127, 0))[None, :]", "share"))  # fmt: skip
 fault("the scale of another position", "attention", attention_in_e4m3, "numbers unwritten",
-    ("tl.load(value_scales + held, ", "tl.load(value_scales + held // 2, "))  # fmt: skip
+    ("tl.load(value_scales + held + after, ", "tl.load(value_scales + held + lane, "))  # fmt: skip
+fault("values without the piece's largest scale", "attention", attention_in_e4m3, "numbers",
+    (".reshape(BLOCK, K) * _power_of_two(largest)", ".reshape(BLOCK, K)"))  # fmt: skip
+fault("even and odd channels swapped", "attention", attention_in_e4m3, "numbers",
+    ("tl.join(even, odd)", "tl.join(odd, even)"))  # fmt: skip
+fault("odd channels of the keys left out", "attention", attention_in_e4m3, "numbers",
+    ("score = tl.dot(odd_query, tl.trans(odd_key), score)\n", "score += 0\n"))  # fmt: skip
+fault("odd channels of the values not rescaled between tiles", "attention", attention_in_e4m3,
+    "numbers", ("odd = tl.dot(share, odd_value, odd * fade)", "odd = tl.dot(share, odd_value, odd)"),
+)  # fmt: skip
+fault("totals not rescaled between tiles", "attention", attention, "numbers",
+    ("total = total * fade + share", "total = total + share"))  # fmt: skip
+fault("totals of the pieces not rescaled", "attention", attention, "numbers",
+    ("tl.sum(tl.exp2(peak - higher) * held, 0)", "tl.sum(held, 0)"))  # fmt: skip
 fault("a scale so large that small numbers lose bits", "attention", attention_in_e4m3, "numbers",
     ("(bits >> 23) - 8 +", "(bits >> 23) - 2 +"))  # fmt: skip
 fault("a scale so small that large numbers have no e4m3", "attention", attention_in_e4m3,

@@ -542,7 +542,6 @@ def test_a_block_that_is_no_whole_tile_is_refused(
 def test_the_kernels_limits_are_the_nodes():
     assert fast.kernels.moe.MAX_PAIRS.value == fast.moe.MAX_PAIRS
     assert fast.kernels.attention.SHORT.value == fast.attention.SHORT
-    assert fast.kernels.attention.FAR.value == fast.attention.FAR
 
 
 def test_a_target_that_is_not_in_the_table_is_refused(refused: Refused):
