@@ -83,6 +83,9 @@ def build_parser() -> Parser:
         few, every = (", ".join(map(str, numbers)) for numbers in (few, every))
         add(name, type=int, nargs="+", metavar="N",
             help=f"{what} (default: {few}; with --all: {every})")  # fmt: skip
+    add("--hits", type=at_least_one, metavar="N",
+        help="of a prompt in the prefix cache, at N lengths from the shortest to the longest (default: "
+             "at every multiple of 64)")  # fmt: skip
     add("--new-tokens", type=at_least_one, default=12, metavar="N")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--device", type=device, default="cpu", metavar="D")
@@ -145,6 +148,16 @@ def continued(
     return go
 
 
+def hit_lengths(length: int, hits: int | None) -> list[int]:
+    """How many tokens of a prompt the cache holds in one continuation each: every multiple of GRID, or
+    only `hits` of them, the first and the last among them."""
+    blocks = length // GRID
+    count = blocks if hits is None else min(hits, blocks)
+    # One hit alone is the longest one.
+    apart = (blocks - 1) / (count - 1) if count > 1 else 0.0
+    return [GRID * (blocks - round(apart * back)) for back in reversed(range(count))]
+
+
 def cells(
     model: Model,
     prompt: list[int],
@@ -153,15 +166,17 @@ def cells(
     chunk: int,
     tokens: int,
     vocab: int | None = None,
+    hits: int | None = None,
 ) -> Iterator[Cell]:
-    """One prompt with every state of a prefix cache in memory. `states` is their number."""
+    """One prompt with every state of a prefix cache in memory. `states` is their number. hits: as in
+    `hit_lengths`."""
     go = continued(model, prompt, name, depth, chunk, tokens, vocab)
     whole = len(prompt) // GRID * GRID
     yield go("none", None, 0)
     every_block = PrefixCache(model, budget=AMPLE, interval=1)
     yield go("miss", every_block, 0)
     assert isinstance(every_block.store, Memory)
-    for length in range(GRID, whole + 1, GRID):
+    for length in hit_lengths(len(prompt), hits):
         part = Memory()
         held = every_block.store.held
         part.held = {key: own for key, own in held.items() if own[0].end <= length}
@@ -177,11 +192,11 @@ def cells(
         yield go("refilled", small, whole)
 
 
-def states(length: int) -> int:
+def states(length: int, hits: int | None = None) -> int:
     """The number of cache states for a prompt of this length: none, miss, each hit, evicted,
     refilled."""
-    hits = length // GRID
-    return 2 + hits + (2 if hits else 0)
+    tried = len(hit_lengths(length, hits))
+    return 2 + tried + (2 if tried else 0)
 
 
 def in_other_processes(
@@ -246,7 +261,7 @@ def continuations(
     ranks: Ranks = args.ranks
     for prompt in prompts:
         for name in SAMPLINGS:
-            yield from cells(model, prompt, name, depth, chunk, args.new_tokens, vocab)
+            yield from cells(model, prompt, name, depth, chunk, args.new_tokens, vocab, args.hits)
     others = partial(in_other_processes, args, prompts, depth, chunk)
     for label, document in others() if ranks.size == 1 else ranks.share(lambda: list(others())):
         (name, length), draft = document["id"], document["draft"]
@@ -315,7 +330,7 @@ def main(args: argparse.Namespace) -> int:
     lengths, ways = walk(args)
     prompts = [prompt_of(length, vocabulary) for length in lengths]
     found: list[Cell] = []
-    of_a_way = sum(len(SAMPLINGS) * (states(length) + 2) for length in lengths)
+    of_a_way = sum(len(SAMPLINGS) * (states(length, args.hits) + 2) for length in lengths)
     with Progress("continuations", len(ways) * of_a_way) as progress:
         for depth, chunk in ways:
             progress.note = f"depth {depth}, chunk {chunk}; {len(differing(found))} differ so far"

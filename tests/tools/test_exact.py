@@ -12,7 +12,7 @@ from qwen35.generation import Generation
 from qwen35.load import TINY, load
 from qwen35.sampling import Sampling
 from reference.model import Model
-from tools.exact import build_parser, cells, differing, main, prompt_of
+from tools.exact import build_parser, cells, differing, hit_lengths, main, prompt_of
 
 
 @cache
@@ -68,6 +68,24 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["pass"] and not document["differ"]
     # Of each prompt: none, miss, hits, evicted, refilled, and two processes.
     assert document["cells"] == 2 * ((4 + 1 + 2) + (4 + 2 + 2))
+
+
+@pytest.mark.parametrize("length, hits, expected", [
+    (63, None, []), (63, 3, []), (130, None, [64, 128]), (130, 9, [64, 128]), (700, 1, [640]),
+    (700, 3, [64, 384, 640]), (20_000, 2, [64, 19_968]),
+])  # fmt: skip
+def test_hits_of_a_long_prompt_are_spread(
+    length: int, hits: int | None, expected: list[int]
+) -> None:
+    assert hit_lengths(length, hits) == expected
+
+
+def test_few_hits(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--lengths", "260", "--depths", "1", "--chunks", "128", "--hits", "2", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        run(build_parser(), main, [*arguments, "--new-tokens", "2"])
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["cells"] == 2 * (4 + 2 + 2)
 
 
 def test_a_difference_is_found() -> None:
