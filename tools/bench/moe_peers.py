@@ -83,7 +83,6 @@ class TritonKernels:
         silu_up = self.kernels.specialize.FnSpecs("silu_up", _silu_up, (), reduction_n=2)
         self.activation = self.kernels.matmul.FusedActivation(silu_up, ())
         self.E = E
-        self.ones = torch.ones(512, dtype=torch.int32, device=where)
 
     def _packed(self, codes: Tensor, scale: Tensor) -> tuple[Any, Any]:
         """codes [E, N, K/2] and scale [E, N, K/32] in the library's layout for this GPU, as [E, K,
@@ -104,7 +103,7 @@ class TritonKernels:
         chosen = case.experts.flatten()
         _, pairs = chosen.sort(stable=True)
         sizes = torch.zeros(self.E, dtype=torch.int32, device=chosen.device)
-        sizes.scatter_add_(0, chosen.long(), self.ones[: N * k])
+        sizes.scatter_add_(0, chosen.long(), torch.ones_like(chosen))
         metadata = self.kernels.tensor.make_ragged_tensor_metadata(sizes, N * k)
         pair = pairs.int()
         return Route(metadata, pair // k, pair, case.shares.flatten()[pairs])

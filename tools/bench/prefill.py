@@ -9,6 +9,10 @@ Each launch of a delta-net layer and of an attention layer is timed in its own g
 by the number of such layers. share_of_matrix is its FLOP/s relative to a product of two bf16
 matrices of 8,192 rows in the same run. `torch_us` is the time of the same operation in torch:
 `F.linear` for products, and `scaled_dot_product_attention` for attention without context.
+
+--peers adds rows of a node's launches together beside another library's call, for one layer:
+`fla`'s chunked delta rule, the routed experts of `triton_kernels` from the chosen ids, and
+`scaled_dot_product_attention` behind the context. A library that is not installed has no row.
 """
 
 import argparse
@@ -44,6 +48,7 @@ def add_arguments(parser: Parser) -> None:
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--repeats", type=at_least_one, default=10)
     add("--no-nodes", action="store_true", help="time the whole pass only")
+    add("--peers", action="store_true", help="also time other libraries' nodes, where installed")
 
 
 def matrix_rate(device: torch.device, repeats: int = 10) -> float:
@@ -150,17 +155,19 @@ def _measured(
         "us_again": statistics.median(second) * whole.num_hidden_layers / layers,
         "tokens_per_s": args.tokens / us * 1e6,
     }]  # fmt: skip
-    if args.no_nodes:
+    if args.no_nodes and not args.peers:
         return rows
     x = torch.randn(args.tokens, whole.hidden_size, device=device).bfloat16()
     summed = done = 0.0
+    works: list[list[Work]] = []
     for kind in ("linear_attention", "full_attention"):
         place = model.config.layer_types.index(kind)
         times = whole.layer_types.count(kind)
         work, _ = prefill.work(model.layers[place], x, cache.layers[place], Scratch(device))
         for one in work:
             one()
-        for one in work:
+        works.append(work)
+        for one in work if not args.no_nodes else ():
             row = _timed(one, times, args, rate)
             if row is not None:
                 summed += row["us"]
@@ -169,8 +176,17 @@ def _measured(
         state: Any = cache.layers[place]
         if isinstance(state, KVCache):
             state.rollback(args.tokens)
-    rows[0]["share_of_matrix"] = done / rate / (us * 1e-6)
-    rows.append({"name": "sum of launches", "us": summed})
+    if not args.no_nodes:
+        rows[0]["share_of_matrix"] = done / rate / (us * 1e-6)
+        rows.append({"name": "sum of launches", "us": summed})
+    if args.peers:
+        from tools.bench import prefill_peers  # Triton is needed from here on
+
+        layer_0: Any = model.layers[0]
+
+        node = getattr(layer_0.feed_forward, "experts", None)
+        top_k = whole.num_experts_per_tok
+        rows += prefill_peers.rows(*works, node, args.tokens, top_k, args.repeats)
     return rows
 
 

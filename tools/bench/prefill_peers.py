@@ -1,0 +1,112 @@
+"""The nodes of a prompt beside other libraries: the delta rule, the routed experts, and attention.
+
+Each of our groups of launches is one captured graph, and so is the other library's call; they take
+turns. What they compute is not quite the same, and ours never does less: its delta rule also adds the
+gated norm, its attention the gate. Importing this module needs Triton.
+"""
+
+import importlib.util
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from fast.launch import Launch, Scratch, Work
+from fast.prefill import moe
+from tools.bench import gpu, mixture, report
+from tools.bench.moe import guarded
+
+DELTA_RULE = ("solve", "write", "scan", "read")  # the kernels after the convolution
+Call = Callable[[], object]
+
+
+def kernels_of(work: Sequence[Work], names: Sequence[str]) -> list[Launch]:
+    """The launches of the kernels of these names, in order."""
+    return [one for one in work if isinstance(one, Launch) and one.kernel.__name__ in names]
+
+
+def delta_rule(work: Sequence[Work]) -> tuple[Call, Call]:
+    """Ours and `fla`'s chunked delta rule, over random queries, keys and values of the same sizes."""
+    from fla.ops.gated_delta_rule import (  # pyright: ignore[reportMissingImports]
+        chunk_gated_delta_rule,
+    )
+
+    launches = kernels_of(work, DELTA_RULE)
+    a = next(one for one in launches if one.kernel.__name__ == "read").arguments
+    N, H, HV, K, V = (a[name] for name in ("rows", "H", "HV", "K", "V"))
+    device = a["out"].device
+    q, k = (
+        F.normalize(torch.randn(1, N, H, K, device=device), dim=-1).bfloat16() for _ in range(2)
+    )
+    v = torch.randn(1, N, HV, V, device=device).bfloat16()
+    g = F.logsigmoid(torch.randn(1, N, HV, device=device))
+    beta = torch.rand(1, N, HV, device=device).bfloat16()
+    state = torch.zeros(1, HV, K, V, device=device)
+
+    def theirs() -> object:
+        return chunk_gated_delta_rule(
+            q, k, v, g, beta, initial_state=state, output_final_state=True
+        )
+
+    return lambda: [one() for one in launches], theirs
+
+
+def experts(node: Any, tokens: int, top_k: int) -> tuple[Call, Call]:
+    """Ours and `triton_kernels`' routed experts, from the chosen ids to the sum of each row."""
+    from tools.bench.moe_peers import TritonKernels
+
+    device = node.gate_up.device
+    generator = torch.Generator(device).manual_seed(0)
+    case = mixture.random_case(tokens, node.D, node.E, top_k, generator)
+    work, _ = moe.experts(node, case.x, case.experts, case.shares, Scratch(device))
+    theirs = TritonKernels(mixture.random_weights(node.E, node.D, node.I, generator))
+    return lambda: [one() for one in work], theirs.from_ids(case)
+
+
+def attention(work: Sequence[Work]) -> tuple[Call, Call]:
+    """Ours and torch's `scaled_dot_product_attention`, over the same cache in bf16."""
+    (launch,) = kernels_of(work, ["attend"])
+    a = launch.arguments
+    end = a["start"] + a["rows"]
+    q = a["q"].transpose(0, 1)[None]
+    shared = a["H"] // a["G"]
+    # Repeated beforehand, since the flash kernel does not take grouped heads with this mask.
+    k, v = (a[name][None, :, :end].repeat_interleave(shared, 1) for name in ("keys", "values"))
+    mask = causal_lower_right(a["rows"], end)
+
+    def theirs() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    return launch, theirs
+
+
+def compared(name: str, peer: str, pair: tuple[Call, Call], repeats: int) -> report.Row:
+    """The row of two calls: medians in microseconds, two passes in turns."""
+    graphs = [gpu.Graph([call]) for call in pair]
+    first, second = ([statistics.median(g.microseconds(repeats)) for g in graphs] for _ in range(2))
+    return {
+        "name": name, "us": first[0], "us_again": second[0], "peer": peer, "peer_us": first[1],
+        "peer_us_again": second[1], "peer_over_ours": first[1] / first[0],
+    }  # fmt: skip
+
+
+def rows(
+    linear: Sequence[Work], full: Sequence[Work], node: Any, tokens: int, top_k: int, repeats: int
+) -> list[report.Row]:
+    """The rows of all peers that can be built here. linear, full: the work of a layer of each kind.
+    node: its `fast.moe.Experts`, or None."""
+    found: list[report.Row] = []
+
+    def add(name: str, peer: str, pair: Callable[[], tuple[Call, Call]]) -> None:
+        guarded(peer, lambda: found.append(compared(name, peer, pair(), repeats)))
+
+    if importlib.util.find_spec("fla") is not None:
+        add("delta rule", "fla", lambda: delta_rule(linear))
+    if node is not None and node.fp4 and importlib.util.find_spec("triton_kernels") is not None:
+        add("routed experts", "triton_kernels", lambda: experts(node, tokens, top_k))
+    add("attend", "scaled_dot_product_attention", lambda: attention(full))
+    return found
