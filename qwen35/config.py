@@ -5,7 +5,6 @@ Axis legend of the whole project (shape comments, first-line unpacking):
     H query or key heads    G kv heads    HV value heads    K key head size    V value head size
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from qwen35.config_json import (
     expect,
     is_integer,
     is_positive,
+    read_object,
 )
 from qwen35.errors import InputError
 
@@ -83,9 +83,6 @@ class Config:
             expect(name, value, all(is_integer(i, 0) for i in value), "integers >= 0")
         for name in ("norm_topk_prob", "tie_word_embeddings"):
             expect(name, getattr(self, name), type(getattr(self, name)) is bool, "true or false")
-        if not all(map(self.is_sparse, range(self.num_hidden_layers))):
-            inter = self.intermediate_size
-            expect("intermediate_size", inter, inter > 0, "an integer >= 1 for the dense layers")
         divides = (
             ("num_attention_heads", "num_key_value_heads"),
             ("linear_num_value_heads", "linear_num_key_heads"),
@@ -108,6 +105,10 @@ class Config:
                 f"num_hidden_layers = {self.num_hidden_layers}"
             )
         check_layer_types(self.layer_types)
+        # After the length of layer_types, because the number of layers alone may be anything.
+        if not all(map(self.is_sparse, range(self.num_hidden_layers))):
+            inter = self.intermediate_size
+            expect("intermediate_size", inter, inter > 0, "an integer >= 1 for the dense layers")
         if self.num_experts_per_tok > self.num_experts:
             raise InputError(
                 f"config: num_experts_per_tok = {self.num_experts_per_tok} is more than "
@@ -163,12 +164,7 @@ class Config:
     @classmethod
     def from_file(cls, path: Path) -> "Config":
         """Read a `config.json`. Raises InputError naming the file."""
-        try:
-            document = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not readable as JSON: {error}") from None
+        document = read_object(path)
         try:
             return cls.from_dict(document)
         except InputError as error:

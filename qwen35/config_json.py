@@ -16,8 +16,10 @@ The value that is taken is the one that transformers takes:
 Every differing value that is not taken gives one line.
 """  # noqa: E501
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from qwen35.errors import InputError
@@ -237,6 +239,19 @@ class Reader:
             ids.update(kept)
             self.lines += lines
         self.values["eos_token_id"] = tuple(sorted(ids))
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. InputError, with the file's name, if there is none."""
+    try:
+        document = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not readable as JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{file}: a JSON object was expected, not {type(document).__name__}")
+    return document
 
 
 def without_nulls(document: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@
 | chat_template.jinja, additional_chat_templates/ | the templates, before tokenizer_config.json's | |
 """  # noqa: E501
 
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from qwen35.config_json import read_object
 from qwen35.errors import InputError
 from qwen35.template import ChatTemplate, Marker
 from qwen35.tokenizer_limits import check_before_reading, check_lengths, no_failure
@@ -247,14 +247,7 @@ def opens_thinking(prompt: str) -> bool:
 def read_config(path: Path) -> dict[str, Any]:
     """Read a JSON object of a checkpoint folder, without its nulls. It is empty if there is no such
     file. InputError if it is not readable."""
-    if not path.exists():
-        return {}
-    try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: a JSON object was expected, not {type(document).__name__}")
+    document = read_object(path) if path.exists() else {}
     return {name: value for name, value in document.items() if value is not None}
 
 
@@ -266,7 +259,8 @@ def end_of_text(folder: Path) -> tuple[str | None, int | None]:
     name = _written(config.get("eos_token") or older.get("eos_token"))
     listed = listed if isinstance(listed, dict) else {}
     ids = [number for number, token in listed.items() if name == _written(token)]
-    return name, int(ids[0]) if name is not None and ids and ids[0].isdecimal() else None
+    is_known = name is not None and ids and ids[0].isdecimal() and len(ids[0]) < 20
+    return name, int(ids[0]) if is_known else None
 
 
 def _written(token: Any) -> str | None:

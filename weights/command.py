@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weights.storage import read_json
+from weights.storage import read_json, using_record
 
 UNFINISHED = ".conversion"  # in a folder that weights/convert.py is still writing
 TASK = "task.json"  # in UNFINISHED: what was asked for
@@ -18,7 +18,7 @@ def command(
 ) -> str:
     """The command line of a conversion. options: the fields of `weights.output.Options`."""
     words = ["python", "-m", "tools.convert", str(source), str(target), "--to", options["to"]]
-    if options["what"] != USUAL_WHAT[options["to"]]:
+    if options["what"] != USUAL_WHAT.get(options["to"]):
         words += ["--what", options["what"]]
     if options["activations"] != "mxfp4":
         words += ["--activations", options["activations"]]
@@ -33,9 +33,11 @@ def continuing(target: Path) -> str:
     """Say how to continue the unfinished conversion in a folder: "the same command continues it", with
     the command where it is known."""
     same = "the same command continues it"
-    task = read_json(target / UNFINISHED / TASK)
+    file = target / UNFINISHED / TASK
+    task = read_json(file)
     if task is None or "asked" not in task:
         return same
-    asked = task["asked"]
-    words = command(asked["source"], target, task["options"], keep_source=asked["keep_source"])
+    with using_record(file):
+        asked = task["asked"]
+        words = command(asked["source"], target, task["options"], keep_source=asked["keep_source"])
     return f"{same}: {words}"

@@ -29,7 +29,16 @@ from weights.quantization import PREFIX, name_pattern
 from weights.ranks import REPORT
 from weights.rounding import Rounding
 from weights.source import Hub, Source, folder_source
-from weights.storage import INDEX, PARTIAL, Stored, open_file, read_json, row_major, write_whole
+from weights.storage import (
+    INDEX,
+    PARTIAL,
+    Stored,
+    open_file,
+    read_json,
+    row_major,
+    using_record,
+    write_whole,
+)
 
 FINISHED = f"{UNFINISHED}.done"  # the name of UNFINISHED while it is removed
 
@@ -111,7 +120,8 @@ class _Conversion:
             folder_source(source) if is_folder else Hub(source, self.work, keep=keep_source)
         )
         task = {"source": self.source.identity, "options": asdict(options)}
-        _compare(target, read_json(self.work / TASK) or task, task)
+        with using_record(self.work / TASK):
+            _compare(target, read_json(self.work / TASK) or task, task)
         self.outline = Outline(self.source, options, check)
         self.files = self.outline.files
         # After the last file that needs it, a source file is closed.
@@ -212,8 +222,10 @@ class _Conversion:
     def _report(self) -> dict[str, Any]:
         errors: dict[str, Rounding] = {}
         for number in range(len(self.files)):
-            for name, described in (read_json(self._errors_of(number)) or {}).items():
-                errors.setdefault(name, Rounding()).merge(Rounding(**described))
+            file = self._errors_of(number)
+            with using_record(file):
+                for name, described in (read_json(file) or {}).items():
+                    errors.setdefault(name, Rounding()).merge(Rounding(**described))
         return {
             **asdict(self.options),
             "files": len(self.files) * self.options.tp,
@@ -285,14 +297,15 @@ def _finished(target: Path, source: Path | str, options: Options) -> dict[str, A
     begun = read_json(traces / TASK)
     if begun is not None:  # None: it was being removed already
         now = folder_source(source).identity if isinstance(source, Path) else {"repository": source}
-        before = {name: value for name, value in begun["source"].items() if name != "commit"}
         task = {"source": now, "options": asdict(options)}
-        _compare(target, {"source": before, "options": begun["options"]}, task)
+        with using_record(traces / TASK):
+            before = {name: value for name, value in begun["source"].items() if name != "commit"}
+            _compare(target, {"source": before, "options": begun["options"]}, task)
     reports = sorted(target.glob(REPORT)) or sorted(target.glob(f"*/{REPORT}"))
     if not reports:
         raise InputError(f"{traces}: left by a conversion, but there is no {REPORT}; remove it")
-    report = read_json(reports[0])
-    if any(report[name] != value for name, value in asdict(options).items()):
+    report = read_json(reports[0]) or {}
+    if any(report.get(name) != value for name, value in asdict(options).items()):
         raise InputError(f"{target}: holds a finished conversion with other options")
     shutil.rmtree(traces)
     return report

@@ -70,8 +70,11 @@ def join_command(parent: Path) -> str:
     """The command that joins the ranks in `parent` to one checkpoint, in the same format."""
     asked = {"to": "bf16", "what": USUAL_WHAT["bf16"], "activations": "mxfp4"}
     reports = sorted(parent.glob(f"*/{REPORT}"))
-    written = read_json(reports[0]) if reports else {}
-    known = {key: written[key] for key in asked if key in written}
+    try:
+        written = (read_json(reports[0]) if reports else None) or {}
+    except InputError:
+        written = {}  # whoever calls this has a better error to report
+    known = {key: written[key] for key in asked if isinstance(written.get(key), str)}
     usual = command(parent, "WHOLE", {"tp": 1, "shard_bytes": 0, **asked, **known})
     return usual.removesuffix(" --shard-bytes 0")
 

@@ -8,7 +8,7 @@ from qwen35.errors import InputError
 from weights.checkpoint import Checkpoint
 from weights.hub import Repository
 from weights.ranks import rank_folders
-from weights.storage import Stored, open_file, read_json, write_whole
+from weights.storage import Stored, open_file, read_json, using_record, write_whole
 
 
 class Source(Protocol):
@@ -80,17 +80,19 @@ class Hub:
     conversion uses the same one."""
 
     def __init__(self, name: str, work: Path, *, keep: bool) -> None:
-        begun = read_json(work / "source.json") or {"repository": name, "commit": None}
-        if begun["repository"] != name:
+        record = work / "source.json"
+        begun = read_json(record) or {"repository": name, "commit": None}
+        with using_record(record):
+            repository, commit = begun["repository"], begun["commit"]
+        if repository != name:
             raise InputError(
-                f"{work.parent}: holds an unfinished conversion of {begun['repository']}; "
-                f"asked for is {name}"
+                f"{work.parent}: holds an unfinished conversion of {repository}; asked for is {name}"
             )
-        self.repository = Repository(name, begun["commit"])
+        self.repository = Repository(name, commit)
         self.name, self.folder, self.is_hollow = name, work / "headers", True
         self.files = None if keep else work / "files"
         self.identity = {"repository": name, "commit": self.repository.commit}
-        write_whole(work / "source.json", json.dumps(self.identity))
+        write_whole(record, json.dumps(self.identity))
         for cut_off in work.glob("files/**/*.incomplete"):  # of a process that was killed
             cut_off.unlink()
         self.repository.fetch_headers(self.folder)

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qwen35.config_json import read_object
 from qwen35.errors import InputError
 
 INDEX = "model.safetensors.index.json"
@@ -255,9 +256,21 @@ def write_whole(file: Path, content: str | bytes) -> None:
         os.fsync(handle.fileno())
 
 
-def read_json(file: Path) -> Any:
-    """The content of a JSON file that we wrote, or None if there is no such file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file that a conversion wrote, or None if there is no such file."""
+    return read_object(file) if file.exists() else None
+
+
+@contextmanager
+def using_record(file: Path) -> Iterator[None]:
+    """Turn an error of a block that uses what `file` holds into an InputError, because a file that
+    somebody else has changed may lack any key."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: not what a conversion writes: {error!r}") from None
 
 
 def some(names: list[str]) -> str:

@@ -1,6 +1,5 @@
 """Verifies a finished conversion: every tensor is computed again from the source and compared."""
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen35.config_json import read_object
 from qwen35.errors import InputError
 from weights.checkpoint import Checkpoint
 from weights.command import UNFINISHED, continuing
@@ -96,7 +96,9 @@ class _Comparison:
         self.source, self.outline = source, outline
         self.tensors = self.nbytes = 0
         self.folders = {folder: target / folder for folder in outline.folders}
-        self.documents = {name: _config_of(folder) for name, folder in self.folders.items()}
+        self.documents = {
+            name: read_object(folder / "config.json") for name, folder in self.folders.items()
+        }
         self.held: dict[str, dict[str, Stored]] = {}
         for name, folder in self.folders.items():
             self.held[name] = {stored.name: stored for stored in open_folder(folder).listed}
@@ -152,19 +154,6 @@ class _Comparison:
                 there = folder / file.name
                 if not there.is_file() or there.read_bytes() != file.read_bytes():
                     raise _DifferenceError(f"{there}: is not the source's")
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    try:
-        document = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
-    except ValueError as error:
-        raise InputError(f"{file}: not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise InputError(f"{file}: holds no JSON object")
-    return document
 
 
 def _unordered(document: dict[str, Any]) -> dict[str, Any]:

@@ -237,3 +237,10 @@ def test_an_integer_for_a_number_is_one() -> None:
     config = Config.from_dict(FAMILY["397B-A17B"] | {"rms_norm_eps": 2**64 + 1})
     assert config.rms_norm_eps == 2.0**64 and type(config.rms_norm_eps) is float
     assert type(config.rope_theta) is float
+
+
+def test_more_layers_than_layer_types_are_refused_at_once() -> None:
+    """However many: no loop over the number of layers comes before."""
+    config = Config.published("397B-A17B")
+    with pytest.raises(InputError, match=rf"layer_types has 60 entries, .* = {10**15}"):
+        replace(config, num_hidden_layers=10**15)

@@ -222,6 +222,9 @@ def test_the_end_without_tokenizer_json(tmp_path: Path) -> None:
     found = defaults(tmp_path, eos_token_id=7)
     assert found.stop_ids == {6: ["tokenizer_config.json"], 7: ["generation_config.json"]}
     assert found.warning == ""
+    added = {"9" * 5000: {"content": "<|im_end|>"}}  # more digits than Python converts
+    edit_json(tmp_path / "tokenizer_config.json", added_tokens_decoder=added)
+    assert "its id is not known" in defaults(tmp_path, eos_token_id=7).warning
 
 
 def test_advice_for_drawing(tmp_path: Path) -> None:
