@@ -55,6 +55,16 @@ def token_ids(given: Any) -> list[int] | None:
     return [int(i) for i in given]
 
 
+def from_environment(name: str, otherwise: str | None = None) -> int:
+    """A number that torchrun sets in the environment. InputError, with the name, for another value."""
+    text = os.environ.get(name, otherwise)
+    if text is None or not text.isdecimal() or len(text) > 9:
+        raise InputError(
+            f"{name} = {text!r} in the environment; expected a number, as torchrun sets it"
+        )
+    return int(text)
+
+
 def as_device(device: Any) -> torch.device:
     """A device that can compute here, such as `cpu` or `cuda:1`. InputError for others."""
     try:
@@ -62,7 +72,7 @@ def as_device(device: Any) -> torch.device:
     except (RuntimeError, TypeError):
         name = repr(device) if isinstance(device, str) else shown(device)
         raise InputError(f"device {name} is unknown; expected cpu, cuda or cuda:N") from None
-    if found.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if found.type == "cuda" and from_environment("WORLD_SIZE", "1") > 1:
         return found  # qwen35/parallel/ranks.py chooses the GPU of each process of torchrun
     try:
         torch.zeros(1, device=found).item()  # a device without values, such as meta, fails here

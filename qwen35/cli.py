@@ -2,6 +2,7 @@
 `--debug`."""
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qwen35.errors import InputError, shortened
-from qwen35.threads import set_threads
+from qwen35.threads import MOST_THREADS, set_threads
 
 if TYPE_CHECKING:
     import torch
 
-MOST_THREADS = 1024
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHECKPOINT = "a checkpoint's folder, a hub id, or `tiny`, the embedded model (default)"
 
 
@@ -54,10 +55,14 @@ class Parser(argparse.ArgumentParser):
                           help="another way to give MODEL" if alone else help)  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
-        # All processes of one torchrun have the same arguments, so its first one speaks for them.
-        # Whoever starts ranks otherwise may give each its own, so each speaks for itself.
-        has_same = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
-        self.exit(2, None if has_same else f"{self.prog}: {one_line(message)}\n")
+        self.exit(2, None if _is_told_elsewhere() else f"{self.prog}: {one_line(message)}\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help or the version. Unlike argparse's own method it fails on a full disk."""
+        if file is not sys.stdout:
+            super()._print_message(message, file)
+        elif not _is_told_elsewhere():
+            print(message, end="", flush=True)
 
 
 class _Once(argparse.Action):
@@ -80,6 +85,15 @@ class _Once(argparse.Action):
 
 class _Default(str):
     """A default value. It differs from the same text given by the user."""
+
+
+def _is_told_elsewhere() -> bool:
+    """Whether another process has the same arguments, and prints what there is to say about them.
+
+    All processes of one torchrun have the same arguments, so the first one of each host speaks for
+    them. Ranks that something else has started may have different ones, so each speaks for itself.
+    """
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def installed(package: str) -> str:
@@ -119,8 +133,7 @@ def at_least_one(text: str) -> int:
 
 
 def thread_count(text: str) -> int:
-    """Parse a number of threads. Far more than any machine has processors end the process in
-    torch's thread pool, without an exception."""
+    """Parse a number of threads, at most MOST_THREADS."""
     count = at_least_one(text)
     if count > MOST_THREADS:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a number of at most {MOST_THREADS:,}")
@@ -197,14 +210,16 @@ def run(
         signal.signal(signal.SIGINT, signal.default_int_handler)
     _open_closed_streams()
     _never_fail_to_print()
-    args = parser.parse_args(argv)
-    args.command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
-    if hasattr(args, "threads"):
-        set_threads(args.threads, getattr(args, "model", None))
-    warnings.showwarning = lambda message, *_, **__: print(
-        f"{parser.prog}: warning: {one_line(message)}", file=sys.stderr
-    )
+    debug = False
     try:
+        args = parser.parse_args(argv)
+        debug = args.debug
+        args.command = f"{parser.prog} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
+        if hasattr(args, "threads"):
+            set_threads(args.threads, getattr(args, "model", None))
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"{parser.prog}: warning: {one_line(message)}", file=sys.stderr
+        )
         status = main(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -213,25 +228,27 @@ def run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except Exception as error:
-        reason = None if args.debug else _reason(error)
+        reason = None if debug else reason_of(error)
         if reason is None:  # the interpreter would exit with 1, "a check failed"
             parser.exit(2, traceback.format_exc())
         parser.exit(2, f"{parser.prog}: {one_line(reason)}\n")
     parser.exit(status)
 
 
-def _reason(error: Exception) -> str | None:
+def reason_of(error: BaseException) -> str | None:
     """The one-line message of an exception, or None if it needs its traceback."""
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, OSError):  # a name that is too long, a folder that may not be read
-        return f"{error.filename or 'error'}: {error.strerror or error}"
+        # Whatever else this project writes to names itself (weights.storage.whole).
+        nameless = "standard output" if error.errno in DISK_IS_FULL else "error"
+        return f"{error.filename or nameless}: {error.strerror or error}"
     if _is_out_of_memory(error):
         return ". ".join(one_line(error).split(". ")[:3])  # then follows advice on allocators
     return None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU or the CPU ran out of memory. For the CPU, torch has no specific exception."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qwen35.arguments import checked, shown, token_ids
 from qwen35.cli import counted
+from qwen35.config import Config
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
 from qwen35.generation import Generation
@@ -287,9 +288,11 @@ def _are_messages(given: Any) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _beside(folder: Path, model: Model) -> tuple[Tokenizer | None, Defaults]:
+def _beside(folder: Path, config: Config) -> tuple[Tokenizer | None, Defaults]:
+    """The tokenizer and the defaults of a folder. The model is no argument, because the cache would
+    keep it in memory."""
     tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").exists() else None
-    return tokenizer, Defaults.of_folder(folder, model.config, tokenizer)
+    return tokenizer, Defaults.of_folder(folder, config, tokenizer)
 
 
 def generate(
@@ -298,7 +301,7 @@ def generate(
     *,
     tools: list[dict[str, Any]] | None = None,
     prefix_cache: PrefixCache | None = None,
-    on_text: Callable[[str], object] = lambda piece: None,
+    on_text: Callable[[str], object] | None = None,
     **settings: Any,
 ) -> Completion:
     """Continue a prompt. Returns a Completion, which prints as its text.
@@ -322,9 +325,10 @@ def generate(
         model = load(model)
     if model.folder is None:
         raise InputError("the model was not loaded from a folder, so it has no tokenizer")
-    completer = Completer(model, *_beside(model.folder, model), prefix_cache)
+    completer = Completer(model, *_beside(model.folder, model.config), prefix_cache)
     chosen = Settings(**settings)
     completion = completer.complete(completer.prompt(prompt, chosen, tools=tools), chosen)
     for piece in completion:
-        on_text(piece)
+        if on_text is not None:
+            on_text(piece)
     return completion

@@ -123,6 +123,11 @@ class Generation:
             )
         if self.draft_tokens < 0:
             raise InputError(f"draft_tokens = {self.draft_tokens}; expected an integer >= 0")
+        context = self.model.config.max_position_embeddings
+        if self.draft_tokens > context:  # memory is reserved for every draft
+            raise InputError(
+                f"draft_tokens = {self.draft_tokens}; expected at most {context}, the context"
+            )
         if self.draft_tokens and self.model.mtp is None:
             raise InputError(
                 f"draft_tokens = {self.draft_tokens}, but the checkpoint has no MTP head"

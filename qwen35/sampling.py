@@ -93,12 +93,17 @@ class Seen:
 
 
 def penalized(logits: Tensor, seen: Seen, sampling: Sampling) -> Tensor:
-    """Apply the penalties to logits [V]: repetition first, then presence. Returns [V] float64."""
+    """Apply the penalties to logits [V]: repetition first, then presence. Returns [V] float64.
+
+    Results beyond the range of float64 are its largest numbers, because a draw needs differences.
+    """
     wide = logits.double()
     factor = sampling.repetition_penalty
     repeated = torch.where(wide < 0, wide * factor, wide / factor)
     scores = torch.where(seen.anywhere, repeated, wide)
-    return torch.where(seen.generated, scores - sampling.presence_penalty, scores)
+    penalized_ = torch.where(seen.generated, scores - sampling.presence_penalty, scores)
+    largest = torch.finfo(torch.float64).max
+    return penalized_.clamp(-largest, largest)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -11,8 +11,21 @@ from qwen35.logprobs import table
 from qwen35.progress import Progress
 
 
+class _Cursor:
+    """Where the cursor of the terminal is. is_inside: behind text that has not ended its line."""
+
+    is_inside = False
+
+
+CURSOR = _Cursor()  # a process has one terminal
+
+
 def say(line: str) -> None:
-    """Print one line on standard error."""
+    """Print one line on standard error. If standard output is a terminal, an unfinished line of text
+    is ended first, so that this line begins at its left edge."""
+    if CURSOR.is_inside and sys.stdout.isatty():
+        print(flush=True)
+        CURSOR.is_inside = False
     print(one_line(line), file=sys.stderr, flush=True)
 
 
@@ -39,12 +52,15 @@ def show(
                 bar.close()
                 if not quiet:
                     print(piece, end="", flush=True)
+                    if piece:
+                        CURSOR.is_inside = not piece.endswith("\n")
                 check()
     finally:  # also when interrupted: the figures follow the printed text
         bar.close()
         if result.token_ids:
             if not quiet:
                 print(flush=True)
+                CURSOR.is_inside = False
             _show_figures(completion, quiet=quiet)
 
 

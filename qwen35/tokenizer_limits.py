@@ -28,7 +28,7 @@ def check_before_reading(text: str, path: Path) -> None:
         document = json.loads(text)
         parts = {name: document.get(name) for name in ("normalizer", "decoder")}
         unprefixed = without_prefix(document.get("model"))
-    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+    except (ValueError, RecursionError, AttributeError, TypeError, LookupError) as error:
         raise InputError(f"{path}: not readable as a tokenizer: {error!r}") from None
     if unprefixed is not None:
         raise InputError(f"{path}: a merge is {unprefixed}")

@@ -63,9 +63,9 @@ def diff(
     mode: Mode = "local",
     oracle_dtype: torch.dtype | str = torch.float32,
     decode: int = 6,
-    stages: Callable[[str], bool] = lambda stage: True,
+    stages: Callable[[str], bool] | None = None,
     device: torch.device | str | None = None,
-    progress: Callable[[int, int], object] = lambda done, total: None,
+    progress: Callable[[int, int], object] | None = None,
     ranks: Ranks = ALONE,
 ) -> Report:
     """Compare a candidate with the reference of a checkpoint over `ids` or a text, teacher-forced.
@@ -86,7 +86,7 @@ def diff(
         raise InputError(f"mode = {shown(mode)}; expected {' or '.join(MODES)}")
     if checked("decode", decode, int) < 0:
         raise InputError(f"decode = {decode}; expected an integer >= 0")
-    if not callable(stages):
+    if stages is not None and not callable(stages):
         raise InputError(f"stages = {shown(stages)}; expected a function of a stage's name")
     if isinstance(reference, Model):
         if candidate is not None or reference.folder is None:
@@ -113,14 +113,15 @@ def diff(
         mode, plan = "free", [("prefill", 0, len(ids))]
     sides = [Side(source, torch.tensor([ids], device=device), plan) for source in sources]
     oracle.config.check_same_shape(sides[2].whole or oracle.config)
-    chosen = [name for name in oracle.stages if stages(name)]
+    chosen = [name for name in oracle.stages if stages is None or stages(name)]
     if not chosen:
         raise InputError(f"no stage is chosen; there are {', '.join(oracle.stages)}")
     judge = Judge(mode, oracle.config.num_experts)
     last = oracle.stages.index(chosen[-1]) + 1
     for number, name in enumerate(oracle.stages[:last]):
         run_stage(name, sides, judge, compared=name in chosen)
-        progress(number + 1, last)
+        if progress is not None:
+            progress(number + 1, last)
     report = judge.report()
     report.swapped = swapped_nodes(sources[2])
     if not report.rows:

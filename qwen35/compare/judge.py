@@ -103,7 +103,10 @@ class Tokens:
 class Report:
     """rows: worst first; of two failing nodes the inner one before the one that contains it. unmatched:
     nodes that the candidate did not call, or that its trace lacks. swapped: nodes of the candidate that
-    were put in, by name: `module:class`."""
+    were put in, by name: `module:class`.
+
+    A report is true if it has passed, so that `assert qwen35.diff(...)` checks something.
+    """
 
     rows: list[Row]
     tokens: Tokens
@@ -113,6 +116,9 @@ class Report:
     @property
     def passed(self) -> bool:
         return all(row.passed for row in self.rows)
+
+    def __bool__(self) -> bool:
+        return self.passed
 
     @property
     def failing(self) -> list[Row]:

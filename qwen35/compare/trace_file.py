@@ -136,9 +136,9 @@ def _histogram(values: Tensor, low: float, high: float) -> list[int]:
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """A key that sorts layers.2 before layers.10."""
+    """A key that sorts layers.2 before layers.10: a number with more digits is larger."""
     parts = re.split(r"(\d+)", name)
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+    return [(len(part), part) if part.isdecimal() else (-1, part) for part in parts]
 
 
 @contextmanager

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from qwen35.cli import Parser, installed
+from qwen35.arguments import from_environment
+from qwen35.cli import Parser, counted, installed
 from qwen35.errors import InputError
 from qwen35.parallel.reduce import AllGather, Transport
 from qwen35.parallel.store import JOIN_S, Connection
@@ -45,6 +46,9 @@ class Ranks:
         self.rank, self.size = rank, size
         self.transport, self.connection = transport, connection
         self.exchanges = 0
+
+    def __repr__(self) -> str:
+        return f"Ranks(rank {self.rank} of {self.size})"
 
     def gather(self, x: Tensor) -> Tensor:
         """The tensors of all ranks, in their order: [ranks, *x.shape]. Shapes and dtypes have to be
@@ -129,7 +133,7 @@ def on_ranks(
 
 def started_by_torchrun() -> int:
     """The number of processes that torchrun has started, of which this is one; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    return from_environment("WORLD_SIZE", "1") if "RANK" in os.environ else 1
 
 
 @contextmanager
@@ -140,7 +144,9 @@ def group(prog: str, size: int, args: argparse.Namespace) -> Iterator[Ranks]:
     prog: the command, for errors. size: as `started_by_torchrun` says. args: with tp and debug, and
     with a device if it is not the CPU, which becomes that of this rank.
     """
-    rank = int(os.environ["RANK"])
+    rank = from_environment("RANK")
+    if rank >= size:
+        raise InputError(f"RANK = {rank} and WORLD_SIZE = {size}; expected a rank below the size")
     with Watch(prog, rank, debug=args.debug) as watch:
         if not dist.is_available():
             raise InputError(
@@ -164,10 +170,11 @@ def group(prog: str, size: int, args: argparse.Namespace) -> Iterator[Ranks]:
 
 def connect(rank: int, size: int) -> Connection:
     """Connect to the group's store at the address in torchrun's environment."""
-    try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    except (KeyError, ValueError):
-        raise InputError("MASTER_ADDR and MASTER_PORT do not say where rank 0 is") from None
+    host, port = os.environ.get("MASTER_ADDR"), from_environment("MASTER_PORT")
+    if not host or not 0 < port < 1 << 16:
+        raise InputError(
+            f"MASTER_ADDR = {host!r} and MASTER_PORT = {port} do not say where rank 0 is"
+        )
     is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Connection(rank, size, host, port, is_kept=is_kept)
 
@@ -180,10 +187,11 @@ def place(args: argparse.Namespace) -> torch.device:
         return torch.device("cpu")
     if asked.index is not None:
         raise InputError(f"--device {asked}: each rank takes a card of its own; give --device cuda")
-    local, cards = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local, cards = from_environment("LOCAL_RANK", "0"), torch.cuda.device_count()
     if local >= cards:
         raise InputError(
-            f"--device cuda: local rank {local} needs cuda:{local}, {cards} cards are here"
+            f"--device cuda: local rank {local} needs cuda:{local}; "
+            f"this host has {counted(cards, 'card')}"
         )
     args.device = torch.device("cuda", local)
     torch.cuda.set_device(local)

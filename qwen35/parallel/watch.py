@@ -16,8 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 
-from qwen35.cli import one_line
-from qwen35.errors import InputError
+from qwen35.cli import one_line, reason_of
 from qwen35.parallel.store import JOIN_S, Connection
 
 PERIOD_S = 0.2  # seconds between heartbeats
@@ -85,7 +84,7 @@ class Watch:
             self.silence_s = BROKEN_S
             time.sleep(SILENCE_S)  # the thread finds the dead rank meanwhile, and ends this process
         message, status = _told(error)
-        if status == 1 or (self.debug and self.rank == 0):
+        if _is_crash(error) or (self.debug and self.rank == 0):
             traceback.print_exception(error, file=self.stderr)
         with suppress(RuntimeError):  # the store may be gone
             self._post(message, status)
@@ -186,16 +185,18 @@ class Watch:
 
 def _told(error: BaseException) -> tuple[str, int]:
     """The message and exit status of an error, as in `qwen35.cli.run`."""
-    if isinstance(error, InputError):
-        return str(error), 2
     if isinstance(error, KeyboardInterrupt):
         return "", 130
     if isinstance(error, BrokenPipeError):
         return "", 0
     if isinstance(error, SystemExit):
         return "", error.code if isinstance(error.code, int) else 1
-    if isinstance(error, OSError):
-        return f"{error.filename or 'error'}: {error.strerror or error}", 2
     if isinstance(error, RankLostError):
         return f"the connection to another rank broke: {error}", 2
-    return f"{type(error).__name__}: {error}", 1
+    return reason_of(error) or f"{type(error).__name__}: {error}", 2
+
+
+def _is_crash(error: BaseException) -> bool:
+    """Whether an error needs its traceback, because it is neither bad input nor a lost rank."""
+    is_lost = isinstance(error, RankLostError)
+    return isinstance(error, Exception) and not is_lost and reason_of(error) is None

@@ -152,3 +152,36 @@ def test_the_package_by_itself_is_generate() -> None:
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 2 and "qwen35.generate: no prompt: give PROMPT" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "tools.inspect tiny",
+        "tools.inspect tiny --json",
+        "tools.inspect --help",
+        "tools.diff --version",
+    ],
+)
+def test_a_full_disk_behind_standard_output_is_named(words: str) -> None:
+    """Whoever writes into a file by `>` looks for a name."""
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m {words} >/dev/full"], capture_output=True, text=True,
+        cwd=Path(__file__).parents[2], check=False,
+    )  # fmt: skip
+    program = f"python -m {words.split()[0]}"
+    assert done.stderr == f"{program}: standard output: No space left on device\n"
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_of_many_processes_with_the_same_arguments_one_gives_help(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            cli.Parser("x", "y").parse_args([option])
+        assert ended.value.code == 0
+        assert bool(capsys.readouterr().out) == (rank == "0")

@@ -331,6 +331,10 @@ BAD_ARGUMENTS: dict[str, tuple[list[str], list[str]]] = {
     "chunk of none": (["a", "--prefill-chunk", "0"], ["prefill_chunk", "0", "64"]),
     "chunk negative": (["a", "--prefill-chunk", "-64"], ["prefill_chunk", "-64", "64"]),
     "drafts negative": (["a", "--draft-tokens", "-1"], ["draft_tokens", "-1"]),
+    "more drafts than memory": (
+        ["a", "--draft-tokens", "9" * 30],
+        ["draft_tokens", "9" * 30, "at most"],
+    ),
     "temperature": (["a", "--temperature", "-1"], ["temperature", "-1"]),
     "temperature not a number": (["a", "--temperature", "nan"], ["temperature", "nan"]),
     "top-p": (["a", "--top-p", "1.5"], ["top_p", "1.5"]),

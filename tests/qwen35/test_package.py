@@ -1,9 +1,11 @@
 """`import qwen35` in a notebook: six functions by name, and nothing imported before one is used."""
 
+import gc
 import importlib
 import inspect
 import subprocess
 import sys
+import weakref
 
 import pytest
 
@@ -61,3 +63,19 @@ def test_the_embedded_model_by_its_name() -> None:
     completion = qwen35.generate(model, "In the beginning", max_new_tokens=8)
     assert str(completion) == completion.text
     assert len(completion.token_ids) == 8
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_help_shows_no_address(name: str) -> None:
+    """A default that is a lambda says nothing there."""
+    assert " at 0x" not in str(inspect.signature(getattr(qwen35, name)))
+
+
+def test_a_model_that_is_gone_takes_no_memory() -> None:
+    """What `generate` remembers of a folder does not keep its model."""
+    model = qwen35.load("tiny")
+    qwen35.generate(model, "In the beginning", max_new_tokens=1)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -197,3 +197,15 @@ def test_the_logits_that_are_hashed_are_the_models_own(model: Model, tmp_path: P
     for generation in found.values():
         list(generation)
     assert found[0.0].logits_sha256 == found[3.0].logits_sha256
+
+
+@pytest.mark.parametrize("factor", [1e-320, 1e-308, 1e308])
+@pytest.mark.parametrize("presence", [0.0, -1.7e308, 1.7e308])
+def test_penalties_beyond_the_range_of_floats(factor: float, presence: float) -> None:
+    """Draws are tokens, as they are with any other number."""
+    sampling = Sampling(temperature=1.0, repetition_penalty=factor, presence_penalty=presence)
+    logits = torch.tensor([3.0, -2.0, 1e-3, 20.0])
+    seen = Seen([0, 1, 2], 4)
+    for position in range(20):
+        assert 0 <= pick(logits, position, sampling, seen) < 4
+    assert penalized(logits, seen, sampling).isfinite().all()

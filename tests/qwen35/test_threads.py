@@ -63,7 +63,7 @@ def test_the_option_wins_over_both(asked: list[int], monkeypatch: pytest.MonkeyP
         ({"hidden_size": 1023}, True), ({"hidden_size": 1024}, False),
         ({"text_config": {"hidden_size": 64}, "hidden_size": 4096}, True),
         ({"hidden_size": "many"}, False), ({"hidden_size": None}, False), ({}, False),
-        ([], False), ({"text_config": 3}, False),
+        ([], False), ({"text_config": 3}, False), ({"hidden_size": float("inf")}, False),
     ],
 )  # fmt: skip
 def test_the_hidden_size_decides(
@@ -133,3 +133,19 @@ def test_a_prefix_cache_keeps_numbers_of_threads_apart() -> None:
             torch.set_num_threads(1)
         found.append(result.cached_tokens)
     assert found == [0, 0, 64, 64]
+
+
+@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("number", ["1025", "100000,2", "9" * 5000])
+def test_an_environment_that_asks_for_too_many_is_refused(
+    name: str, number: str, asked: list[int], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """torch's thread pool would end the process, as with `--threads`, which wins."""
+    monkeypatch.setenv(name, number)
+    command()
+    first = number.partition(",")[0]
+    assert f"{name} = {first[:900]}" in (err := capsys.readouterr().err)
+    assert "at most 1,024" in err and err.count("\n") == 1
+    command("--threads", 2)
+    assert asked == [2]

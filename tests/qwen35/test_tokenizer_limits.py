@@ -158,3 +158,11 @@ def test_merges_without_their_prefix_are_refused(folder: Path, as_text: bool) ->
     model |= {"merges": [whole], "continuing_subword_prefix": "##"}
     edit_json(folder / "tokenizer.json", model=model, added_tokens=[])
     assert Tokenizer(folder).encode("ab")
+
+
+@pytest.mark.parametrize("merges", [[[]], [{}], [5], {"a": 1}, ["a"]])
+def test_merges_that_are_no_pairs_are_refused(folder: Path, merges: Any) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0}, "merges": merges, "continuing_subword_prefix": "##"}
+    edit_json(folder / "tokenizer.json", model=model)
+    with pytest.raises(InputError, match=r"tokenizer\.json: "):
+        Tokenizer(folder)

@@ -36,7 +36,7 @@ def emit(op: str, config: dict[str, Any], rows: list[Row], *, only_json: bool, *
     for name, value in {**config, "device": document["device"], **more}.items():
         print(f"{name}: {_shown(value)}")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names, *([_shown(row.get(name, "")) for name in names] for row in rows)]
+    cells = [names, *([_shown(row.get(name, ""), "#.4g") for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     print()
     for line in cells:
@@ -44,14 +44,14 @@ def emit(op: str, config: dict[str, Any], rows: list[Row], *, only_json: bool, *
         print("  ".join(padded).rstrip(), flush=True)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, digits: str = ".4g") -> str:
     """A value as text. Floats have four significant digits, or all before the point from 10,000
-    on."""
+    on. digits: their format; "#.4g" keeps zeros at the end, so that 17.60 has as many as 17.62."""
     if isinstance(value, list | tuple):
-        return ", ".join(map(_shown, value))
+        return ", ".join(_shown(part, digits) for part in value)
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:{digits}}".removesuffix(".")
 
 
 def alternate(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

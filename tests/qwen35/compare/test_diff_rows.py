@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qwen35.cache import DeltaState, KVCache
 from qwen35.compare.diff import diff, passes
-from qwen35.compare.judge import MOST, Judge, Report, Row
+from qwen35.compare.judge import MOST, Judge, Report, Row, Tokens
 from qwen35.compare.trace import trace
 from qwen35.load import load
 from reference.attention import GatedAttention
@@ -311,3 +311,10 @@ def test_passes_take_each_token_once(tokens: int, decode: int) -> None:
     assert [t for _, first, end in plan for t in range(first, end)] == list(range(tokens))
     for phase, first, end in plan:
         assert first % 64 == 0 if phase == "prefill" else end - first <= 4
+
+
+def test_a_report_is_true_if_it_has_passed() -> None:
+    """So that `assert diff(...)` is a check."""
+    good, bad = Row("a", "output", "prefill"), Row("b", "output", "prefill", passed=False)
+    assert Report([good], Tokens(), [])
+    assert not Report([good, bad], Tokens(), [])

@@ -82,3 +82,11 @@ def test_nodes_come_in_the_order_of_layers(tmp_path: Path) -> None:
     ]
     with pytest.raises(InputError, match=r"'layer\.2' matches no node; the nearest are layers\.2"):
         list(trace_statistics(tmp_path / "t", "layer.2"))
+
+
+def test_any_names_are_sorted(tmp_path: Path) -> None:
+    """Digits that are no numbers to Python, and more of them than it converts."""
+    names = ["²", "x.9", "x.10", f"x.{'9' * 5000}"]
+    save_trace(tmp_path / "t", dict.fromkeys(names[::-1], X), small_model("0.8B"), [1])
+    found = [one.name for one in trace_statistics(tmp_path / "t")]
+    assert sorted(found) == sorted(names) and found.index("x.9") < found.index("x.10")

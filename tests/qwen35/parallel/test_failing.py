@@ -1,6 +1,7 @@
 """What ends all ranks: each with one status, with one line from rank 0, and soon."""
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -46,8 +47,8 @@ def test_an_error_is_one_line_and_ends_all(
 
 def test_a_bug_shows_its_traceback_once(tmp_path: Path) -> None:
     (status, _, err), (status_1, out_1, err_1) = ended(start(2, program(tmp_path, "bug")))
-    assert (status, err) == (1, "rank_program: rank 1: KeyError: 'a name'\n")
-    assert status_1 == 1 and out_1 == "" and err_1.count("Traceback") == 1
+    assert (status, err) == (2, "rank_program: rank 1: KeyError: 'a name'\n")
+    assert status_1 == 2 and out_1 == "" and err_1.count("Traceback") == 1
 
 
 def test_a_reader_that_went_away_is_no_error(tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ def test_cards_are_given_out_by_local_rank(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")  # so that `device` leaves the choice of a card to `place`
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(InputError, match="local rank 1 needs cuda:1, 1 cards are here"):
+    with pytest.raises(InputError, match="local rank 1 needs cuda:1; this host has 1 card"):
         place(argparse.Namespace(device=device("cuda")))
     with pytest.raises(InputError, match="--device cuda:0: each rank takes a card of its own"):
         place(argparse.Namespace(device=device("cuda:0")))
@@ -195,3 +196,30 @@ def test_a_debugger_stops_one_process_only() -> None:
     args.ranks = ranks_module.Ranks(0, 2)
     with pytest.raises(InputError, match=r"--break layers\.0 stops one process; --tp is 2"):
         main(args)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE = 'abc' in the environment; expected a number"),
+        ({"RANK": "-1"}, "RANK = '-1' in the environment"),
+        ({"RANK": "2"}, "RANK = 2 and WORLD_SIZE = 2; expected a rank below the size"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT = 70000 do not say where rank 0 is"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR = '' and"),
+    ],
+)
+def test_a_wrong_environment_is_one_line(wrong: dict[str, str], line: str) -> None:
+    usual = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, generate("--tp", 2))], cwd=ROOT, capture_output=True,
+        text=True, env={**os.environ, **usual, **wrong}, check=False, timeout=90,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("python -m qwen35.generate: ") and line in done.stderr
+
+
+def test_a_device_in_a_wrong_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the variable, not the device."""
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(argparse.ArgumentTypeError, match="WORLD_SIZE = 'two'"):
+        device("cuda")

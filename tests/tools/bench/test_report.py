@@ -21,3 +21,21 @@ def test_the_document_is_alone(capsys: pytest.CaptureFixture[str]) -> None:
     report.emit("moe", {"tp": [1, 2]}, ROWS, only_json=True, device="a GPU")
     found = json.loads(capsys.readouterr().out)
     assert found == {"op": "moe", "config": {"tp": [1, 2]}, "device": "a GPU", "rows": ROWS}
+
+
+def test_numbers_of_a_table_have_the_same_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    """17.60 beside 17.62; the configuration's are as they were given."""
+    rows = [{"x": 17.6}, {"x": 17.62}, {"x": 1000.0}, {"x": 0.0}, {"x": [1.5, 2]}]
+    report.emit("x", {"temperature": 0.0}, rows, only_json=False, device="a CPU")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "temperature: 0",
+        "device: a CPU",
+        "",
+        "x",
+        "17.60",
+        "17.62",
+        "1000",
+        "0.000",
+        "1.500, 2",
+    ]
