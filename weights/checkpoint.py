@@ -28,7 +28,7 @@ from weights.entry import (
     entry_of,
     is_run_time_scale,
     owner_of,
-    stem_of,
+    weight_name,
 )
 from weights.expert_scales import expert_scales, is_unscaled
 from weights.quantization import PREFIX, Quantization, compare, name_pattern
@@ -44,19 +44,24 @@ FOREIGN = "in a file that no index lists, and not part of this model"
 class Checkpoint:
     """The dialects of Qwen3.5, 3.6 and 3-Next: BF16, FP8 and MXFP4, in one file or in shards.
 
-    config: the shape that `config.json` states; document: that file as it is; quantization: its claim.
-    is_part: whether the folder is the part of one rank, which has to be `rank` of `size`; then `config`
-    has the sizes of that part, and `whole_config` those of the whole.
-    stored: every tensor, by its name in the files. entries: every parameter, by its name in the model;
-    parts: the names of the parameters in each stored tensor. ignored: why a stored tensor is no part of
-    the text model. problems: lines on what is not as the files claim, for a warning; notes: lines on what
-    is merely good to know. unlisted: names of tensors from files that no index lists; computed: buffers
-    that follow from the config. is_hollow: only headers are there, so no numbers can be compared.
+    config: the shape that `config.json` states.
+    document: the content of that file. quantization: its claim about formats.
+    is_part: whether the folder has the part of one rank, which must be `rank` of `size`. Then `config`
+        has the sizes of that part, and `whole_config` those of the whole model.
+    stored: all tensors, by their names in the files.
+    entries: all parameters, by their names in the model.
+    parts: the names of the parameters in each stored tensor.
+    ignored: for each stored tensor that is no part of the text model, the reason.
+    problems: lines for a warning, where the files do not agree with their claims.
+    notes: lines that are good to know.
+    unlisted: the names of tensors from files that no index lists.
+    computed: stored buffers that follow from the config.
+    is_hollow: whether the files have only headers, so that no numbers can be compared.
+    ranks: the folders of all ranks of a group, if the folder holds them (`tools.convert --tp`). It is
+        then read as the checkpoint that they were cut from.
+    beside: the folder with config.json and the other small files.
 
-    A folder that holds the folders of all ranks of a group (`tools.convert --tp`) is the checkpoint that
-    they were cut from. ranks: these folders. beside: the folder with config.json and the small files.
-
-    InputError, one line, for a folder that is not such a checkpoint, or not whole.
+    InputError, one line, for a folder that is no such checkpoint, or not a whole one.
     """
 
     def __init__(
@@ -160,8 +165,7 @@ class Checkpoint:
                 self._check_scale(stored, self.stored[owner])
                 return
             whole = self.whole(stored)
-            parts = dict(_split(stem_of(name) + ".weight" if name != stem_of(name) else name, whole,
-                                self.config))  # fmt: skip
+            parts = dict(_split(weight_name(name), whole, self.config))
             for part in [part for part in parts if part in self.entries]:
                 other = self.entries[part].weight
                 where = "" if other.file == stored.file else f" of {other.file.name}"
@@ -184,15 +188,15 @@ class Checkpoint:
         self.entries |= parts
 
     def _check_scale(self, scale: Stored, weight: Stored) -> None:
-        """Note a scale that is of no use. transformers writes one beside matrices that it left alone,
-        with whatever was in memory.
-        """
+        """Ignore the scale of a matrix that is not quantised. transformers writes such a scale, with
+        whatever was in memory."""
         if weight.dtype in PLAIN:
             self.ignored[scale.name] = f"{weight.name} is not quantised, so it has no scales"
             self.idle[scale.name] = weight
 
     def whole(self, stored: Stored) -> Entry:
-        """A whole stored tensor as an entry. If the index lists scales for it, they are used."""
+        """A whole stored tensor as an entry. Scales that the index lists have precedence over those of
+        other files."""
         block = self.quantization.block if self.quantization else fp8.BLOCK
         try:
             return entry_of(stored, self.listed, block, self.config.num_experts)
@@ -218,9 +222,9 @@ class Checkpoint:
                 )
 
     def _judge_unlisted(self, expected: Container[str]) -> None:
-        """Note which tensors of files without an index are used, and set the others aside.
+        """Add notes on the tensors of unlisted files that are used, and ignore the other ones.
 
-        InputError if two of these files have a different tensor that the model needs.
+        InputError if the model needs a tensor that two of these files have with different numbers.
         """
         used: set[str] = set()
         for name, entry in list(self.entries.items()):
@@ -276,16 +280,13 @@ class Checkpoint:
         return {PREFIX.sub("", name): self.stored[name] for name in found}
 
     def check_idle(self) -> None:
-        """Add a problem for unused scales that are not 1. Nothing is checked in a hollow
-        checkpoint.
+        """Add a problem for unused scales that are not 1. A hollow checkpoint is not checked.
 
         InputError if the plain weight beside such a scale has only FP8 numbers, as if the scale had
         not been applied.
         """
         kinds: Counter[str] = Counter()
-        for name, weight in self.idle.items():
-            if self.is_hollow:
-                break
+        for name, weight in ({} if self.is_hollow else self.idle).items():
             scale = self.stored[name].read()
             values = scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale
             if not bool((values.float() != 1).any()):
@@ -303,7 +304,7 @@ class Checkpoint:
         ]
 
     def ignore(self, prefix: str, reason: str) -> None:
-        """Set the entries under `prefix` aside, because the model does not have them."""
+        """Remove the entries whose names begin with `prefix`, because the model does not have them."""
         for name in [name for name in self.entries if name.startswith(prefix)]:
             self.ignored[self.entries.pop(name).stored_as] = reason
 
@@ -374,10 +375,10 @@ def _part(whole: Entry, view: Callable[[Tensor], Tensor]) -> Entry:
 
 
 def _ungroup(packed: Tensor, config: Config, wanted: str) -> Tensor:
-    """Qwen3-Next's grouped rows in Qwen3.5's order: all of q, then k, then v; or z; or b; or a.
+    """Return rows of Qwen3-Next's projections in Qwen3.5's order. wanted: "qkv", "z", "b" or "a".
 
-    They are grouped by key head as [q | k | v r heads | z r heads], or as [b r | a r], with r = HV
-    / H value heads per key head.
+    Qwen3-Next groups its rows by key head: [q, k, v of r heads, z of r heads], or [b of r heads, a of
+    r heads], where r = HV / H is the number of value heads of a key head.
     """
     H, D = config.linear_num_key_heads, packed.shape[-1]
     shared = config.linear_num_value_heads // H

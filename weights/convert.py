@@ -56,20 +56,22 @@ def convert(
 ) -> dict[str, Any]:
     """Convert a folder (a Path), or a hub repository (its name), into the folder `target`.
 
-    check: called with the source before anything is written; what it raises ends the conversion.
-    progress: called with the bytes of output that are done and their total. keep_source: leave what was
-    fetched from the hub in its cache. Returns the report that is also written as conversion.json: the
-    relative RMS error of each kind of tensor that was converted, and its worst group.
+    keep_source: leave the files that were fetched from the hub in its cache.
+    check: called with the source before anything is written; its exceptions end the conversion.
+    progress: called with the bytes of output that are done, and their total.
 
-    InputError where `target` has content, or an unfinished conversion of something else; for bad input
-    as `Checkpoint` says, and for weights that are not finite: then nothing is left behind; when the disk
-    is full or the hub out of reach: then the same call continues.
+    Returns the report that is also written as conversion.json: the relative RMS error of each kind of
+    tensor that was converted, and its worst group.
+
+    InputError if `target` has other content, or an unfinished conversion of something else. InputError
+    for bad input as in `Checkpoint`, and for weights that are not finite; then nothing is left behind.
+    InputError when the disk is full or the hub out of reach; then the same call continues.
     """
     if isinstance(source, Path) and target.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{target}: lies inside {source}, which is only read")
     with _disk_errors(target), ExitStack() as stack:
         work, finished = target / UNFINISHED, target / FINISHED
-        if finished.exists():  # a killed conversion that only had its traces left to remove
+        if finished.exists():  # a conversion that was killed while it removed its records
             return _finished(target, source, options)
         check_target(target)
         made = [folder for folder in (target, *target.parents) if not folder.exists()]
@@ -102,7 +104,7 @@ class WeightError(InputError):
 
 
 class _Conversion:
-    """A planned conversion. `run` does what is left of it."""
+    """A planned conversion. `run` writes the files that are not there yet."""
 
     def __init__(
         self,
@@ -148,10 +150,10 @@ class _Conversion:
             for name in [name for name in self.opened if self.last_use[name] <= number]:
                 del self.opened[name]
                 self.source.close(name)
-        homes = self.outline.homes()
+        files = self.outline.file_names()
 
         def written(folder: str, name: str) -> Stored:
-            return open_file(self.target / folder / homes[name])[name]
+            return open_file(self.target / folder / files[name])[name]
 
         report, is_tied = self._report(), self.outline.is_tied(written)
         for rank, folder in enumerate(self.folders):
@@ -291,8 +293,8 @@ def _clear(target: Path, made: list[Path]) -> None:
 
 
 def _finished(target: Path, source: Path | str, options: Options) -> dict[str, Any]:
-    """Remove the traces of a complete conversion, and return its report. InputError if its settings
-    were other ones."""
+    """Remove the records of a complete conversion, and return its report. InputError if its settings
+    were different."""
     traces = target / FINISHED
     begun = read_json(traces / TASK)
     if begun is not None:  # None: it was being removed already

@@ -50,12 +50,18 @@ FOREIGN = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: what the header says of it, and how to read it.
+    """One parameter: its description from the file's header, and how to read it.
 
-    shape: that of the parameter, independent of the packing. view: maps the decoded tensor to the
-    parameter (a slice, or a permutation of rows); None: the whole tensor. slices: if a quantised
-    tensor has several parameters, two functions that cut the numbers and the scales of this one out
-    of the stored tensors.
+    weight: the stored numbers.
+    shape: that of the parameter, independent of the packing.
+    format: that of the numbers.
+    scale: the stored scales of a quantised parameter.
+    block: rows and columns that share a scale of FP8 blocks.
+    view: maps the decoded tensor to the parameter (a slice, or a permutation of rows). None: the
+        parameter is the whole tensor.
+    slices: two functions that cut the numbers and the scales of this parameter out of the stored
+        tensors, if a quantised tensor has several parameters.
+    scale_share: the fraction of the stored scales that is for this parameter.
     """
 
     weight: Stored
@@ -65,7 +71,7 @@ class Entry:
     block: tuple[int, int] = fp8.BLOCK
     view: View | None = None
     slices: tuple[View, View] | None = None
-    scale_share: float = 1.0  # the fraction of the stored scales that is for this parameter
+    scale_share: float = 1.0
 
     @property
     def stored_as(self) -> str:
@@ -119,10 +125,10 @@ class Entry:
         return of_weight(weight), of_scale(scale)
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The parameter in `dtype`, decoded if it is quantised. It stays mapped if nothing has to
-        change.
+        """The parameter in `dtype`, decoded if it is quantised. If no number changes, it is a view of
+        the mapped file.
 
-        dtype None: the stored dtype, or bfloat16 for a quantised parameter. InputError if a scale
+        dtype: None is the stored dtype, or bfloat16 for a quantised parameter. InputError if a scale
         is NaN.
         """
         if self.scale is None:
@@ -166,15 +172,20 @@ def check_scale(scale: Tensor, name: str) -> None:
         raise InputError(f"{name}: a scale is not a finite number")
 
 
+def weight_name(name: str) -> str:
+    """`layers.0.mlp.up_proj.weight_packed` -> `layers.0.mlp.up_proj.weight`; other names stay."""
+    return f"{name.removesuffix(PACKED)}.weight" if name.endswith(PACKED) else name
+
+
 def stem_of(name: str) -> str:
     """`layers.0.mlp.up_proj.weight` and `...weight_packed` -> `layers.0.mlp.up_proj`."""
     return name.removesuffix(PACKED).removesuffix(".weight")
 
 
 def owner_of(scale: str, stored: Mapping[str, Stored]) -> str | None:
-    """The tensor that a tensor of scales belongs to, by its name; None for what is no scale of weights.
+    """The name of the tensor that a tensor of scales belongs to. None if the name is not that of scales.
 
-    InputError where there is no such tensor.
+    InputError if there is no such tensor.
     """
     if scale.endswith(SCALES):
         stem = scale.rpartition(".")[0]

@@ -45,14 +45,17 @@ def expert_scales(
     """A view that cuts out the scales of some rows of one expert's matrix, and the block of each
     scale.
 
-    scale: [E] or [E, 1, 1] (one per expert), [E, N] or [E, N, 1] (one per row), or [E, blocks,
-    blocks]. experts: their number. matrix: (N, K) of the fused matrix (gate rows, then up rows), or
-    of down. rows: the wanted rows of that matrix.
+    scale: [E] or [E, 1, 1] (one per expert), [E, N] or [E, N, 1] (one per row), or
+        [E, blocks of N, blocks of K].
+    expert: the number of the expert. experts: how many there are.
+    matrix: (N, K) of the fused matrix (gate rows, then up rows), or of down.
+    rows: the wanted rows of that matrix.
+    block: rows and columns of a block.
 
-    The blocks of gate and up are counted either through both, as when transformers quantises a
-    fused tensor, or from the start of each, as when it joins two that were quantised separately.
-    InputError if neither fits, or if both fit and differ, because transformers decodes in one way
-    and multiplies in the other.
+    The blocks of gate and up are counted in one of two ways: through both, as when transformers
+    quantises a fused tensor, or from the start of each, as when it joins two tensors that were
+    quantised separately. InputError if neither fits, or if both fit and differ, because transformers
+    decodes in one way and multiplies in the other.
     """
     N, K = matrix
     shape = scale.shape[1:]

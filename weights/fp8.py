@@ -21,7 +21,7 @@ BLOCK = (128, 128)
 def granularity(
     shape: tuple[int, ...], scale_shape: tuple[int, ...], block: tuple[int, int] = BLOCK
 ) -> str:
-    """What shares a scale in a weight [N, K]: "tensor", "channel" or "block".
+    """Say what shares a scale in a weight [N, K]: "tensor", "channel" (a row) or "block".
 
     InputError, with both shapes, if scale_shape fits none of them.
     """
@@ -45,8 +45,8 @@ def dequantize(
     """weight [N, K] e4m3, scale [], [1], [N], [N, 1] or [ceil(N/128), ceil(K/128)] -> [N, K] in
     dtype.
 
-    A scale [1, 1] is one number too; 128 stands for the sizes of `block`. weight [E, N, K] with
-    scale [E, ...] is decoded matrix by matrix.
+    128 stands for the sizes of `block`; a scale [1, 1] counts as one number. A weight [E, N, K] with
+    scales [E, ...] is decoded matrix by matrix.
 
     The product is computed in float32 (in float64 for dtype float64) and rounded to dtype once. A
     NaN in either gives NaN. InputError if the shapes do not fit together, or if weight is not e4m3.

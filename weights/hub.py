@@ -48,8 +48,11 @@ class Repository:
             return Path(hf_hub_download(self.name, file, revision=self.commit, local_dir=folder))
 
     def fetch_headers(self, folder: Path, beside: tuple[str, ...] = BESIDE) -> None:
-        """Make a checkpoint folder without weights: the small files whose names end as in `beside`, and
-        each safetensors file's header, followed by a hole as long as its tensors."""
+        """Make a checkpoint folder without weights.
+
+        It has the small files whose names end as in `beside`, and the header of each safetensors file,
+        followed by a hole as long as the tensors.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.sizes:
             if file.endswith(beside):

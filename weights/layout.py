@@ -4,20 +4,18 @@ Each order is defined twice. The axis names in `Layout` convert a whole tensor: 
 split into axes, which are written in another order. `Layout.offset` is the closed formula that a
 kernel evaluates for one element. The tests compare the two.
 
-| name            | what it holds             | what lies side by side
-|
-|-----------------|---------------------------|---------------------------------------------------------|
-| `flat`          | anything, any dtype       | a row (the checkpoint's own order)
-| | `interleaved`   | gate rows, then up rows   | gate row 0, up row 0, gate row 1, ...
-| | `interleaved16` | the same                  | gate rows 0 to 15, up rows 0 to 15, gate rows 16
-to 31  | | `aiter_weight`  | MXFP4 weights, two a byte | 16 rows x 16 bytes: of each row the block
-of one scale  | | `aiter_scale`   | e8m0 scales, one a byte   | rows r, r + 16 of columns c, c + 4:
-one 32-bit word     |
+| name            | what it holds              | neighbours in memory                                    |
+|-----------------|----------------------------|---------------------------------------------------------|
+| `flat`          | anything, any dtype        | a row (the checkpoint's own order)                      |
+| `interleaved`   | gate rows, then up rows    | gate row 0, up row 0, gate row 1, ...                   |
+| `interleaved16` | gate rows, then up rows    | gate rows 0 to 15, up rows 0 to 15, gate rows 16 to 31  |
+| `aiter_weight`  | MXFP4 codes, two in a byte | tiles of 16 rows x 16 bytes, which are the block of one scale in each row |
+| `aiter_scale`   | e8m0 scales, one in a byte | rows r and r + 16 of columns c and c + 4: one 32-bit word |
 
 A chain of layouts is written with "+", applied from the left: `interleaved+aiter_weight`.
 The AITER orders are those of `shuffle_weight(layout=(16, 16))` and `shuffle_scale` in ROCm/aiter,
 aiter/ops/shuffle.py; its `is_guinterleave` is `interleaved16`.
-"""
+"""  # noqa: E501
 
 import math
 from collections.abc import Callable, Mapping
@@ -38,13 +36,15 @@ Index = TypeVar("Index", int, Tensor)
 class Layout:
     """One order of a matrix [R, C]. Sizes count elements, which are bytes where `only_bytes`.
 
-    rows, columns: names of the axes that R and C split into, the slowest first; `n` and `c` take what
-        the others leave.
+    rows, columns: names of the axes that R and C split into, the slowest first.
     order: all of these names, as the axes lie in memory.
     offset: the closed formula, (row, column, R, C) -> position.
-    row_axes, column_axes: lengths of the axes by name.
-    pads: whether sizes that these lengths do not divide are filled up with zeros (else they are
-        refused), to multiples of `filled_to` where that is given.
+    row_axes, column_axes: lengths of the axes by name, except `n` and `c`, whose lengths follow from
+        R and C.
+    pads: whether a matrix with sizes that these lengths do not divide is padded with zeros;
+        otherwise it is refused.
+    filled_to: the numbers to whose multiples it is padded, if they are larger than these lengths.
+    only_bytes: whether only uint8 is allowed.
     """
 
     rows: str
@@ -55,7 +55,7 @@ class Layout:
     column_axes: Mapping[str, int] = field(default_factory=dict)
     pads: bool = False
     filled_to: Size | None = None
-    only_bytes: bool = False  # only uint8 is allowed
+    only_bytes: bool = False
 
     @property
     def multiple(self) -> Size:
@@ -88,14 +88,18 @@ def _interleaved16(r: Index, c: Index, R: int, C: int) -> Index:
 
 
 def _aiter_weight(n: Index, kb: Index, N: int, Kb: int) -> Index:
-    """Tiles of 16 rows x 32 bytes, in each [half of the bytes (2)][row (16)][byte (16)]. A tile's halves
-    follow each other as tiles do: (n >> 4) * 16 * Kb + (kb >> 4) * 256 + (n & 15) * 16 + (kb & 15)."""
+    """Tiles of 16 rows x 32 bytes. The axes of a tile are [half of the bytes (2)][row (16)][byte (16)].
+
+    The halves of a tile follow one another as tiles do, so the position is also
+    (n >> 4) * 16 * Kb + (kb >> 4) * 256 + (n & 15) * 16 + (kb & 15).
+    """
     tile = (n >> 4) * (Kb >> 5) + (kb >> 5)
     return tile * 512 + ((kb >> 4) & 1) * 256 + (n & 15) * 16 + (kb & 15)
 
 
 def _aiter_scale(r: Index, c: Index, R: int, C: int) -> Index:
-    """Tiles of 32 rows x 8 scales, in each [c & 3][r & 15] words of bytes [c >> 2 & 1][r >> 4 & 1]."""
+    """Tiles of 32 rows x 8 scales. A tile has the words [c & 3][r & 15], and a word the bytes
+    [c >> 2 & 1][r >> 4 & 1]."""
     tile = (r >> 5) * (C >> 3) + (c >> 3)
     word = (tile * 4 + (c & 3)) * 16 + (r & 15)
     return word * 4 + ((c >> 2) & 1) * 2 + ((r >> 4) & 1)
@@ -123,9 +127,10 @@ LAYOUTS = {
 class Packed:
     """A tensor together with its order in memory.
 
-    data [..., R', C']: contiguous, in the dtype of the original; R', C' are R, C, filled up where the
-    layout pads. These axes only give its size; `offset` says which element lies where.
-    layout: a name of `LAYOUTS`, or a chain of names. shape [..., R, C]: the row-major tensor's.
+    data: [..., R', C'], contiguous, in the dtype of the original. R', C' are R, C, or larger where the
+        layout pads. These axes only give the size; `offset` says which element lies where.
+    layout: a name of `LAYOUTS`, or a chain of names.
+    shape: [..., R, C], that of the row-major tensor.
     """
 
     data: Tensor
@@ -138,11 +143,13 @@ def pack(x: Tensor, layout: str) -> Packed:
 
     x: any strides; uint8 for the AITER layouts, any dtype for the others.
 
-    `aiter_scale` fills each matrix up to multiples of 256 rows and 8 columns. AITER leaves the filling
+    `aiter_scale` pads each matrix to multiples of 256 rows and 8 columns. AITER leaves the padding
     undefined (torch.empty); here it is 0, the e8m0 code of 2**-127, which is finite (255 is NaN) and
-    the same in every run. AITER takes experts as one matrix [E * R, C]: the same where 256 divides R.
+    the same in every run. AITER takes experts as one matrix [E * R, C], which is the same order if 256
+    divides R.
 
-    Raises InputError for an unknown layout, fewer than two axes, and a dtype or size it cannot hold.
+    InputError for an unknown layout, for fewer than two axes, and for a dtype or size that the layout
+    cannot hold.
     """
     data = x
     for step, (rows, columns), (R, C) in _steps(layout, tuple(x.shape), x.dtype):
@@ -157,7 +164,7 @@ def pack(x: Tensor, layout: str) -> Packed:
 def unpack(packed: Packed) -> Tensor:
     """A copy of the row-major tensor that was packed, with the same bits and shape.
 
-    Raises InputError as `pack` does, and for data of another shape than layout and shape imply.
+    InputError as in `pack`, and if the data has another shape than layout and shape imply.
     """
     data, shape = packed.data, packed.shape
     steps = _steps(packed.layout, shape, data.dtype)
@@ -177,10 +184,11 @@ def unpack(packed: Packed) -> Tensor:
 def offset(layout: str, row: Index, column: Index, shape: tuple[int, ...]) -> Index:
     """Where element (row, column) of a matrix lies in its packed data, in elements from its start.
 
-    row, column: two int, or two integer tensors that broadcast; the result is an int, or int64.
-    shape [..., R, C]: the row-major tensor's. With leading axes the matrices follow one another.
+    row, column: two int, or two integer tensors that broadcast; the result is an int or an int64
+    tensor. shape: [..., R, C], that of the row-major tensor. With leading axes the matrices follow one
+    another.
 
-    Raises InputError as `pack` does, and for a row or a column outside of the shape.
+    InputError as in `pack`, and for a row or a column outside of the shape.
     """
     steps = _steps(layout, shape)
     place: Any = _inside("row", row, shape[-2]) * shape[-1] + _inside("column", column, shape[-1])
@@ -215,7 +223,8 @@ def _steps(
 
 
 def _inside(what: str, index: int | Tensor, size: int) -> Any:
-    """Check an index and return it; tensors as int64, since narrow types would wrap around."""
+    """Check an index and return it. A tensor is returned as int64, because narrower types would wrap
+    around."""
     wide = torch.as_tensor(index).long()
     outside = wide[(wide < 0) | (wide >= size)].tolist()
     if outside:

@@ -20,13 +20,15 @@ ENDS = ("embed_tokens.weight", "lm_head.weight")
 
 
 class Outline:
-    """What a conversion will write.
+    """The plan of everything that a conversion writes.
 
-    files: of each rank, in order. folders: of the ranks, below the target; one ("") where nothing is cut.
-    total: bytes of all tensors of all ranks. beside: small files of the source that are copied.
+    files: the files of a rank, in order; they are alike on all ranks.
+    folders: the ranks' folders below the target, or one, "", if there is one rank.
+    total: the bytes of all tensors of all ranks.
+    beside: the small files of the source that are copied.
 
-    check: called with the source before anything else; what it raises is raised. InputError for bad input
-    as `Checkpoint` says, and for what does not fit as `weights.output.fit` says.
+    check: called with the source before anything else; its exceptions pass. InputError as in
+    `Checkpoint` for bad input, and as in `weights.output.fit` for tensors that cannot be cut so.
     """
 
     def __init__(
@@ -64,7 +66,10 @@ class Outline:
     def index(self) -> str:
         """The index of a rank's folder, as JSON."""
         size = sum(file.nbytes for file in self.files)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(self.homes().items()))}
+        index = {
+            "metadata": {"total_size": size},
+            "weight_map": dict(sorted(self.file_names().items())),
+        }
         return json.dumps(index, indent=2)
 
     def config(self, rank: int, *, is_tied: bool) -> dict[str, Any]:
@@ -87,20 +92,19 @@ class Outline:
         return document
 
     def is_tied(self, written: Callable[[str, str], Stored]) -> bool:
-        """Whether the config ties the head to the embedding, and the written head has the same
-        values.
+        """Whether the config ties the head to the embedding, and the written head has the same values.
 
-        written: (folder of a rank, name) -> a tensor of the output.
+        written: a function that returns a tensor of the output, by a rank's folder and its name.
         """
         if not self.checkpoint.config.tie_word_embeddings:
             return False
-        ends = [name for name in self.homes() if PREFIX.sub("", name) in ENDS]
+        ends = [name for name in self.file_names() if PREFIX.sub("", name) in ENDS]
         if len(ends) < len(ENDS):
             return True
         pairs = ([written(folder, name) for name in ends] for folder in self.folders)
         return all(same_values(one, other) for one, other in pairs)
 
-    def homes(self) -> dict[str, str]:
+    def file_names(self) -> dict[str, str]:
         """The file of each tensor of the output, which is the same for all ranks."""
         return {
             slot.name: self.name(number)

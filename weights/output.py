@@ -16,13 +16,12 @@ from weights.checkpoint import Checkpoint
 from weights.command import SHARD_BYTES
 from weights.entry import (
     KEYS_AND_VALUES,
-    PACKED,
     PLAIN,
     RUN_TIME,
     Entry,
     check_scale,
     owner_of,
-    stem_of,
+    weight_name,
 )
 from weights.quantization import PREFIX, name_pattern
 from weights.rounding import Rounding
@@ -56,9 +55,12 @@ WHAT = {
 class Options:
     """The options of a conversion.
 
-    to: the format. what: a key of WHAT, for MXFP4 and FP8. activations: their format in the
-    quantization_config of MXFP4: "mxfp4", as AMD writes it, or "bf16" (only weights are quantised).
-    tp: the number of ranks. shard_bytes: the largest size of a file.
+    to: the format.
+    what: the matrices that are quantised to MXFP4 or FP8, a key of WHAT.
+    activations: their format in the quantization_config of MXFP4: "mxfp4", as AMD writes it, or
+        "bf16" (only weights are quantised).
+    tp: the number of ranks.
+    shard_bytes: the largest size of a file.
     """
 
     to: Target
@@ -73,8 +75,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of the output. per: how many rows and columns of the parameter one value is for. 0
-    means all of them, so that the axis is not cut."""
+    """One tensor of the output. per: the rows and columns of the parameter that one value is for. 0
+    stands for all of them; then ranks do not cut that axis."""
 
     name: str
     dtype: torch.dtype
@@ -148,10 +150,12 @@ def is_chosen(name: str, options: Options) -> bool:
 def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
     """The parameters of the output, in the order of the source's files.
 
-    To MXFP4: chosen parameters are quantised (fused experts one by one), MXFP4 parameters stay, and
-    FP8 parameters that are not chosen become BF16. To FP8: the same with FP8 and MXFP4 exchanged;
-    FP8 with other blocks than ours is quantised again. To BF16: all quantised parameters are
-    decoded. All others are copied under their own names. `check_choice` says what is refused.
+    To MXFP4: chosen parameters are quantised (fused experts one by one). Parameters that are MXFP4
+        already are copied. FP8 parameters that are not chosen become BF16.
+    To FP8: the same with FP8 and MXFP4 exchanged. FP8 with other blocks than ours is quantised again.
+    To BF16: all quantised parameters are decoded.
+
+    All others are copied under their own names. InputError as in `check_choice`.
     """
     ignored = set(checkpoint.ignored)
     items: list[Item] = []
@@ -166,7 +170,7 @@ def items_of(checkpoint: Checkpoint, options: Options) -> list[Item]:
                 items.append(Item(stored.name, Entry(stored, stored.shape), "copy"))
             continue
         whole = checkpoint.whole(stored)
-        own_name = stem_of(stored.name) + ".weight" if stored.name.endswith(PACKED) else stored.name
+        own_name = weight_name(stored.name)
         bare = PREFIX.sub("", stored.name)
         prefix = stored.name.removesuffix(bare)
         parts = [

@@ -63,9 +63,10 @@ class Modules:
 class Quantization:
     """The claims of a `quantization_config`.
 
-    method: the quant_method, as in "fp8" (Qwen) or "quark" (AMD). excluded: entries of `Modules`
-    that are not quantised. block: rows and columns of an FP8 block. targets: what is quantised:
-    "Linear", or entries as in `excluded` (compressed-tensors).
+    method: the quant_method, such as "fp8" (Qwen) or "quark" (AMD).
+    excluded: the modules that are not quantised, as entries of `Modules`.
+    block: rows and columns of an FP8 block.
+    targets: the modules that are quantised: "Linear", or entries of `Modules` (compressed-tensors).
     """
 
     method: str
@@ -185,9 +186,9 @@ def compare(claim: Quantization | None, formats: Mapping[str, str]) -> tuple[lis
     formats: the format, "mxfp4", "fp8" or "plain", of each linear module of the file (a matrix `.weight`
     that is no embedding), by its name. Layer and expert numbers are left out of the lines.
 
-    A tensor that is quantised although the claim excludes it is a problem: an engine that believes the
-    claim would read it wrong. A tensor that is not, although the claim does not exclude it, is a note:
-    clients forget to list what they left alone, and its dtype says what it is.
+    A tensor that is quantised although the claim excludes it is a problem, because an engine that
+    believes the claim would read it wrong. A tensor that is not quantised although the claim does not
+    exclude it is a note, because clients forget to list such tensors, and the dtype is unambiguous.
     """
     if claim is not None and not claim.is_compared:
         return [

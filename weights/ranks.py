@@ -20,7 +20,7 @@ from weights.storage import DTYPE_NAMES, Opened, Stored, open_folder, read_json,
 
 FOLDER = re.compile(r"rank-(\d+)-of-(\d+)")
 REPORT = "conversion.json"  # the report of a conversion, beside its weights
-PACKED = (1, 2, 32, 128)  # possible numbers of elements per stored value, along the axis of a cut
+PACKED = (1, 2, 32, 128)  # possible numbers of elements in a stored value, along the axis of a cut
 
 
 def folder_names(size: int) -> list[str]:
@@ -54,14 +54,14 @@ def rank_folders(parent: Path) -> list[Path]:
 
 
 def rank_of(document: Mapping[str, Any], file: Path) -> tuple[int, int] | None:
-    """The (rank, size) in a config.json, or None for a whole checkpoint. InputError if they are
-    invalid."""
+    """The rank and the number of ranks in a config.json, or None for a whole checkpoint. InputError if
+    they are invalid."""
     if (claim := document.get("tensor_parallel")) is None:
         return None
     rank, size = (claim.get("rank"), claim.get("size")) if isinstance(claim, dict) else (None, None)
     if not isinstance(rank, int) or not isinstance(size, int) or not 0 <= rank < size:
         raise InputError(
-            f"{file}: tensor_parallel has no rank below its size; expected whole numbers"
+            f"{file}: tensor_parallel = {claim!r}; expected a rank below a size, both whole numbers"
         )
     return rank, size
 

@@ -15,8 +15,8 @@ MEASURED = 1 << 18  # elements that are compared at a time, in float64
 
 @dataclass
 class Rounding:
-    """The error of all tensors of a kind: sums, and the group (32 along K, or a row) with the
-    largest error."""
+    """The rounding error of all tensors of a kind: sums of squares, and the group with the largest
+    relative error. A group has 32 elements along K, or a whole row if 32 does not divide K."""
 
     tensors: int = 0
     elements: int = 0

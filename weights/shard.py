@@ -99,16 +99,19 @@ SHARED_HEADS = (KV.count, KEYS.count)
 
 
 def units(count: int, size: int, rank: int) -> tuple[int, int]:
-    """(first, end) of the units of a rank. There are count / size of them. If there are fewer units
-    than ranks (SHARED_HEADS), it is the one that the rank shares with its neighbours."""
+    """The units of a rank as (first, end). Their number is count / size. If there are fewer units than
+    ranks (SHARED_HEADS), it is one unit, which the rank shares with its neighbours."""
     first = rank * count // size
     return first, first - (-count // size)  # count / size, rounded up
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of a tensor on a rank: ranges (first, end) along one axis, joined in order. Axis
-    None: the whole tensor."""
+    """The part of a tensor on a rank.
+
+    axis: the axis that is cut, or None for the whole tensor.
+    ranges: (first, end) along this axis. They are joined in order.
+    """
 
     axis: int | None
     ranges: tuple[tuple[int, int], ...] = ()
@@ -116,9 +119,9 @@ class Shard:
     def shape_of(self, shape: Sequence[int], per: int = 1) -> tuple[int, ...]:
         """The shape of the rank's part of a tensor of this shape.
 
-        per: elements along `axis` that one entry of the tensor stands for, if they are packed or grouped
-        along this axis: 2 for MXFP4's bytes, 32 for its scales, 128 for FP8's block scales. InputError
-        where a range would split such an entry, or does not lie in the tensor.
+        per: the elements along `axis` that one entry of the tensor stands for, if they are packed or
+        grouped along this axis: 2 for MXFP4's bytes, 32 for its scales, 128 for FP8's block scales.
+        InputError if a range would split such an entry, or does not lie in the tensor.
         """
         if self.axis is None:
             return tuple(shape)
@@ -193,8 +196,8 @@ class Plan:
         """The part of a checkpoint's tensor that `rank` holds.
 
         name: the checkpoint's, with or without its prefix. shape: that of the whole tensor in elements,
-        however it is packed. `X.weight_scale` and `X.weight_scale_inv` are cut as their weight, whose
-        shape they are given with. Raises InputError for a name that TABLE lacks.
+        independent of the packing. `X.weight_scale` and `X.weight_scale_inv` are cut as their weight,
+        so they are given with its shape. InputError for a name that TABLE lacks.
         """
         if not 0 <= rank < self.size:
             raise InputError(f"rank {rank} is not in 0..{self.size - 1}")

@@ -14,10 +14,13 @@ from weights.storage import Stored, open_file, read_json, using_record, write_wh
 class Source(Protocol):
     """The interface of a source.
 
-    name: as the user gives it. folder: the checkpoint folder; its files may be hollow, with only
-    their headers. identity: facts that must not change until the end. open: the tensors of one
-    file. close: release a file that is not needed again. room: bytes of disk that the source itself
-    needs.
+    name: as the user gives it.
+    folder: the checkpoint folder.
+    is_hollow: whether its files have only their headers.
+    identity: facts that must not change until the end.
+    open: returns the tensors of one file.
+    close: releases a file that is not needed again.
+    room: the bytes of disk that the source itself needs.
     """
 
     name: str

@@ -60,9 +60,9 @@ class Stored:
 class Opened:
     """The tensors of a folder.
 
-    listed: those of the files that its index names, or of model.safetensors. unlisted: those of the other
-    safetensors files beside them, whose names may also be in `listed`. problems: a line for each of these
-    files that cannot be read.
+    listed: those of model.safetensors, or of the files that the folder's index names.
+    unlisted: those of the other safetensors files. Their names may also be in `listed`.
+    problems: a line for each of these other files that cannot be read.
     """
 
     listed: list[Stored]
@@ -71,9 +71,9 @@ class Opened:
 
 
 def indexed_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The weight files of a folder, with the names that its index promises (None: there is no index).
+    """The weight files of a folder, each with the tensors that its index promises (None: no index).
 
-    A folder with neither an index nor model.safetensors has all its safetensors files instead.
+    Without an index it is model.safetensors, and without that all safetensors files of the folder.
     """
     if not (folder / INDEX).exists():
         files = [folder / SINGLE] if (folder / SINGLE).exists() else safetensors_files(folder)
@@ -105,11 +105,10 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 
 def open_folder(folder: Path) -> Opened:
-    """The tensors of all files of a folder, in the order of files and names; those that the index lists
-    come first.
+    """The tensors of all files of a folder, in the order of files and names.
 
     InputError for a file of the index that is missing, cut off or not as the index says, and for a name
-    in two of them. Errors of other files are lines in `problems`, since nothing needs these files.
+    in two of them. Errors of other files are lines in `problems`, because nothing needs these files.
     """
     found: dict[str, Stored] = {}
     files = indexed_files(folder)

@@ -39,8 +39,9 @@ def dry_run(
 ) -> dict[str, Any]:
     """Describe what a conversion would write, without writing anything: see `Outline.describe`.
 
-    `done`: how many of the files an unfinished conversion in `target` has; `disk_bytes`: what is still
-    needed. InputError for all that `convert` would refuse before its first byte, except a full disk.
+    It also has `done`, the number of files that an unfinished conversion in `target` has written, and
+    `disk_bytes`, the disk space that is still needed. InputError wherever `convert` would refuse before
+    its first byte, except for a full disk.
     """
     check_target(target)
     with source_of(source) as opened:
@@ -53,8 +54,8 @@ def dry_run(
 
 @dataclass(frozen=True)
 class Verified:
-    """The result of a comparison. tensors, nbytes: what is equal. difference: the first difference,
-    or None."""
+    """The result of a comparison. tensors, nbytes: the number of equal tensors, and their bytes.
+    difference: the first difference, or None."""
 
     tensors: int
     nbytes: int
@@ -73,8 +74,8 @@ def verify(
     check: Callable[[Checkpoint], object] = lambda checkpoint: None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Verified:
-    """Compare the folder `target` with what `convert` makes of `source`: tensors, config.json and the
-    small files; how tensors are spread over files is no difference.
+    """Compare the folder `target` with the result of `convert`: tensors, config.json and the small
+    files. Tensors may be distributed over files in another way.
 
     InputError for a target that cannot be read, is cut off or unfinished, and for a source that `convert`
     refuses.
@@ -105,7 +106,7 @@ class _Comparison:
         self.opened: dict[str, dict[str, Stored]] = {}
 
     def run(self, progress: Callable[[int, int], object]) -> None:
-        wanted = self.outline.homes().keys()
+        wanted = self.outline.file_names().keys()
         for folder, held in self.held.items():
             path = self.folders[folder]
             if missing := sorted(wanted - held.keys()):

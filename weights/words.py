@@ -2,13 +2,13 @@
 
 Hopper's tensor cores take bf16 pairs: element 2p in the low half of a register, 2p + 1 in the high
 half. The bits of a code, sign s and magnitude e1 e0 m, belong at bits 15 and 8, 7, 6 of its half.
-There they are the number times 2^-126. A 32-bit word has eight codes, which are four pairs. Pair 0
-is in place already; the others are rotated into place:
+As a bf16 number they are then the value times 2^-126. A 32-bit word has eight codes, which are four
+pairs. The bits of pair 0 are where they belong; those of the other pairs have to be rotated:
 
-    pair 0    in place
+    pair 0    not rotated
     pair 1    by 6 to the left
-    pair 2    by 10 to the left, around the end
-    pair 3    by 12 to the left; e1 alone by 4
+    pair 2    by 10 to the left, where some bits wrap around
+    pair 3    by 12 to the left, except e1, which is rotated by 4
 
 A single rotation per pair is impossible, because four shapes {15, 8, 7, 6} cannot tile sixteen
 bits.
@@ -30,10 +30,11 @@ from qwen35.errors import InputError
 
 SPAN = 128  # elements along K within which codes are permuted
 TILE_N, TILE_K = 64, 256  # rows and elements that a program reads at once
-TURNS = ((0, 0, 0, 0), (6, 6, 6, 6), (10, 10, 10, 10), (12, 12, 4, 12))  # of pair p: m, e0, e1, s
+# For each pair, by how many bits m, e0, e1 and s are rotated.
+TURNS = ((0, 0, 0, 0), (6, 6, 6, 6), (10, 10, 10, 10), (12, 12, 4, 12))
 HOMES = (6, 7, 8, 15)  # where m, e0, e1, s belong in a half
 
-# Where bit 4e + b of a word goes: element e, b = 0 to 3 for its m, e0, e1, s.
+# The place of bit 4e + b of a word: element e, and b = 0 to 3 for its m, e0, e1, s.
 PLACES = tuple(
     (HOMES[b] + 16 * (e % 2) - TURNS[e // 2][b]) % 32 for e in range(8) for b in range(4)
 )
@@ -98,8 +99,8 @@ def _fours(codes: Tensor) -> Tensor:
 
 
 def _moved(data: Tensor, moves: list[tuple[int, int]]) -> Tensor:
-    """Move each bit of every 32-bit word from its first place to its second; returns uint8. Bits that are
-    rotated by the same number move together."""
+    """Move each bit of every 32-bit word from the first place of a pair to the second. Returns uint8.
+    Bits that are rotated by the same number move together."""
     words = data.view(torch.uint8).flatten().view(torch.int32).long() & 0xFFFFFFFF
     masks: dict[int, int] = {}
     for source, target in moves:
