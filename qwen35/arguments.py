@@ -1,4 +1,4 @@
-"""Checks what Python callers and requests give, and takes the forms that the command line takes."""
+"""Checks the arguments of Python callers and of requests, which may have the command line's forms."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -27,9 +27,10 @@ def shown(value: object) -> str:
 
 
 def checked(name: str, value: Any, kind: type) -> Any:
-    """A setting of this kind: int, float, bool, dict, or str for texts, of which one becomes a tuple.
+    """Return a setting if it is of this kind: int, float, bool, dict or str.
 
-    Numbers of numpy become Python's. InputError, with the name and the value, for another kind.
+    str stands for a text or a list of texts, and the result is a tuple of texts. Numbers of numpy
+    become Python's. InputError, with the name and the value, for another kind.
     """
     if isinstance(value, np.integer | np.floating):
         value = value.item()

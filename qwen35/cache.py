@@ -172,9 +172,11 @@ class DeltaState:
 
     conv: [B, taps - 1, C], the last raw (pre-convolution) qkv rows, in the model's dtype.
     recurrent: [B, HV, K, V], the matrix memory, float32 (float64 in a float64 model).
-    rows, trail: of the last pass, if it was a decode pass, the raw rows [B, taps - 1 + T, C] (with
-        those before it in front) and the recurrent state before it and after each of its tokens, so
-        that rejected drafts can be taken back.
+    rows: after a decode pass of T tokens, its raw rows and the taps - 1 rows before it,
+        [B, taps - 1 + T, C]. Otherwise None.
+    trail: after a decode pass, the recurrent states before it and after each of its tokens.
+
+    With `rows` and `trail`, rejected drafts can be taken back.
     """
 
     conv: Tensor
@@ -183,7 +185,8 @@ class DeltaState:
     trail: list[Tensor] = field(default_factory=list)
 
     def advance(self, rows: Tensor, states: list[Tensor]) -> None:
-        """Advance by a pass with raw `rows`. states: one per token (decode), or only the last."""
+        """Advance by a pass. rows: its raw rows, with those before it, as in the class. states: the
+        recurrent state after each token (decode), or only the last one."""
         kept = self.conv.shape[1]
         T = rows.shape[1] - kept
         by_token = len(states) == T

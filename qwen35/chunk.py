@@ -7,14 +7,17 @@ from qwen35.parallel.nodes import ranks_of
 from reference.linear import GRID
 from reference.model import Model
 
-# On the fast path passes of fewer rows wait for the host; elsewhere longer ones gain nothing.
+# On the fast path, a GPU would wait for the host in shorter passes. On the reference path, longer
+# passes are not faster.
 LARGEST = {"fast": 8192, "reference": 2048}
 
 
 def chosen_chunk(model: Model, path: str) -> int:
-    """The prompt tokens per pass, a multiple of 64, if the user has not chosen: as many as fit into the
-    free memory of a GPU, up to `LARGEST` of the path. Ranks agree on one number, because they make the
-    same passes."""
+    """The default for the prompt tokens per pass, a multiple of 64.
+
+    It is `LARGEST` of the path, or less if a GPU has too little free memory for that. Ranks agree on
+    one number, because they make the same passes.
+    """
     chunk, device = LARGEST[path], model.embed_tokens.weight.device
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -25,8 +28,8 @@ def chosen_chunk(model: Model, path: str) -> int:
 
 
 def row_bytes(config: Config) -> int:
-    """About twice the bytes that a pass holds at a time for each of its rows: of the widest layer, in
-    bfloat16."""
+    """Estimate twice the bytes that a pass holds at a time for each of its rows, in the layer that needs
+    most and in bfloat16."""
     D, k = config.hidden_size, config.num_experts_per_tok
     mixer = 6 * (config.conv_dim + config.linear_num_value_heads * config.linear_value_head_dim)
     attention = 4 * config.num_attention_heads * config.head_dim

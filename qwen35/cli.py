@@ -1,4 +1,4 @@
-"""What all command lines share: input and output of text, one-line errors, exit statuses,
+"""The common parts of all command lines: reading and printing text, one-line errors, exit statuses,
 `--debug`."""
 
 import argparse
@@ -77,7 +77,7 @@ class _Once(argparse.Action):
     ) -> None:
         before = getattr(namespace, self.dest, None)
         if isinstance(values, _Default):
-            return  # argparse calls a positional argument that is not given with its default
+            return  # argparse makes this call too if the positional argument is not given
         if before != values and not isinstance(before, _Default | None):
             parser.error(f"two models are given, {before} and {values}; one is expected")
         setattr(namespace, self.dest, values)
@@ -151,7 +151,7 @@ def _at_least(least: int, text: str) -> int:
     return int(text)
 
 
-SIZE_RULE = "4GB is 4 x 1000^3 bytes, 4GiB and 4G are 4 x 1024^3; so for K, M and T"
+SIZE_RULE = "4GB is 4 x 1000^3 bytes, 4GiB and 4G are 4 x 1024^3; K, M and T likewise"
 
 
 def size(text: str) -> int:
@@ -256,8 +256,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _open_closed_streams() -> None:
-    """Read nothing from, and write nowhere to, a standard stream that was closed when the process
-    began, as `<&-` and some supervisors do. Python has None for it."""
+    """Replace standard streams that were closed before the process began by the null device. `<&-`
+    and some supervisors close them, and Python then has None for them."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             mode = "r" if name == "stdin" else "w"

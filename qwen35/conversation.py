@@ -32,7 +32,8 @@ def converse(
 
     Ctrl-C during an answer ends the answer. The printed part stays in the conversation, except for
     an unfinished thought. At the prompt, or a second time before the answer has ended, Ctrl-C is a
-    KeyboardInterrupt. With several ranks it always is, because they would stop in different passes.
+    KeyboardInterrupt. With several ranks every Ctrl-C is one, because the ranks would stop in different
+    passes.
     """
     history = list(opening)
     while message := message or ranks.share(_ask):

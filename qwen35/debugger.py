@@ -19,8 +19,8 @@ class LeftError(KeyboardInterrupt):
 
 
 class Debugger(pdb.Pdb):
-    """pdb, where leaving it ends the program. Of pdb itself, `runcall` would return None instead, and
-    the next node would fail on that."""
+    """A pdb that ends the program when the user leaves it. pdb's own `runcall` would return None as the
+    node's output, and the next node would fail."""
 
     def runcall(self, function: Any, /, *arguments: Any, **named: Any) -> Any:
         self.reset()
@@ -39,11 +39,13 @@ class Debugger(pdb.Pdb):
 def break_in(model: Model, pattern: str, position: int = 0) -> list[str]:
     """Make pdb stop at the first line of the forward of each node that fits a pattern.
 
-    It stops once for each node, in the pass that computes the token at `position` of the sequence (0 is
-    the first token of the prompt). A node of the MTP head stops when it first runs after the trunk has
-    computed that token. Results stay the same. Returns the names of the nodes, from which a node is taken
-    when it has stopped. LeftError, out of the model, if the user leaves the debugger. InputError when no
-    node fits, or for a negative position.
+    pdb stops once in each node, in the pass that computes the token at `position` of the sequence (0 is
+    the first token of the prompt). In a node of the MTP head it stops when the node first runs after the
+    trunk has computed that token. Results stay the same.
+
+    Returns a list with the names of the nodes. A name is removed from it when pdb has stopped there. The
+    model then raises LeftError if the user leaves the debugger. InputError if no node fits, or for a
+    negative position.
     """
     if position < 0:
         raise InputError(f"break at token {position}; expected a position >= 0")

@@ -45,7 +45,8 @@ def build_parser() -> Parser:
     add("--prompt-ids", metavar="IDS", help="the prompt as token ids: 1,2,3")
     parser.add_model(alone=False)
     add("--max-new-tokens", type=int, metavar="N",
-        help=f"default: {NEW_TOKENS}; in a conversation all that the context holds")  # fmt: skip
+        help=f"most tokens to generate (default: {NEW_TOKENS}; in a conversation, all that the context "
+        "holds)")  # fmt: skip
     add("--temperature", type=float, metavar="T", help="0 is greedy, the default without --chat")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (0: all)")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that sum to P")
@@ -55,7 +56,7 @@ def build_parser() -> Parser:
         help="divide the logits of tokens seen, the prompt included, by R (1 is off)")  # fmt: skip
     add("--presence-penalty", type=float, metavar="R",
         help="subtract R from the logits of tokens generated so far (0 is off)")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="S", help="of the draws (default 0)")
+    add("--seed", type=int, default=0, metavar="S", help="seed of the random numbers (default 0)")
     add("--stop", action="append", default=[], metavar="TEXT",
         help="end before this text (may be given more than once)")  # fmt: skip
     add("--ignore-eos", action="store_true", help="go on after an end-of-text token")
@@ -76,11 +77,13 @@ def build_parser() -> Parser:
         help="fast: decoding as one graph of kernels on a GPU; auto: fast where it can run")  # fmt: skip
     add("--swap", action="append", default=[], metavar="PATTERN=MODULE:CLASS",
         help="put another class, or FILE.py:CLASS, in place of nodes (may be repeated)")  # fmt: skip
-    add("--device", type=device, default="cpu", metavar="D")
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("--device", type=device, default="cpu", metavar="D",
+        help="where to compute: cpu, cuda or cuda:N (default: cpu)")  # fmt: skip
+    add("--dtype", choices=DTYPES,
+        help="dtype of activations and dense weights (default: the checkpoint's own)")  # fmt: skip
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto",
-        help="of keys and values: fp8 takes half the memory; auto: the model's own")  # fmt: skip
-    add("--chat", action="store_true", help="a conversation; an empty line ends it")
+        help="dtype of keys and values: fp8 takes half the memory, auto is the model's own")  # fmt: skip
+    add("--chat", action="store_true", help="hold a conversation; an empty line ends it")
     add("--system", metavar="TEXT", help="with --chat: the system message, which comes first")
     add("--thinking", action=argparse.BooleanOptionalAction,
         help="whether to think before an answer (default: the chat template decides)")  # fmt: skip
@@ -89,20 +92,21 @@ def build_parser() -> Parser:
     add(
         "--requests",
         metavar="FILE",
-        help="one JSON request a line, - for standard input; one result a line",
+        help="answer the requests in FILE (- is standard input), one JSON object per line; each result "
+        "is one line",
     )
     add("--prefix-cache", type=Path, metavar="DIR", help="keep the beginnings of prompts in DIR")
     add("--prefix-cache-bytes", type=size, metavar="N", default="4G",
-        help="budget of what is kept, in DIR or (--chat, --requests) in memory; 0 is off. "
-        f"{SIZE_RULE}. Default: 4G")  # fmt: skip
+        help="most bytes that the prefix cache keeps, in DIR, or in memory with --chat and --requests; "
+        f"0 switches it off. {SIZE_RULE}. Default: 4G")  # fmt: skip
     add("--break", dest="break_in", metavar="NODE",
         help="stop in pdb inside of this node's forward, as in layers.3.linear_attn")  # fmt: skip
     add("--break-at", type=int, metavar="TOKEN",
-        help="with --break: in the pass that computes this position (default 0)")  # fmt: skip
+        help="with --break: stop in the pass that computes this position (default 0)")  # fmt: skip
     add_ranks(parser)
     add("--json", action="store_true", help="print one JSON document instead of a stream")
     add("--logprobs", type=int, metavar="N",
-        help="give the log probability of each token, and of the N likeliest in its place")  # fmt: skip
+        help="give the log probabilities of each token, and of the N likeliest at its place")  # fmt: skip
     add("--digest", action="store_true", help="also give the SHA-256 of all logits")
     return parser
 

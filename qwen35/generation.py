@@ -27,7 +27,8 @@ from qwen35.step_decoder import Rounds, StepDecoder, finish_prompt, prepared, ru
 from reference.linear import GRID
 from reference.model import Model
 
-# New tokens that memory is reserved for at the start. max_new_tokens may be the whole context.
+# Memory is reserved for this many new tokens at the start, because max_new_tokens may be the whole
+# context.
 AT_ONCE = 2048
 
 
@@ -209,8 +210,8 @@ class Generation:
     def _computed(self, rounds: Rounds | None) -> Iterator[tuple[Cache, Tensor]]:
         """Compute the prompt. Yield its cache and the hidden state of its last token, [1, 1, D].
 
-        With rounds, they take over after the last whole block, where the cache then ends. At the
-        end of the context, new segments are stored in the prefix cache.
+        With rounds, the cache ends after the last whole block, and the rounds compute the rest of the
+        prompt. At the end of the block, new segments are stored in the prefix cache.
         """
         length = len(self.prompt)
         whole = length if rounds is None else length // GRID * GRID
@@ -224,13 +225,13 @@ class Generation:
     @contextmanager
     def _reused(self, ids: list[int]) -> Iterator[tuple[Cache, Tensor | None]]:
         """Yield the cache of the first tokens of the prompt and the hidden state of the last of them,
-        [1, 1, D], or None if there are none. At the end of the context, new segments are stored in the
+        [1, 1, D], or None if there are none. At the end of the block, new segments are stored in the
         prefix cache."""
         cache, draft = self.model.new_cache(), self.draft_tokens > 0
         room = len(ids)
         if room == len(self.prompt):  # no rounds take over
             room += min(self.max_new_tokens, AT_ONCE) + self.draft_tokens
-        cache.reserve(room)  # at once, so that memory is missing before the start or never
+        cache.reserve(room)  # at once, so that too little memory is an error before the start
         chunk = self.prefill_chunk or chosen_chunk(self.model, self.path)
         settings: dict[str, Any] = {"chunk": chunk, "draft": draft, "progress": self.progress}
         if self.prefix_cache is None:

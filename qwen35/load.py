@@ -84,30 +84,31 @@ def load(
 
     model: "tiny" (the embedded checkpoint), a folder, or a hub id, which is downloaded.
 
-    dtype: of the activations and the dense weights, also by its name, as in "float32"; None takes
-    the checkpoint's own. On a CPU,
-    weights that are already in that dtype stay mapped files, and experts always do, in whatever
-    format the file has them (they are cast or decoded when hit): what a token does not touch is
-    never read. Other weights in FP8 or MXFP4 are decoded here. A_log and the delta net's norm keep
-    the file's float32.
+    dtype: that of activations and dense weights, also by its name, as in "float32". None is the
+    checkpoint's own. On a CPU, weights that are in this dtype already stay mapped files. Experts
+    always do, in the format of the file; they are cast or decoded when a token needs them, so experts
+    that no token needs are never read. Other weights in FP8 or MXFP4 are decoded here. A_log and the
+    delta net's norm keep the file's float32.
+
+    device: where the model computes.
 
     path: "fast" uses the fast path's layers (this needs a GPU). "auto" uses them if possible, and
     warns otherwise.
 
     swaps: replacements of nodes (`qwen35/swap.py`): pairs (PATTERN, class), or the command line's
-    "PATTERN=MODULE:CLASS". Each is made as soon as its layer is loaded, so
-    that at most one layer exists twice.
+    "PATTERN=MODULE:CLASS". A node is replaced as soon as its layer is loaded, so that at most one
+    layer exists twice.
 
     kv_cache_dtype: "fp8" keeps keys and values in e4m3 (`qwen35.cache.FP8KVCache`), "auto" in the
     model's own dtype.
 
-    ranks: the group of which this process is one rank; then the model is its part, with nodes that
-    join the ranks' results, of a whole checkpoint or of the part that `tools.convert --tp` wrote
-    for it.
+    ranks: the group of which this process is one rank. The model is then the part of this rank, with
+    nodes that combine the ranks' results. It is read from a whole checkpoint, or from the part that
+    `tools.convert --tp` wrote for the rank.
 
-    A checkpoint without MTP tensors gives a model with `mtp` None. Raises InputError when a tensor
-    is missing, unknown or of another shape, and when a GPU has not the memory for the weights;
-    warns when the file is not quantised as its config claims.
+    A checkpoint without MTP tensors gives a model with `mtp` None. InputError if a tensor is missing,
+    unknown or of another shape, and if a GPU has too little memory for the weights. A warning if the
+    file is not quantised as its config claims.
     """
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise InputError(
@@ -335,12 +336,13 @@ COPIES = {
 
 
 def text_model(checkpoint: Checkpoint) -> Config:
-    """The shape of the model that a checkpoint's tensors make: its config, without an MTP head where it
-    has none, and with a head of its own where the file has one that differs from the embedding.
+    """The config of the model that a checkpoint's tensors make.
 
-    Tensors that are no part of it are put aside and named in `checkpoint.ignored`; where they
-    contradict the config, `checkpoint.problems` has a line. Where only headers are there, a note says
-    what was not compared. InputError for an MTP head with an embedding or a head of its own.
+    It differs from the checkpoint's config if the file has no MTP head, or a head that is not tied to
+    the embedding although the config says so. Tensors that are no part of the model are moved to
+    `checkpoint.ignored`. If they contradict the config, `checkpoint.problems` gets a line. If the
+    checkpoint is hollow, a note says what was not compared. InputError for an MTP head with an embedding
+    or a head of its own.
     """
     _compare_frequencies(checkpoint)
     config = _settle_head(checkpoint, checkpoint.config)
@@ -369,10 +371,10 @@ def text_model(checkpoint: Checkpoint) -> Config:
 
 
 def _settle_head(checkpoint: Checkpoint, config: Config) -> Config:
-    """Treat the head of a model whose config ties it as transformers does: where only the head or the
-    embedding is stored, it serves as both; where both are stored and differ, each is used.
+    """Decide, as transformers does, what the head of a model is whose config ties it to the embedding.
 
-    A head that no index lists, which transformers does not see, does not change a model that is whole
+    If only one of the two is stored, it serves as both. If both are stored and differ, each is used. A
+    head that no index lists, which transformers does not see, does not change a model that is whole
     without it.
     """
     head = checkpoint.entries.get("lm_head.weight")

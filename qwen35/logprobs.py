@@ -31,8 +31,9 @@ class TokenLogprobs:
 def token_logprobs(logits: Tensor, token: int, count: int, vocab: int | None) -> TokenLogprobs:
     """The log probabilities of `token` and of the `count` likeliest ids. Ties go to the lower id.
 
-    logits: [V], as the model gives them. vocab: ids at and above it are padding and left out. Computed in
-    float64 from these logits alone, so the same logits have the same log probabilities.
+    logits: [V], as the model gives them. vocab: ids from there on are padding, and are left out. The
+    computation is in float64 and uses these logits alone, so the same logits have the same log
+    probabilities.
     """
     real = logits[:vocab].double()
     logprobs = real.log_softmax(-1)  # [vocab]

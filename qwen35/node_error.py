@@ -105,10 +105,10 @@ def blaming(model: nn.Module, stage: str = "") -> Iterator[None]:
     """Turn an exception of a block that calls `model` into NodeError, if the model has swapped
     nodes.
 
-    The exception is named with the node in whose forward it came up: one that was put in, or one
-    that could not go on with what such a node had returned. Exceptions of other models pass
-    unchanged, and so do an InputError that no such node's forward raised, and the loss of another
-    rank. stage: the name of `model`, where it is a part of one.
+    The message names the node in whose forward the exception was raised. This is a swapped node, or
+    a later one that fails with the output of a swapped node. Exceptions pass unchanged if the model
+    has no swapped node, if they are an InputError that no swapped node raised, and if another rank is
+    lost. stage: the name of `model` if it is a part of a model.
     """
     try:
         yield
@@ -148,8 +148,9 @@ def _blame(error: BaseException, model: nn.Module, stage: str) -> str | None:
 def told(error: BaseException, module: str | None = None, otherwise: str = "") -> str:
     """An exception in one line: `my_kernels.py:23: ValueError: ...`.
 
-    The place is the innermost line of the Python module of that name, or `otherwise`, where the exception
-    did not get there, as when arguments do not fit; None: the innermost line outside of torch.
+    The place is the innermost line in the Python module of that name. If the module is not in the
+    traceback, for example because the arguments do not fit, it is `otherwise`. module None: the innermost
+    line outside of torch.
     """
     text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
     short = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -30,7 +30,8 @@ class Piece:
         return repr(self.text if self.raw is None else self.raw)
 
     def document(self) -> dict[str, Any]:
-        """For JSON: `bytes` is there where they are no whole characters, `control` where it is true."""
+        """For JSON: {"id", "text"}, with "bytes" if they are no complete characters, and with
+        "control": true for a control token."""
         found: dict[str, Any] = {"id": self.id, "text": self.text}
         if self.raw is not None:
             found["bytes"] = list(self.raw)

@@ -20,8 +20,8 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Request:
-    """One request. id: any JSON value, or None. settings: those of the request, then those of the
-    command. completion: what answers it, which does not run yet."""
+    """One request. id: any JSON value, or None. settings: those of the request, and otherwise those of
+    the command. completion: the answer, which is not computed yet."""
 
     id: Any
     prompt: Prompt
@@ -67,7 +67,7 @@ def parse_request(line: str, completer: Completer, common: Settings) -> Request:
     settings = replace(common, **{name: request[name] for name in SETTINGS if name in request})
     said = _said(given[0], request[given[0]])
     prompt = completer.prompt(said, settings, tools=request.get("tools"))
-    # Made here, so that an error of it has the number of the line.
+    # It is made here, so that its errors have the number of the line.
     completion = completer.complete(prompt, settings)
     return Request(request.get("id"), prompt, settings, completion)
 

@@ -35,9 +35,12 @@ class DraftStats:
 class Decoder:
     """Continues one sequence in rounds. A round gives 1 to 1 + depth tokens.
 
-    token: the newest token, not yet seen by the trunk; hidden: [1, 1, D], the trunk's state of the
-    token before it. depth: most drafts in a round. stop: tokens after which nothing is drafted. seen: the
-    tokens so far, `token` included, where penalties need them.
+    token: the newest token, which the trunk has not seen yet.
+    hidden: [1, 1, D], the trunk's hidden state of the token before it.
+    depth: the most drafts in a round.
+    sampling: how tokens are chosen.
+    stop: tokens after which nothing is drafted.
+    seen: the tokens so far, `token` included, if penalties need them.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ Swaps = Sequence[tuple[str, Replacement | str] | str]
 
 def matching(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     """The modules whose dotted name fits a glob (`*` also spans dots). InputError, with the nearest
-    names, when there is none, and for what is no model."""
+    names, if there is none, and if `model` is no model."""
     if not isinstance(model, nn.Module):
         raise InputError(
             f"model = {shown(model)}; expected a loaded model, as qwen35.load gives it"
@@ -85,9 +85,10 @@ def outermost(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def swap(model: nn.Module, pattern: str, replacement: Replacement | str) -> list[str]:
     """Replace every node that fits `pattern` by `replacement.from_reference(node)`; return their names.
 
-    Nodes are replaced one by one; each old one is released before the next is packed. InputError when no
-    node fits, when `from_reference` refuses one (those before it stay replaced), or when the new node's
-    forward has other parameters than the old one's; NodeError when `from_reference` breaks.
+    Nodes are replaced one by one, and each old node is released before the next one is packed.
+    InputError if no node fits, if `from_reference` refuses a node (those before it stay replaced), or if
+    the new node's forward has other parameters than the old one's. NodeError if `from_reference` raises
+    another exception.
     """
     names = list(outermost(matching(model, pattern)))
     made = as_replacement(replacement)
@@ -143,7 +144,7 @@ def instead(name: str, module: nn.Module, replacement: Replacement) -> nn.Module
 
 def parse_swap(text: str, what: str = "--swap") -> tuple[str, Replacement]:
     """Parse `PATTERN=package.module:Class` or `PATTERN=file.py:Class` into the pattern and the class.
-    what: the argument's name, for errors. InputError where it fails."""
+    what: the argument's name, for errors. InputError if there is no such class."""
     pattern, _, path = text.partition("=")
     if not pattern or not path:
         raise InputError(f"{what} {text!r}; expected PATTERN={A_CLASS}")

@@ -81,8 +81,8 @@ def steps(part: Any) -> int:
 
 
 def growth(part: Any) -> float:
-    """The most characters that a normalizer or decoder makes of one. What is put once before a text, or
-    taken away, does not count."""
+    """The most characters that a normalizer or decoder makes of one. Characters that it puts once before
+    a text, or removes, do not count."""
     if not isinstance(part, dict):
         return 1.0
     if (sequence := inner(part)) is not None:

@@ -9,11 +9,11 @@ from types import ModuleType
 
 def name_of(file: str) -> str:
     """The name of a file's module: its path, so that it hides no module with another name."""
-    return os.path.join(os.curdir, os.path.normpath(file))  # of an absolute path: the path alone
+    return os.path.join(os.curdir, os.path.normpath(file))  # join drops "." before an absolute path
 
 
 def load_file(file: str) -> ModuleType:
-    """Execute a Python file as a module named by `name_of`. What the file raises passes unchanged."""
+    """Execute a Python file as a module named by `name_of`. Its exceptions pass unchanged."""
     spec = importlib.util.spec_from_file_location(name_of(file), Path(file).absolute())
     assert spec and spec.loader, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)

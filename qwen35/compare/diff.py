@@ -70,17 +70,25 @@ def diff(
 ) -> Report:
     """Compare a candidate with the reference of a checkpoint over `ids` or a text, teacher-forced.
 
-    reference: a folder, a hub id, or "tiny"; a built model is the candidate, and its folder the
-    reference. candidate (`--against`): a built model; another checkpoint; a trace
-    (node -> output of one pass over `ids`, compared free); None: the same checkpoint in `dtype`
-    with `swaps`. decode: how many of the last ids are decoded. stages: which are compared; those
-    before the last of them are run, the rest is not. device: where all sides run; None: the device
-    of a built model, or the CPU. ranks: the group over which a candidate that is a folder is cut;
-    each rank calls this, and each gets the report. Inside of a node whose results the ranks add up,
-    only the router is compared.
+    reference: a folder, a hub id, or "tiny". A model from `load` is taken as the candidate, and its
+        folder as the reference.
+    candidate (`--against`): a model from `load`, another checkpoint, or a trace (node -> output of one
+        pass over `ids`), which is compared in the mode free. None is the reference's checkpoint, with
+        `swaps` and in `dtype`.
+    swaps, dtype: of a candidate that is loaded here, as in `load`.
+    mode: "local" or "free", see the module.
+    oracle_dtype: float32 or float64.
+    decode: the number of ids, at the end, that are decoded.
+    stages: a function that says by name which stages (embed_tokens, layers.0, ..., norm, lm_head, mtp)
+        are compared. None: all. Stages before the last of them run too.
+    device: where all sides run. None: the device of a model from `load`, or the CPU.
+    progress: called with the number of stages that are done, and of all.
+    ranks: the group over which a candidate that is a folder is cut. Every rank calls this function and
+        gets the report. Inside a node whose results the ranks add up, only the router is compared.
 
-    InputError for bad folders, other shapes than the reference's, and ids that the model cannot
-    take. NodeError for a swapped node that fails, or returns another shape or kind of numbers.
+    A report is true if it has passed. InputError for bad folders, other shapes than the reference's,
+    and ids that the model cannot take. NodeError for a swapped node that fails, or that returns another
+    shape or kind of numbers.
     """
     if mode not in MODES:
         raise InputError(f"mode = {shown(mode)}; expected {' or '.join(MODES)}")
@@ -233,8 +241,8 @@ def run_stage(stage: str, sides: list[Side], judge: Judge, *, compared: bool) ->
     arguments = [side.inputs(stage) for side in (running if free else sides[:1])]
     outputs: list[list[Tensor]] = [[] for _ in running]
     named = [_nodes_of(stage, module) for module in modules]
-    # Local: the oracle first, which says what a node has to return. Free: the candidate first, whose
-    # experts the others take.
+    # Local: the oracle is first, because its results show the form that a node has to return. Free: the
+    # candidate is first, because the others take its experts.
     order = list(range(len(running)))[:: -1 if free else 1]
     for number, (phase, first, _) in enumerate(sides[0].plan[: len(arguments[0])]):
         span = first, first + arguments[0][number][0].shape[1]
@@ -265,7 +273,7 @@ def run_stage(stage: str, sides: list[Side], judge: Judge, *, compared: bool) ->
 
 
 def check_returns(nodes_: dict[str, nn.Module], calls: Calls, expected: Calls) -> None:
-    """NodeError for the first node that was put in and whose output has not the oracle's form."""
+    """NodeError for the first swapped node whose output has another form than the oracle's."""
     for node, call in calls.items():
         if node in expected:
             check_alike(nodes_[node], call.result, expected[node].result)
@@ -279,8 +287,8 @@ def compare(
     span: tuple[int, int],
     judge: Judge,
 ) -> None:
-    """Compare all nodes of a stage that every side has called in one pass. modules: each side's modules
-    by node name. span: the pass's first token and the one after its last."""
+    """Compare all nodes of a stage that every side has called in one pass. modules: those of each side,
+    by node name. span: the first token of the pass, and the token after the last one."""
     router = next((node for node, module in modules[0].items() if isinstance(module, Router)), "")
     given = [of_side[router].given[0] for of_side in calls[:2]] if router else []
     choice = _gaps(given, [own[router] for own in modules[:2]]) if router else None
@@ -310,8 +318,9 @@ def compare(
 def _local(
     sides: list[Side], modules: list[Any], given: list[tuple[Any, ...]]
 ) -> tuple[list[Any], list[State]]:
-    """Run one node on all sides; return results and states afterwards. The oracle's inputs are rounded to
-    the yardstick's dtypes first, so that all sides have the same values, each in its own dtypes."""
+    """Run one node on all sides. Returns the results, and the states after them. The oracle's inputs are
+    rounded to the yardstick's dtypes first, so that all sides have the same values, each in its own
+    dtypes."""
     rounded = [_like(value, kind) for value, kind in zip(given[0], given[1], strict=True)]
     results: list[Any] = []
     states: list[State] = []
@@ -333,9 +342,13 @@ def _like(value: Any, kind: Any) -> Any:
 
 
 def _gaps(given: list[Tensor], routers: list[Any]) -> tuple[Tensor, Tensor]:
-    """Return for each token, [N]: the gap in probability between the oracle's last chosen expert and the
-    next, and whether four times the yardstick's error could close it (a candidate may have twice that
-    error in each of the two). given, routers: the oracle's and the yardstick's."""
+    """The gap of each token, [N], and whether rounding may close it, [N].
+
+    The gap is that between the probabilities of the oracle's last chosen expert and of the next one.
+    Rounding may close a gap of at most four times the yardstick's error, because a candidate may have
+    twice that error in each of the two probabilities. given, routers: the inputs and the routers of the
+    oracle and of the yardstick.
+    """
     exact, rough = (
         linear(x, router.weight).double().softmax(-1)
         for x, router in zip(given, routers, strict=True)
@@ -348,8 +361,8 @@ def _gaps(given: list[Tensor], routers: list[Any]) -> tuple[Tensor, Tensor]:
 
 
 def _nodes_of(stage: str, module: nn.Module) -> dict[str, nn.Module]:
-    """A stage and the nodes inside it, by their names in the model. Inside of a node that joins ranks,
-    only the router computes what the whole model does."""
+    """A stage and the nodes inside it, by their names in the model. Of the nodes inside a `Joined` node
+    only the router is there, because the others compute only one rank's part."""
     inner = nodes(module, "*") if next(module.children(), None) is not None else {}
     joined = tuple(f"{name}." for name, node in inner.items() if isinstance(node, Joined))
     return {stage: module} | {
@@ -363,9 +376,12 @@ def _nodes_of(stage: str, module: nn.Module) -> dict[str, nn.Module]:
 def observed(
     nodes_: dict[str, nn.Module], calls: Calls, held: Calls, like: Calls
 ) -> Iterator[None]:
-    """Put the calls of a stage's nodes into `calls` while the block runs. A router goes on with the
-    experts that it has in `held`, if it is there; what it chose itself is what `calls` has. NodeError
-    when a node that was put in returns another form than the one that it has in `like`."""
+    """Put the calls of a stage's nodes into `calls` while the block runs.
+
+    held: calls of routers whose experts replace those that a router has chosen. `calls` has the experts
+    that it chose itself. like: calls with the expected shapes. NodeError if a swapped node returns
+    another form.
+    """
 
     def before(node: str, given: tuple[Any, ...]) -> None:
         calls[node] = Call(tuple(v.copy() if isinstance(v, State) else v for v in given))

@@ -28,22 +28,29 @@ PRINTED = 10  # rows in the repr of a report
 class Row:
     """One tensor of one node in one phase, over all its passes.
 
-    tensor: "output", or a field of the node's state. elements: compared, in all passes. max_abs: the
-    largest error against the oracle; bf16: the yardstick's; floor: half a unit in the last place of the
-    largest output. rel_rms, bf16_rms: RMS of the candidate's and of the yardstick's errors, over the RMS
-    of the oracle. x_bf16: the candidate's error over the larger of the yardstick's and the floor; errors
-    are the largest ones (local) or the RMS (free).
+    tensor: "output", or a field of the node's state.
+    elements: the number of elements that were compared.
+    max_abs: the candidate's largest error against the oracle. bf16: the yardstick's.
+    floor: half a unit in the last place of the largest output.
+    rel_rms, bf16_rms: the RMS of the candidate's and of the yardstick's errors, divided by the RMS of
+        the oracle.
+    x_bf16: the candidate's error divided by the yardstick's, or by the floor if that is larger. Errors
+        are the largest ones (local) or the RMS (free).
 
-    These say where the element with max_abs is. span: the first token of its pass, and the one after the
-    last; shape: of the tensor in that pass; worst: the index in it; position: its token's in the
-    sequence, None where it has none, as in a recurrent state; channel: the other indices, that of a head
-    first. A router's channel is an expert, that of logits a token.
+    The next five describe the element with the error max_abs.
+    span: the first token of its pass, and the token after the last one.
+    shape: that of the tensor in this pass.
+    worst: the index of the element.
+    position: that of its token in the sequence, or None if it has no token, as in a recurrent state.
+    channel: its other indices, a head before a channel. In a router it is an expert, in logits a token.
 
-    nonfinite: NaN and infinite elements. flips: tokens whose experts are not the oracle's. margin: of
-    such tokens, the widest gap between the last expert chosen and the next, in the oracle's
-    probabilities. unsure: tokens left out because rounding alone may flip their experts. histogram:
-    elements by floor(log2(error / unit)), from -16 or less to 7 or more; a pass's unit is the larger of
-    the yardstick's largest error and the floor.
+    nonfinite: the number of NaN and infinite elements.
+    flips: the number of tokens whose experts are not the oracle's.
+    margin: the widest gap of such a token between the probabilities of its last chosen expert and of the
+        next one, by the oracle.
+    unsure: the number of tokens that are left out because rounding alone may flip their experts.
+    histogram: counts of elements by floor(log2(error / unit)), from -16 or less to 7 or more. The unit
+        of a pass is the larger of the yardstick's largest error and the floor.
     """
 
     node: str
@@ -90,8 +97,12 @@ class Row:
 
 @dataclass
 class Tokens:
-    """The most likely token at each position beside the oracle's: how many, how many equal, where the
-    first other one stands, and how far apart the oracle's logits of the two are there."""
+    """The candidate's most likely token at each position, compared with the oracle's.
+
+    compared, equal: the number of positions, and of those with the same token.
+    first: the first position with another token, or None.
+    margin: the difference of the oracle's logits of the two tokens there.
+    """
 
     compared: int = 0
     equal: int = 0
@@ -101,9 +112,12 @@ class Tokens:
 
 @dataclass(repr=False)
 class Report:
-    """rows: worst first; of two failing nodes the inner one before the one that contains it. unmatched:
-    nodes that the candidate did not call, or that its trace lacks. swapped: nodes of the candidate that
-    were put in, by name: `module:class`.
+    """The result of a comparison.
+
+    rows: worst first. A failing node comes before a failing node that contains it.
+    tokens: the most likely tokens.
+    unmatched: nodes that the candidate did not call, or that its trace lacks.
+    swapped: the swapped nodes of the candidate, name -> `module:class`.
 
     A report is true if it has passed, so that `assert qwen35.diff(...)` checks something.
     """
@@ -163,9 +177,11 @@ def place_of(
 ) -> tuple[int | None, list[int]]:
     """The position in the sequence of one element of a node's tensor, and its other indices.
 
-    tensor, span: as in `Row`; without a span, a pass that begins with the first token. Outputs are
-    [N, ...] or [B, T, ...]; keys, values and their scales [B, G, P, ...], from the sequence's first
-    token; conv [B, taps - 1, C], up to the pass's last token; recurrent [B, HV, K, V].
+    tensor, span: as in `Row`. Without a span, the pass begins with the first token.
+
+    Outputs have the shape [N, ...] or [B, T, ...]. Keys, values and their scales have [B, G, P, ...]
+    and begin with the first token of the sequence. conv has [B, taps - 1, C] and ends with the last
+    token of the pass. recurrent has [B, HV, K, V].
     """
     axis = 0 if len(shape) <= 2 else 1
     first, end = span or (0, shape[axis])
@@ -249,8 +265,11 @@ class Judge:
         unsure: Tensor,
         span: Sequence[int] = (),
     ) -> None:
-        """A router's outputs, experts [N, k] and weights [N, k] on each side, compared as weights of all
-        experts [N, E]; tokens that chose others than the oracle are counted. gap [N]: `Row.margin`."""
+        """Add a router's outputs in one pass: experts [N, k] and weights [N, k] on each side.
+
+        They are compared as weights of all experts [N, E]. Tokens with other experts than the oracle's
+        are counted. gap: [N], the gap of each token as in `Row.margin`.
+        """
         dense = [
             weights.new_zeros(len(weights), self.experts).scatter_(1, chosen, weights)
             for chosen, weights in results

@@ -13,9 +13,9 @@ def contents(checkpoint: Checkpoint, plan: Plan) -> str:
     """A label of the checkpoint that a rank reads. It is the same on all ranks that read the same
     weights.
 
-    It hashes config.json and the files' names and sizes; for a whole checkpoint also the first and
-    last MiB of each file, for one rank's part the tensors that all ranks hold whole (norms,
-    routers). Not every byte is hashed, so checkpoints that differ elsewhere have the same label.
+    It is a hash of config.json and of the files' names and sizes. For a whole checkpoint the first and
+    last MiB of each file are hashed too, for one rank's part the tensors that all ranks hold whole
+    (norms, routers). Not every byte is hashed, so checkpoints that differ elsewhere have the same label.
     """
     total = hashlib.sha256(json.dumps(checkpoint.document, sort_keys=True).encode())
     for file in sorted(checkpoint.folder.glob("*.safetensors")):

@@ -17,8 +17,11 @@ class Joined(nn.Module):
 
     def __init__(self, part: nn.Module, ranks: Ranks) -> None:
         super().__init__()
-        self.__dict__["part"] = part  # not a child, which would prefix all names below it
-        self._modules, self._parameters = part._modules, part._parameters  # also what replaces them
+        self.__dict__["part"] = part  # as a child it would add "part." to all names below
+        self._modules, self._parameters = (
+            part._modules,
+            part._parameters,
+        )  # shared, so replacements are seen
         self.ranks = ranks
 
     def around(self, part: nn.Module) -> "Joined":

@@ -75,8 +75,8 @@ class Ranks:
         return self.connection.exchange(f"value/{self.exchanges}", value, wait_s)
 
     def share(self, make: Callable[[], T]) -> T:
-        """Return on every rank the result of `make` on rank 0, sent as JSON. It is for input that
-        only one process can read."""
+        """Return the result of `make` on rank 0 on every rank, sent as JSON. It serves input that only
+        one process can read."""
         if self.connection is None:
             return make()
         return self.exchange(make() if self.rank == 0 else None)[0]
@@ -221,7 +221,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """The facts that the bits depend on beside the checkpoint and the arguments."""
+    """The facts that the bits depend on, except the checkpoint and the arguments."""
     from qwen35.prefix.keys import processor  # here: it imports the nodes, which import this file
 
     is_card = device.type == "cuda"

@@ -35,7 +35,7 @@ class Watch:
 
     An exception that leaves the block is the error of all ranks. Rank 0 prints its message, if it
     has one (a closed stdout has none), and each rank exits with its status. Other ranks print only
-    the traceback of a bug. Output of libraries to file descriptor 2 is shown only with debug.
+    the traceback of a crash. Output of libraries to file descriptor 2 is shown only with debug.
     """
 
     def __init__(self, prog: str, rank: int, *, debug: bool) -> None:

@@ -33,10 +33,12 @@ INTERVAL = 32  # blocks between snapshots: 2,048 tokens, or a chunk if that is l
 class Reuse:
     """The state of one prompt in the cache, from `begin` to `finish`.
 
-    length: number of reused tokens. reason: why there are not more. stops: positions at which
-    prefill calls `keep`. hashes: the chained hashes before the first block and after each block.
-    chain: the reused segments, in order, with their tensors. pinned: keys of segments that must not
-    be evicted. kept: end and tensors of each segment that prefill has computed.
+    length: the number of reused tokens. reason: why there are not more.
+    stops: the positions at which prefill calls `keep`.
+    hashes: the chained hashes before the first block and after each block.
+    chain: the reused segments, in order, with their tensors.
+    pinned: the keys of segments that must not be evicted.
+    kept: the end and the tensors of each segment that prefill has computed.
     """
 
     length: int
@@ -71,7 +73,7 @@ class PrefixCache:
         self.store, self.checkpoint, self.warn = store or Memory(), checkpoint, warn
         self.evicted: dict[str, None] = {}  # keys, the latest last; used to explain misses
         self.warned: set[str] = set()
-        self._described: dict[tuple[int, bool, bool, str], Shapes] = {}  # what it has returned
+        self._described: dict[tuple[int, bool, bool, str], Shapes] = {}  # results of `described`
 
     def begin(self, ids: list[int], *, draft: bool, chunk: int = GRID) -> Reuse:
         """Find the longest stored prefix of `ids`, and pin it until `finish` or `release`. chunk:

@@ -11,9 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens first .. end of a prompt. blocks: the chained hash after each of its blocks; the last
-    is its key. parent: the hash before the first block. drafts: whether it has the MTP head's keys
-    and values."""
+    """The stored results of the tokens from `first` to `end` - 1 of a prompt.
+
+    parent: the chained hash before its first block.
+    blocks: the chained hash after each of its blocks. The last one is its key.
+    drafts: whether it has the keys and values of the MTP head.
+    nbytes: the bytes of its tensors.
+    """
 
     parent: str
     first: int
@@ -28,14 +32,19 @@ class Segment:
 
 
 class Store(Protocol):
-    """Holds segments: `Memory` here, `Folder` in prefix/folder.py.
+    """The interface of a store: `Memory` here, `Folder` in prefix/folder.py.
 
-    segments: all segments by key, the least recently used first. read: a segment's tensors; None where
-    it is damaged. write: store a segment; returns a line when that failed. discard: remove a damaged one,
-    even if it is in use. remove_unreadable: remove files whose metadata make no sense; returns the bytes
-    of those that could not be removed. is_free: whether nobody uses it. remove: False where it is in use.
-    size: bytes that a segment takes. pin: use a segment, which stays until `unpin`; False when it is
-    gone. exclusive: nobody else changes the store while the block runs.
+    segments: returns all segments by key, the least recently used first.
+    read: returns the tensors of a segment, or None if it is damaged.
+    write: stores a segment. Returns None, or a line on an error.
+    discard: removes a damaged segment, even if it is in use.
+    remove_unreadable: removes files with invalid metadata. Returns the bytes of those that it could not
+        remove.
+    is_free: whether nobody uses a segment.
+    remove: removes a segment. Returns False if it is in use.
+    size: the bytes that a segment takes.
+    pin: uses a segment, which then stays until `unpin`. Returns False if it is gone.
+    exclusive: while the block runs, nobody else changes the store.
     """
 
     def segments(self) -> dict[str, Segment]: ...
