@@ -1,4 +1,5 @@
-"""One launch of a HIP kernel as a value, beside Triton's: run on a ROCm card, compiled, or emulated."""
+"""A launch of a HIP kernel as a value, like those of Triton kernels. It runs on a ROCm card, or is
+compiled or emulated without one."""
 
 import ctypes
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from fast.target import target_of
 from qwen35.errors import InputError
 
 LANES = 64
-NO_BINARY, INVALID_IMAGE = 209, 200  # of hipError_t: not for this card, not a code object
+NO_BINARY, INVALID_IMAGE = 209, 200  # hipError_t: not for this card, not a code object
 SCALARS = {int: ("i32", ctypes.c_int32), float: ("fp32", ctypes.c_float)}
 
 
@@ -24,10 +25,13 @@ SCALARS = {int: ("i32", ctypes.c_int32), float: ("fp32", ctypes.c_float)}
 class HipLaunch(Launch):
     """A HIP kernel with everything that it is launched with.
 
-    kernel: a `hip_compiler.Kernel`. arguments: the parameters in their order; a tensor or None, which is
-    a null pointer, an int (32 bits) or a float (32 bits). options: num_warps alone.
-    kinds: of work, of which a pass of the hot loop does one. loading: how many of the waves load weights.
-    together: all workgroups must run at the same time, because they wait for each other.
+    kernel: a `hip_compiler.Kernel`.
+    arguments: the parameters in their order. Each is a tensor, None (a null pointer), an int (32 bits)
+        or a float (32 bits).
+    options: only num_warps.
+    loading: the number of waves of a workgroup that load weights.
+    kinds: the number of kinds of work. A pass of the hot loop does one of them.
+    together: whether all workgroups must run at the same time, because they wait for each other.
     """
 
     loading: int = 1
@@ -35,12 +39,13 @@ class HipLaunch(Launch):
     together: bool = False
 
     def __post_init__(self) -> None:
-        """HIP kernels address all tensors with 64 bits. InputError for an argument of another type."""
+        """InputError for an argument of another type. Offsets are not checked, because HIP kernels
+        address all tensors with 64 bits."""
         parameters(self.name, self.arguments)
 
     @property
     def threads(self) -> int:
-        """Of a workgroup."""
+        """The threads of a workgroup."""
         return LANES * self.options["num_warps"]
 
     @property
@@ -64,7 +69,8 @@ class HipLaunch(Launch):
             runtime().launch(self, function, torch.cuda.current_stream().cuda_stream)
 
 
-_checked: set[tuple[int | None, tuple[int, int, int]]] = set()  # functions and grids that fit
+# Functions with grids that the card runs at once.
+_checked: set[tuple[int | None, tuple[int, int, int]]] = set()
 
 
 def parameters(name: str, arguments: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -101,7 +107,8 @@ class Runtime:
         self.library = library
 
     def load(self, kernel: Kernel, code: bytes) -> ctypes.c_void_p:
-        """The function of a kernel on the current device. InputError if the code object is not for it."""
+        """Load a kernel's function on the current device. InputError if the code object is for another
+        card."""
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         status = self.library.hipModuleLoadData(ctypes.byref(module), ctypes.c_char_p(code))
         if status in (NO_BINARY, INVALID_IMAGE):
@@ -117,7 +124,7 @@ class Runtime:
         return function
 
     def check_together(self, launch: HipLaunch, function: ctypes.c_void_p, units: int) -> None:
-        """InputError unless a card of so many compute units runs the whole grid at once."""
+        """InputError unless a card of `units` compute units runs the whole grid at once."""
         fitting = ctypes.c_int()
         status = self.library.hipModuleOccupancyMaxActiveBlocksPerMultiprocessor(
             ctypes.byref(fitting), function, ctypes.c_int(launch.threads), ctypes.c_size_t(0)
@@ -128,7 +135,7 @@ class Runtime:
     def launch(self, launch: HipLaunch, function: ctypes.c_void_p, stream: int) -> None:
         values = packed(launch.arguments)
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        no_more_lds = 0  # besides the kernel's own
+        no_more_lds = 0  # in addition to the kernel's own
         sizes = (*launch.grid, launch.threads, 1, 1, no_more_lds)
         status = self.library.hipModuleLaunchKernel(
             function, *map(ctypes.c_uint, sizes), ctypes.c_void_p(stream), pointers, None

@@ -1,8 +1,8 @@
-"""Builds HIP kernels for gfx950, on any machine: no card, no driver, no headers.
+"""Builds HIP kernels for gfx950 on any machine, without a card, a driver or ROCm's headers.
 
 The compiler is the first of these that is installed: ROCm's hipcc, Debian's clang-22 with lld-22, the
-package ziglang (`pip install -e '.[hip]'`), which has the same clang. What it makes is kept in the user's
-cache by a hash of the source, the sizes and the compiler's version.
+package ziglang (`pip install -e '.[hip]'`), which has the same clang. The results are kept in the user's
+cache, under a hash of the source, the sizes and the compiler's version.
 """
 
 import hashlib
@@ -39,8 +39,12 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Compiler:
-    """name: as messages have it. clang: the command that takes a HIP source. linker: the one that makes a
-    code object of an object file; () if clang does that itself."""
+    """A compiler for HIP.
+
+    name: the one in messages.
+    clang: the command that compiles a HIP source.
+    linker: the command that makes a code object of an object file, or () if clang does that itself.
+    """
 
     name: str
     clang: tuple[str, ...]
@@ -53,7 +57,7 @@ class Compiler:
 
 @cache
 def find() -> Compiler:
-    """The compiler. InputError if there is none, with what was looked for."""
+    """The compiler. InputError if none is installed."""
     root = Path(os.environ.get("ROCM_PATH", "/opt/rocm"))
     for hipcc in (root / "bin" / "hipcc", Path("/opt/rocm/bin/hipcc"), shutil.which("hipcc")):
         if hipcc and os.access(hipcc, os.X_OK):
@@ -64,12 +68,12 @@ def find() -> Compiler:
     if importlib.util.find_spec("ziglang"):
         zig = sys.executable, "-m", "ziglang"
         return Compiler("ziglang", (*zig, "clang"), (*zig, "ld.lld"))
-    raise InputError(f"no compiler for HIP; looked for {LOOKED_FOR} (pip install ziglang==0.17.1)")
+    raise InputError(f"no compiler for HIP; looked for {LOOKED_FOR} (pip install -e '.[hip]')")
 
 
 @cache
 def version(compiler: Compiler) -> str:
-    """The compiler's own line on its version."""
+    """The first line that the compiler prints about its version."""
     return _run(compiler, (*compiler.clang, "--version")).splitlines()[0]
 
 
@@ -84,7 +88,7 @@ def code_object(kernel: Kernel) -> bytes:
 
 
 def cached(compiler: Compiler, kernel: Kernel, suffix: str) -> Path:
-    """Where the cache has, or would have, what the compiler makes of a kernel."""
+    """The file of the cache for a kernel, which may not be there yet."""
     parts = [kernel.source.read_bytes(), repr(kernel.sizes).encode(), version(compiler).encode()]
     parts += [repr(compiler.flags).encode()]
     digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
@@ -93,7 +97,7 @@ def cached(compiler: Compiler, kernel: Kernel, suffix: str) -> Path:
 
 
 def _built(compiler: Compiler, kernel: Kernel, suffix: str) -> Path:
-    """The file of the cache, which is made if it is not there."""
+    """The file of the cache. The kernel is compiled if it is not there."""
     file = cached(compiler, kernel, suffix)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +116,7 @@ def _compile(compiler: Compiler, kernel: Kernel, suffix: str, folder: Path) -> b
     if not compiler.linker:
         _run(compiler, (*compile_, "--no-gpu-bundle-output", "-o", str(linked)))
         return linked.read_bytes()
-    # From the very text that the emulator executes.
+    # The emulator executes this assembly, so the code object is made of it too.
     text, part = _built(compiler, kernel, "s"), folder / "kernel.o"
     target = "-target", "amdgcn-amd-amdhsa", f"-mcpu={ARCHITECTURE}"
     _run(compiler, (*compiler.clang, *target, "-x", "assembler", "-c", str(text), "-o", str(part)))
@@ -121,7 +125,7 @@ def _compile(compiler: Compiler, kernel: Kernel, suffix: str, folder: Path) -> b
 
 
 def _run(compiler: Compiler, command: tuple[str, ...]) -> str:
-    """Standard output of one of the compiler's commands. InputError with its first error."""
+    """Run a command of the compiler. Returns its standard output. InputError with its first error."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = (done.stderr or done.stdout).splitlines() or ["no message"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).parent / "kernels" / "moe.hip"
 UNITS = 256  # compute units of an MI355X
-# As in the source.
+# The same constants are in the source.
 STREAMERS, MAX_PAIRS, LINE, STEP, SUMMED, DEPTH = 8, 128, 16, 128, 32, 32
 
 
@@ -39,7 +39,7 @@ def check(packed: "Experts") -> None:
 
 
 def loads(D: int, I: int) -> int:
-    """How many loads of 16 bytes a lane a wave makes for one task."""
+    """The number of loads, of 16 bytes a lane, that a wave issues for one task."""
     of_D, of_I = -(-D // STEP // STREAMERS), I // STEP
     if of_I > 4 and of_I % 2 == 0:
         of_I //= 2
@@ -64,15 +64,16 @@ def launch(
 ) -> tuple[HipLaunch, Any]:
     """The launch, and the output [N, D] bf16, which it will write. Arguments as in `Experts.launches`.
 
-    workgroups: as many as the card runs at once; they wait for each other. InputError for a shared
-    expert of a size that the kernel does not take.
+    workgroups: their number, at most as many as the card runs at once, because they wait for each other.
+    InputError for a shared expert of a size that the kernel does not take.
     """
     reads = read_normed(x)
     (N, k), D, I = experts.shape, packed.D, packed.I
     shape = configs.key(D=D, I=I)
     writes, result = written(out, N, D, D // SUMMED, packed.target, then, scratch)
     followed = then is not None
-    # Counters of arrivals, which only grow. How much depends on the sizes and the grid.
+    # Counters of arrivals are never set back. A launch adds a number to each that depends on the sizes
+    # and the grid, so launches that differ in these have counters of their own.
     lines = MAX_PAIRS + 2 * D // STEP + workgroups
     counters = scratch(f"experts {shape} on {workgroups}", lines, LINE, dtype=torch.int64)
     load = loads(D, I)
@@ -106,7 +107,7 @@ def launch(
             "routed_width": 0 if routed is None else routed.shape[2], "eps": reads["eps"],
         },
         {"num_warps": STREAMERS + 1},
-        (2 if load > 4 else 3) * STREAMERS * 64 * 16 * load,  # a pass does two or three tasks
+        (2 if load > 4 else 3) * STREAMERS * 64 * 16 * load,  # two or three tasks in each pass
         loading=STREAMERS,
         kinds=2,  # gate-up and down
         together=True,
@@ -115,7 +116,7 @@ def launch(
 
 
 def workgroups_of(device: torch.device) -> int:
-    """How many workgroups the kernel is launched with: one for each compute unit."""
+    """The number of workgroups that the kernel is launched with, one for each compute unit."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return UNITS

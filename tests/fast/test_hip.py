@@ -136,7 +136,7 @@ def test_which_compiler_is_taken(machine: Callable[..., str]):
     assert machine("bin/clang-22", package=True) == f"ziglang {sys.executable} -m ziglang clang"
     assert refused(lambda: machine("bin/clang-22")) == (
         "no compiler for HIP; looked for hipcc (in $ROCM_PATH/bin, /opt/rocm/bin, PATH), clang-22 with "
-        "lld-22, package ziglang (pip install ziglang==0.17.1)"
+        "lld-22, package ziglang (pip install -e '.[hip]')"
     )
 
 

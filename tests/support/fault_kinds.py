@@ -1,8 +1,8 @@
-"""`python -m tests.support.fault_kinds`: all faults that are planted in kernels, in compiled assembly and
-in the emulator, by kind.
+"""`python -m tests.support.fault_kinds`: lists all faults that are planted in kernels, in compiled
+assembly and in the emulator, by kind.
 
-Each is a test of its own, whose name it gives. What no kind names is a fault of what is computed: a
-formula, a head, a constant.
+Each fault has a test, whose name is printed. A fault that is in no list of KINDS is one of the
+computation: a formula, a head or a constant is wrong.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from tests.tools.gfx950 import test_faults as test_faults_emulator
 from tests.tools.gfx950 import test_faults_assembly
 
 COMPUTED = "what is computed"
-# Where a fault is planted -> the modules whose FAULTS are.
+# The modules with the FAULTS that are planted in each place.
 PLACES = {
     "source": (test_faults, test_faults_mixers, test_faults_prefill, test_faults_kinds),
     "assembly": (test_faults_compiled, test_faults_assembly),

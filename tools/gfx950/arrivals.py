@@ -1,8 +1,8 @@
-"""Loads from global memory to the LDS: which bytes they have yet to write.
+"""Loads from global memory to the LDS: the bytes that they have not written yet.
 
-Such a load ends some time after it was issued, and vmcnt counts it among the vector instructions of
-its wave, which end in order. Until the wave has waited for it nobody may touch its bytes. Then the wave
-itself may; the others also need a barrier after the wait.
+Such a load ends some time after it was issued. vmcnt counts it with the other vector instructions of its
+wave, which end in order. Until the wave has waited for the load, nobody may access its bytes. After the
+wait the wave itself may. The other waves also need a barrier after the wait.
 """
 
 import numpy as np
@@ -15,14 +15,15 @@ MOST_WAVES = 32  # of a workgroup; the card takes 16
 
 
 class Arrivals:
-    """Of the workgroups of a batch, whose bytes are numbered as in `memory.Lds`."""
+    """The loads to the LDS of all workgroups of a batch. Bytes are numbered as in `memory.Lds`."""
 
     def __init__(self, workgroups: int, size: int) -> None:
         self._size = size
-        # By workgroup and wave: how many vector instructions it has issued, and how many have ended.
+        # By workgroup and wave, the numbers of vector instructions that were issued, and that have ended.
         self._issued = np.zeros((workgroups, MOST_WAVES), np.int64)
         self._ended = np.zeros_like(self._issued)
-        # By byte: the wave that loads it, which of the wave's instructions does, and its text.
+        # By byte, the wave that loads it, the number of the load among the wave's vector instructions,
+        # and the load's index in _loads.
         self._wave = np.zeros(workgroups * size, np.uint8)
         self._number = np.zeros(workgroups * size, np.int64)
         self._load = np.zeros(workgroups * size, np.int32)
@@ -33,15 +34,15 @@ class Arrivals:
         self._issued[waves.workgroup, waves.wave] += 1
 
     def wait(self, waves: Waves, left: int) -> None:
-        """Each wave has waited until no more than `left` have not ended."""
+        """Each wave has waited until at most `left` of its instructions have not ended."""
         which = waves.workgroup, waves.wave
         self._ended[which] = np.maximum(self._ended[which], self._issued[which] - left)
 
     def load(
         self, instruction: Instruction, workgroups: NDArray, waves: NDArray, places: NDArray
     ) -> None:
-        """The latest instruction of waves of workgroups, [n] each, loads the bytes at places,
-        [n, size]."""
+        """Note the bytes that the latest instruction of some waves loads. workgroups, waves: [n], which
+        waves. places: [n, size], the bytes of each."""
         if instruction not in self._loads:
             self._loads.append(instruction)
         self._wave[places] = waves[:, None]
@@ -49,10 +50,10 @@ class Arrivals:
         self._load[places] = self._loads.index(instruction)
 
     def pending(self, places: NDArray) -> NDArray[np.bool_]:
-        """Which of the bytes are yet to be written."""
+        """Say for each of these bytes whether its load has not ended yet."""
         return self._number[places] > self._ended[places // self._size, self._wave[places]]
 
     def of(self, place: int) -> str:
-        """The load of a byte, for errors."""
+        """Describe the load of a byte, for errors."""
         load = self._loads[self._load[place]]
         return f"{load.line!r} of line {load.number}"

@@ -1,7 +1,7 @@
-"""Which registers an instruction reads and writes, from its text, and which counter reports its end.
+"""Finds which registers an instruction reads and writes, and which counter reports its end.
 
-`waits` and `unwritten` follow registers through a kernel with it. The order of operands is the
-assembler's; types come from `registry.SIGNATURES`, where an instruction has them.
+`waits` and `unwritten` use it to follow registers through a kernel. The order of operands is the
+assembler's. Their types come from `registry.SIGNATURES`, if an instruction is listed there.
 """
 
 import re
@@ -18,12 +18,12 @@ SCC = 1 << (BANKS["s"] + 128)
 SCALARS = SCC | ((1 << 128) - 1) << BANKS["s"]
 NAMES = {VCC: "vcc_lo", VCC + 1: "vcc_hi", M0: "m0", EXEC: "exec_lo", EXEC + 1: "exec_hi"}
 
-# They stand among registers for what the LDS has yet to do, and for a write-back of the caches.
+# Two more members of these sets: accesses of the LDS that have not ended, and a write-back of the caches.
 LDS, WRITE_BACK = 1 << 2000, 1 << 2001
 
-# Where instructions that access memory are counted until they end.
+# The counter of the instructions of each unit. It counts them until they end.
 COUNTERS = {"vector": "vmcnt", "lds": "lgkmcnt", "scalar": "lgkmcnt"}
-# The counters stop at these numbers, so to wait until as many are left is not to wait.
+# The largest values of the counters. A wait for such a value does not wait at all.
 LARGEST = {"vmcnt": 63, "lgkmcnt": 15}
 
 _RESULTLESS = re.compile(
@@ -36,18 +36,20 @@ _HALF_WRITTEN = re.compile(r"v_fma_mix(lo|hi)|v_cvt_(scalef32_)?pk_(fp8|bf8|fp4)
 
 @dataclass(frozen=True)
 class Effects:
-    """What an instruction does to registers.
+    """The effects of an instruction on registers and memory.
 
-    reads, writes: sets of registers. kept: those of `writes` that keep a part of their bits, or all of
-    them in a lane that is not written; this is no use of the old value.
-    passed: those of `reads` without which only `onto`, a part of `writes`, is undefined. The compiler
-    leaves them unwritten where it does not use that part.
+    reads, writes: sets of registers.
+    kept: the registers of `writes` that keep a part of their bits, or all bits in some lanes. Keeping
+        them does not count as a read.
+    passed: registers of `reads` that only affect `onto`, a part of `writes`. The compiler leaves them
+        unwritten if it does not use that part.
     unit: "vector", "lds" or "scalar" for an instruction that is counted until it ends, otherwise "".
-    starts: LDS or WRITE_BACK, which the instruction starts; ended: that which must have ended before it.
-    stores: it stores to global memory, and is no atomic.
-    lds: what is done to the LDS: "read", "write", "load" (from global memory to the LDS) or "".
-    lanes: of a vector instruction: "active"; "all", whatever EXEC is; "first", the first active one; or
-    "one", which an operand names.
+    starts: LDS or WRITE_BACK, if the instruction starts such an operation.
+    ended: LDS or WRITE_BACK, if such operations must have ended before the instruction.
+    stores: whether it stores to global memory and is no atomic.
+    lds: its access of the LDS: "read", "write", "load" (from global memory to the LDS) or "".
+    lanes: the lanes of a vector instruction: "active", "all" (independent of EXEC), "first" (the first
+        active one) or "one" (an operand has its number).
     """
 
     reads: int
@@ -135,8 +137,8 @@ def names_of(registers: int) -> list[str]:
 
 
 def counters_of(instruction: Instruction) -> dict[str, int]:
-    """The counters that an s_waitcnt waits for, and how many instructions it leaves. EmulatorError if it
-    cannot be read."""
+    """The counters that an s_waitcnt waits for, and the value of each at which the wait ends.
+    EmulatorError if the instruction cannot be read."""
     found: dict[str, int] = {}
     for text in instruction.operands:
         if named := re.fullmatch(r"(vmcnt|lgkmcnt|expcnt)\((\d+)\)", text):
@@ -167,12 +169,12 @@ def _all(operands: list[Operand]) -> int:
 
 
 def _register(index: int, count: int) -> int:
-    """SGPRs from index on."""
+    """The set of `count` SGPRs from `index` on."""
     return ((1 << count) - 1) << (BANKS["s"] + index)
 
 
 def _parsed(instruction: Instruction) -> list[Operand]:
-    """The operands, less those that are labels, counters or names of hardware registers."""
+    """The operands, without labels, counters and names of hardware registers."""
     found: list[Operand] = []
     for text in instruction.operands:
         try:
@@ -183,7 +185,7 @@ def _parsed(instruction: Instruction) -> list[Operand]:
 
 
 def _results(mnemonic: str, instruction: Instruction) -> int:
-    """How many of the first operands an instruction writes."""
+    """The number of operands that an instruction writes. They are the first ones."""
     if mnemonic in SIGNATURES:
         written, _ = parse_signature(SIGNATURES[mnemonic])
         return sum(kind not in ("scc", "nonzero") for kind in written)
@@ -197,8 +199,8 @@ def _results(mnemonic: str, instruction: Instruction) -> int:
 
 
 def _returned(mnemonic: str, results: list[Operand]) -> int:
-    """What an atomic returns: as much as the memory holds, which is half the operand of a cmpswap in a
-    buffer."""
+    """The registers that an atomic returns the old value in. In a buffer_atomic_cmpswap they are the
+    first half of the operand, which also has the value to compare with."""
     if not results or not mnemonic.startswith("buffer_atomic_cmpswap"):
         return _all(results)
     (result,) = results
@@ -207,7 +209,8 @@ def _returned(mnemonic: str, results: list[Operand]) -> int:
 
 
 def _read_of_pairs(mnemonic: str, instruction: Instruction, sources: list[Operand]) -> int | None:
-    """What a packed instruction on pairs of registers reads; None for other instructions."""
+    """The registers that a packed instruction on pairs of registers reads. None for other
+    instructions."""
     if mnemonic == "v_pk_mov_b32":
         chosen = [[part] for part in bits_list(instruction, "op_sel", [0, 0])]
     elif re.fullmatch(r"v_pk_\w+_f32", mnemonic):
@@ -237,7 +240,8 @@ def _keeps_a_part(instruction: Instruction) -> bool:
 
 
 def _upper_half(mnemonic: str, operands: list[Operand]) -> tuple[int, int]:
-    """Of a multiplication that adds 64 bits: the upper half of these, and what depends on it."""
+    """The upper half of the 64 bits that a multiplication adds, and the results that depend on it. No
+    registers for other instructions."""
     if mnemonic not in ("v_mad_u64_u32", "v_mad_i64_i32") or operands[4].kind != "v":
         return 0, 0
     destination, carry, *factors, added = operands

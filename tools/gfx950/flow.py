@@ -1,4 +1,4 @@
-"""The flow of control of a kernel: its basic blocks, and facts that hold at their beginnings."""
+"""The control flow of a kernel: its basic blocks, and facts that hold at their beginnings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class Block:
-    """Instructions start to end - 1, which are executed one after the other; next: the indices of the
-    blocks that may follow."""
+    """The instructions from `start` to `end` - 1, which are executed one after the other. next: the
+    indices of the blocks that may follow."""
 
     start: int
     end: int
@@ -21,7 +21,7 @@ class Block:
 
 
 def blocks_of(program: Program) -> tuple[Block, ...]:
-    """The basic blocks in the order of the text. A branch to the end of the code follows to no block."""
+    """The basic blocks in the order of the text. A branch to the end of the code leads to no block."""
     code, labels = program.instructions, program.labels
     starts = {0, *labels.values()}
     for i, instruction in enumerate(code):
@@ -47,16 +47,18 @@ def facts(
     through: Callable[[Block, State], State],
     joined: Callable[[State, State], State],
 ) -> dict[int, State]:
-    """The facts at the beginning of each block, by its index: those that hold whichever way leads there.
-    Blocks that no way leads to are left out.
+    """The facts that hold at the beginning of each block, on all paths to it, by the block's index.
+    Unreachable blocks are left out.
 
-    first: those at the first block. through: those after a block, from those before it. joined: those
-    that hold where two ways meet; it may only lose facts, of which there are finitely many.
+    first: the facts at the beginning of the kernel.
+    through: the facts after a block, from those before it.
+    joined: the facts that hold where two paths meet. It may only remove facts, and there are finitely
+        many, so the iteration ends.
     """
     before = {0: first}
     waiting = [0]
     while waiting:
-        place = heappop(waiting)  # the first in the text: most of what leads to it is then known
+        place = heappop(waiting)  # the first in the text, as most blocks before it are then done
         after = through(blocks[place], before[place])
         for follower in blocks[place].next:
             new = after

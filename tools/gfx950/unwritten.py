@@ -1,8 +1,8 @@
-"""Reads of registers that nothing has written.
+"""Finds reads of registers that nothing has written.
 
-Most are ruled out when a kernel is loaded: a register has been written in all lanes that are active,
-whichever way through the code leads there. For that, EXEC and the masks in SGPRs are followed, by what is
-known of the lanes in them. What remains is watched while the kernel runs, lane by lane.
+For most reads an analysis of the loaded kernel proves that the register has been written in all active
+lanes, on all paths through the code. It follows EXEC and the masks in SGPRs, with facts about the lanes
+in them. The remaining reads are checked while the kernel runs, lane by lane.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ EVERYTHING = (1 << 1200) - 1
 
 @dataclass(frozen=True)
 class Lanes:
-    """What is known of the lanes of a mask: `written`, a set of registers that are written in each of
-    them, and whether they are all 64."""
+    """Facts about the lanes of a mask. written: a set of registers that are written in each of them.
+    all: whether the mask has all 64 lanes."""
 
     written: int
     all: bool = False
@@ -33,10 +33,11 @@ class Lanes:
 
 @dataclass(frozen=True)
 class Known:
-    """What has been written on every way to a place.
+    """Facts that hold on all paths to an instruction.
 
-    everywhere: registers that are written in all lanes, and SGPRs and SCC. active: what is known of the
-    lanes of EXEC. masks: the same for pairs of SGPRs, by the first one's number.
+    everywhere: the registers that are written in all lanes, with SGPRs and SCC.
+    active: the facts about the lanes of EXEC.
+    masks: those about the lanes of masks in pairs of SGPRs, by the number of the first SGPR.
     """
 
     everywhere: int
@@ -66,7 +67,7 @@ class Known:
         return Known(self.everywhere & ~registers, active, masks)
 
     def of(self, operand: Operand) -> Lanes:
-        """What is known of the lanes of a mask that an operand holds."""
+        """The facts about the lanes of a mask that an operand holds."""
         if operand.kind == "constant" and operand.value == 0:
             return Lanes(EVERYTHING)
         if operand.kind == "constant" and operand.value == -1:
@@ -78,8 +79,8 @@ class Known:
 
 
 def possible(program: Program, every: Sequence[Effects], first: int) -> dict[int, int]:
-    """The reads that may be of registers that nothing has written: by the instruction's index, a set of
-    registers.
+    """The registers that an instruction may read before anything has written them, as a set by the
+    instruction's index.
 
     every: the effects of each instruction. first: the registers that are written at the start.
     """
@@ -107,7 +108,7 @@ def possible(program: Program, every: Sequence[Effects], first: int) -> dict[int
 
 
 def _after(instruction: Instruction, what: Effects, known: Known) -> Known:
-    """What is known after an instruction that writes registers."""
+    """The facts after an instruction that writes registers."""
     written = what.writes & ~what.kept if _skips_lanes(instruction) else what.writes
     if what.passed & ~(known.everywhere | known.active.written):
         written &= ~what.onto
@@ -129,7 +130,7 @@ def _skips_lanes(instruction: Instruction) -> bool:
 
 
 def _with_masks(instruction: Instruction, scalars: int, known: Known) -> Known:
-    """What is known after an instruction that writes these SGPRs, some of which may be masks."""
+    """The facts after an instruction that writes these SGPRs, some of which may be masks."""
     new = _masks(instruction, known)
     active = known.active
     if scalars >> EXEC & 3:
@@ -140,7 +141,7 @@ def _with_masks(instruction: Instruction, scalars: int, known: Known) -> Known:
 
 
 def _masks(instruction: Instruction, known: Known) -> dict[int, Lanes]:
-    """What is known of the masks that an instruction makes, by the first SGPR."""
+    """The facts about the masks that an instruction computes, by the number of the first SGPR."""
     mnemonic = plain(instruction.mnemonic)
     if mnemonic.startswith("v_cmp"):  # its lanes are among the active ones
         lanes = replace(known.active, all=False)
@@ -159,7 +160,7 @@ def _masks(instruction: Instruction, known: Known) -> dict[int, Lanes]:
 
 
 def _combined(name: str, given: list[Lanes]) -> Lanes | None:
-    """What is known of the result of an operation on masks; None for operations that are not followed."""
+    """The facts about the result of an operation on masks. None for operations that are not followed."""
     if name == "mov":
         return given[0]
     if len(given) != 2:
@@ -186,10 +187,10 @@ def watched(
     actions: Sequence[Action | None],
     first: int,
 ) -> tuple[list[Action | None], dict[int, Action], list[bool]]:
-    """The actions of a kernel, with checks of the reads that may be of registers nothing has written.
+    """Add checks of the reads in `possible` to the actions of a kernel.
 
-    Returns the actions; checks for branches, whose action is None, by their index; and for each register
-    that is watched, which has a row of `Waves.written`, whether it is written at the start.
+    Returns the actions; the checks for branches, whose action is None, by their index; and for each
+    watched register, which has a row of `Waves.written`, whether it is written at the start.
     """
     reads = possible(program, every, first)
     registers = 0
@@ -261,7 +262,8 @@ def _check(instruction: Instruction, what: Effects, rows: dict[int, int]) -> Act
 def _mark(
     instruction: Instruction, what: Effects, rows: dict[int, int], passed: int | None
 ) -> Action:
-    """passed: the row of the register that `Effects.passed` names, if it may be unwritten."""
+    """An action that notes what an instruction writes. passed: the row of the register in
+    `Effects.passed`, if it may be unwritten."""
     lanes = _lanes(instruction, what)
     if instruction.mnemonic.endswith("_dpp"):
         lanes = dpp_permutation(instruction).writes

@@ -1,22 +1,22 @@
-"""Whether a kernel waits for its loads: the rules of s_waitcnt, on every way through the code.
+"""Checks that a kernel waits for its loads, by the rules of s_waitcnt, on all paths through the code.
 
 An instruction that accesses memory ends some time after it was issued. Until then a register that it
-loads may be neither read nor written. What AMD's documents promise (CDNA3 ISA, 4.4):
+loads must be neither read nor written. The rules (CDNA3 ISA, 4.4):
 
 vmcnt counts vector loads, stores and atomics, which end in the order in which they were issued. lgkmcnt
-counts those of the LDS, which also end in order, and scalar loads, which end in any order; the two kinds
-are not ordered among each other. So a scalar load has ended only where lgkmcnt is 0. A store has read its
-data when it is issued: no counter guards them.
+counts accesses of the LDS, which also end in order, and scalar loads, which end in any order. The two
+kinds are not ordered relative to each other, so a scalar load has surely ended only when lgkmcnt is 0. A
+store has read its data when it is issued, so no counter guards the registers with the data.
 
-s_barrier does not wait for the wave's own accesses of the LDS, and those of two waves may change places.
-So an access must have ended before the barrier that parts it from other waves'.
+s_barrier does not wait for the wave's own accesses of the LDS, so an access must have ended before the
+barrier that separates it from the accesses of other waves.
 
-buffer_wbl2 makes earlier stores visible beyond the cache, for the sake of an atomic or a store that then
-tells of them: it must have ended before that one. (LLVM leaves the wait out where it knows of no access
-that has not ended.)
+buffer_wbl2 makes earlier stores visible outside the cache. It must have ended before an atomic or a store
+that tells others about these stores. (LLVM leaves out this wait if it knows of no access that has not
+ended.)
 
-The check reads the text once, when a kernel is loaded. It follows all ways through the branches, those
-too that no input takes.
+The check reads the text once, when a kernel is loaded. It follows all paths through the branches, also
+those that no input takes.
 """
 
 from collections import deque
@@ -38,11 +38,12 @@ from tools.gfx950.flow import Block, blocks_of, facts
 
 @dataclass(frozen=True)
 class Pending:
-    """Registers that loads have yet to write, on any way to a place.
+    """The registers that loads have not written yet, on any path to an instruction.
 
     vector, lds: a set for each of the latest instructions of this unit, the latest one first. A register
-    is only in the first set that may hold it. scalar: all those of scalar loads. stored: there is a store
-    behind the last write-back.
+        is only in the first set that may contain it.
+    scalar: the registers of all scalar loads.
+    stored: whether there was a store after the last write-back.
     """
 
     vector: tuple[int, ...] = ()
@@ -124,8 +125,8 @@ def check(program: Program, every: Sequence[Effects]) -> None:
 
 
 def _too_early(what: Effects, state: Pending) -> int:
-    """The pending registers that an instruction must not touch. A load may have the destination of an
-    earlier load of its own unit, if the unit keeps the order."""
+    """The pending registers that an instruction must not access, but does. A load may have the
+    destination of an earlier load of its own unit, if the unit keeps the order."""
     again = what.writes & ~what.reads
     found = state.scalar
     for unit, sets in (("vector", state.vector), ("lds", state.lds)):
@@ -135,7 +136,8 @@ def _too_early(what: Effects, state: Pending) -> int:
 
 
 def _begin(sets: tuple[int, ...], registers: int, most: int) -> tuple[int, ...]:
-    """One more instruction of a unit. The last set holds all that is older."""
+    """The sets after one more instruction of a unit. The last set has the registers of all older
+    instructions."""
     older = [before & ~registers for before in sets]
     if len(older) == most:
         last = older.pop()
@@ -144,7 +146,7 @@ def _begin(sets: tuple[int, ...], registers: int, most: int) -> tuple[int, ...]:
 
 
 def _trimmed(sets: tuple[int, ...]) -> tuple[int, ...]:
-    """Without empty sets at the end, which say nothing."""
+    """Remove empty sets at the end."""
     end = len(sets)
     while end and not sets[end - 1]:
         end -= 1
@@ -152,7 +154,8 @@ def _trimmed(sets: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _joined(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
-    """A register belongs to the later one of two instructions: to wait for it is to wait for both."""
+    """Join the sets of two paths. A register is in the set of the later one of two instructions, because
+    a wait for this one is also a wait for the other."""
     seen, found = 0, []
     for i in range(max(len(left), len(right))):
         both = (left[i] if i < len(left) else 0) | (right[i] if i < len(right) else 0)
@@ -193,7 +196,7 @@ def _error(
 def _latest(
     every: Sequence[Effects], blocks: tuple[Block, ...], place: int, register: int, unit: str
 ) -> int:
-    """The nearest instruction before a place, on any way to it, that loads a register."""
+    """The nearest instruction before a place, on any path to it, that loads a register."""
     before: list[list[int]] = [[] for _ in blocks]
     for i, block in enumerate(blocks):
         for follower in block.next:
