@@ -37,6 +37,11 @@ def checked(name: str, value: Any, kind: type) -> Any:
     kinds = {int: int, float: (int, float), bool: bool, dict: Mapping, str: (str, Sequence)}[kind]
     if not isinstance(value, kinds) or isinstance(value, bool) != (kind is bool):
         raise InputError(f"{name} = {shown(value)}; expected {WORDS[kind]}")
+    if kind is float:
+        try:
+            return float(value)
+        except OverflowError:  # an integer of JSON may have any number of digits
+            raise InputError(f"{name} = {shown(value)}; expected {WORDS[kind]}") from None
     if kind is not str:
         return value
     texts = (value,) if isinstance(value, str) else tuple(value)

@@ -184,6 +184,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "stop of a kind": ({"prompt": "x", "stop": 5}, "stop = 5; expected a text or a list"),
     "kwargs": ({"prompt": "x", "chat_template_kwargs": []}, "chat_template_kwargs = .*an object"),
     "temperature": ({"prompt": "x", "temperature": "hot"}, "temperature = 'hot'; expected a number"),
+    "a number beyond floats": (
+        {"prompt": "x", "temperature": 10**400}, "temperature = 1000.*; expected a number"
+    ),
     "empty prompt": ({"prompt": ""}, "the prompt is empty"),
     "seed": ({"prompt": "x", "seed": -1}, "seed = -1; expected an integer"),
     "limit": ({"prompt": "x", "max_new_tokens": 0}, "max_new_tokens = 0; expected at least 1"),
