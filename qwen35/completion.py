@@ -122,6 +122,8 @@ class Completion:
                 self.generation.finish_reason = "stop"
                 return
         rest = shown.push(stream.flush()) if stream else ""
+        if shown.found:
+            self.generation.finish_reason = "stop"
         yield self._shown(rest + shown.flush())
 
     def _shown(self, piece: str) -> str:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.utils import build_hf_headers, httpx
 
 from qwen35.errors import InputError
+from weights.storage import whole
 
 WEIGHTS = ".safetensors"
 # Endings of the small files that belong to a model.
@@ -72,7 +73,7 @@ class Repository:
             )
         if end > len(content):
             content = self._first_bytes(file, end)
-        with hollow.open("wb") as handle:
+        with whole(hollow) as unfinished, unfinished.open("wb") as handle:
             handle.write(content[:end])
             handle.truncate(max(self.sizes[file], handle.tell()))
 

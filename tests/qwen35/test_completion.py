@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qwen35
-from qwen35.completion import Completer, Settings, UntilStop
+from qwen35.completion import Completer, Completion, Settings, UntilStop
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
 from qwen35.load import TINY, load
@@ -71,6 +72,24 @@ def test_a_stop_string_ends_a_text(model: Model) -> None:
     for depth in (0, 1):
         again = qwen35.generate(model, "In the beginning", stop=[stop], draft_tokens=depth)
         assert again.token_ids == cut.token_ids
+
+
+def test_a_stop_string_in_the_last_piece_ends_a_text() -> None:
+    """As where a vocabulary of bytes holds a run back to the end."""
+
+    class Late:
+        def push(self, token: int) -> str:
+            return ""
+
+        def flush(self) -> str:
+            return "a text. And more"
+
+    generation, tokenizer = MagicMock(finish_reason="length"), MagicMock()
+    generation.__iter__.return_value = iter([(1, None)])
+    tokenizer.stream.return_value = Late()
+    completion = Completion(generation, tokenizer, Prompt([1]), stop=["."])
+    assert list(completion) == ["", "a text"]
+    assert completion.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("stop", ["", [""], [5], 5, True])

@@ -419,3 +419,16 @@ def test_files_that_would_leave_the_folder(
     hub.push("someone/bad", bad)
     check_one_line(children.run("someone/bad", tmp_path / "out", *TO_MXFP4), INDEX, "../model")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_without_room_for_a_header_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its file; an error without a name is taken for one of standard output."""
+    repository = object.__new__(Repository)
+    repository.name, repository.sizes = "a/b", {"x.safetensors": 1 << 62}
+    monkeypatch.setattr(repository, "_first_bytes", lambda *_: (2).to_bytes(8, "little") + b"{}")
+    with pytest.raises(OSError) as caught:
+        repository._fetch_header("x.safetensors", tmp_path / "x.safetensors")
+    assert caught.value.filename == str(tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
