@@ -2,11 +2,20 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 from weights.checkpoint import Checkpoint
 from weights.shard import Plan
 
 ENDS = 1 << 20  # bytes that are hashed at each end of a file
+
+
+def ends_of(file: Path) -> bytes:
+    """The first and last ENDS bytes of a file, which may overlap."""
+    with file.open("rb") as handle:
+        first = handle.read(ENDS)
+        handle.seek(max(0, file.stat().st_size - ENDS))
+        return first + handle.read(ENDS)
 
 
 def contents(checkpoint: Checkpoint, plan: Plan) -> str:
@@ -19,14 +28,9 @@ def contents(checkpoint: Checkpoint, plan: Plan) -> str:
     """
     total = hashlib.sha256(json.dumps(checkpoint.document, sort_keys=True).encode())
     for file in sorted(checkpoint.folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        total.update(f"{file.name} {size}\n".encode())
-        if checkpoint.is_part:
-            continue
-        with file.open("rb") as handle:
-            total.update(handle.read(ENDS))
-            handle.seek(max(0, size - ENDS))
-            total.update(handle.read(ENDS))
+        total.update(f"{file.name} {file.stat().st_size}\n".encode())
+        if not checkpoint.is_part:
+            total.update(ends_of(file))
     if checkpoint.is_part:
         for name, entry in sorted(checkpoint.entries.items()):
             if plan.is_whole(name):

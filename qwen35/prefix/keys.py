@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qwen35.parallel.checkpoint import ends_of
 from qwen35.parallel.nodes import ranks_of
 from qwen35.swap import nodes
 from reference.linear import GRID
 from reference.model import Model
-
-ENDS = 1 << 20  # bytes of a file that are hashed, at both ends of it
 
 
 def chained(root: str, ids: list[int]) -> list[str]:
@@ -80,8 +79,5 @@ def fingerprint(folder: Path) -> str:
     for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
         stat = file.stat()
         total.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        with file.open("rb") as handle:
-            total.update(handle.read(ENDS))
-            handle.seek(max(0, stat.st_size - ENDS))
-            total.update(handle.read(ENDS))
+        total.update(ends_of(file))
     return total.hexdigest()[:16]
