@@ -106,7 +106,8 @@ class Checkpoint:
         self.problems = list(opened.problems)
         self.unlisted: set[str] = set()
         self.computed: list[Stored] = []
-        self.rivals: list[tuple[Stored, Stored]] = []  # equal names in unlisted files
+        # Tensors of unlisted files with equal names, the first one first.
+        self.rivals: list[tuple[Stored, Stored]] = []
         self._merge(opened.unlisted)
         formats: dict[str, str] = {}
         # A foreign format's own tensors say more than its weights' dtypes, so they are checked first.
@@ -131,20 +132,20 @@ class Checkpoint:
 
     def _merge(self, unlisted: list[Stored]) -> None:
         """Add tensors of files that no index lists, if their names without prefix are new."""
-        homes = {PREFIX.sub("", name): stored for name, stored in self.stored.items()}
-        passed: dict[tuple[str, str], list[str]] = {}
+        by_name = {PREFIX.sub("", name): stored for name, stored in self.stored.items()}
+        skipped: dict[tuple[str, str], list[str]] = {}
         for stored in unlisted:
-            home = homes.setdefault(PREFIX.sub("", stored.name), stored)
-            if home is stored:
+            first = by_name.setdefault(PREFIX.sub("", stored.name), stored)
+            if first is stored:
                 self.stored[stored.name] = stored
                 self.unlisted.add(stored.name)
-            elif home.name in self.unlisted:
-                self.rivals.append((home, stored))
+            elif first.name in self.unlisted:
+                self.rivals.append((first, stored))
             else:
-                passed.setdefault((stored.file.name, home.file.name), []).append(stored.name)
+                skipped.setdefault((stored.file.name, first.file.name), []).append(stored.name)
         self.problems += [
-            f"{file}: in no index; not read from it, since {home} has them: {some(names)}"
-            for (file, home), names in passed.items()
+            f"{file}: in no index; not read from it, since {first} has them: {some(names)}"
+            for (file, first), names in skipped.items()
         ]
 
     def _add(self, stored: Stored, formats: dict[str, str]) -> None:
@@ -236,11 +237,11 @@ class Checkpoint:
         read: dict[str, list[str]] = {}
         unread: dict[str, list[str]] = {}
         extra = [stored for name, stored in self.stored.items() if name in self.unlisted]
-        for home, stored in [*((stored, stored) for stored in extra), *self.rivals]:
-            if self.ignored.get(home.name) == FOREIGN or home.name not in known:
-                self.ignored[home.name] = FOREIGN
+        for first, stored in [*((stored, stored) for stored in extra), *self.rivals]:
+            if self.ignored.get(first.name) == FOREIGN or first.name not in known:
+                self.ignored[first.name] = FOREIGN
                 unread.setdefault(stored.file.name, []).append(stored.name)
-            elif home is stored and home.name in used:
+            elif first is stored and first.name in used:
                 read.setdefault(stored.file.name, []).append(stored.name)
         self.notes += [
             f"{file}: in no index; read from it: {some(names)}" for file, names in read.items()
@@ -252,16 +253,16 @@ class Checkpoint:
         self._compare_rivals(used)
 
     def _compare_rivals(self, used: Container[str]) -> None:
-        passed: dict[tuple[str, str], list[str]] = {}
-        for home, stored in self.rivals:
-            if home.name not in used:
+        skipped: dict[tuple[str, str], list[str]] = {}
+        for first, stored in self.rivals:
+            if first.name not in used:
                 continue
-            passed.setdefault((stored.file.name, home.file.name), []).append(stored.name)
-            is_same = self.is_hollow or (home.dtype == stored.dtype and same_values(home, stored))
+            skipped.setdefault((stored.file.name, first.file.name), []).append(stored.name)
+            is_same = self.is_hollow or (first.dtype == stored.dtype and same_values(first, stored))
             if not is_same:
                 this, that = (
                     f"{one.name} in {one.file.name} ({DTYPE_NAMES[one.dtype]} {list(one.shape)})"
-                    for one in (stored, home)
+                    for one in (stored, first)
                 )
                 raise InputError(
                     f"{self.folder}: {this} differs from {that}, and no index says which of them is meant"
@@ -269,8 +270,8 @@ class Checkpoint:
         lines = self.problems if self.is_hollow else self.notes
         how = "but were not compared with it" if self.is_hollow else "and are the same"
         lines += [
-            f"{file}: in no index; not read from it, since {home} has them, {how}: {some(names)}"
-            for (file, home), names in passed.items()
+            f"{file}: in no index; not read from it, since {first} has them, {how}: {some(names)}"
+            for (file, first), names in skipped.items()
         ]
 
     @property

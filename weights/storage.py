@@ -112,16 +112,16 @@ def open_folder(folder: Path) -> Opened:
     """
     found: dict[str, Stored] = {}
     files = indexed_files(folder)
-    home = {name: file.name for file, names in files.items() for name in names or ()}
+    listed_in = {name: file.name for file, names in files.items() for name in names or ()}
     for file, promised in files.items():
         stored = open_file(file)
         names = set(stored)
         if promised is not None and names != promised:
             only_here, only_there = sorted(names - promised), sorted(promised - names)
-            twice = [name for name in only_here if name in home]
+            twice = [name for name in only_here if name in listed_in]
             if twice:
                 raise InputError(
-                    f"{file}: {twice[0]} is in this file and, says {INDEX}, in {home[twice[0]]}"
+                    f"{file}: {twice[0]} is in this file and, says {INDEX}, in {listed_in[twice[0]]}"
                 )
             where = (
                 f"{file}: in the file but not in {INDEX}"

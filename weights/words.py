@@ -32,11 +32,11 @@ SPAN = 128  # elements along K within which codes are permuted
 TILE_N, TILE_K = 64, 256  # rows and elements that a program reads at once
 # For each pair, by how many bits m, e0, e1 and s are rotated.
 TURNS = ((0, 0, 0, 0), (6, 6, 6, 6), (10, 10, 10, 10), (12, 12, 4, 12))
-HOMES = (6, 7, 8, 15)  # where m, e0, e1, s belong in a half
+PLACES_IN_HALF = (6, 7, 8, 15)  # where m, e0, e1, s belong in a half
 
 # The place of bit 4e + b of a word: element e, and b = 0 to 3 for its m, e0, e1, s.
 PLACES = tuple(
-    (HOMES[b] + 16 * (e % 2) - TURNS[e // 2][b]) % 32 for e in range(8) for b in range(4)
+    (PLACES_IN_HALF[b] + 16 * (e % 2) - TURNS[e // 2][b]) % 32 for e in range(8) for b in range(4)
 )
 
 
