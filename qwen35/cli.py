@@ -35,6 +35,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str, *, computes: bool = True) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
+        # Before Python 3.14 argparse takes -1e-3 for an option, unlike -0.001.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
         self.add_argument("--version", action="version", version=f"qwen35 {installed('qwen35')}")
         if computes:

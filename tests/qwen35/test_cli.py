@@ -185,3 +185,10 @@ def test_of_many_processes_with_the_same_arguments_one_gives_help(
             cli.Parser("x", "y").parse_args([option])
         assert ended.value.code == 0
         assert bool(capsys.readouterr().out) == (rank == "0")
+
+
+@pytest.mark.parametrize("number", ["-1", "-0.5", "-.5", "-1e-3", "-1E308"])
+def test_a_negative_number_is_no_option(number: str) -> None:
+    parser = cli.Parser("x", "y")
+    parser.add_argument("--penalty", type=float)
+    assert parser.parse_args(["--penalty", number]).penalty == float(number)
