@@ -100,7 +100,7 @@ def build_parser() -> Parser:
         help="most bytes that the prefix cache keeps, in DIR, or in memory with --chat and --requests; "
         f"0 switches it off. {SIZE_RULE}. Default: 4G")  # fmt: skip
     add("--break", dest="break_in", metavar="NODE",
-        help="stop in pdb inside of this node's forward, as in layers.3.linear_attn")  # fmt: skip
+        help="stop in pdb inside this node's forward, for example layers.3.linear_attn")  # fmt: skip
     add("--break-at", type=int, metavar="TOKEN",
         help="with --break: stop in the pass that computes this position (default 0)")  # fmt: skip
     add_ranks(parser)

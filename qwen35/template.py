@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from itertools import count
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,17 @@ class Marker:
     def __init__(self, tokens: Iterable[str], given: Any, template: ChatTemplate) -> None:
         self.tokens = sorted(tokens, key=len, reverse=True)
         texts = [*_texts(given), *template.templates.values()]
+        used = set[str]().union(*texts)
         free = (
-            mark for mark in map(chr, count(FIRST_MARK))
-            if not any(form in text for form in (mark, _escaped(mark)) for text in texts)
+            mark for mark in map(chr, range(FIRST_MARK, sys.maxunicode + 1))
+            if mark not in used and not any(_escaped(mark) in text for text in texts)
         )  # fmt: skip
-        self.start, self.end, self.cut = next(free), next(free), next(free)
+        marks = list(islice(free, 3))
+        if len(marks) < 3:
+            raise InputError(
+                "the messages use all private-use characters; three of them must be free"
+            )
+        self.start, self.end, self.cut = marks
         either = "|".join(map(re.escape, self.tokens)) or "(?!)"
         self.token = re.compile(either)
         self.literal = re.compile(

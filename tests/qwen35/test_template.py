@@ -492,3 +492,13 @@ def test_a_variable_that_is_no_json_is_refused(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ place }}")
     with pytest.raises(InputError, match=r"its variables are no JSON: Object of type \w*Path"):
         Tokenizer(folder).chat(USER, template_kwargs={"place": folder})
+
+
+def test_a_message_with_all_characters_that_could_be_marks() -> None:
+    """One line; with three of them left, there are marks."""
+    every = "".join(map(chr, range(templates.FIRST_MARK, 0x110000)))
+    tokenizer = Tokenizer(TINY)
+    with pytest.raises(InputError, match="all private-use characters"):
+        tokenizer.chat([{"role": "user", "content": every}])
+    marker = templates.Marker(["<a>"], [every[3:]], templates.ChatTemplate(TINY, {}))
+    assert {marker.start, marker.end, marker.cut} == {*every[:3]}
