@@ -122,6 +122,7 @@ def one_line(what: str) -> Iterator[None]:
         OSError,
     ) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            error.filename = error.filename or what.partition(" (")[0]
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"{what}: cannot be fetched from the hub: {lines[0]}") from None

@@ -1,5 +1,6 @@
 """Conversions of hub repositories, over the real client and a server on the loopback interface."""
 
+import errno
 import json
 import os
 import re
@@ -34,7 +35,7 @@ from tests.weights.test_convert_killed import Children, is_complete
 from tools.inspect import describe, open_model
 from weights.checkpoint import UNFINISHED, Checkpoint
 from weights.convert import convert
-from weights.hub import PROBABLY, Repository
+from weights.hub import PROBABLY, Repository, one_line
 from weights.output import Options
 from weights.source import Hub
 
@@ -432,3 +433,12 @@ def test_a_disk_without_room_for_a_header_is_named(
         repository._fetch_header("x.safetensors", tmp_path / "x.safetensors")
     assert caught.value.filename == str(tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_a_download_fills_is_named() -> None:
+    """The hub's client writes without names."""
+    for name in (None, "cache/x"):
+        full = OSError(errno.ENOSPC, "No space left on device", name)
+        with pytest.raises(OSError) as caught, one_line("a/b (no such folder here)"):
+            raise full
+        assert caught.value.filename == (name or "a/b")
