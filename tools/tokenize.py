@@ -99,12 +99,15 @@ def _prompt(args: argparse.Namespace, source: str, tokenizer: Tokenizer) -> Prom
 
 
 def _messages(file: str) -> list[dict[str, Any]]:
+    text = read_text(file)
     try:
-        return parse_messages(json.loads(read_text(file)))
-    except (json.JSONDecodeError, RecursionError) as error:
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not JSON: {error}") from None
+    try:
+        return parse_messages(given)
     except InputError as error:
-        raise error if str(error).startswith(file) else InputError(f"{file}: {error}") from None
+        raise InputError(f"{file}: {error}") from None
 
 
 def _show(pieces: list[Piece], text: str) -> None:

@@ -3,7 +3,6 @@
 A tensor is joined from the ranks' parts when it is read.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen35.config import Config
+from qwen35.config_json import read_object
 from qwen35.errors import InputError
 from weights.command import UNFINISHED, USUAL_WHAT, command, continuing
 from weights.shard import Plan, Shard, join
@@ -95,11 +95,9 @@ def open_ranks(folders: list[Path], config: Config) -> Opened:
     InputError if the ranks have different names, or if parts do not fit the plan.
     """
     for rank, folder in enumerate(folders):
-        document = json.loads((folder / "config.json").read_bytes())
-        if rank_of(document, folder / "config.json") != (rank, len(folders)):
-            raise InputError(
-                f"{folder / 'config.json'}: is not that of rank {rank} of {len(folders)}"
-            )
+        file = folder / "config.json"
+        if rank_of(read_object(file), file) != (rank, len(folders)):
+            raise InputError(f"{file}: is not that of rank {rank} of {len(folders)}")
     plan = Plan(config, len(folders))
     opened = [open_folder(folder) for folder in folders]
     held = [{stored.name: stored for stored in one.listed} for one in opened]

@@ -109,6 +109,7 @@ def test_a_tokenizer_alone_is_enough(cli: Cli, tmp_path: Path) -> None:
         (["a", "--thinking"], ["--thinking", "only --chat and --messages"]),
         (["--file", "missing"], ["missing"]),
         (["--messages", "bad.json"], ["bad.json", "not JSON"]),
+        (["--messages", "digits.json"], ["digits.json", "not JSON", "digits"]),
         (["--messages", "role.json"], ["role.json", "messages[0]", "no content"]),
         (["a", "--model", "nowhere"], ["nowhere", "tokenizer.json"]),
         (["a\udcff"], ["UTF-8"]),
@@ -119,6 +120,7 @@ def test_bad_input(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("bad.json").write_text("{", encoding="utf-8")
+    Path("digits.json").write_text("9" * 5000, encoding="utf-8")
     Path("role.json").write_text('[{"role": "user"}]', encoding="utf-8")
     status, out, err = cli(*arguments)
     assert (status, out, err.count("\n")) == (2, "", 1), err

@@ -1,6 +1,7 @@
 """The JSON files that a conversion keeps may have been changed by somebody else: one line names them."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests.support.conversions import (  # noqa: F401
     stop_at,
 )
 from tools import inspect
+from weights.checkpoint import Checkpoint
 from weights.convert import FINISHED, REPORT, UNFINISHED, convert
 from weights.ranks import join_command
 from weights.source import Hub
@@ -78,3 +80,17 @@ def test_ranks_with_a_damaged_report(content: str, little: Path) -> None:
         report.write_text(content)
     assert written["to"] == "bf16"
     assert join_command(target).startswith(usual.rpartition(" ")[0])
+
+
+@pytest.mark.parametrize("content", ["garbage", "[]", '{"tensor_parallel": [1]}', "{}", None])
+def test_a_rank_with_a_damaged_config(content: str | None, little: Path) -> None:
+    """Whichever rank it is, its file is named."""
+    target = little.parent / "ranks"
+    convert(little, target, replace(TO_MXFP4, to="bf16", tp=2))
+    config = target / "rank-1-of-2" / "config.json"
+    if content is None:
+        config.unlink()
+    else:
+        config.write_text(content)
+    with pytest.raises(InputError, match=re.escape(str(config))):
+        Checkpoint(target)
