@@ -31,7 +31,7 @@ PACKED = ".weight_packed"  # the name of compressed-tensors for a weight with tw
 SCALES = (".weight_scale", ".weight_scale_inv")
 FUSED = ("gate_up_proj", "down_proj")  # all experts of a layer in one tensor
 FUSED_SCALES = tuple(f"{name}{suffix}" for name in FUSED for suffix in ("_scale", "_scale_inv"))
-ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d{1,9})\.(gate|up|down)_proj\.weight")
 
 # Scales of activations, of attention and of the KV cache. The weights do not need them.
 RUN_TIME = re.compile(

@@ -15,7 +15,7 @@ from qwen35.config import Config
 from qwen35.config_json import read_object
 from qwen35.errors import InputError
 from weights.command import UNFINISHED, USUAL_WHAT, command, continuing
-from weights.shard import Plan, Shard, join
+from weights.shard import SIZES, Plan, Shard, join
 from weights.storage import DTYPE_NAMES, Opened, Stored, open_folder, read_json, some
 
 FOLDER = re.compile(r"rank-(\d+)-of-(\d+)")
@@ -31,8 +31,8 @@ def folder_names(size: int) -> list[str]:
 def rank_folders(parent: Path) -> list[Path]:
     """The folders of all ranks in `parent`, in their order. Empty if there are none.
 
-    InputError if one is missing, or if they belong to groups of several sizes. A folder with its
-    own config.json is a checkpoint, whatever else is in it.
+    InputError if one is missing, or if they belong to groups of several or unknown sizes. A folder with
+    its own config.json is a checkpoint, whatever else is in it.
     """
     if not parent.is_dir() or (parent / "config.json").exists():
         return []
@@ -43,6 +43,11 @@ def rank_folders(parent: Path) -> list[Path]:
     if len(sizes) > 1:
         raise InputError(
             f"{parent}: holds the ranks of groups of {' and of '.join(map(str, sizes))}"
+        )
+    if sizes[0] not in SIZES:
+        known = ", ".join(map(str, SIZES))
+        raise InputError(
+            f"{parent}: holds a rank of {sizes[0]}; known sizes of a group are {known}"
         )
     folders = [parent / name for name in folder_names(sizes[0])]
     missing = [folder.name for folder in folders if not folder.is_dir()]

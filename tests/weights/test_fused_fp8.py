@@ -36,7 +36,9 @@ from tests.weights.test_dialects import DTYPES, quantised_linears, rounded
 from weights import mxfp4
 from weights.checkpoint import Checkpoint
 from weights.convert import convert
+from weights.entry import entry_of
 from weights.output import Options
+from weights.storage import Stored
 
 MEMBER = "397B-A17B"
 SIZES = FAMILY[MEMBER] | QUANTIZED_SIZES
@@ -532,3 +534,17 @@ def test_fused_experts_of_no_size(tmp_path: Path, shape: tuple[int, ...]) -> Non
     with pytest.raises(InputError) as caught:
         load(tmp_path)
     assert_names(caught, [f"{LAYER}.gate_up_proj"])
+
+
+def test_an_expert_with_more_digits_than_python_converts() -> None:
+    """Its tensor is named, as any that has no scales."""
+    stem, file = "model.layers.0.mlp.experts", Path("x.safetensors")
+    names = f"{stem}.{'9' * 5000}.gate_proj.weight", f"{stem}.gate_up_proj_scale_inv"
+    weight, scale = (
+        Stored(name, file, dtype, shape, lambda: torch.empty(0))
+        for name, dtype, shape in zip(
+            names, (torch.float8_e4m3fn, torch.float32), ((128, 128), (2, 2, 1)), strict=True
+        )
+    )
+    with pytest.raises(InputError, match="are left out"):
+        entry_of(weight, {weight.name: weight, scale.name: scale}, (128, 128), 2)

@@ -209,3 +209,13 @@ def test_a_head_that_neighbours_share_has_to_be_the_same(tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"k_proj\.weight differs from what other ranks hold"):
         convert(tmp_path / "ranks", tmp_path / "out", Options("bf16"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", ["3", "9999999999"])
+def test_a_group_of_an_unknown_size(size: str, tmp_path: Path) -> None:
+    """At once, however many folders that would be."""
+    (tmp_path / f"rank-0-of-{size}").mkdir()
+    with pytest.raises(
+        InputError, match=f"holds a rank of {size}; known sizes of a group are 1, 2"
+    ):
+        rank_folders(tmp_path)
