@@ -11,9 +11,10 @@ import torch
 from fast.allreduce import OneShot
 from fast.launch import Launch, Scratch, Work
 from fast.layer import DecoderLayer
-from fast.moe import Experts
+from fast.moe import Experts, SparseMoeBlock
 from fast.mtp import MTP
 from fast.prefill import layer as prefill
+from fast.router import Router
 from fast.step import Step
 from qwen35.cache import KV_CACHE_DTYPES, Cache
 from qwen35.config import Config
@@ -81,26 +82,30 @@ def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
 
 
 def hip_launches(target: str) -> Iterator[Launch]:
-    """The experts, with the shared one, as one HIP kernel and, of the same sizes, as Triton's two: of the
-    397B on 1, 2, 4 and 8 ranks. HIP alone: of the 35B-A3B on 1, 2 and 4."""
-    meta = torch.device("meta")
+    """The HIP kernels of a block of experts and, of the same sizes, Triton's: of the 397B on 1, 2, 4 and
+    8 ranks. HIP alone: of the 35B-A3B on 1, 2 and 4."""
     for name, ranks, kernel in (
         *((PUBLISHED, ranks, kernel) for ranks in RANKS for kernel in ("hip", "triton")),
         *((SMALLER, ranks, "hip") for ranks in RANKS[:-1]),
     ):
         config = sliced(Config.published(name), ranks)
-        sizes = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the smaller model's sizes are not in Triton's table
-            experts = Experts(*sizes, target, meta, kernel=kernel)
-        rows, k = DRAFTS + 1, config.num_experts_per_tok
-        x = torch.empty(rows, config.hidden_size, dtype=torch.bfloat16, device=meta)
-        ids = torch.empty(rows, k, dtype=torch.int32, device=meta)
-        I = config.shared_expert_intermediate_size
-        parts = torch.empty(2, rows, config.num_experts + 1 + 2 * I, device=meta)
-        down = torch.empty(config.hidden_size, I, dtype=torch.bfloat16, device=meta)
-        shares, scratch = torch.empty(rows, k, device=meta), Scratch(meta)
-        yield from experts.launches(x, ids, shares, scratch, shared=(parts, down))[0]
+        block = moe_block(config, config.num_experts, target, kernel, torch.device("meta"))
+        x = torch.empty(DRAFTS + 1, config.hidden_size, dtype=torch.bfloat16, device="meta")
+        yield from block.launches(x, Scratch(x.device))[0]
+
+
+def moe_block(
+    config: Config, E: int, target: str, kernel: str, device: torch.device
+) -> SparseMoeBlock:
+    """A block of E experts with a model's other sizes, whose weights are not filled."""
+    D, I = config.hidden_size, config.shared_expert_intermediate_size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the smaller model's sizes are not in Triton's table
+        experts = Experts(E, D, config.moe_intermediate_size, target, device, kernel=kernel)
+    rows = torch.empty(E + 1 + 2 * I, D, dtype=torch.bfloat16, device=device)
+    top_k, norm = config.num_experts_per_tok, config.norm_topk_prob
+    gate = Router(rows, E, top_k, norm, target, kernel)
+    return SparseMoeBlock(gate, experts, torch.empty(D, I, dtype=torch.bfloat16, device=device))
 
 
 def _works(model: Any, config: Config, ranks: int, device: torch.device) -> Iterator[Work]:

@@ -30,7 +30,7 @@ class HipLaunch(Launch):
         or a float (32 bits).
     options: only num_warps.
     loading: the number of waves of a workgroup that load weights.
-    kinds: the number of kinds of work. A pass of the hot loop does one of them.
+    kinds: the number of kinds of work, or 0 without a hot loop. A pass of that loop does one of them.
     together: whether all workgroups must run at the same time, because they wait for each other.
     """
 

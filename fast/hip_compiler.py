@@ -2,12 +2,13 @@
 
 The compiler is the first of these that is installed: ROCm's hipcc, Debian's clang-22 with lld-22, the
 package ziglang (`pip install -e '.[hip]'`), which has the same clang. The results are kept in the user's
-cache, under a hash of the source, the sizes and the compiler's version.
+cache, under a hash of the source, the files that it includes, the sizes and the compiler's version.
 """
 
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ FLAGS = (
     "-fuse-cuid=none",  # which would put a hash of the path into the text
 )  # fmt: skip
 WITHOUT_ROCM = ("-nogpuinc", "-nogpulib")
+INCLUDED = re.compile(rb'^ *# *include *"(.+)"', re.MULTILINE)
 LOOKED_FOR = "hipcc (in $ROCM_PATH/bin, /opt/rocm/bin, PATH), clang-22 with lld-22, package ziglang"
 
 
@@ -89,11 +91,28 @@ def code_object(kernel: Kernel) -> bytes:
 
 def cached(compiler: Compiler, kernel: Kernel, suffix: str) -> Path:
     """The file of the cache for a kernel, which may not be there yet."""
-    parts = [kernel.source.read_bytes(), repr(kernel.sizes).encode(), version(compiler).encode()]
-    parts += [repr(compiler.flags).encode()]
+    parts = [file.read_bytes() for file in sources(kernel.source)]
+    parts += [
+        repr(kernel.sizes).encode(),
+        version(compiler).encode(),
+        repr(compiler.flags).encode(),
+    ]
     digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "qwen35" / "hip" / f"{kernel.source.stem}-{digest[:32]}.{suffix}"
+
+
+def sources(file: Path) -> list[Path]:
+    """A source file and the files beside it that it includes, each once. InputError if one is missing."""
+    found = [file]
+    for one in found:  # which grows
+        for name in INCLUDED.findall(one.read_bytes()):
+            included = one.parent / name.decode()
+            if not included.is_file():
+                raise InputError(f"{one.name} includes {included.name}, and {included} is missing")
+            if included not in found:
+                found.append(included)
+    return found
 
 
 def _built(compiler: Compiler, kernel: Kernel, suffix: str) -> Path:

@@ -53,7 +53,7 @@ class Launch:
 
     @property
     def alternatives(self) -> int:
-        """The hot loop's code has so many bodies for each one that a pass executes."""
+        """The hot loop's code has so many bodies for each one that a pass executes; 0 without a loop."""
         return 1
 
     def bytes_of_a_wave(self, num_warps: int) -> float:

@@ -12,13 +12,12 @@ from fast.launch import Launch, Scratch, constants, options, run
 from fast.linear import Norm, Stream, in_bf16, interleaved, product, read_normed, written
 from fast.prefill import moe as prefill
 from fast.router import Router
-from fast.target import MAX_ROWS, ROWS, check_rows, check_width, target_of
+from fast.target import MAX_ROWS, ROWS, check_kernel, check_rows, check_width, target_of
 from qwen35.errors import InputError
 from weights import fp8, mxfp4, words
 from weights.entry import decode
 
 MAX_PAIRS = 128  # the most rows times top-k: a program searches them all for its expert
-KERNELS = ("triton", "hip")
 MAX_SCALE = {"gfx950": 254, "sm_90": 128}  # the largest e8m0 code that the target's decoding takes
 
 
@@ -48,8 +47,7 @@ class Experts(nn.Module):
         kernel: str = "triton",
     ) -> None:
         super().__init__()
-        if kernel not in KERNELS:
-            raise InputError(f"experts with kernel {kernel!r}; expected {' or '.join(KERNELS)}")
+        check_kernel("experts", kernel)
         if target not in ROWS:
             raise InputError(f"target {target!r}; expected {' or '.join(ROWS)}")
         self.stored_I = I  # the checkpoint's; self.I is padded
@@ -313,7 +311,7 @@ class Experts(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        kind = "MXFP4" if self.fp4 else "bf16"
+        kind = ("MXFP4" if self.fp4 else "bf16") + (", HIP" if self.kernel == "hip" else "")
         return f"{self.E} of {self.D} -> {self.stored_I} -> {self.D}, {kind}, {self.target}"
 
 
@@ -338,10 +336,11 @@ class SparseMoeBlock(nn.Module):
     def from_reference(
         cls, module: Any, target: str | None = None, kernel: str = "triton"
     ) -> "SparseMoeBlock":
-        """Replaces a `reference.moe.SparseMoeBlock`; target and kernel as in `Experts`."""
-        shared = module.shared_expert
+        """Replaces a `reference.moe.SparseMoeBlock`; target as in `Experts`. kernel: the router's and the
+        experts'."""
+        shared, shared_gate = module.shared_expert, module.shared_expert_gate
         return cls(
-            Router.from_reference(module.gate, target, shared, module.shared_expert_gate),
+            Router.from_reference(module.gate, target, shared, shared_gate, kernel),
             Experts.from_reference(module.experts, target, kernel),
             None if shared is None else in_bf16(shared.down_proj),
         )

@@ -30,11 +30,21 @@ def check(packed: "Experts") -> None:
         raise InputError(f"experts with kernel hip for {packed.target}; it is for {ARCHITECTURE}")
     if not packed.fp4:
         raise InputError("experts with kernel hip in bf16; it takes MXFP4")
-    steps = packed.D // STEP
-    if steps > STREAMERS and steps % STREAMERS:
+    check_sizes(packed.D)
+
+
+def check_sizes(D: int, shared_I: int = 0) -> None:
+    """InputError for a hidden size, or an intermediate size of the shared expert, that the kernel does
+    not take."""
+    if D % STEP or (D > STREAMERS * STEP and D % (STREAMERS * STEP)):
         raise InputError(
-            f"experts with kernel hip of hidden size {packed.D}; expected at most "
-            f"{STREAMERS * STEP}, or a multiple of it"
+            f"experts with kernel hip of hidden size {D}; expected a multiple of {STEP} up to "
+            f"{STREAMERS * STEP}, or a multiple of that"
+        )
+    if shared_I % DEPTH:
+        raise InputError(
+            f"experts with kernel hip and a shared expert of intermediate size {shared_I}; "
+            f"expected a multiple of {DEPTH}"
         )
 
 
@@ -79,11 +89,7 @@ def launch(
     load = loads(D, I)
     routed, shared_down = shared or (None, None)
     shared_I = 0 if shared_down is None else shared_down.shape[1]
-    if shared_I % DEPTH:
-        raise InputError(
-            f"experts with kernel hip and a shared expert of intermediate size {shared_I}; "
-            f"expected a multiple of {DEPTH}"
-        )
+    check_sizes(D, shared_I)
     sizes = {"HIDDEN_SIZE": D, "INTERMEDIATE_SIZE": I, "EXPERTS": packed.E, "TOP_K": k}
     sizes |= {"SHARED_SIZE": shared_I}
     value = HipLaunch(

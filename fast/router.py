@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fast import configs
+from fast import configs, router_hip
 from fast.launch import Launch, Scratch, constants, options, run
 from fast.linear import Stream, in_bf16, read_normed, stacked
-from fast.target import MAX_ROWS, ROWS, check_rows, target_of
+from fast.target import MAX_ROWS, ROWS, check_kernel, check_rows, target_of
 from qwen35.errors import InputError
 
 MAX_TOP_K = 16  # slots of the kernel that chooses
@@ -36,14 +36,25 @@ class Router(nn.Module):
 
     Logits are rounded to bf16, as the reference's are, and ties go to the lower index. weight [M, D]
     bf16: the E rows of the router; with a shared expert, also the row of its gate, I gate rows and I up
-    rows.
+    rows. kernel: of up to 8 rows, "triton" or, for gfx950 alone, "hip" (router_hip.py).
     """
 
-    def __init__(self, weight: Tensor, E: int, top_k: int, norm: bool, target: str) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        E: int,
+        top_k: int,
+        norm: bool,
+        target: str,
+        kernel: str = "triton",
+    ) -> None:
         super().__init__()
+        check_kernel("a router", kernel)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.E, self.top_k, self.norm, self.target = E, top_k, norm, target
+        self.E, self.top_k, self.norm, self.target, self.kernel = E, top_k, norm, target, kernel
         self.I = (len(weight) - E) // 2  # of the shared expert
+        if kernel == "hip":
+            router_hip.check(self)
 
     @classmethod
     def from_reference(
@@ -52,6 +63,7 @@ class Router(nn.Module):
         target: str | None = None,
         shared: Any = None,
         shared_gate: Any = None,
+        kernel: str = "triton",
     ) -> "Router":
         """Replaces a `reference.moe.Router`; with shared and shared_gate, its launch also computes the
         shared expert's gate and gate-up product. target: default, that of the weights' device."""
@@ -61,7 +73,7 @@ class Router(nn.Module):
         else:
             weight = stacked(module, shared_gate, shared.gate_proj, shared.up_proj)
         target = target or target_of(module.weight.device)
-        return cls(weight, E, module.top_k, module.norm_topk_prob, target)
+        return cls(weight, E, module.top_k, module.norm_topk_prob, target, kernel)
 
     def check(self) -> None:
         """InputError for sizes that no kernel takes."""
@@ -78,21 +90,28 @@ class Router(nn.Module):
 
         InputError when top_k or D is a size that the kernel does not take.
         """
-        from fast.kernels import router as kernels  # Triton is needed from here on
-
         self.check()
         M, D = self.weight.shape
         reads = read_normed(x)
         check_rows("the router", reads["x"], D)
         N = len(reads["x"])
+
+        def choice_of(splits: int) -> Choice:
+            return Choice(
+                scratch("experts", N, self.top_k, dtype=torch.int32),
+                scratch("expert weights", N, self.top_k, dtype=torch.float32),
+                scratch("router parts", splits, N, M, dtype=torch.float32),
+            )
+
+        if self.kernel == "hip":
+            choice = choice_of(router_hip.splits(D))
+            return router_hip.launch(self, reads, choice, scratch), choice
+        from fast.kernels import router as kernels  # Triton is needed from here on
+
         config = configs.lookup(self.target, "route", configs.key(N=M, K=D))
         config = config | {"BLOCK_K": math.gcd(config["BLOCK_K"], D)}
         splits = math.gcd(config["SPLITS"], D // config["BLOCK_K"])
-        choice = Choice(
-            scratch("experts", N, self.top_k, dtype=torch.int32),
-            scratch("expert weights", N, self.top_k, dtype=torch.float32),
-            scratch("router parts", splits, N, M, dtype=torch.float32),
-        )
+        choice = choice_of(splits)
         launch = Launch(
             f"route {configs.key(N=M, K=D, E=self.E)}",
             kernels.route,
@@ -126,7 +145,8 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         shared = f", and a shared expert of {self.I}" if self.I else ""
-        return f"{self.weight.shape[1]} -> top {self.top_k} of {self.E}{shared}, {self.target}"
+        kind = f"{shared}, HIP" if self.kernel == "hip" else shared
+        return f"{self.weight.shape[1]} -> top {self.top_k} of {self.E}{kind}, {self.target}"
 
 
 def power_of_two(n: int) -> int:

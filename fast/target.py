@@ -5,6 +5,7 @@ import torch
 from qwen35.errors import InputError
 
 TARGETS = ("gfx950", "sm_90")
+KERNELS = ("triton", "hip")  # languages that nodes may have kernels in
 GRID = 64  # tokens: prompts are computed on an absolute grid of it
 MAX_ROWS = 8  # the most rows of a decode pass: one token and its drafts
 # The fewest columns that a product of the matrix unit has; a decode pass's rows are padded to them.
@@ -24,6 +25,12 @@ def target_of(device: torch.device) -> str:
     else:
         name = device.type
     raise InputError(f"the fast path runs on {' and '.join(TARGETS)}; this is {name}")
+
+
+def check_kernel(what: str, kernel: str) -> None:
+    """InputError unless kernel is one of `KERNELS`."""
+    if kernel not in KERNELS:
+        raise InputError(f"{what} with kernel {kernel!r}; expected {' or '.join(KERNELS)}")
 
 
 def check_width(what: str, x: torch.Tensor, width: int) -> None:

@@ -157,7 +157,9 @@ def _compile(launch: Launch, target: str) -> Compiled:
 def _describe_gfx950(launch: Launch, compiled: Any) -> tuple[Row, str]:
     program = parse(compiled.text, compiled.name)
     resources = program.resources
-    blocks = hot_cycle(program) if launch.alternatives > 1 else (hot_loop(program),)
+    blocks: tuple[tuple[Instruction, ...], ...] = ()
+    if launch.alternatives:
+        blocks = hot_cycle(program) if launch.alternatives > 1 else (hot_loop(program),)
     loop = [instruction for block in blocks for instruction in block]
     mnemonics = [instruction.mnemonic for instruction in program.instructions]
     widths = [lane_bytes(instruction) for instruction in loop or program.instructions]
@@ -403,13 +405,6 @@ def all_launches(target: str) -> Iterable[Launch]:
     return launches(target, lay_out)
 
 
-def hip_launches(target: str) -> Iterable[Launch]:
-    """The HIP kernels, and Triton's for the same work."""
-    from fast.catalogue import hip_launches
-
-    return hip_launches(target)
-
-
 def main(
     args: argparse.Namespace,
     launches: Callable[[str], Iterable[Launch]] = all_launches,
@@ -425,6 +420,8 @@ def main(
     if own := "--kernel" if args.kernel else "--hip" if args.hip else "":
         if args.update:
             raise InputError(f"--update writes {TABLE.name}, which {own} is not about")
+        from fast.catalogue import hip_launches  # with Triton's for the same work
+
         launches = launches_of(args.kernel) if args.kernel else hip_launches
     if args.hip:
         if args.kernel:

@@ -24,86 +24,12 @@
 // Every sum has one order that depends neither on the other rows, which are other columns of the matrix
 // unit, nor on the grid or on who is first. A row's shares are added in the order of its slots.
 
-#if __has_include(<hip/hip_runtime.h>)
-#include <hip/hip_runtime.h>
-#else  // a compiler without ROCm
-#define __global__ __attribute__((global))
-#define __device__ __attribute__((device))
-#define __shared__ __attribute__((shared))
-#endif
-
-// The sizes of the model's slice, which the build gives with -D. These are one of 8 ranks of the 397B's.
-#ifndef HIDDEN_SIZE
-#define HIDDEN_SIZE 4096
-#define INTERMEDIATE_SIZE 128
-#define EXPERTS 512
-#define TOP_K 10
-#define SHARED_SIZE 128
-#endif
-
-#define INLINE static __device__ inline __attribute__((always_inline))
+#include "moe_plan.h"
 
 namespace {
 
-typedef unsigned char u8;
-typedef unsigned long long u64;
-typedef __bf16 bf16x2 __attribute__((ext_vector_type(2)));
-typedef __bf16 bf16x8 __attribute__((ext_vector_type(8)));
-typedef float f32x2 __attribute__((ext_vector_type(2)));
-typedef float f32x4 __attribute__((ext_vector_type(4)));
-typedef unsigned u32x2 __attribute__((ext_vector_type(2)));
-typedef unsigned u32x4 __attribute__((ext_vector_type(4)));
-
-constexpr int gcd(int a, int b) { return b ? gcd(b, a % b) : a; }
-constexpr int least(int a, int b) { return a < b ? a : b; }
-constexpr int most(int a, int b) { return a < b ? b : a; }
-constexpr int half_until(int n, int limit) { return n <= limit ? n : half_until(n / 2, limit); }
-
-constexpr int D = HIDDEN_SIZE, I = INTERMEDIATE_SIZE, E = EXPERTS;
-constexpr int SHARED = SHARED_SIZE;  // intermediate size of the shared expert, 0 if there is none
-constexpr int LANES = 64, STREAMERS = 8, MESSENGER = STREAMERS;
-constexpr int MAX_ROWS = 8, MAX_PAIRS = 128;  // pairs of a row and a slot
-constexpr int SQUARES = 16;                   // rows that a norm's squares have room for
-
-// One load of 16 bytes a lane is a step: 16 rows of a weight by 128 columns, which are 4 groups of 32 with
-// a scale each. Lane l has row l % 16 and group l / 16. A step is four products of the matrix unit, in which
-// element 8 j + e of all four groups takes the place of column 8 (l / 16) + e of product j.
-constexpr int STEP = 128, TILE = 16;
-// The streamers share the columns of gate-up among them, and the rows of down. So each keeps its own
-// columns of the rows x in registers, for all tasks.
-constexpr int D_STEPS = (D / STEP + STREAMERS - 1) / STREAMERS, I_STEPS = I / STEP;
-// Long rows of down are cut in two, for two streamers: four loads a task leave room to request two more.
-constexpr int HALVES = I_STEPS > 4 && I_STEPS % 2 == 0 ? 2 : 1, I_PART = I_STEPS / HALVES;
-constexpr int TEAM = STREAMERS / HALVES;
-constexpr int ROOM = most(4, most(D_STEPS, I_PART));
-// Tiles of 16 rows that a streamer has of one task.
-constexpr int GATE_TILES = half_until(16, ROOM / D_STEPS);
-constexpr int DOWN_TILES = gcd(half_until(16, ROOM / I_PART), D / STEP);
-constexpr int LOADS = most(GATE_TILES * D_STEPS, DOWN_TILES * I_PART);
-constexpr int AHEAD = LOADS > 4 ? 1 : 2;  // tasks whose weights are on their way, of 32 KiB each or more
-// Scales that a lane gets with one load, four to a word.
-constexpr int WORDS = gcd(gcd(D_STEPS, D / STEP), gcd(DOWN_TILES * I_PART, 4));
-
-constexpr int GATE_ROWS = TILE * GATE_TILES;       // of gate-up in a task; half of them are gates
-constexpr int COLUMNS = TEAM * TILE * DOWN_TILES;  // of the output in a down task
-constexpr int SUMMED = 32;                         // columns of a sum task
-constexpr int GATE_BLOCKS = 2 * I / GATE_ROWS, DOWN_BLOCKS = D / COLUMNS;
-
-static_assert(D % STEP == 0 && I % STEP == 0 && GATE_BLOCKS * GATE_ROWS == 2 * I, "unsupported sizes");
-static_assert(HALVES == 1 || DOWN_TILES == 1, "unsupported sizes");
-static_assert(D_STEPS == 1 || D_STEPS * STREAMERS * STEP == D, "unsupported hidden size");
-
-// The shared expert's product for a sum task: each streamer has a tile and a part of the columns, in steps of
-// one product of the matrix unit.
-constexpr int DEPTH = 32, SUM_TILES = SUMMED / TILE, PARTS = STREAMERS / SUM_TILES;
-constexpr int SHARED_STEPS = (SHARED / DEPTH + PARTS - 1) / PARTS;
-static_assert(SHARED % DEPTH == 0, "unsupported size of the shared expert");
-
-constexpr int LINE = 16;  // u64 in a cache line
-constexpr int HIDDEN_STRIDE = I + 8;  // so that rows begin in different banks
-
 struct Shared {
-  int list[MAX_PAIRS], count;                            // the experts of this launch
+  List list;
   float gate[2][STREAMERS][GATE_TILES][MAX_ROWS][TILE];  // sums over a streamer's columns
   float down[2][HALVES][MAX_ROWS][COLUMNS];
   __bf16 hidden[2][MAX_ROWS][HIDDEN_STRIDE];
@@ -136,123 +62,12 @@ struct Arguments {
   float eps;
 };
 
-// ---- which experts there are
-
-// The experts in the order in which the pairs name them first. Each lane has the pairs `lane` and
-// 64 + lane.
-struct Routing {
-  int id[2];       // E stands for all ids that are no expert's
-  u64 present[2];  // lanes that have a pair
-  int count;       // of different ids
-};
-
-INLINE u64 ballot(bool value) { return __builtin_amdgcn_ballot_w64(value); }
-
-// How many lanes below this one are in a mask.
-INLINE int below(u64 mask) {
-  return __builtin_amdgcn_mbcnt_hi((unsigned)(mask >> 32), __builtin_amdgcn_mbcnt_lo((unsigned)mask, 0));
-}
-
-// The lanes of `present` whose `other` is this lane's `id`, bit by bit.
-INLINE u64 alike(int id, int other, u64 present) {
-  u64 same = present;
-#pragma unroll
-  for (int bit = 1; bit <= E; bit *= 2) {
-    u64 set = ballot(other & bit);
-    same &= id & bit ? set : ~set;
-  }
-  return same;
-}
-
-// Also writes the list to the LDS, for all waves.
-INLINE Routing routing(Shared& lds, const int* experts, int pairs, int lane) {
-  Routing r;
-#pragma unroll
-  for (int part = 0; part < 2; part++) {
-    int pair = part * LANES + lane;
-    r.present[part] = ballot(pair < pairs);
-    int id = pair < pairs ? experts[pair] : E;
-    r.id[part] = id < 0 || id > E ? E : id;
-  }
-  u64 lower = (1ull << lane) - 1;
-  u64 low = alike(r.id[0], r.id[0], r.present[0]);
-  u64 high = alike(r.id[1], r.id[1], r.present[1]), before = alike(r.id[1], r.id[0], r.present[0]);
-  bool first[] = {(low & lower) == 0 && pairs > lane,
-                  (before | (high & lower)) == 0 && pairs > LANES + lane};
-  u64 named[] = {ballot(first[0]), ballot(first[1])};
-  int lows = __builtin_popcountll(named[0]);
-  r.count = lows + __builtin_popcountll(named[1]);
-  if (first[0]) lds.list[below(named[0])] = r.id[0];
-  if (first[1]) lds.list[lows + below(named[1])] = r.id[1];
-  if (lane == 0) lds.count = r.count;
-  return r;
-}
-
-// Number u of the list.
-INLINE int expert_at(const Shared& lds, int u) { return __builtin_amdgcn_readfirstlane(lds.list[u]); }
-
-INLINE int bounded(int expert) { return least(expert, E - 1); }
-
-// ---- tasks
-
-struct Task {
-  bool down;
-  int u, block;  // the expert's number in the list, and the block of its gate-up rows or output columns
-};
-
-INLINE Task task_at(int number, int count) {
-  int gates = count * GATE_BLOCKS;
-  if (number < gates) return {false, number / GATE_BLOCKS, number % GATE_BLOCKS};
-  return {true, (number - gates) / DOWN_BLOCKS, (number - gates) % DOWN_BLOCKS};
-}
-
-// How many of the first `end` tasks are a workgroup's own.
-INLINE int own(int end, int workgroup, int workgroups) {
-  return end > workgroup ? (end - workgroup + workgroups - 1) / workgroups : 0;
-}
-
-// How many of a workgroup's tasks are gate-ups, these or downs, and all. The streamers' loop does some
-// tasks in each round and has one exit, for the compiler's count of loads: `padded` is where it ends.
-struct Shares {
-  int gates, downs, sums, padded;
-};
-
-INLINE Shares shares(int count, int workgroup, int workgroups) {
-  int products = count * (GATE_BLOCKS + DOWN_BLOCKS), downs = own(products, workgroup, workgroups);
-  return {own(count * GATE_BLOCKS, workgroup, workgroups), downs,
-          own(products + D / SUMMED, workgroup, workgroups), (downs + AHEAD) / (AHEAD + 1) * (AHEAD + 1)};
-}
-
-// ---- waiting
+// ---- counters
 
 INLINE u64* arrived(const Arguments& a, int u) { return a.counters + u * LINE; }
 INLINE u64* stored(const Arguments& a, int block) { return a.counters + (MAX_PAIRS + block) * LINE; }
 INLINE u64* epoch(const Arguments& a, int workgroup) {
   return a.counters + (MAX_PAIRS + DOWN_BLOCKS + workgroup) * LINE;
-}
-
-// The fence lets what the counter announced be read: it drops what this CU and this XCD have cached.
-INLINE void wait_for(const u64* counter, u64 number) {
-  while (__hip_atomic_load(counter, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT) < number)
-    __builtin_amdgcn_s_sleep(1);
-  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent");
-}
-
-INLINE void add(u64* counter, u64 number) {
-  __hip_atomic_fetch_add(counter, number, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
-}
-
-// The fence waits until all stores of this wave are where other XCDs see them; then the counter tells.
-INLINE void arrive(u64* counter, int lane) {
-  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent");
-  if (lane == 0) add(counter, 1);
-}
-
-// All nine waves meet. Only the LDS passes between them here: loads of weights stay on their way.
-INLINE void meet() {
-  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup", "local");
-  __builtin_amdgcn_s_barrier();
-  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup", "local");
 }
 
 // ---- streamers
@@ -279,7 +94,7 @@ INLINE void request(
   int step = D_STEPS * wave < D / STEP ? D_STEPS * wave : 0;  // one without columns reads some
   // Row t of a lane's tiles of down is row DOWN_TILES * row + t: then its scales lie in one piece.
   long first = task.down ? task.block * COLUMNS + wave % TEAM * TILE * DOWN_TILES : task.block * GATE_ROWS;
-  first += (long)bounded(expert_at(lds, task.u)) * (task.down ? D : 2 * I);
+  first += (long)bounded(expert_at(lds.list, task.u)) * (task.down ? D : 2 * I);
   const u8* codes = task.down
       ? a.down + first * (I / 2) + half * I_PART * (STEP / 2)
       : a.gate_up + first * (D / 2) + step * (STEP / 2);
@@ -476,7 +291,7 @@ INLINE void stream(Shared& lds, const Arguments& a, int workgroup, int wave, int
       for (int j = 0; j < 4; j++) x[s][j] = *(const bf16x8*)(from + s * STEP + 8 * j);
   }
   meet();  // the list is there
-  int count = __builtin_amdgcn_readfirstlane(lds.count);
+  int count = __builtin_amdgcn_readfirstlane(lds.list.count);
   Shares own = shares(count, workgroup, a.workgroups);
   stream_products(lds, a, x, count, own, workgroup, wave, lane);
   auto block = [&](int i) { return workgroup + i * a.workgroups - count * (GATE_BLOCKS + DOWN_BLOCKS); };
@@ -493,24 +308,11 @@ INLINE void stream(Shared& lds, const Arguments& a, int workgroup, int wave, int
 
 // ---- the messenger
 
-// 1 / rms of row lane % 8, or 1 if x is to be taken as it is.
-INLINE float inverse_rms(const Arguments& a, int lane) {
-  if (a.parts == 0) return 1;
-  float sum = 0;
-  for (int part = lane / MAX_ROWS; part < a.parts; part += LANES / MAX_ROWS)
-    sum += a.squares[part * SQUARES + lane % MAX_ROWS];
-#pragma unroll
-  for (int d = MAX_ROWS; d < LANES; d *= 2)
-    sum += __builtin_bit_cast(
-        float, __builtin_amdgcn_ds_bpermute((lane ^ d) * 4, __builtin_bit_cast(int, sum)));
-  return 1 / __builtin_sqrtf(sum / D + a.eps);
-}
-
 // hidden = silu(gate) * up. Lane l has row l % 8 and the (l / 8)-th pair of gate and up of each tile.
 INLINE void publish_gate(
     Shared& lds, int buffer, const Arguments& a, Task task, float inverse, int lane) {
   int row = lane % MAX_ROWS, pair = lane / MAX_ROWS;
-  bool known = expert_at(lds, task.u) < E;
+  bool known = expert_at(lds.list, task.u) < E;
 #pragma unroll
   for (int t = 0; t < GATE_TILES; t++) {
     f32x2 sum = {};
@@ -535,7 +337,7 @@ INLINE void fetch(Shared& lds, int buffer, const Arguments& a, Task task, u64 ep
 
 // Write a down task's columns for each pair that chose its expert.
 INLINE void publish_down(Shared& lds, int buffer, const Arguments& a, const Routing& r, Task task, int lane) {
-  int expert = expert_at(lds, task.u);
+  int expert = expert_at(lds.list, task.u);
 #pragma unroll
   for (int part = 0; part < 2; part++)
     for (u64 pairs = ballot(r.id[part] == expert) & r.present[part]; pairs; pairs &= pairs - 1) {
@@ -560,12 +362,12 @@ INLINE void activate(Shared& lds, const Arguments& a, int lane) {
 }
 
 INLINE void carry(Shared& lds, const Arguments& a, int workgroup, int lane) {
-  Routing r = routing(lds, a.experts, a.rows * TOP_K, lane);
+  Routing r = routing(lds.list, a.experts, a.rows * TOP_K, lane);
   meet();
   auto [gates, downs, sums, padded] = shares(r.count, workgroup, a.workgroups);
   // Nobody else touches this counter: it counts this workgroup's launches.
   u64 epochs = *epoch(a, workgroup) + 1;
-  float inverse = inverse_rms(a, lane);
+  float inverse = inverse_rms(a.squares, a.parts, D, a.eps, lane);
   auto task = [&](int i) { return task_at(workgroup + i * a.workgroups, r.count); };
   auto wait_for_columns = [&](int i) {
     int block = workgroup + i * a.workgroups - r.count * (GATE_BLOCKS + DOWN_BLOCKS);

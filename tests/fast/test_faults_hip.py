@@ -1,18 +1,11 @@
 """Planted faults in the HIP kernel of the routed experts: the checks of this folder must find each."""
 
-from pathlib import Path
-
-import pytest
 import torch
 
-from fast import moe_hip
-from fast.catalogue import hip_launches
-from fast.hip import HipLaunch
 from fast.launch import Scratch
 from tests.fast.test_moe_hip import streamed
 from tests.support.fast_cases import (
     CPU,
-    TARGET,
     bits,
     block_findings,
     emulated,
@@ -26,8 +19,15 @@ from tests.support.fast_cases import (
     slow_block,
     too_far,
 )
-from tests.support.fast_faults import Check, Fault, Faults
-from tests.support.hip_cases import fences, hip_case, persistent, uneven
+from tests.support.fast_faults import Check, Faults
+from tests.support.hip_cases import (
+    as_hip_tests,
+    fences,
+    hip_case,
+    hip_kernels,
+    persistent,
+    uneven,
+)
 from tools.gfx950.emulator import EmulatorError
 
 FAULTS = Faults()
@@ -122,8 +122,7 @@ def waiting() -> list[str]:
 
 
 def streaming() -> list[str]:
-    *_, launch = (one for one in hip_launches(TARGET) if one.name == "experts D=4096 I=128")
-    assert isinstance(launch, HipLaunch)
+    *_, launch = (one for one in hip_kernels("moe") if one.name == "experts D=4096 I=128")
     return persistent(launch)
 
 
@@ -177,7 +176,7 @@ fault(
 )  # fmt: skip
 fault(
     "down of the first expert of the list", experts, "numbers",
-    ("bounded(expert_at(lds, task.u)) *", "bounded(expert_at(lds, task.down ? 0 : task.u)) *"),
+    ("bounded(expert_at(lds.list, task.u)) *", "bounded(expert_at(lds.list, task.down ? 0 : task.u)) *"),
 )  # fmt: skip
 fault(
     "rows of x that are not there are read", experts, "memory",
@@ -281,7 +280,7 @@ fault(
     "ids of no expert taken for the last one", foreign_ids, "foreign",
     ("known ? activated : __builtin_nanf(\"\")", "activated"),
 )  # fmt: skip
-fault("the norm's rms forgotten", stream, "numbers", ("if (a.parts == 0) return 1;", "return 1;"))
+fault("the norm's rms forgotten", stream, "numbers", ("if (parts == 0) return 1;", "return 1;"))
 fault(
     "squares left in the place of the first block", stream, "numbers",
     ("a.out_squares[block * SQUARES + row]", "a.out_squares[row]"),
@@ -346,27 +345,4 @@ fault(
 )  # fmt: skip
 
 
-def plant(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Make the edits in a copy of the source, each of which must fit in exactly one place."""
-    source = moe_hip.SOURCE.read_text()
-    for old, new in what.edits:
-        assert source.count(old) == 1, f"{source.count(old)} places read {old!r}"
-        source = source.replace(old, new)
-    planted = folder / moe_hip.SOURCE.name
-    planted.write_text(source)
-    patch.setattr(moe_hip, "SOURCE", planted)
-    patch.setenv("XDG_CACHE_HOME", str(folder))
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    what = FAULTS[name]
-    plant(what, tmp_path, monkeypatch)
-    found = what.check()
-    assert found, "nothing was found"
-    assert {line.split(":")[0] for line in found} & set(what.kind.split()), found[0]
-
-
-@pytest.mark.parametrize("check", FAULTS.checks, ids=lambda check: check.__name__)
-def test_without_a_fault_nothing_is_found(check: Check):
-    assert not check()
+test_a_fault_is_found, test_without_a_fault_nothing_is_found = as_hip_tests(FAULTS)

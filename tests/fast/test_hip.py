@@ -98,6 +98,23 @@ def test_what_was_compiled_is_kept(kernel: Kernel, monkeypatch: pytest.MonkeyPat
     assert hip_compiler.assembly(others[0]) != text
 
 
+def test_what_a_source_includes_is_a_part_of_it(kernel: Kernel):
+    """Also what its header includes. A header that changes is compiled anew."""
+    kernel.source.write_text(f'#include "by.h"\n{SOURCE}'.replace("by *", "BY *"))
+    by, inner = (kernel.source.with_name(name) for name in ("by.h", "inner.h"))
+    by.write_text('#pragma once\n#include "inner.h"\n#include "by.h"\n')
+    compiler, texts, names = hip_compiler.find(), set(), set()
+    for factor in ("by", "2 * by"):
+        inner.write_text(f"#define BY {factor}\n")
+        texts.add(hip_compiler.assembly(kernel))
+        names.add(hip_compiler.cached(compiler, kernel, "s"))
+    assert hip_compiler.sources(kernel.source) == [kernel.source, by, inner]
+    assert len(texts) == len(names) == 2
+    inner.unlink()
+    message = f"by.h includes inner.h, and {inner} is missing"
+    assert refused(lambda: hip_compiler.assembly(kernel)) == message
+
+
 def test_an_error_of_the_compiler_is_one_line_with_the_files(kernel: Kernel):
     kernel.source.write_text(SOURCE.replace("by * x", "by * z"))
     message = refused(lambda: hip_compiler.assembly(kernel))
@@ -159,7 +176,7 @@ def test_hipcc_gets_the_source_as_it_is(kernel: Kernel, tmp_path: Path):
     assert linked == f"{shared}--no-gpu-bundle-output -o {tmp_path}/kernel.hsaco"
 
 
-@pytest.mark.parametrize("name", ["moe"])
+@pytest.mark.parametrize("name", ["moe", "router"])
 def test_the_sources_compile_with_hips_headers(name: str, tmp_path: Path):
     """As hipcc has them; those that Triton's package carries stand in for ROCm's."""
     triton = pytest.importorskip("triton")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fast.launch import Scratch
+from fast.target import KERNELS
 from tests.support.fast_cases import (
     CPU,
     block_output,
@@ -52,9 +53,12 @@ def rows_of(E: int) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("E", EXPERTS)
-def test_ids_are_distinct_and_in_range_whatever_the_logits_are(E: int, norm: bool) -> None:
+def test_ids_are_distinct_and_in_range_whatever_the_logits_are(
+    E: int, norm: bool, kernel: str
+) -> None:
     """As the reference's: a row with a NaN has the first ids and weights that are NaN.
 
     One row at a time: its x is 1 at one column, where the weight has the logits. Two rows would mix NaNs
@@ -64,7 +68,7 @@ def test_ids_are_distinct_and_in_range_whatever_the_logits_are(E: int, norm: boo
         row = logits.bfloat16()
         gate = exact_router(torch.zeros(1, E, dtype=torch.bfloat16), 4, norm, D=128)
         gate.weight.data[:, 7] = row
-        launch, choice = quiet_router(gate).launch(picks(1, 128), Scratch(CPU))
+        launch, choice = quiet_router(gate, kernel).launch(picks(1, 128), Scratch(CPU))
         emulated([launch])
         ranked, ids = row.float().softmax(-1).sort(descending=True, stable=True)
         found = choice.experts[0].tolist()
@@ -75,9 +79,10 @@ def test_ids_are_distinct_and_in_range_whatever_the_logits_are(E: int, norm: boo
         assert choice.weights[0].isnan().tolist() == [is_nan] * 4, name
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("norm", [True, False])
 def test_rows_with_a_nan_or_infinities_leave_the_choice_of_the_rows_beside_them_as_it_is(
-    norm: bool,
+    norm: bool, kernel: str
 ) -> None:
     """Products of finite numbers that overflow: each row has two columns, one in each half of the sum,
     where the weight is large enough. Infinity minus infinity makes the NaN."""
@@ -95,8 +100,8 @@ def test_rows_with_a_nan_or_infinities_leave_the_choice_of_the_rows_beside_them_
     logits = rows.float() * 4
     for row, value in {1: NAN, 3: INF, 4: -INF, 6: NAN}.items():
         logits[row, columns[row][0]] = value
-    launch, choice = quiet_router(gate).launch(x, Scratch(CPU))
-    assert launch.arguments["SPLITS"] == 2
+    launch, choice = quiet_router(gate, kernel).launch(x, Scratch(CPU))
+    assert len(choice.parts) == {"triton": 2, "hip": 1}[kernel]  # hip: streamers have the halves
     emulated([launch])
     ranked, ids = logits.bfloat16().float().softmax(-1).sort(descending=True, stable=True)
     assert ranked[1].isnan().all() and ranked[3].isnan().all()
@@ -119,13 +124,14 @@ def test_an_id_that_is_none_leaves_no_array_and_makes_its_row_nan(bad: int) -> N
     assert got[0].isnan().all()
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("place", [0, 63, 127])
-def test_a_nan_stays_in_its_row_and_is_not_hidden(place: int) -> None:
+def test_a_nan_stays_in_its_row_and_is_not_hidden(place: int, kernel: str) -> None:
     """Through router, experts and shared expert: NaN in that row's output, nothing in the others."""
     block = slow_block(16, 128, 128, 4, 128)
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    clean = block_output(block, x)
+    clean = block_output(block, x, kernel=kernel)
     x[1, place] = NAN
-    dirty = block_output(block, x)
+    dirty = block_output(block, x, kernel=kernel)
     assert dirty[1].isnan().all()
     assert torch.equal(dirty[[0, 2]], clean[[0, 2]])

@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("triton")
 
 from fast.launch import Scratch
+from fast.target import KERNELS
 from tests.support.fast_cases import (
     CPU,
     TARGET,
@@ -28,83 +29,97 @@ from tests.support.fast_streams import clear_rows, norm, stream_findings, stream
 from tools.gfx950.target import compile_launch
 
 
-def test_512_experts_top_10():
-    assert not choice_findings(exact_router((random(1, 3, 512) * 4).bfloat16(), 10), picks(3))
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> str:
+    """Triton's kernel, and the one in HIP."""
+    return request.param
 
 
-def test_256_experts_top_8():
-    assert not choice_findings(exact_router((random(2, 3, 256) * 4).bfloat16(), 8), picks(3))
+def test_512_experts_top_10(kernel: str):
+    assert not choice_findings(
+        exact_router((random(1, 3, 512) * 4).bfloat16(), 10), picks(3), kernel=kernel
+    )
 
 
-def test_weights_that_are_not_renormalised():
+def test_256_experts_top_8(kernel: str):
+    assert not choice_findings(
+        exact_router((random(2, 3, 256) * 4).bfloat16(), 8), picks(3), kernel=kernel
+    )
+
+
+def test_weights_that_are_not_renormalised(kernel: str):
     gate = exact_router((random(3, 4, 24) * 2 - 5).bfloat16(), 5, norm=False)
-    assert not choice_findings(gate, picks(4))
+    assert not choice_findings(gate, picks(4), kernel=kernel)
 
 
-def test_a_number_of_experts_that_is_no_power_of_two_and_all_of_them_chosen():
-    assert not choice_findings(exact_router((random(4, 2, 11) - 3).bfloat16(), 11), picks(2))
+def test_a_number_of_experts_that_is_no_power_of_two_and_all_of_them_chosen(kernel: str):
+    assert not choice_findings(
+        exact_router((random(4, 2, 11) - 3).bfloat16(), 11), picks(2), kernel=kernel
+    )
 
 
-def test_ties_go_to_the_lower_index():
+def test_ties_go_to_the_lower_index(kernel: str):
     """Logits from 0 to 3, each of which many experts have; then all logits equal."""
     logits = torch.cat([integers(5, 0, 3, 3, 24), torch.full((1, 24), -7)]).bfloat16()
-    assert not choice_findings(exact_router(logits, 10), picks(4))
+    assert not choice_findings(exact_router(logits, 10), picks(4), kernel=kernel)
 
 
-def test_equal_rows_of_the_weight_are_a_tie_in_any_sum():
+def test_equal_rows_of_the_weight_are_a_tie_in_any_sum(kernel: str):
     gate = slow_block(24, 1024, 128, 5, 0).gate
     tied = exact_router(torch.zeros(1, 24).bfloat16(), 5)
     tied.weight.data.copy_(gate.weight[torch.arange(24) % 3])
     ids, _ = tied(exact_rows(1, 4, 1024))
     assert (ids.sort(-1).values // 3 < 8).all() and (ids % 3 == ids[:, :1] % 3).all()
-    assert not choice_findings(tied, exact_rows(1, 4, 1024))
+    assert not choice_findings(tied, exact_rows(1, 4, 1024), kernel=kernel)
 
 
-def test_logits_are_rounded_to_bf16_before_they_are_compared():
+def test_logits_are_rounded_to_bf16_before_they_are_compared(kernel: str):
     """Expert 9 has 257, which is 256 in bf16: a tie with expert 4, which comes first."""
     gate = exact_router(torch.zeros(1, 24).bfloat16(), 3)
     gate.weight.data[4, 7], gate.weight.data[9, 7], gate.weight.data[9, 900] = 256, 256, 1
     x = torch.zeros(2, 1024).bfloat16()
     x[:, 7] = x[:, 900] = 1
     assert gate(x)[0][:, :2].tolist() == [[4, 9]] * 2
-    assert not choice_findings(gate, x)
+    assert not choice_findings(gate, x, kernel=kernel)
 
 
-def test_logits_so_large_that_exp_would_overflow():
-    assert not choice_findings(exact_router((random(6, 2, 24) * 9 + 200).bfloat16(), 5), picks(2))
+def test_logits_so_large_that_exp_would_overflow(kernel: str):
+    assert not choice_findings(
+        exact_router((random(6, 2, 24) * 9 + 200).bfloat16(), 5), picks(2), kernel=kernel
+    )
 
 
-def test_probabilities_that_underflow_tie_at_zero():
+def test_probabilities_that_underflow_tie_at_zero(kernel: str):
     """All experts but three are chosen, with logits that fall, and that rise."""
     steps = torch.tensor([0.0, -3.0, -30.0] + [-200.0 - i for i in range(21)])
     logits = torch.stack([steps, steps.flip(0)]).bfloat16()
-    assert not choice_findings(exact_router(logits, 8), picks(2))
+    assert not choice_findings(exact_router(logits, 8), picks(2), kernel=kernel)
 
 
-def test_subnormal_probabilities_keep_their_order():
+def test_subnormal_probabilities_keep_their_order(kernel: str):
     logits = torch.cat([torch.zeros(1), -torch.arange(80.0, 103.0)])[None].bfloat16()
-    assert not choice_findings(exact_router(logits, 16), picks(1))
+    assert not choice_findings(exact_router(logits, 16), picks(1), kernel=kernel)
 
 
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("scale", [1.0, 2.0**-7])
-def test_sums_along_the_hidden_size(rows: int, scale: float):
+def test_sums_along_the_hidden_size(kernel: str, rows: int, scale: float):
     gate = slow_block(24, 1024, 128, 5, 0).gate
-    assert not choice_findings(gate, exact_rows(rows, rows, 1024, scale))
+    assert not choice_findings(gate, exact_rows(rows, rows, 1024, scale), kernel=kernel)
 
 
 @pytest.mark.parametrize("D", [96, 1152])
-def test_a_hidden_size_that_the_tables_splits_do_not_divide(D: int):
+def test_a_hidden_size_that_the_tables_splits_do_not_divide(kernel: str, D: int):
     gate = slow_block(24, D, 128, 5, 0).gate
-    assert not choice_findings(gate, exact_rows(1, 3, D))
+    assert not choice_findings(gate, exact_rows(1, 3, D), kernel=kernel)
 
 
-def test_where_the_choice_is_another_the_logits_are_a_rounding_apart():
+def test_where_the_choice_is_another_the_logits_are_a_rounding_apart(kernel: str):
     """Sums that round: a chosen expert's float64 logit reaches the k-th largest, but for a bf16 step."""
     gate = exact_router(torch.zeros(1, 256).bfloat16(), 8)
     gate.weight.data.copy_(random(7, 256, 1024) / 32)
     x = random(8, 4, 1024).bfloat16()
-    launch, choice = quiet_router(gate).launch(x, Scratch(CPU))
+    launch, choice = quiet_router(gate, kernel).launch(x, Scratch(CPU))
     emulated([launch])
     logits = x.double() @ gate.weight.double().T
     least = logits.sort(-1, descending=True).values[:, 7:8]
@@ -113,19 +128,21 @@ def test_where_the_choice_is_another_the_logits_are_a_rounding_apart():
     assert all(len(set(row)) == 8 for row in choice.experts.tolist())
 
 
-def test_waves_in_random_order_choose_the_same():
-    assert not choice_findings(exact_router(random(9, 2, 24).bfloat16(), 5), picks(2), seed=3)
+def test_waves_in_random_order_choose_the_same(kernel: str):
+    assert not choice_findings(
+        exact_router(random(9, 2, 24).bfloat16(), 5), picks(2), seed=3, kernel=kernel
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_whoever_arrives_last_chooses_the_same(batch: int):
+def test_whoever_arrives_last_chooses_the_same(kernel: str, batch: int):
     gate = slow_block(24, 1024, 128, 5, 0).gate
-    assert not choice_findings(gate, exact_rows(1, 5, 1024), batch=batch)
+    assert not choice_findings(gate, exact_rows(1, 5, 1024), batch=batch, kernel=kernel)
 
 
-def test_a_second_run_needs_no_preparation():
+def test_a_second_run_needs_no_preparation(kernel: str):
     """The counter is left as it was found."""
-    launch, choice = quiet_router(slow_block(24, 1024, 128, 5, 0).gate).launch(
+    launch, choice = quiet_router(slow_block(24, 1024, 128, 5, 0).gate, kernel).launch(
         exact_rows(1, 3, 1024), Scratch(CPU)
     )
     emulated([launch])

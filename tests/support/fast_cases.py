@@ -39,6 +39,7 @@ HALF_STEP = 2.0**-8  # relative rounding error of bf16
 WRITTEN = {
     "route": ("parts", "experts", "weights"),
     "gate_up": ("first", "hidden", "shared"),
+    "router": ("sums", "experts", "weights"),
     "experts": ("hidden", "partial", "out", "scaled", "out_squares"),
     "down": ("partial", "out", "scaled", "out_squares"),
     "delta": ("gated", "squares", "out"),
@@ -354,12 +355,17 @@ def picks(rows: int, D: int = 1024) -> Tensor:
     return x
 
 
-def quiet_router(gate: reference.moe.Router) -> Router:
-    return Router.from_reference(gate, TARGET)
+def quiet_router(gate: reference.moe.Router, kernel: str = "triton") -> Router:
+    return Router.from_reference(gate, TARGET, kernel=kernel)
 
 
 def choice_findings(
-    gate: reference.moe.Router, x: Tensor, *, seed: int | None = None, batch: int = 32
+    gate: reference.moe.Router,
+    x: Tensor,
+    *,
+    seed: int | None = None,
+    batch: int = 32,
+    kernel: str = "triton",
 ) -> list[str]:
     """Findings on the fast router: ids have to be equal and in the same order, weights up to
     float32 rounding.
@@ -370,7 +376,7 @@ def choice_findings(
     ids, weights = gate(x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        launch, choice = quiet_router(gate).launch(x, Scratch(CPU))
+        launch, choice = quiet_router(gate, kernel).launch(x, Scratch(CPU))
     try:
         emulated([launch], seed=seed, batch=batch)
     except EmulatorError as error:

@@ -57,21 +57,31 @@ def clear_rows(
 
 
 def stream_launches(
-    block: nn.Module, before: RMSNorm, after: RMSNorm, x: Tensor, parts: int = 4
+    block: nn.Module,
+    before: RMSNorm,
+    after: RMSNorm,
+    x: Tensor,
+    parts: int = 4,
+    kernel: str = "triton",
 ) -> tuple[list[Launch], Stream]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return fast_block(block).launches(
+        return fast_block(block, kernel).launches(
             stream(x, before, parts), Scratch(CPU), residual=x, then=Norm.from_reference(after)
         )
 
 
 def stream_findings(
-    block: reference.moe.SparseMoeBlock, before: RMSNorm, after: RMSNorm, x: Tensor, parts: int = 4
+    block: reference.moe.SparseMoeBlock,
+    before: RMSNorm,
+    after: RMSNorm,
+    x: Tensor,
+    parts: int = 4,
+    kernel: str = "triton",
 ) -> list[str]:
     """Findings on x + block(before(x)), on its choice of experts, and on the inputs of the norm
     `after`."""
-    launches, out = stream_launches(block, before, after, x, parts)
+    launches, out = stream_launches(block, before, after, x, parts, kernel)
     try:
         emulated(launches)
     except EmulatorError as error:

@@ -10,7 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qwen35.cli import Parser, run
-from tests.fast import test_faults, test_faults_compiled, test_faults_kinds, test_faults_mixers
+from tests.fast import (
+    test_faults,
+    test_faults_compiled,
+    test_faults_hip,
+    test_faults_kinds,
+    test_faults_mixers,
+    test_faults_router_hip,
+)
 from tests.fast.prefill import test_faults as test_faults_prefill
 from tests.tools.gfx950 import test_faults as test_faults_emulator
 from tests.tools.gfx950 import test_faults_assembly
@@ -18,7 +25,8 @@ from tests.tools.gfx950 import test_faults_assembly
 COMPUTED = "what is computed"
 # The modules with the FAULTS that are planted in each place.
 PLACES = {
-    "source": (test_faults, test_faults_mixers, test_faults_prefill, test_faults_kinds),
+    "Triton": (test_faults, test_faults_mixers, test_faults_prefill, test_faults_kinds),
+    "HIP": (test_faults_hip, test_faults_router_hip),
     "assembly": (test_faults_compiled, test_faults_assembly),
     "emulator": (test_faults_emulator,),
 }
@@ -51,12 +59,30 @@ KINDS: dict[str, tuple[str, ...]] = {
         "a query that sees the next key",
         "a query that sees its own chunk only before it",
         "keys behind the last one",
+        "rows of x that are not there are read",
+        "sums stored for columns that are not there",
+        "sums stored for rows that are not there",
         "exec ignored",
         "DPP masks ignored",
         "buffer bounds ignored",
     ),
-    "barriers": ("barrier releases nothing",),
-    "waits": ("the counter raised before all waves have stored",),
+    "barriers": (
+        "one barrier too few in a workgroup without down tasks",
+        "one barrier too few before the sums are added",
+        "one barrier too few before the choice",
+        "one buffer of sums instead of two",
+        "one buffer of hidden rows instead of two",
+        "barrier releases nothing",
+    ),
+    "waits": (
+        "the counter raised before all waves have stored",
+        "a counter raised before the stores are done",
+        "data read as it was cached before the wait",
+        "a barrier that waits for the weights to come",
+        "the sums' counter raised before the stores are done",
+        "sums read as they were cached before the count",
+        "a streamer waits for each load",
+    ),
     "order of sums": (
         "the sum begins with the slot that arrives last",
         "the sum over the slots begins with the number of rows",
@@ -64,6 +90,9 @@ KINDS: dict[str, tuple[str, ...]] = {
         "gate and up summed from the other end where there are several rows",
         "a product summed from the other end where there are several rows",
         "a tile's edge at the pass's first row",
+        "slots added in an order that depends on the rows",
+        "slots added in an order that depends on the workgroup",
+        "streamers summed in an order that depends on the rows",
     ),
     "scale groups": (
         "the scale of the neighbouring group",
@@ -89,6 +118,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "signs of the elements dropped",
         "bytes of gate and up in pairs exchanged",
         "bytes of down in pairs exchanged",
+        "bytes of codes in another order",
         "high nibble first in a prompt's experts",
         "nibbles swapped",
         "op_sel ignored",
@@ -104,6 +134,9 @@ KINDS: dict[str, tuple[str, ...]] = {
         "queries of rows that are not there",
         "rows before position 0 taken from the ring",
         "rows before the pass left out",
+        "columns read beyond the end of a row",
+        "nobody chooses for the last rows",
+        "only the first 64 pairs get their shares",
     ),
     "counters": (
         "the counter not set back",
@@ -117,6 +150,19 @@ KINDS: dict[str, tuple[str, ...]] = {
         "the router counts a program twice",
         "the router's counter set back to one",
         "the delta net's heads share a counter",
+        "down starts when all but one block of gate-up are there",
+        "down does not wait",
+        "the sum starts when all but one expert are there",
+        "the sum waits for the columns of another block",
+        "counters used again: the epoch is not counted",
+        "counters used again: nobody arrives for experts that are not in the list",
+        "the shares of experts that are not in the list are not counted",
+        "a deadlock: waits for a task that it has not published",
+        "a deadlock: waits for one block more than there are",
+        "a deadlock: the last down task of a workgroup is not published",
+        "counters used again: the count of the first launch alone",
+        "one workgroup more waited for than there are",
+        "a workgroup counted twice",
     ),
     "registers and LDS not written": (),
 }

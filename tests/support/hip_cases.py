@@ -1,20 +1,31 @@
-"""Checks of the HIP kernel of the routed experts: what its counters hold, and what its code waits for."""
+"""Checks of the HIP kernels: what their counters hold, what their code waits for; and planted faults."""
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 from torch import Tensor
 
-from fast import moe_hip
+from fast import hip_compiler, moe_hip, router_hip
+from fast.catalogue import hip_launches
 from fast.hip import HipLaunch
 from fast.launch import Launch
 from tests.support.fast_cases import TARGET, Case, case, launches_of
+from tests.support.fast_faults import Fault, Faults
 from tools.cards import workgroups_of_a_unit
-from tools.gfx950.assembly import hot_cycle, parse
+from tools.gfx950.assembly import Program, hot_cycle, parse
 from tools.gfx950.target import compile_launch
 
 # Additions in the code that announce nothing: those for experts that are not in the list.
 ABSENT = 2
+
+
+def hip_kernels(name: str) -> list[HipLaunch]:
+    """The catalogue's launches of one HIP kernel, by its name in the source."""
+    hips = (launch for launch in hip_launches(TARGET) if isinstance(launch, HipLaunch))
+    return [launch for launch in hips if launch.kernel.name == name]
 
 
 def hip_case(experts: Tensor, **arguments: Any) -> Case:
@@ -37,37 +48,62 @@ def uneven(launch: Launch) -> int:
 
 
 def fences(chosen: Case) -> list[str]:
-    """Findings on the machine code. A counter is raised after the wave's stores have been written back
-    and waited for. A wave that has seen a counter drops what is cached before it loads anything or meets
-    the others."""
+    """Findings on the machine code of the experts. A counter is raised after the wave's stores have been
+    written back and waited for. A wave that has seen a counter drops what is cached before it loads
+    anything or meets the others."""
     (launch,), _ = launches_of(chosen)
     program = parse(compile_launch(launch, TARGET).text, "moe")
+    found, bare = [], unreleased(program)
+    if bare != ABSENT:
+        found.append(f"waiting: {bare} counters are raised without a release, expected {ABSENT}")
     code = [one.line for one in program.instructions]
-    bare = 0
+    looks = [i for i, line in enumerate(code) if re.match(r"global_load_dwordx2 .* sc1$", line)]
+    if not looks:
+        found.append("waiting: nobody waits for a counter")
+    return found + unacquired(program, looks, ("s_barrier", "s_endpgm"))
+
+
+def router_fences(launch: Launch) -> list[str]:
+    """Findings on the machine code of the router. The counter is raised after the wave's stores have been
+    written back and waited for. After that, and after the last barrier, nobody loads anything before it
+    drops what is cached."""
+    program = parse(compile_launch(launch, TARGET).text, "router")
+    names = [one.mnemonic for one in program.instructions]
+    raised = names.index("global_atomic_add_x2")
+    meeting = max(i for i, name in enumerate(names) if name == "s_barrier")
+    assert raised < meeting, "the counter is raised after the last barrier"
+    found = ["waiting: the counter is raised without a release"] * unreleased(program)
+    return found + unacquired(program, [raised, meeting])
+
+
+def unreleased(program: Program) -> int:
+    """How many counters are raised without waiting for a write-back of the stores before it."""
+    code, bare = [one.line for one in program.instructions], 0
     for i in (i for i, line in enumerate(code) if line.startswith("global_atomic_add")):
         stored = max((j for j in range(i) if "_store_" in code[j]), default=-1)
         back = [j for j in range(stored, i) if code[j].startswith("buffer_wbl2 sc1")]
         waits = [j for j in range(stored, i) if re.match(r"s_waitcnt vmcnt\(0\)", code[j])]
         bare += not (back and waits and back[-1] < waits[-1])
-    found = []
-    if bare != ABSENT:
-        found.append(f"waiting: {bare} counters are raised without a release, expected {ABSENT}")
-    looks = [i for i, line in enumerate(code) if re.match(r"global_load_dwordx2 .* sc1$", line)]
-    if not looks:
-        found.append("waiting: nobody waits for a counter")
-    for look in looks:
-        rest, seen = [look + 1], set()
+    return bare
+
+
+def unacquired(program: Program, starts: list[int], until: tuple[str, ...] = ()) -> list[str]:
+    """Findings on loads from memory, and instructions of `until`, that follow an instruction of `starts`
+    without an invalidation of the caches in between."""
+    code, found = [one.line for one in program.instructions], []
+    for start in starts:
+        rest, seen = [start + 1], set()
         while rest:
             i = rest.pop()
-            if i in seen or code[i].startswith("buffer_inv sc1"):
+            if i in seen or i == len(code) or code[i].startswith("buffer_inv sc1"):
                 continue
             seen.add(i)
             name = program.instructions[i].mnemonic
             loads = re.match(r"(global|buffer)_load", name) and "sc1" not in code[i]
-            if loads or name in ("s_barrier", "s_endpgm"):
-                found.append(f"waiting: {code[i]} after {code[look]} without an acquire")
+            if loads or name in until:
+                found.append(f"waiting: {code[i]} after {code[start]} without an acquire")
                 break
-            if name != "s_branch":
+            if name not in ("s_branch", "s_endpgm"):
                 rest.append(i + 1)
             if name.startswith(("s_branch", "s_cbranch")):
                 rest.append(program.labels[program.instructions[i].operands[0]])
@@ -99,3 +135,38 @@ def persistent(launch: HipLaunch) -> list[str]:
     if workgroups_of_a_unit(resources["vgpr"], lds, compiled.num_warps) < 1:
         found.append(f"registers: {resources['vgpr']}, LDS {lds}")
     return found
+
+
+# ---- planted faults
+
+
+def plant(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Make the edits in copies of a kernel's sources. Each must fit in exactly one place of them."""
+    files = hip_compiler.sources(moe_hip.SOURCE.with_name(what.module))
+    texts = {file.name: file.read_text() for file in files}
+    for old, new in what.edits:
+        places = sum(text.count(old) for text in texts.values())
+        assert places == 1, f"{places} places read {old!r}"
+        texts = {name: text.replace(old, new) for name, text in texts.items()}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    owner = {"moe.hip": moe_hip, "router.hip": router_hip}[what.module]
+    patch.setattr(owner, "SOURCE", folder / what.module)
+    patch.setenv("XDG_CACHE_HOME", str(folder))
+
+
+def as_hip_tests(faults: Faults) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The two tests of a file of faults: each fault is found, and without a fault nothing is found."""
+
+    @pytest.mark.parametrize("name", faults)
+    def test_a_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        plant(faults[name], tmp_path, monkeypatch)
+        found = faults[name].check()
+        assert found, "nothing was found"
+        assert {line.split(":")[0] for line in found} & set(faults[name].kind.split()), found[0]
+
+    @pytest.mark.parametrize("check", faults.checks, ids=lambda check: check.__name__)
+    def test_without_a_fault_nothing_is_found(check: Callable[[], list[str]]):
+        assert not check()
+
+    return test_a_fault_is_found, test_without_a_fault_nothing_is_found

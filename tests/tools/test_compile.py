@@ -522,6 +522,16 @@ def test_the_hip_kernels_stand_beside_tritons(cli: Cli):
     assert row["vgpr"] <= 168  # nine waves on four SIMDs
 
 
+def test_the_hip_router_stands_beside_tritons(cli: Cli):
+    """It has no loop over its weights: four loads of them and of rows, and the choice's of the sums."""
+    status, out, _ = cli("--hip", "--check", "--json", "--match", "ro* N=769 K=4096 E=512")
+    rows = {row["name"].split()[0]: row for row in json.loads(out)["kernels"]}
+    assert status == 0 and list(rows) == ["router", "route"]
+    row = rows["router"]
+    assert row["mfma"] == 4 and row["wide_loads"] == 4 + 4 + 2 * 4 and row["loop_bytes"] == 0
+    assert row["weight_bytes_per_valu"] is None and row["vgpr"] <= 128
+
+
 def test_what_hip_cannot_be_is_one_line(cli: Cli, monkeypatch: pytest.MonkeyPatch):
     def refused(*arguments: str) -> str:
         status, out, err = cli("--hip", *arguments)
