@@ -36,7 +36,7 @@ class DecoderLayer(nn.Module):
     this layer, or None for a whole layer.
     """
 
-    def __init__(self, module: Any, target: str) -> None:
+    def __init__(self, module: Any, target: str, kernel: str = "triton") -> None:
         super().__init__()
         module = twin(module)
         self.is_linear = module.is_linear
@@ -45,26 +45,31 @@ class DecoderLayer(nn.Module):
             module.linear_attn = _replaced(module.linear_attn, GatedDeltaNet, target)
         else:
             module.self_attn = _replaced(module.self_attn, GatedAttention, target)
-        kind = MLP if hasattr(module.mlp, "gate_proj") else SparseMoeBlock
-        module.mlp = _replaced(module.mlp, kind, target)
+        if hasattr(module.mlp, "gate_proj"):
+            module.mlp = _replaced(module.mlp, MLP, target)
+        else:
+            module.mlp = _replaced(module.mlp, SparseMoeBlock, target, kernel=kernel)
         self.input_layernorm = Norm.from_reference(module.input_layernorm)
         self.post_attention_layernorm = Norm.from_reference(module.post_attention_layernorm)
         self.target, self.many = target, module
 
     @classmethod
-    def from_reference(cls, module: Any, target: str | None = None) -> "DecoderLayer":
-        """Replaces a `reference.layer.DecoderLayer`. target: default, that of the weights' device."""
-        return cls(module, target or target_of(module.input_layernorm.weight.device))
+    def from_reference(
+        cls, module: Any, target: str | None = None, kernel: str = "triton"
+    ) -> "DecoderLayer":
+        """Replaces a `reference.layer.DecoderLayer`. target: default, that of the weights' device.
+        kernel: of a mixture of experts, as in `SparseMoeBlock`."""
+        return cls(module, target or target_of(module.input_layernorm.weight.device), kernel)
 
     @property
     def mixer(self) -> GatedDeltaNet | GatedAttention:
         """The delta net or the attention, whichever this layer has."""
-        return _inside(self.many.linear_attn if self.is_linear else self.many.self_attn)
+        return inside(self.many.linear_attn if self.is_linear else self.many.self_attn)
 
     @property
     def feed_forward(self) -> MLP | SparseMoeBlock:
         """The node behind the mixer."""
-        return _inside(self.many.mlp)
+        return inside(self.many.mlp)
 
     def launches(
         self,
@@ -130,15 +135,15 @@ class DecoderLayer(nn.Module):
         return f"rank {ranks.rank} of {ranks.size}, {ranks.kind} all-reduce"
 
 
-def _inside(node: Any) -> Any:
+def inside(node: Any) -> Any:
     """A node without the wrapper that sums its results over the ranks, if it has one."""
     return getattr(node, "part", node)
 
 
-def _replaced(node: Any, kind: Any, target: str) -> Any:
+def _replaced(node: Any, kind: Any, target: str, **settings: Any) -> Any:
     """A node's fast replacement, in the same wrapper if the node has one."""
-    made = kind.from_reference(_inside(node), target)
-    return made if _inside(node) is node else node.around(made)
+    made = kind.from_reference(inside(node), target, **settings)
+    return made if inside(node) is node else node.around(made)
 
 
 def embedded(

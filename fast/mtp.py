@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fast.launch import Launch, Scratch, Work, run
-from fast.layer import DecoderLayer, Rope, embedded_part
+from fast.layer import DecoderLayer, Rope, embedded_part, inside
 from fast.linear import Norm, in_bf16, product, twin
 from fast.prefill.layer import work
 from fast.prefill.linear import normed
@@ -20,11 +20,13 @@ from qwen35.cache import KVCache
 class MTP(nn.Module):
     """embeds, hidden: [B, T, D] -> [B, T, D], as in `reference.mtp.MTP`, with a fast layer."""
 
-    def __init__(self, module: Any, target: str) -> None:
+    def __init__(self, module: Any, target: str, kernel: str = "triton") -> None:
         super().__init__()
         module = twin(module)
         module.layers = twin(module.layers)
-        module.layers[0] = DecoderLayer.from_reference(module.layers[0], target)
+        if kernel != "triton" and not _in_mxfp4(module.layers[0].mlp):
+            kernel = "triton"
+        module.layers[0] = DecoderLayer.from_reference(module.layers[0], target, kernel)
         self.fc = in_bf16(module.fc)
         self.embedding_norm = Norm.from_reference(module.pre_fc_norm_embedding)
         self.hidden_norm = Norm.from_reference(module.pre_fc_norm_hidden)
@@ -32,9 +34,12 @@ class MTP(nn.Module):
         self.target, self.many = target, module
 
     @classmethod
-    def from_reference(cls, module: Any, target: str | None = None) -> "MTP":
-        """Replaces a `reference.mtp.MTP`. target: default, that of the weights' device."""
-        return cls(module, target or target_of(module.fc.weight.device))
+    def from_reference(
+        cls, module: Any, target: str | None = None, kernel: str = "triton"
+    ) -> "MTP":
+        """Replaces a `reference.mtp.MTP`; target and kernel as in `DecoderLayer`. kernel is that of MXFP4
+        experts; bf16 ones, which published MXFP4 checkpoints have in this head, take Triton's."""
+        return cls(module, target or target_of(module.fc.weight.device), kernel)
 
     @property
     def layer(self) -> DecoderLayer:
@@ -99,3 +104,9 @@ class MTP(nn.Module):
         last, out = normed(out, self.norm, scratch, name="mtp out")
         run([third, *layer, last], embeds.device)
         return out[None]
+
+
+def _in_mxfp4(mlp: Any) -> bool:
+    """Whether a feed-forward of the reference is a mixture of MXFP4 experts."""
+    experts = getattr(inside(mlp), "experts", None)
+    return experts is not None and experts[0].gate_proj.weight.dtype == torch.uint8

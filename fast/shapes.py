@@ -1,5 +1,6 @@
 """Checks whether the kernels take a model's sizes, before any weight is read."""
 
+from fast import moe_hip
 from fast.router import MAX_TOP_K
 from fast.state import RING
 from qwen35.config import Config
@@ -32,3 +33,10 @@ def check_shapes(config: Config) -> None:
     for name, size in widths.items():
         if size % 16:
             raise InputError(f"{name} = {size}; the fast path takes multiples of 16")
+
+
+def check_hip(config: Config) -> None:
+    """InputError if a model's mixture of experts is one that the HIP kernels do not take."""
+    if not config.num_experts:
+        raise InputError("the HIP kernels are of a mixture of experts; this model is dense")
+    moe_hip.check_sizes(config.hidden_size, config.shared_expert_intermediate_size)

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from fast.target import KERNELS
 from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.cli import (
     SIZE_RULE,
@@ -75,6 +76,8 @@ def build_parser() -> Parser:
     )
     add("--path", choices=PATHS, default="auto",
         help="fast: decoding as one graph of kernels on a GPU; auto: fast where it can run")  # fmt: skip
+    add("--moe-kernel", choices=KERNELS, default="triton",
+        help="of MXFP4 experts and their router on the fast path; hip: for an MI355X")  # fmt: skip
     add("--swap", action="append", default=[], metavar="PATTERN=MODULE:CLASS",
         help="put another class, or FILE.py:CLASS, in place of nodes (may be repeated)")  # fmt: skip
     add("--device", type=device, default="cpu", metavar="D",
@@ -245,13 +248,14 @@ def _serve(file: str, completer: Completer, settings: Settings, load_s: float, r
 
 def _load(args: argparse.Namespace, folder: Path) -> Model:
     """Load the model, and print a line if not all of it is the reference."""
-    # A CPU has no fast path, so `auto` gives no warning there.
+    # A CPU has no fast path, so `auto` gives no warning there, unless a kernel of it is asked for.
     on_cpu = args.device.type == "cpu"
-    path = "reference" if args.path == "auto" and on_cpu else args.path
+    quiet = args.path == "auto" and on_cpu and args.moe_kernel == "triton"
+    path = "reference" if quiet else args.path
     swaps = [parse_swap(text) for text in args.swap]
     model = load(
         folder, dtype=DTYPES.get(args.dtype), device=args.device, path=path, swaps=swaps,
-        kv_cache_dtype=args.kv_cache_dtype, ranks=args.ranks,
+        kv_cache_dtype=args.kv_cache_dtype, moe_kernel=args.moe_kernel, ranks=args.ranks,
     )  # fmt: skip
     if args.ranks.size > 1:
         held = args.ranks.exchange(sum(weight.nbytes for weight in model.parameters()))

@@ -19,7 +19,7 @@ from qwen35.errors import InputError
 from qwen35.parallel.checkpoint import contents
 from qwen35.parallel.nodes import joined
 from qwen35.parallel.ranks import ALONE, Ranks
-from qwen35.paths import choose_path
+from qwen35.paths import check_mxfp4, choose_path
 from qwen35.swap import Replacement, Swaps, as_swaps, instead, matching, outermost
 from reference.model import Model
 from reference.quantized import FP8Linear, MXFP4Linear
@@ -78,6 +78,7 @@ def load(
     path: str = "reference",
     swaps: Swaps = (),
     kv_cache_dtype: str = "auto",
+    moe_kernel: str = "triton",
     ranks: Ranks = ALONE,
 ) -> Model:
     """Build the reference model of a checkpoint, in eval mode, without gradients.
@@ -102,6 +103,8 @@ def load(
     kv_cache_dtype: "fp8" keeps keys and values in e4m3 (`qwen35.cache.FP8KVCache`), "auto" in the
     model's own dtype.
 
+    moe_kernel: "hip" takes the HIP kernels for MXFP4 experts and their router (only gfx950 has them).
+
     ranks: the group of which this process is one rank. The model is then the part of this rank, with
     nodes that combine the ranks' results. It is read from a whole checkpoint, or from the part that
     `tools.convert --tp` wrote for the rank.
@@ -115,7 +118,9 @@ def load(
             f"kv_cache_dtype {kv_cache_dtype!r}; expected {' or '.join(KV_CACHE_DTYPES)}"
         )
     folder = locate(model, ranks)
-    loader = Loader(folder, dtype=dtype, device=device, path=path, swaps=swaps, ranks=ranks)
+    loader = Loader(
+        folder, dtype=dtype, device=device, path=path, swaps=swaps, moe_kernel=moe_kernel, ranks=ranks
+    )  # fmt: skip
     if loader.path.reason:
         warnings.warn(f"the reference path runs: {loader.path.reason}", stacklevel=2)
     check_memory(loader.nbytes, loader.device)
@@ -163,6 +168,7 @@ class Loader:
         device: torch.device | str = "cpu",
         path: str = "reference",
         swaps: Swaps = (),
+        moe_kernel: str = "triton",
         ranks: Ranks = ALONE,
     ) -> None:
         dtype, device, swaps = _as_dtype(dtype), as_device(device), as_swaps(swaps)
@@ -189,7 +195,9 @@ class Loader:
             self.skeleton.config = self.config
             ranks.agree(checkpoint=contents(self.checkpoint, self.plan))
         self.dtype, self.device = dtype or own_dtype(self.checkpoint), device
-        self.path = choose_path(path, self.config, device, self.dtype)
+        self.path = choose_path(path, self.config, device, self.dtype, moe_kernel)
+        if self.path.moe_kernel == "hip":
+            check_mxfp4(self.checkpoint.entries)
         layers = [f"layers.{i}" for i in range(self.config.num_hidden_layers)]
         last = ["mtp"] if self.skeleton.mtp is not None else []
         self.stages = ["embed_tokens", *layers, "norm", "lm_head", *last]

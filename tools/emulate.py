@@ -10,21 +10,20 @@ import argparse
 import sys
 import time
 import warnings
-from typing import Any
 
 import torch
-from torch import nn
 
+from fast import hip_compiler
 from fast.launch import Launch
-from fast.layer import DecoderLayer
-from fast.mtp import MTP
-from fast.shapes import check_shapes
+from fast.moe import Experts
+from fast.shapes import check_hip, check_shapes
 from fast.step import Step
+from fast.target import KERNELS
 from qwen35.cli import CHECKPOINT, Parser, counted, one_line, print_json, run
 from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import load, locate
-from qwen35.paths import unfit_triton
+from qwen35.paths import FAST, Packed, unfit_triton
 from qwen35.progress import steps
 from qwen35.sampling import Sampling
 from qwen35.swap import swap
@@ -33,17 +32,7 @@ from qwen35.tokenizer import Tokenizer
 from tools.gfx950.target import emulate
 
 TARGET = "gfx950"
-
-
-class Packed:
-    """A class of the fast path that packs its weights for gfx950, on whatever device the model
-    is."""
-
-    def __init__(self, kind: Any) -> None:
-        self.kind = kind
-
-    def from_reference(self, module: nn.Module) -> nn.Module:
-        return self.kind.from_reference(module, TARGET)
+WORKGROUPS = 16  # of a persistent kernel: fewer than a card's are quicker here, with the same bits
 
 
 def build_parser() -> Parser:
@@ -53,6 +42,7 @@ def build_parser() -> Parser:
     parser.add_model(f"{CHECKPOINT}; a small one", alone=False)
     add("--max-new-tokens", type=int, default=8, metavar="N")
     add("--draft-tokens", type=int, default=3, metavar="K", help="drafts of the MTP head a round")
+    add("--moe-kernel", choices=KERNELS, default="triton", help="as in qwen35.generate")
     add("--check", action="store_true", help="also run the reference, and compare the tokens")
     add("--json", action="store_true", help="print one JSON document")
     return parser
@@ -70,6 +60,9 @@ def main(args: argparse.Namespace) -> int:
     model = load(folder, dtype=torch.bfloat16)
     model.config.check_prompt(ids, args.max_new_tokens)
     check_shapes(model.config)
+    if args.moe_kernel == "hip":
+        check_hip(model.config)
+        hip_compiler.find()
     if args.draft_tokens and model.mtp is None:
         raise InputError(f"draft_tokens = {args.draft_tokens}, but the checkpoint has no MTP head")
     expected: list[int] = []
@@ -83,9 +76,12 @@ def main(args: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         # Which configuration is fastest for a shape does not matter here.
         warnings.filterwarnings("ignore", ".*is not in configs.json")
-        swap(model, "layers.*", Packed(DecoderLayer))
-        if model.mtp is not None:
-            swap(model, "mtp", Packed(MTP))
+        for pattern, kind in FAST.items():
+            if pattern != "mtp" or model.mtp is not None:
+                swap(model, pattern, Packed(kind, target=TARGET, kernel=args.moe_kernel))
+        for node in model.modules():
+            if isinstance(node, Experts):
+                node.workgroups = WORKGROUPS
         step = Step(model, room, args.draft_tokens, vocab=tokenizer.size)
     step.take(cache)
     step.begin(token, hidden[0, 0])

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fast.target import KERNELS
 from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.cli import Parser, at_least_one, counted, device, print_json, run
 from qwen35.errors import InputError
@@ -91,6 +92,7 @@ def build_parser() -> Parser:
     add("--device", type=device, default="cpu", metavar="D")
     add("--path", choices=PATHS, default="reference",
         help="fast: also list where its tokens leave the reference's")  # fmt: skip
+    add("--moe-kernel", choices=KERNELS, default="triton", help="as in qwen35.generate")
     add_ranks(parser)
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--json", action="store_true", help="print one JSON document")
@@ -223,6 +225,7 @@ def in_other_processes(
             "--prefill-chunk", chunk, "--max-new-tokens", args.new_tokens,
             "--device", args.device.type if args.tp > 1 else args.device,
             "--path", args.path, "--kv-cache-dtype", args.kv_cache_dtype, "--tp", args.tp,
+            "--moe-kernel", args.moe_kernel,
             *(["--dtype", args.dtype] if args.dtype else []),
             *(["--threads", args.threads] if args.threads else []),
         ]  # fmt: skip
@@ -286,10 +289,12 @@ def differing(found: list[Cell]) -> list[Cell]:
     return wrong
 
 
-def _load(args: argparse.Namespace, folder: Path, path: str, ranks: Ranks) -> Model:
+def _load(
+    args: argparse.Namespace, folder: Path, path: str, moe_kernel: str, ranks: Ranks
+) -> Model:
     return load(
         folder, dtype=DTYPES.get(args.dtype), device=args.device, path=path,
-        kv_cache_dtype=args.kv_cache_dtype, ranks=ranks,
+        kv_cache_dtype=args.kv_cache_dtype, moe_kernel=moe_kernel, ranks=ranks,
     )  # fmt: skip
 
 
@@ -302,7 +307,7 @@ def departures(
     """Where each text first differs from the reference's, as rows. margin: the distance between the
     two tokens' logits in the reference. A correct kernel differs by rounding only, so margins are
     small."""
-    model = _load(args, locate(args.model), "reference", ALONE)
+    model = _load(args, locate(args.model), "reference", "triton", ALONE)
     rows: list[dict[str, Any]] = []
     for prompt in prompts:
         for name, sampling in SAMPLINGS.items():
@@ -324,7 +329,7 @@ def departures(
 def main(args: argparse.Namespace) -> int:
     ranks: Ranks = args.ranks
     folder = locate(args.model, ranks)
-    model = _load(args, folder, args.path, ranks)
+    model = _load(args, folder, args.path, args.moe_kernel, ranks)
     vocabulary = model.config.vocab_size
     vocab = Tokenizer(folder).size if (folder / "tokenizer.json").exists() else None
     lengths, ways = walk(args)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fast import hip, hip_compiler
 from fast.shapes import check_shapes
 from qwen35.config import PUBLISHED, Config
 from qwen35.errors import InputError
@@ -20,6 +21,7 @@ from qwen35.paths import TRITON, choose_path, unfit_triton
 from qwen35.step_decoder import runs_as_step
 from qwen35.swap import replaced
 from tests.support.command import Cli, in_process
+from tools.convert import Options, convert
 from tools.gfx950.target import emulate
 
 TINY_CONFIG = Config.from_file(TINY / "config.json")
@@ -200,3 +202,72 @@ def test_the_fast_path_warns_of_another_triton(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("triton.__version__", "3.9.0")
     with pytest.warns(UserWarning, match="Triton 3.9.0 is installed"):
         assert choose_path("fast", TINY_CONFIG, CPU, torch.bfloat16).name == "fast"
+
+
+# ---- the kernels of the experts
+
+
+def test_hip_kernels_without_their_card_are_refused_in_one_line(cli: Cli):
+    """Before weights are read, also where `auto` would take the reference."""
+    for path, message in (
+        ("auto", "moe_kernel hip runs on gfx950; this is cpu"),
+        ("fast", "moe_kernel hip runs on gfx950; this is cpu"),
+        ("reference", "moe_kernel hip is of the fast path; the path is reference"),
+    ):
+        status, out, err = cli("In the", "--moe-kernel", "hip", "--path", path)
+        assert (status, out, err) == (2, "", f"python -m qwen35.generate: {message}\n")
+
+
+@pytest.fixture
+def mi355x(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with the card, whose device is the CPU."""
+    for module in ("qwen35.paths", "fast.layer", "fast.mtp"):
+        monkeypatch.setattr(f"{module}.target_of", lambda device: "gfx950")
+    monkeypatch.setattr(hip, "runtime", lambda: None)
+
+
+@pytest.mark.usefixtures("mi355x")
+def test_what_the_hip_kernels_need(monkeypatch: pytest.MonkeyPatch):
+    def refused(config: Config = TINY_CONFIG, kernel: str = "hip") -> str:
+        with pytest.raises(InputError) as caught:
+            choose_path("auto", config, CPU, torch.bfloat16, kernel)
+        return str(caught.value)
+
+    assert choose_path("auto", TINY_CONFIG, CPU, torch.bfloat16, "hip").moe_kernel == "hip"
+    assert refused(kernel="cuda") == "moe_kernel 'cuda'; expected triton or hip"
+    dense = Config.published("27B")
+    message = "the HIP kernels are of a mixture of experts; this model is dense"
+    assert refused(dense) == message
+    assert "hidden size 1152; expected a multiple" in refused(
+        replace(TINY_CONFIG, hidden_size=1152)
+    )
+    odd = replace(TINY_CONFIG, shared_expert_intermediate_size=48)
+    assert "a shared expert of intermediate size 48; expected" in refused(odd)
+    with pytest.raises(InputError, match=r"down_proj: torch\.bfloat16; moe_kernel hip takes"):
+        load("tiny", moe_kernel="hip", path="fast")
+
+    def missing(text: str) -> None:
+        raise InputError(text)
+
+    monkeypatch.setattr(hip, "runtime", lambda: missing("HIP kernels need ROCm's runtime"))
+    assert refused() == "HIP kernels need ROCm's runtime"
+    monkeypatch.setattr(hip_compiler, "find", lambda: missing("no compiler for HIP"))
+    assert refused() == "no compiler for HIP"
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLISHED if Config.published(n).num_experts])
+@pytest.mark.usefixtures("mi355x")
+def test_every_published_mixture_of_experts_is_taken(name: str):
+    choice = choose_path("fast", Config.published(name), CPU, torch.bfloat16, "hip")
+    assert choice.moe_kernel == "hip"
+
+
+@pytest.mark.usefixtures("mi355x")
+def test_a_model_with_hip_kernels_says_so(tmp_path: Path):
+    """The experts of its MTP head are in bf16, and take Triton's."""
+    convert(TINY, tmp_path / "mxfp4", Options("mxfp4"))
+    model = load(tmp_path / "mxfp4", moe_kernel="hip", path="auto")
+    blocks = [layer.feed_forward for layer in model.layers]  # pyright: ignore (fast layers)
+    assert {(block.gate.kernel, block.experts.kernel) for block in blocks} == {("hip", "hip")}
+    assert model.mtp.layer.feed_forward.experts.kernel == "triton"  # pyright: ignore (a fast one)
+    assert str(model.layers).count("MXFP4, HIP, gfx950") > 0

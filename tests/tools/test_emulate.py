@@ -1,12 +1,15 @@
 """`python -m tools.emulate`: text from gfx950 machine code, and one line for bad input."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+from qwen35.load import TINY
 from tests.support.command import Cli, in_process
+from tools.convert import Options, convert
 from tools.emulate import build_parser, main
 
 
@@ -24,12 +27,22 @@ def test_a_text_of_the_references_tokens(cli: Cli):
     assert found["rounds"] < 5  # a draft was accepted
 
 
+def test_a_text_of_hip_kernels_is_the_references_too(cli: Cli, tmp_path: Path):
+    """The layers' experts and routers; each experts' launch takes the place of two."""
+    convert(TINY, tmp_path / "mxfp4", Options("mxfp4"))
+    model = "--model", tmp_path / "mxfp4", "--moe-kernel", "hip"
+    status, out, _ = cli("In the beginning", "--max-new-tokens", 3, "--check", "--json", *model)
+    found = json.loads(out)
+    assert status == 0 and found["same_as_reference"] and found["launches_a_round"] == 91 - 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("", "--max-new-tokens", 1), "the prompt is empty"),
         (("In", "--max-new-tokens", 0), "max_new_tokens = 0; expected at least 1"),
         (("In", "--draft-tokens", 9), "9 drafts a round; the fast path verifies 0 to 7"),
+        (("In", "--moe-kernel", "hip"), "experts with kernel hip in bf16; it takes MXFP4"),
         (("In", "--model", "no/such/folder/here"), "no such folder"),
     ],
 )
