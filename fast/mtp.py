@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fast.launch import Launch, Scratch, Work, run
 from fast.layer import DecoderLayer, Rope, embedded_part, inside
 from fast.linear import Norm, in_bf16, product, twin
+from fast.moe import Experts
 from fast.prefill.layer import work
 from fast.prefill.linear import normed
 from fast.prefill.linear import product as prefill_product
@@ -109,4 +110,6 @@ class MTP(nn.Module):
 def _in_mxfp4(mlp: Any) -> bool:
     """Whether a feed-forward of the reference is a mixture of MXFP4 experts."""
     experts = getattr(inside(mlp), "experts", None)
+    if isinstance(experts, Experts):  # packed before
+        return experts.fp4
     return experts is not None and experts[0].gate_proj.weight.dtype == torch.uint8

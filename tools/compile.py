@@ -196,11 +196,11 @@ def _valu(blocks: tuple[tuple[Instruction, ...], ...], alternatives: int) -> int
     for block in blocks:
         names = [instruction.mnemonic for instruction in block]
         times = 1 if _count(FP4_CONVERT, names) else alternatives
-        total += times * sum(map(_is_valu, names))
+        total += times * sum(map(is_valu, names))
     return total
 
 
-def _is_valu(mnemonic: str) -> bool:
+def is_valu(mnemonic: str) -> bool:
     return mnemonic.startswith("v_") and not mnemonic.startswith(("v_mfma_", "v_smfmac_"))
 
 

@@ -43,9 +43,12 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "python -m tools.exact --all": ("minutes", "an hour: 3,616 continuations"),
     "python -m tools.compile": ("minutes", "2 minutes; tests/tools/test_compile.py has a part"),
     "python -m tools.compile --hip": ("minutes", "15 s; tests/fast/test_moe_hip.py has a part"),
+    "python -m tools.count": ("minutes", "30 s; tests/tools/test_count.py has a small block"),
     "python -m tools.emulate 'The whale' --max-new-tokens 8": (
         "minutes", "half a minute; tests/tools/test_emulate.py has a shorter text"),
     "python -m tools.emulate 'In the beginning' --check": (
+        "minutes", "half a minute; tests/tools/test_emulate.py has a shorter text"),
+    "python -m tools.emulate 'In the beginning' --model tiny-mxfp4 --moe-kernel hip --check": (
         "minutes", "half a minute; tests/tools/test_emulate.py has a shorter text"),
     "pytest tests/fast": ("minutes", "90 s; a part of all checks"),
     "python -m tools.bench language": ("minutes", "3 minutes: 146 documents"),
@@ -78,6 +81,9 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "python -m tools.train_tiny corpus trained": ("gpu", "8 minutes of training, after tools.corpus"),
     "python -m qwen35.generate 'The whale' --device cuda": ("gpu", "a GPU is asked for"),
     "python -m qwen35.generate 'In the beginning' --device cuda": ("gpu", "a GPU is asked for"),
+    "python -m qwen35.generate 'In the beginning' --model path/to/Qwen3.5-397B-A17B-MXFP4 "
+    "--device cuda --moe-kernel hip": ("gpu", "an MI355X is asked for"),
+    "python -m tools.bench step --moe-kernel hip": ("gpu", "an MI355X is asked for"),
     "python -m tools.exact --path fast --device cuda": ("gpu", "a minute"),
     "pytest tests/fast/test_faults_on_card.py": ("gpu", "a minute: skipped without one"),
     "python -m tools.bench prefill": ("gpu", "a minute: random weights"),

@@ -32,7 +32,7 @@ from fast.layer import DecoderLayer
 from fast.moe import Experts
 from fast.mtp import MTP
 from fast.step import Step, Work
-from fast.target import target_of
+from fast.target import KERNELS, target_of
 from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.cli import Parser, at_least_one, at_least_zero
 from qwen35.config import Config
@@ -64,6 +64,7 @@ def add_arguments(parser: Parser) -> None:
         "--context", type=at_least_zero, default=10_000, metavar="T", help="tokens before the round"
     )
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
+    add("--moe-kernel", choices=KERNELS, default="triton", help="hip: on an MI355X")
     add("--repeats", type=at_least_one, default=30)
     add("--no-nodes", action="store_true", help="time the whole round only")
     add("--plot", type=Path, metavar="FILE", help="also draw where the time goes, as SVG")
@@ -77,12 +78,15 @@ def share_of(name: str, ranks: int) -> Config:
     return sliced(whole, ranks)
 
 
-def random_model(config: Config, device: torch.device, ranks: Ranks = ALONE) -> Model:
+def random_model(
+    config: Config, device: torch.device, ranks: Ranks = ALONE, moe_kernel: str = "triton"
+) -> Model:
     """A model of fast layers with random weights. It is built on the device, layer by layer.
 
-    ranks: the group of which this is one rank; its layers then exchange their results.
+    ranks: the group of which this is one rank; its layers then exchange their results. moe_kernel: as in
+    `qwen35.load.load`.
     """
-    return _Builder(config, device, ranks).model()
+    return _Builder(config, device, ranks, moe_kernel).model()
 
 
 def begun(step: Step, context: int) -> Step:
@@ -105,8 +109,8 @@ def begun(step: Step, context: int) -> Step:
 class _Builder:
     """Builds the fast modules of a config with random weights, one by one on the device."""
 
-    def __init__(self, config: Config, device: torch.device, ranks: Ranks) -> None:
-        self.config, self.device, self.ranks = config, device, ranks
+    def __init__(self, config: Config, device: torch.device, ranks: Ranks, moe_kernel: str) -> None:
+        self.config, self.device, self.ranks, self.kernel = config, device, ranks, moe_kernel
         self.generator = torch.Generator(device).manual_seed(0)
 
     def model(self) -> Model:
@@ -114,11 +118,13 @@ class _Builder:
         for name in ("embed_tokens", "norm", "lm_head"):
             self._fill(model.get_submodule(name))
         for i, layer in enumerate(steps(model.layers, "layers built")):
-            model.layers[i] = DecoderLayer.from_reference(self._layer(layer))
+            model.layers[i] = DecoderLayer.from_reference(self._layer(layer), kernel=self.kernel)
         if model.mtp is not None:
             model.mtp.layers[0] = self._layer(model.mtp.layers[0])
             self._fill(model.mtp)
-            model.mtp = MTP.from_reference(model.mtp)  # pyright: ignore (a fast one replaces it)
+            model.mtp = MTP.from_reference(  # pyright: ignore (a fast one replaces it)
+                model.mtp, kernel=self.kernel
+            )
         return model.eval()
 
     def _layer(self, layer: Any) -> Any:
@@ -126,7 +132,8 @@ class _Builder:
         if config.num_experts:
             I = config.moe_intermediate_size
             target = target_of(self.device)
-            experts = Experts(config.num_experts, config.hidden_size, I, target, self.device)
+            sizes = config.num_experts, config.hidden_size, I
+            experts = Experts(*sizes, target, self.device, kernel=self.kernel)
             for codes in (experts.gate_up, experts.down):
                 codes.random_(0, 256, generator=self.generator)
             for scale, K in ((experts.gate_up_scale, config.hidden_size), (experts.down_scale, I)):
@@ -162,6 +169,10 @@ def moved(launch: Launch, hit: int, context: int) -> float:
         return hit * 2 * a["I"] * a["D"] * weight
     if kind == "down":
         return hit * a["D"] * a["I"] * weight + 2 * a["D"] * a["SHARED_I"]
+    if kind == "experts":  # in HIP
+        names = "gate_up", "gate_up_scale", "down", "down_scale"
+        shared = a["shared_down"]
+        return hit * sum(a[n][0].nbytes for n in names) + (0 if shared is None else shared.nbytes)
     if kind == "delta":
         return 2 * 4 * a["HV"] * a["K"] * a["V"]  # the state, read and written
     if kind == "attend":
@@ -240,7 +251,7 @@ def _measured(
     read: float,
     ranks: Ranks,
 ) -> int:
-    model = random_model(config, device, ranks)
+    model = random_model(config, device, ranks, args.moe_kernel)
     model.kv_cache_dtype = args.kv_cache_dtype
     room = args.context + 8 * (args.repeats + 20) * (1 + args.drafts)
     step = begun(Step(model, room, args.drafts), args.context)
@@ -274,7 +285,7 @@ def _measured(
             )
     if args.plot:
         _draw(args.plot, rows)
-    names = ("config", "tp", "drafts", "context", "kv_cache_dtype", "repeats")
+    names = ("config", "tp", "drafts", "context", "kv_cache_dtype", "moe_kernel", "repeats")
     report.emit(
         "step", {"target": target, "ranks": ranks.size} | {n: getattr(args, n) for n in names}, rows,
         only_json=args.json, device=torch.cuda.get_device_name(device), read_gb_s=read,

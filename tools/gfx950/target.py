@@ -151,7 +151,8 @@ def emulate(
                 reaches=[_bytes(tensor) for tensor in launch.reaches],
             )
         except InputError as error:
-            raise type(error)(f"{launch.name}: {error}") from None
+            told = str(error).removeprefix(f"{launch.name}: ")
+            raise type(error)(f"{launch.name}: {told}") from None
     return total
 
 
