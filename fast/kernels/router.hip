@@ -103,19 +103,23 @@ INLINE bool is_last(u64* counter, int lane) {
 
 // ---- the choice
 
+// Data-parallel primitives: a lane reads the one so many places before it in its row of 16; rows 1 and 3
+// read the last lane of the row before; rows 2 and 3 lane 31. Then masks of rows and of banks.
+constexpr int ROW_SHR = 0x110, ROW_BCAST_15 = 0x142, ROW_BCAST_31 = 0x143, ALL = 15;
+
 // All lanes' values as one, in one order: neighbours first. combine(v, nothing) is v.
 template <class T, class Combine>
 INLINE T folded(T value, T nothing, Combine combine) {
   int none = __builtin_bit_cast(int, nothing);
   auto with = [&](int moved) { value = combine(value, __builtin_bit_cast(T, moved)); };
   auto bits = [&] { return __builtin_bit_cast(int, value); };
-  // Lane l takes that of lane l - 1, l - 2, ... of its row of 16, then rows that of the row before.
-  with(__builtin_amdgcn_update_dpp(none, bits(), 0x111, 15, 15, false));
-  with(__builtin_amdgcn_update_dpp(none, bits(), 0x112, 15, 15, false));
-  with(__builtin_amdgcn_update_dpp(none, bits(), 0x114, 15, 15, false));
-  with(__builtin_amdgcn_update_dpp(none, bits(), 0x118, 15, 15, false));
-  with(__builtin_amdgcn_update_dpp(none, bits(), 0x142, 10, 15, false));  // lane 15 -> row 1, 47 -> row 3
-  with(__builtin_amdgcn_update_dpp(none, bits(), 0x143, 12, 15, false));  // lane 31 -> rows 2 and 3
+  // Within each row of 16 lanes, then from row to row: the last lane has all.
+  with(__builtin_amdgcn_update_dpp(none, bits(), ROW_SHR + 1, ALL, ALL, false));
+  with(__builtin_amdgcn_update_dpp(none, bits(), ROW_SHR + 2, ALL, ALL, false));
+  with(__builtin_amdgcn_update_dpp(none, bits(), ROW_SHR + 4, ALL, ALL, false));
+  with(__builtin_amdgcn_update_dpp(none, bits(), ROW_SHR + 8, ALL, ALL, false));
+  with(__builtin_amdgcn_update_dpp(none, bits(), ROW_BCAST_15, 0b1010, ALL, false));
+  with(__builtin_amdgcn_update_dpp(none, bits(), ROW_BCAST_31, 0b1100, ALL, false));
   return __builtin_bit_cast(T, __builtin_amdgcn_readlane(bits(), LANES - 1));
 }
 

@@ -253,7 +253,7 @@ fault(
 )  # fmt: skip
 fault(
     "probabilities of half the lanes summed", many, "choice",
-    ("bits(), 0x143, 12, 15, false", "bits(), 0x143, 0, 15, false"),
+    ("ROW_BCAST_31, 0b1100, ALL", "ROW_BCAST_31, 0, ALL"),
 )  # fmt: skip
 fault(
     "ties to the higher lane", ties, "choice",

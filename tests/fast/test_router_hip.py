@@ -29,7 +29,7 @@ from tests.support.fast_cases import (
     random,
     slow_block,
 )
-from tests.support.fast_streams import clear_rows, norm, stream_findings
+from tests.support.fast_streams import clear_rows, norm, stream_findings, stream_launches
 from tests.support.hip_cases import hip_kernels, router_fences
 from tools.compile import lane_bytes
 from tools.gfx950.assembly import parse
@@ -163,6 +163,21 @@ def test_a_stream_is_normalised_and_left_for_the_next_norm(rows: int, shared: in
     block, before, after = slow_block(16, 1024, 128, 4, shared), norm(1, 1024, 0.5), norm(2, 1024)
     x = clear_rows(block, before, rows, seed=rows)
     assert not stream_findings(block, before, after, x, parts, "hip")
+
+
+def test_a_streams_bits_do_not_depend_on_the_rows_beside_a_row():
+    block, before, after = slow_block(16, 1024, 128, 4, 256), norm(1, 1024), norm(2, 1024)
+    x = clear_rows(block, before, 4)
+
+    def left(rows: list[int]) -> list[Tensor]:
+        launches, out = stream_launches(block, before, after, x[rows], kernel="hip")
+        emulated(launches)
+        return [out.x, out.scaled, out.squares[:, : len(rows)].T]
+
+    whole = left([0, 1, 2, 3])
+    for rows in ([3, 2, 1, 0], [1, 2]):
+        for got, among in zip(left(rows), whole, strict=True):
+            assert torch.equal(got, among[rows])
 
 
 # ---- what the emulator cannot show: the assembly has it
