@@ -28,13 +28,13 @@
 
 namespace {
 
-struct Shared {
-  List list;
+struct alignas(16) Shared {  // with arrays at multiples of 16 bytes, which is what lanes read and write at once
   float gate[2][STREAMERS][GATE_TILES][MAX_ROWS][TILE];  // sums over a streamer's columns
   float down[2][HALVES][MAX_ROWS][COLUMNS];
   __bf16 hidden[2][MAX_ROWS][HIDDEN_STRIDE];
   __bf16 activated[MAX_ROWS][SHARED + 8];  // the shared expert's silu(gate) * up
   float shared[2][PARTS][MAX_ROWS][SUMMED];
+  List list;
 };
 
 struct Arguments {
