@@ -101,7 +101,16 @@ def packed(arguments: Mapping[str, Any]) -> list[Any]:
 
 
 class Runtime:
-    """HIP's module API. library: libamdhip64 as ctypes loads it."""
+    """HIP's module API. library: libamdhip64 as ctypes loads it.
+
+    CUDA's driver has the same calls by other names (`tools.cuda_port`): architecture and the
+    names of the calls are attributes.
+    """
+
+    architecture = ARCHITECTURE
+    load_data, get_function = "hipModuleLoadData", "hipModuleGetFunction"
+    occupancy = "hipModuleOccupancyMaxActiveBlocksPerMultiprocessor"
+    launch_kernel = "hipModuleLaunchKernel"
 
     def __init__(self, library: Any) -> None:
         self.library = library
@@ -109,44 +118,54 @@ class Runtime:
     def load(self, kernel: Kernel, code: bytes) -> ctypes.c_void_p:
         """Load a kernel's function on the current device. InputError if the code object is for another
         card."""
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        status = self.library.hipModuleLoadData(ctypes.byref(module), ctypes.c_char_p(code))
+        return self.function(kernel, self.module(kernel, code))
+
+    def module(self, kernel: Kernel, code: bytes) -> ctypes.c_void_p:
+        module = ctypes.c_void_p()
+        load = getattr(self.library, self.load_data)
+        status = load(ctypes.byref(module), ctypes.c_char_p(code))
         if status in (NO_BINARY, INVALID_IMAGE):
             raise InputError(
-                f"{kernel.name}: the code object is for {ARCHITECTURE}, not for this card "
-                f"({self._text(status)})"
+                f"{kernel.name}: the code object is for {self.architecture}, not for this card "
+                f"({self.text(status)})"
             )
-        self._check(kernel.name, "hipModuleLoadData", status)
-        status = self.library.hipModuleGetFunction(
-            ctypes.byref(function), module, ctypes.c_char_p(kernel.name.encode())
-        )
-        self._check(kernel.name, "hipModuleGetFunction", status)
+        self.check(kernel.name, self.load_data, status)
+        return module
+
+    def function(self, kernel: Kernel, module: ctypes.c_void_p) -> ctypes.c_void_p:
+        function, name = ctypes.c_void_p(), ctypes.c_char_p(kernel.name.encode())
+        self.call(kernel.name, self.get_function, ctypes.byref(function), module, name)
         return function
 
-    def check_together(self, launch: HipLaunch, function: ctypes.c_void_p, units: int) -> None:
-        """InputError unless a card of `units` compute units runs the whole grid at once."""
+    def check_together(
+        self, launch: HipLaunch, function: ctypes.c_void_p, units: int, lds: int = 0
+    ) -> None:
+        """InputError unless a card of `units` compute units runs the whole grid at once. lds: bytes of a
+        workgroup besides the kernel's own."""
         fitting = ctypes.c_int()
-        status = self.library.hipModuleOccupancyMaxActiveBlocksPerMultiprocessor(
-            ctypes.byref(fitting), function, ctypes.c_int(launch.threads), ctypes.c_size_t(0)
-        )
-        self._check(launch.name, "hipModuleOccupancyMaxActiveBlocksPerMultiprocessor", status)
+        sizes = ctypes.c_int(launch.threads), ctypes.c_size_t(lds)
+        self.call(launch.name, self.occupancy, ctypes.byref(fitting), function, *sizes)
         check_together(launch, fitting.value, units)
 
-    def launch(self, launch: HipLaunch, function: ctypes.c_void_p, stream: int) -> None:
+    def launch(
+        self, launch: HipLaunch, function: ctypes.c_void_p, stream: int, lds: int = 0
+    ) -> None:
         values = packed(launch.arguments)
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        no_more_lds = 0  # in addition to the kernel's own
-        sizes = (*launch.grid, launch.threads, 1, 1, no_more_lds)
-        status = self.library.hipModuleLaunchKernel(
-            function, *map(ctypes.c_uint, sizes), ctypes.c_void_p(stream), pointers, None
-        )
-        self._check(launch.name, "hipModuleLaunchKernel", status)
+        sizes = map(ctypes.c_uint, (*launch.grid, launch.threads, 1, 1, lds))
+        where = ctypes.c_void_p(stream)
+        self.call(launch.name, self.launch_kernel, function, *sizes, where, pointers, None)
 
-    def _check(self, name: str, call: str, status: int) -> None:
+    def call(self, what: str, name: str, *arguments: Any) -> None:
+        """Call a function of the library. InputError with its message if it fails."""
+        self.check(what, name, getattr(self.library, name)(*arguments))
+
+    def check(self, what: str, name: str, status: int) -> None:
         if status:
-            raise InputError(f"{name}: {call} returned {status} ({self._text(status)})")
+            raise InputError(f"{what}: {name} returned {status} ({self.text(status)})")
 
-    def _text(self, status: int) -> str:
+    def text(self, status: int) -> str:
+        """The message of an error."""
         self.library.hipGetErrorString.restype = ctypes.c_char_p
         return self.library.hipGetErrorString(ctypes.c_int(status)).decode()
 

@@ -5,7 +5,9 @@
 
 #pragma once
 
-#if __has_include(<hip/hip_runtime.h>)
+#if defined(__CUDACC__)
+#include "port_sm90.h"  // the same source on an NVIDIA card, to check how its workgroups wait for each other
+#elif __has_include(<hip/hip_runtime.h>)
 #include <hip/hip_runtime.h>
 #else  // a compiler without ROCm
 #define __global__ __attribute__((global))
@@ -19,6 +21,7 @@ namespace {
 
 typedef unsigned char u8;
 typedef unsigned long long u64;
+#ifndef PORT  // which has its own
 typedef __bf16 bf16x2 __attribute__((ext_vector_type(2)));
 typedef __bf16 bf16x8 __attribute__((ext_vector_type(8)));
 typedef float f32x2 __attribute__((ext_vector_type(2)));
@@ -26,14 +29,24 @@ typedef float f32x4 __attribute__((ext_vector_type(4)));
 typedef unsigned u32x2 __attribute__((ext_vector_type(2)));
 typedef unsigned u32x4 __attribute__((ext_vector_type(4)));
 
+// A wave and its matrix unit. A product is of TILE rows of a weight; lane l has row l % 16 of them and group
+// l / 16 of the columns, and it gets the sums of rows SUMS * (l / 16) on, for row l % 16 of x.
+typedef f32x4 Sums;
+constexpr int LANES = 64, STREAMERS = 8, TILE = 16, SUMS = 4;
+#define PLACE(lane) (lane % TILE)
+#define GROUP(lane) (lane / TILE)
+#define WORKGROUP(threads) __attribute__((amdgpu_flat_work_group_size(threads, threads)))
+#define IN_LDS(type, name) __shared__ type name
+#endif
+
 constexpr int least(int a, int b) { return a < b ? a : b; }
 constexpr int most(int a, int b) { return a < b ? b : a; }
 
-constexpr int LANES = 64, STREAMERS = 8, MESSENGER = STREAMERS;
+constexpr int MESSENGER = STREAMERS;
 constexpr int MAX_ROWS = 8;
-constexpr int TILE = 16, DEPTH = 32;  // rows of a weight, and columns, in one product of the matrix unit
-constexpr int SQUARES = 16;           // rows that a norm's squares have room for
-constexpr int LINE = 16;              // u64 in a cache line
+constexpr int DEPTH = 32;    // columns in one product of the matrix unit
+constexpr int SQUARES = 16;  // rows that a norm's squares have room for
+constexpr int LINE = 16;     // u64 in a cache line
 
 INLINE u64 ballot(bool value) { return __builtin_amdgcn_ballot_w64(value); }
 

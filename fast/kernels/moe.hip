@@ -90,7 +90,7 @@ INLINE void request(
     Weights& w, const Shared& lds, const Arguments& a, int number, int count, int wave, int lane) {
   bool real = number < count * (GATE_BLOCKS + DOWN_BLOCKS);
   Task task = task_at(real ? number : 0, count);
-  int row = lane % TILE, group = lane / TILE, half = wave / TEAM;
+  int row = PLACE(lane), group = GROUP(lane), half = wave / TEAM;
   int step = D_STEPS * wave < D / STEP ? D_STEPS * wave : 0;  // one without columns reads some
   // Row t of a lane's tiles of down is row DOWN_TILES * row + t: then its scales lie in one piece.
   long first = task.down ? task.block * COLUMNS + wave % TEAM * TILE * DOWN_TILES : task.block * GATE_ROWS;
@@ -138,7 +138,7 @@ INLINE bf16x2 decoded(unsigned codes, float scale) {
 }
 
 // acc + 16 rows of weights by 32 columns, times 32 by 16 columns of activations.
-INLINE f32x4 product(unsigned codes, float scale, bf16x8 x, f32x4 acc) {
+INLINE Sums product(unsigned codes, float scale, bf16x8 x, Sums acc) {
   bf16x2 a = decoded<0>(codes, scale), b = decoded<1>(codes, scale);
   bf16x2 c = decoded<2>(codes, scale), d = decoded<3>(codes, scale);
   bf16x8 w = {a[0], a[1], b[0], b[1], c[0], c[1], d[0], d[1]};
@@ -151,10 +151,10 @@ INLINE float scale_of(const Weights& w, int l, int group) {
 }
 
 INLINE void gate_task(Shared& lds, int buffer, const Weights& w, const bf16x8 (&x)[D_STEPS][4], int wave, int lane) {
-  int column = lane % TILE, group = lane / TILE;
+  int column = PLACE(lane), group = GROUP(lane);
 #pragma unroll
   for (int t = 0; t < GATE_TILES; t++) {
-    f32x4 acc = {};
+    Sums acc = {};
 #pragma unroll
     for (int s = 0; s < D_STEPS; s++) {
       int l = t * D_STEPS + s;
@@ -165,15 +165,14 @@ INLINE void gate_task(Shared& lds, int buffer, const Weights& w, const bf16x8 (&
         acc = product(codes, scale, x[s][j], acc);
       }
     }
-    // Lane l has rows 4 (l / 16) to 4 (l / 16) + 3 of column l % 16.
-    if (column < MAX_ROWS) *(f32x4*)&lds.gate[buffer][wave][t][column][4 * group] = acc;
+    if (column < MAX_ROWS) *(Sums*)&lds.gate[buffer][wave][t][column][SUMS * group] = acc;
   }
 }
 
 INLINE void down_task(Shared& lds, int buffer, const Weights& w, int rows, int wave, int lane) {
-  int column = lane % TILE, group = lane / TILE, half = wave / TEAM;
+  int column = PLACE(lane), group = GROUP(lane), half = wave / TEAM;
   const __bf16* hidden = lds.hidden[buffer][least(column, rows - 1)] + half * I_PART * STEP + group * 32;
-  f32x4 acc[DOWN_TILES] = {};
+  Sums acc[DOWN_TILES] = {};
 #pragma unroll
   for (int s = 0; s < I_PART; s++) {
 #pragma unroll
@@ -187,9 +186,9 @@ INLINE void down_task(Shared& lds, int buffer, const Weights& w, int rows, int w
     }
   }
   if (column < MAX_ROWS) {
-    float* to = &lds.down[buffer][half][column][(wave % TEAM * TILE + 4 * group) * DOWN_TILES];
+    float* to = &lds.down[buffer][half][column][(wave % TEAM * TILE + SUMS * group) * DOWN_TILES];
 #pragma unroll
-    for (int r = 0; r < 4; r++)
+    for (int r = 0; r < SUMS; r++)
 #pragma unroll
       for (int t = 0; t < DOWN_TILES; t++) to[r * DOWN_TILES + t] = acc[t][r];
   }
@@ -205,7 +204,7 @@ INLINE float routed(const Arguments& a, int row, int column) {
 
 // The shared expert's down product for some columns of the output.
 INLINE void shared_task(Shared& lds, int buffer, const Arguments& a, int block, int wave, int lane) {
-  int column = lane % TILE, group = lane / TILE, tile = wave % SUM_TILES, part = wave / SUM_TILES;
+  int column = PLACE(lane), group = GROUP(lane), tile = wave % SUM_TILES, part = wave / SUM_TILES;
   long line = block * SUMMED + tile * TILE + column;
   const __bf16* x = lds.activated[least(column, a.rows - 1)] + group * 8;
   bf16x8 w[most(SHARED_STEPS, 1)];
@@ -214,13 +213,13 @@ INLINE void shared_task(Shared& lds, int buffer, const Arguments& a, int block, 
     int k = (part * SHARED_STEPS + s) * DEPTH;
     if (k < SHARED) w[s] = *(const bf16x8*)(a.shared_down + line * SHARED + k + group * 8);
   }
-  f32x4 acc = {};
+  Sums acc = {};
 #pragma unroll
   for (int s = 0; s < SHARED_STEPS; s++) {
     int k = (part * SHARED_STEPS + s) * DEPTH;
     if (k < SHARED) acc = __builtin_amdgcn_mfma_f32_16x16x32_bf16(w[s], *(const bf16x8*)(x + k), acc, 0, 0, 0);
   }
-  if (column < MAX_ROWS) *(f32x4*)&lds.shared[buffer][part][column][tile * TILE + 4 * group] = acc;
+  if (column < MAX_ROWS) *(Sums*)&lds.shared[buffer][part][column][tile * TILE + SUMS * group] = acc;
 }
 
 // A row's shares of some columns, one column a lane and two rows a wave. They are added in the order of the
@@ -280,7 +279,7 @@ INLINE void stream_products(
 }
 
 INLINE void stream(Shared& lds, const Arguments& a, int workgroup, int wave, int lane) {
-  int column = lane % TILE, group = lane / TILE;
+  int column = PLACE(lane), group = GROUP(lane);
   // Zeros in columns of the matrix unit beyond the rows, and for a streamer without columns of x.
   bf16x8 x[D_STEPS][4] = {};
   if (column < a.rows && D_STEPS * wave < D / STEP) {
@@ -402,7 +401,7 @@ INLINE void carry(Shared& lds, const Arguments& a, int workgroup, int lane) {
 
 }  // namespace
 
-extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(576, 576))) void moe(
+extern "C" __global__ WORKGROUP(LANES * (STREAMERS + 1)) void moe(
     const __bf16* __restrict__ x, const float* __restrict__ squares, const int* __restrict__ experts,
     const float* __restrict__ weights, const u8* __restrict__ gate_up, const u8* __restrict__ gate_up_scale,
     const u8* __restrict__ down, const u8* __restrict__ down_scale, const __bf16* __restrict__ residual,
@@ -410,7 +409,7 @@ extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(576, 576))) voi
     __bf16* scaled, float* out_squares, const float* __restrict__ routed,
     const __bf16* __restrict__ shared_down, int rows, int parts, int workgroups, int splits,
     int routed_width, float eps) {
-  __shared__ Shared lds;
+  IN_LDS(Shared, lds);
   Arguments a = {x, squares, experts, weights, gate_up, gate_up_scale, down, down_scale, residual, next_norm,
                  hidden, partial, counters, out, scaled, out_squares, routed, shared_down,
                  rows, parts, workgroups, splits, routed_width, eps};
@@ -421,3 +420,7 @@ extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(576, 576))) voi
   else
     stream(lds, a, workgroup, wave, lane);
 }
+
+#ifdef PORT
+extern "C" __device__ int moe_lds = PORT_LDS + sizeof(Shared);
+#endif

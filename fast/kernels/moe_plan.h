@@ -20,11 +20,11 @@ constexpr int half_until(int n, int limit) { return n <= limit ? n : half_until(
 
 constexpr int D = HIDDEN_SIZE, I = INTERMEDIATE_SIZE, E = EXPERTS;
 constexpr int SHARED = SHARED_SIZE;  // intermediate size of the shared expert, 0 if there is none
-constexpr int MAX_PAIRS = 128;  // pairs of a row and a slot
+constexpr int MAX_PAIRS = 2 * LANES;  // pairs of a row and a slot
 
 // One load of 16 bytes a lane is a step: 16 rows of a weight by 128 columns, which are 4 groups of 32 with
-// a scale each. Lane l has row l % 16 and group l / 16. A step is four products of the matrix unit, in which
-// element 8 j + e of all four groups takes the place of column 8 (l / 16) + e of product j.
+// a scale each. A step is four products of the matrix unit, in which element 8 j + e of all four groups takes
+// the place of column 8 (l / 16) + e of product j.
 constexpr int STEP = 128;
 // The streamers share the columns of gate-up among them, and the rows of down. So each keeps its own
 // columns of the rows x in registers, for all tasks.
@@ -66,7 +66,7 @@ struct List {
 };
 
 // The experts in the order in which the pairs name them first. Each lane has the pairs `lane` and
-// 64 + lane.
+// LANES + lane.
 struct Routing {
   int id[2];       // E stands for all ids that are no expert's
   u64 present[2];  // lanes that have a pair

@@ -1,0 +1,256 @@
+"""A HIP kernel of the project on an NVIDIA card, by `fast/kernels/port_sm90.h`: compiler and launch.
+
+It is a check of the kernel's synchronisation by other hardware, and nothing that is fast. The compiler is
+nvcc where it is installed, else NVRTC, the library that torch's own CUDA packages bring along.
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fast.hip import HipLaunch, Runtime
+from fast.hip_compiler import Kernel, sources
+from fast.target import target_of
+from qwen35.errors import InputError
+from weights.storage import whole
+
+TARGET = "sm_90"
+LANES, WAVES = 32, 17  # as in the header: 16 streamers and the messenger
+MAX_PAIRS = 2 * LANES
+NVCC = ("-x", "cu", "-std=c++17", "-O3", f"-arch={TARGET}", "--expt-relaxed-constexpr", "-cubin")
+NVRTC = ("-std=c++17", f"-arch={TARGET}", "-default-device")
+LOOKED_FOR = "nvcc (in $CUDA_HOME/bin, PATH), libnvrtc (of torch's packages)"
+MAX_DYNAMIC_SHARED = 8  # of CUfunction_attribute
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """name: nvcc or NVRTC. version: its own words. nvcc: the program. library: NVRTC's."""
+
+    name: str
+    version: str
+    nvcc: str = ""
+    library: str = ""
+
+
+@cache
+def find() -> Compiler:
+    """The compiler. InputError if there is none, with what was looked for."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    for nvcc in (home / "bin" / "nvcc", shutil.which("nvcc")):
+        if nvcc and os.access(nvcc, os.X_OK):
+            text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+            lines = [line for line in text.splitlines() if "release" in line] or ["no version"]
+            return Compiler("nvcc", lines[0].strip(), nvcc=str(nvcc))
+    for library in _nvrtc_libraries():
+        try:
+            nvrtc = ctypes.CDLL(library)
+        except OSError:
+            continue
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+        return Compiler("NVRTC", f"{major.value}.{minor.value}", library=library)
+    raise InputError(f"no compiler for {TARGET}; looked for {LOOKED_FOR}")
+
+
+def _nvrtc_libraries() -> list[str]:
+    spec = importlib.util.find_spec("nvidia")
+    roots = spec.submodule_search_locations if spec else None
+    found = [file for root in roots or () for file in Path(root).rglob("libnvrtc.so.*")]
+    return [*map(str, sorted(found)), "libnvrtc.so.13", "libnvrtc.so.12"]
+
+
+def cubin(kernel: Kernel) -> bytes:
+    """The kernel for sm_90, as CUDA's driver loads it. It is kept in the user's cache."""
+    compiler = find()
+    parts = [file.read_bytes() for file in sources(kernel.source)] + [repr(kernel.sizes).encode()]
+    parts += [repr((compiler.name, compiler.version, NVCC, NVRTC)).encode()]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    file = root / "qwen35" / "hip" / f"{kernel.source.stem}-{digest[:32]}.cubin"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        make = _by_nvcc if compiler.name == "nvcc" else _by_nvrtc
+        with whole(file) as part:
+            part.write_bytes(make(compiler, kernel))
+    return file.read_bytes()
+
+
+def _defines(kernel: Kernel) -> list[str]:
+    return [f"-D{name}={size}" for name, size in kernel.sizes]
+
+
+def _by_nvcc(compiler: Compiler, kernel: Kernel) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "kernel.cubin"
+        command = [compiler.nvcc, *NVCC, *_defines(kernel), str(kernel.source), "-o", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise InputError(f"nvcc: {_worst(done.stderr or done.stdout)}")
+        return out.read_bytes()
+
+
+def _by_nvrtc(compiler: Compiler, kernel: Kernel) -> bytes:
+    nvrtc = ctypes.CDLL(compiler.library)
+
+    def call(name: str, *arguments: Any) -> None:
+        status = getattr(nvrtc, name)(*arguments)
+        if status:
+            nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+            raise InputError(f"NVRTC: {name}: {nvrtc.nvrtcGetErrorString(status).decode()}")
+
+    def result(kind: str) -> bytes:
+        size = ctypes.c_size_t()
+        call(f"nvrtcGet{kind}Size", program, ctypes.byref(size))
+        text = ctypes.create_string_buffer(size.value)
+        call(f"nvrtcGet{kind}", program, text)
+        return text.raw
+
+    program = ctypes.c_void_p()
+    source, *headers = sources(kernel.source)
+    several = ctypes.c_char_p * len(headers)
+    call(
+        "nvrtcCreateProgram", ctypes.byref(program), ctypes.c_char_p(source.read_bytes()),
+        ctypes.c_char_p(source.name.encode()), ctypes.c_int(len(headers)),
+        several(*(header.read_bytes() for header in headers)),
+        several(*(header.name.encode() for header in headers)),
+    )  # fmt: skip
+    options = [option.encode() for option in (*NVRTC, *_defines(kernel))]
+    given = (ctypes.c_char_p * len(options))(*options)
+    if nvrtc.nvrtcCompileProgram(program, ctypes.c_int(len(options)), given):
+        raise InputError(f"NVRTC: {_worst(result('ProgramLog').decode(errors='replace'))}")
+    made = result("CUBIN")
+    call("nvrtcDestroyProgram", ctypes.byref(program))
+    return made
+
+
+def _worst(log: str) -> str:
+    lines = log.splitlines() or ["no message"]
+    return next((line for line in lines if "error" in line), lines[0]).strip()
+
+
+class Driver(Runtime):
+    """CUDA's driver API. library: libcuda as ctypes loads it."""
+
+    architecture = TARGET
+    load_data, get_function = "cuModuleLoadData", "cuModuleGetFunction"
+    occupancy = "cuOccupancyMaxActiveBlocksPerMultiprocessor"
+    launch_kernel = "cuLaunchKernel"
+
+    def text(self, status: int) -> str:
+        message = ctypes.c_char_p()
+        self.library.cuGetErrorString(ctypes.c_int(status), ctypes.byref(message))
+        return (message.value or b"no message").decode()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A kernel on a card. lds: bytes of shared memory of a workgroup. stuck: where the header's
+    `port_stuck` is."""
+
+    function: ctypes.c_void_p
+    lds: int
+    stuck: int
+
+
+@cache
+def driver() -> Driver:
+    try:
+        return Driver(ctypes.CDLL("libcuda.so.1"))
+    except OSError as error:
+        raise InputError(f"an NVIDIA card needs its driver: {error}") from None
+
+
+@cache
+def load(kernel: Kernel, device: int) -> Loaded:
+    """A kernel on a device, which must be the current one."""
+    api = driver()
+    module = api.module(kernel, cubin(kernel))
+    function = api.function(kernel, module)
+
+    def address(of: str) -> int:
+        where, name = ctypes.c_uint64(), ctypes.c_char_p(of.encode())
+        api.call(kernel.name, "cuModuleGetGlobal_v2", ctypes.byref(where), None, module, name)
+        return where.value
+
+    lds = int.from_bytes(_read(kernel.name, address("moe_lds"), 4), "little")
+    attribute = ctypes.c_int(MAX_DYNAMIC_SHARED), ctypes.c_int(lds)
+    api.call(kernel.name, "cuFuncSetAttribute", function, *attribute)
+    return Loaded(function, lds, address("port_stuck"))
+
+
+def _read(what: str, where: int, size: int) -> bytes:
+    """Bytes of the card's memory, after all that has been launched."""
+    data = ctypes.create_string_buffer(size)
+    given = data, ctypes.c_uint64(where), ctypes.c_size_t(size)
+    driver().call(what, "cuMemcpyDtoH_v2", *given)
+    return data.raw
+
+
+@dataclass(frozen=True)
+class PortLaunch(HipLaunch):
+    """A HIP kernel's launch on an NVIDIA card."""
+
+    @property
+    def threads(self) -> int:
+        return LANES * WAVES
+
+    def __call__(self) -> None:
+        where = next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
+        if (target := target_of(where)) != TARGET:
+            raise InputError(f"{self.name}: built for {TARGET}; this is {target}")
+        with torch.cuda.device(where):
+            loaded = self._loaded()
+            units = torch.cuda.get_device_properties(where).multi_processor_count
+            driver().check_together(self, loaded.function, units, loaded.lds)
+            stream = torch.cuda.current_stream().cuda_stream
+            driver().launch(self, loaded.function, stream, loaded.lds)
+
+    def given_up(self) -> str:
+        """Which wait of the launches so far was given up, if one was: that of the first lane that did.
+        Waits for all launches; then it counts from zero again."""
+        with torch.cuda.device(next(iter(self.arguments.values())).device):
+            torch.cuda.synchronize()
+            where = self._loaded().stuck
+            words = [int.from_bytes(_read(self.name, where + 8 * i, 8), "little") for i in range(4)]
+            zeros, size = ctypes.create_string_buffer(32), ctypes.c_size_t(32)
+            driver().call(self.name, "cuMemcpyHtoD_v2", ctypes.c_uint64(where), zeros, size)
+        lanes, counter, number, workgroup = words
+        if not lanes:
+            return ""
+        line = (counter - self.arguments["counters"].data_ptr()) // 128
+        kind = f"arrived {line}" if line < MAX_PAIRS else f"stored {line - MAX_PAIRS}"
+        return f"{lanes} lanes gave up; one of workgroup {workgroup} at {kind}, which was {number}"
+
+    def _loaded(self) -> Loaded:
+        return load(self.kernel, torch.cuda.current_device())
+
+
+def ported(launch: HipLaunch, source: Path | None = None, **sizes: int) -> PortLaunch:
+    """The launch for an NVIDIA card. source: of a changed kernel, beside which the header is. sizes: more
+    preprocessor definitions. InputError for more pairs of a row and a slot than the port takes."""
+    pairs = launch.arguments["experts"].numel()
+    if pairs > MAX_PAIRS:
+        raise InputError(
+            f"{launch.name}: {pairs} pairs of a row and a slot; the port takes {MAX_PAIRS}"
+        )
+    kernel = replace(
+        launch.kernel,
+        source=source or launch.kernel.source,
+        sizes=(*launch.kernel.sizes, *sizes.items()),
+    )
+    return PortLaunch(
+        **{field.name: getattr(launch, field.name) for field in fields(launch)}
+        | {"kernel": kernel, "options": {"num_warps": WAVES}}
+    )
