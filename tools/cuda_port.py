@@ -53,7 +53,7 @@ def find() -> Compiler:
             text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
             lines = [line for line in text.splitlines() if "release" in line] or ["no version"]
             return Compiler("nvcc", lines[0].strip(), nvcc=str(nvcc))
-    for library in _nvrtc_libraries():
+    for library in nvrtc_libraries():
         try:
             nvrtc = ctypes.CDLL(library)
         except OSError:
@@ -64,7 +64,8 @@ def find() -> Compiler:
     raise InputError(f"no compiler for {TARGET}; looked for {LOOKED_FOR}")
 
 
-def _nvrtc_libraries() -> list[str]:
+def nvrtc_libraries() -> list[str]:
+    """Where NVRTC may be, those of torch's packages first."""
     spec = importlib.util.find_spec("nvidia")
     roots = spec.submodule_search_locations if spec else None
     found = [file for root in roots or () for file in Path(root).rglob("libnvrtc.so.*")]
@@ -102,6 +103,8 @@ def _by_nvcc(compiler: Compiler, kernel: Kernel) -> bytes:
 
 
 def _by_nvrtc(compiler: Compiler, kernel: Kernel) -> bytes:
+    for builtins in Path(compiler.library).parent.glob("libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(builtins))  # NVRTC opens it by its name alone
     nvrtc = ctypes.CDLL(compiler.library)
 
     def call(name: str, *arguments: Any) -> None:
@@ -137,7 +140,7 @@ def _by_nvrtc(compiler: Compiler, kernel: Kernel) -> bytes:
 
 def _worst(log: str) -> str:
     lines = log.splitlines() or ["no message"]
-    return next((line for line in lines if "error" in line), lines[0]).strip()
+    return next((line for line in lines if ": error" in line), lines[0]).strip()
 
 
 class Driver(Runtime):

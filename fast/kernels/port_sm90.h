@@ -122,13 +122,13 @@ PORT_INLINE bf16x2 port_fp4(unsigned codes, float scale, int byte) {
 PORT_INLINE f32x2 port_product(bf16x8 w, bf16x8 x, f32x2 acc) {
 #pragma unroll
   for (int half = 0; half < 4; half += 2) {
-    float unused[2];
+    f32x4 sums;  // the last two are of rows 8 to 15
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %6, %5, %6}, {%7, %8}, "
         "{%9, %10, %11, %11};"
-        : "=f"(acc[0]), "=f"(acc[1]), "=f"(unused[0]), "=f"(unused[1])
+        : "=f"(sums[0]), "=f"(sums[1]), "=f"(sums[2]), "=f"(sums[3])
         : "r"(x.word[half]), "r"(x.word[half + 1]), "r"(0), "r"(w.word[half]), "r"(w.word[half + 1]),
           "f"(acc[0]), "f"(acc[1]), "f"(0.f));
-    (void)unused;
+    acc = {sums[0], sums[1]};
   }
   return acc;
 }
