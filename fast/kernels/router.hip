@@ -36,7 +36,7 @@ constexpr int EACH = (E + LANES - 1) / LANES;  // experts of a lane, when a wave
 
 static_assert(D % DEPTH == 0 && E <= N && TOP_K <= E && TOP_K <= LANES, "unsupported sizes");
 
-struct Shared {
+struct alignas(16) Shared {  // as lanes write four sums at once
   float sums[STREAMERS][MAX_ROWS][TILE];
   int last;  // whether this workgroup is
 };

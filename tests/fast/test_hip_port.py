@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fast import moe_hip
 from fast.hip import HipLaunch
-from fast.hip_compiler import Kernel
+from fast.hip_compiler import Kernel, sources
 from fast.launch import Scratch
 from fast.moe import Experts
 from qwen35.errors import InputError
@@ -109,8 +109,9 @@ def test_without_a_compiler_it_is_told_which_were_looked_for(monkeypatch: pytest
 
 @pytest.mark.parametrize("fault", hip_port.FAULTS, ids=lambda fault: fault.name)
 def test_a_fault_fits_in_the_source(fault: hip_port.Fault, tmp_path: Path):
-    text = hip_port.plant(fault, tmp_path).read_text()
-    assert (text == moe_hip.SOURCE.read_text()) == (not fault.edits)
+    planted = sources(hip_port.plant(fault, tmp_path))
+    own = [moe_hip.SOURCE.with_name(file.name).read_text() for file in planted]
+    assert (own == [file.read_text() for file in planted]) == (not fault.edits)
 
 
 def test_more_pairs_than_a_wave_of_32_lanes_finds_are_refused():

@@ -19,7 +19,6 @@ WRITERS = ("write_text", "write_bytes", "save_file", "savefig")
 OTHERWISE = {
     ("weights/convert.py", "_write"): "several files at once, renamed when all are whole",
     ("weights/convert.py", "_locked"): "a lock, without content",
-    ("weights/hub.py", "_fetch_header"): "in the notes of a conversion, which fetches it anew",
     ("qwen35/parallel/watch.py", "__enter__"): "the terminal, and the null device",
     ("tools/documented.py", "prepare"): "in a temporary folder",
     ("tools/documented.py", "run_page"): "in a temporary folder",
