@@ -8,7 +8,6 @@ import pytest
 from qwen35.compare.diff import passes
 from qwen35.parallel import checkpoint as parallel
 from qwen35.parallel.checkpoint import contents
-from qwen35.prefix import keys
 from qwen35.prefix.keys import chained, fingerprint
 from qwen35.template import LONGEST, RENDER
 from tests.support.checkpoints import write
@@ -50,7 +49,7 @@ def test_a_fingerprint_looks_at_both_ends(
     size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a file that is shorter than an end, as long as one or both, or longer."""
-    monkeypatch.setattr(keys, "ENDS", EIGHT)
+    monkeypatch.setattr(parallel, "ENDS", EIGHT)
     (tmp_path / "config.json").write_text("{}")
     file = tmp_path / "model.safetensors"
     file.write_bytes(bytes(size))
