@@ -261,6 +261,11 @@ fault(
     ("publish_gate(lds, (gates - 1) % 2", "publish_gate(lds, 0"),
 )  # fmt: skip
 fault(
+    "arrays of the LDS that 16 bytes are read from lie at multiples of four", experts, "memory",
+    ("struct alignas(16) Shared {", "struct Shared {\n  List list;"),
+    ("[SUMMED];\n  List list;", "[SUMMED];"),
+)  # fmt: skip
+fault(
     "one buffer of hidden rows instead of two", wide_experts, "memory numbers",
     ("fetch(lds, (i + 1) % 2", "fetch(lds, i % 2"),
 )  # fmt: skip

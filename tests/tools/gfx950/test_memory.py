@@ -34,7 +34,7 @@ def test_read_after_write() -> None:
     read(lds, 1, address=12)
     read(lds, 1, workgroup=1)
     with pytest.raises(EmulatorError, match="a load of a byte that another wave has stored"):
-        read(lds, 1, address=11)
+        read(lds, 1, address=8)
 
 
 def test_write_after_read() -> None:
@@ -47,7 +47,7 @@ def test_write_after_read() -> None:
     lds = filled(2)
     read(lds, 3)
     with pytest.raises(EmulatorError, match="a store to a byte that another wave has loaded"):
-        write(lds, 1, 1, address=5)
+        write(lds, 1, 1, address=8)
 
 
 def test_write_after_write() -> None:
@@ -72,14 +72,33 @@ def test_a_barrier_parts_them(wave: int) -> None:
 
 
 def test_a_byte_that_nobody_has_written() -> None:
+    """Half of what is read has been written: the first half, the last one, that of another workgroup."""
     lds = Lds(2, 64, races=True)
-    write(lds, 0, 1)
-    read(lds, 0)
-    for address, workgroup, first in ((6, 0, 6), (9, 0, 12), (8, 1, 8)):
+    write(lds, 0, 1, 16)
+    write(lds, 0, 1, 28)
+    read(lds, 0, 16)
+    for address, workgroup, first in ((16, 0, 20), (24, 0, 24), (16, 1, 16)):
         with pytest.raises(
             EmulatorError, match=f"byte {first} of the LDS, which no wave has written"
         ):
-            read(lds, 0, address, workgroup)
+            one, zero = np.array([workgroup]), np.array([0])
+            lds.read(one, zero, np.array([address], np.uint32), 8)
+
+
+@pytest.mark.parametrize("size, address", [(2, 7), (4, 6), (8, 12), (12, 6), (16, 8), (16, 20)])
+def test_an_access_that_is_not_aligned(size: int, address: int) -> None:
+    lds, zero = Lds(1, 64, races=False), np.array([0])
+    unit = 4 if size == 12 else size
+    where = np.array([address], np.uint32)
+    with pytest.raises(
+        EmulatorError, match=f"{size} bytes at {address}, which is no multiple of {unit}"
+    ):
+        lds.read(zero, zero, where, size)
+    with pytest.raises(
+        EmulatorError, match=f"{size} bytes at {address}, which is no multiple of {unit}"
+    ):
+        lds.write(zero, zero, where, np.zeros((1, size), np.uint8))
+    lds.read(zero, zero, where // unit * unit, size)
 
 
 def test_nothing_is_watched_where_nobody_asks() -> None:
