@@ -3,14 +3,18 @@
 mutmut (the extra `mutate`) mutates each module of MODULES in a copy of the checkout, and runs each
 mutant against the tests of that module. A mutant that survives is printed as the two lines that
 differ, unless mutants.json lists it as equivalent, with the reason why no test can detect it.
---update writes the counts to mutants.json; docs/trust.md takes its table from there. An interrupted
-run continues in the same --folder. A mutant takes one to twenty seconds. The exit status is 1 if a
-mutant survives that mutants.json does not list.
+--sample runs a random part of each module's mutants, always the same one. --update writes the counts
+to mutants.json; docs/trust.md takes its table from there. An interrupted run continues in the same
+--folder, and --again runs the survivors once more, against the tests as they are now. A mutant takes
+one to twenty seconds. The exit status is 1 if a mutant survives that mutants.json does not list.
 """
 
 import argparse
+import filecmp
 import json
 import os
+import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,24 +30,109 @@ from weights.storage import write_whole
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_name("mutants.json")
 PACKAGES = ("qwen35", "reference", "weights", "fast", "tools")
+# Looking for exceptions in garbage takes as long as the rest of a mutant's run.
+PLUGINS = ("tools.mutate_order", "no:cacheprovider", "no:unraisableexception")
+COUNTS = ("mutants", "run", "killed", "equivalent")
 ALIVE = ("survived", "no tests")
+NOT_RUN = ("not checked", "check was interrupted by user")
 
-# Modules, each with its tests.
-MODULES: dict[str, tuple[str, ...]] = {
-    "reference/activation.py": ("tests/reference/test_modules.py",),
-    "reference/rope.py": ("tests/reference/test_rope.py", "tests/reference/test_modules.py"),
-    "reference/norm.py": ("tests/reference",),
-    "reference/linear.py": ("tests/reference",),
-    "reference/attention.py": ("tests/reference",),
-    "reference/deltanet.py": ("tests/reference",),
-    "reference/moe.py": ("tests/reference",),
-    "qwen35/sampling.py": ("tests/qwen35/test_sampling.py", "tests/qwen35/test_penalties.py"),
-    "qwen35/speculative.py": ("tests/qwen35/test_speculative.py", "tests/qwen35/test_drafts.py"),
-    "qwen35/cache.py": ("tests/qwen35/test_cache.py", "tests/qwen35/test_fp8_cache.py"),
-    "qwen35/swap.py": ("tests/qwen35/test_swap.py",),
-    "weights/mxfp4.py": ("tests/weights/test_mxfp4.py",),
-    "weights/fp8.py": ("tests/weights/test_fp8.py",),
-    "weights/shard.py": ("tests/weights/test_shard.py",),
+# Prints the names of a module's mutants.
+NAMES = """
+import sys
+from pathlib import Path
+from mutmut.mutation.file_mutation import mutate_file_contents
+from mutmut.utils.format_utils import get_mutant_name
+path = Path(sys.argv[1])
+for name in mutate_file_contents(str(path), path.read_text(encoding="utf-8")).mutant_names:
+    print(get_mutant_name(path, name))
+"""
+
+# Modules, each with the tests that run against its mutants: files of the folder that mirrors the
+# module's (or of another folder of tests/), and options of pytest that leave out slow ones.
+MODULES = {
+    "reference/activation.py": "test_modules -k '0.8B and test_module'",
+    "reference/rope.py": "test_rope test_modules -k 'rope or 397B and not cached'",
+    "reference/norm.py": "test_modules -k '397B and test_module'",
+    "reference/linear.py": "test_modules test_moe -k 'moe or 397B and test_module'",
+    "reference/attention.py": "test_modules qwen35/test_cache -k '397B'",
+    "reference/deltanet.py": "test_deltanet test_modules -k 'deltanet or 397B'",
+    "reference/moe.py": "test_moe test_modules -k 'moe or 397B and test_module'",
+    "reference/layer.py": "test_modules -k '397B'",
+    "reference/model.py": "test_modules -k '397B'",
+    "reference/mtp.py": "test_mtp",
+    "reference/quantized.py": "weights/test_fused_fp8",
+    "qwen35/cache.py": "test_cache test_fp8_cache -k 'not long and not chunks_hits'",
+    "qwen35/sampling.py": "test_sampling test_penalties",
+    "qwen35/speculative.py": "test_speculative test_drafts",
+    "qwen35/generation.py": "test_kept test_chunk test_penalties test_logprobs",
+    "qwen35/load.py": "test_swap test_chunk weights/test_checkpoint",
+    "qwen35/swap.py": "test_swap",
+    "qwen35/prefix/cache.py": "test_budget test_cache test_folder qwen35/test_kept",
+    "qwen35/prefix/folder.py": "test_folder test_folder_budget test_folder_foreign",
+    "qwen35/prefix/keys.py": "test_cache test_folder test_folder_foreign",
+    "qwen35/prefix/store.py": "test_budget test_folder_budget test_folder",
+    "qwen35/compare/diff.py": "test_diff test_diff_rows test_diff_whole",
+    "qwen35/compare/judge.py": "test_diff test_diff_rows",
+    "qwen35/compare/trace.py": "test_trace qwen35/test_swap",
+    "qwen35/compare/trace_file.py": "test_trace_file",
+    "weights/checkpoint.py": "test_checkpoint test_checkpoint_refused test_unlisted",
+    "weights/convert.py": "test_convert test_convert_refused test_convert_fp8",
+    "weights/entry.py": "test_dialects test_dialects_refused test_checkpoint",
+    "weights/expert_scales.py": "test_runtime_scales test_fused_fp8",
+    "weights/fp8.py": "test_fp8",
+    "weights/hub.py": "test_hub",
+    "weights/layout.py": "test_layout",
+    "weights/mxfp4.py": "test_mxfp4",
+    "weights/outline.py": "test_dialects test_checkpoint_refused test_unlisted",
+    "weights/output.py": "test_convert_killed test_put_aside test_claims",
+    "weights/quantization.py": "test_dialects test_dialects_refused test_runtime_scales",
+    "weights/ranks.py": "test_ranks test_convert_ranks",
+    "weights/rounding.py": "test_mxfp4 test_fp8 test_block_sizes",
+    "weights/shard.py": "test_shard test_shard_cut -k 'not one_place'",
+    "weights/source.py": "test_convert test_convert_refused",
+    "weights/storage.py": "test_checkpoint test_checkpoint_refused test_written_whole",
+    "weights/verify.py": "test_verify",
+    "weights/words.py": "test_words",
+    "fast/allreduce.py": "test_allreduce",
+    "fast/attention.py": "test_attention",
+    "fast/catalogue.py": "test_step qwen35/test_paths",
+    "fast/configs.py": "test_launch tools/test_tune",
+    "fast/deltanet.py": "test_deltanet",
+    "fast/hip.py": "test_hip",
+    "fast/hip_compiler.py": "test_hip",
+    "fast/launch.py": "test_launch",
+    "fast/layer.py": "test_layer",
+    "fast/linear.py": "test_block_sizes test_attention",
+    "fast/moe.py": "test_moe",
+    "fast/moe_hip.py": "test_moe_hip",
+    "fast/mtp.py": "test_step",
+    "fast/router.py": "test_router",
+    "fast/shapes.py": "test_moe",
+    "fast/state.py": "test_step test_forward",
+    "fast/step.py": "test_step",
+    "fast/target.py": "test_launch tools/test_compile",
+    "tools/gfx950/access.py": "test_memory test_kernels",
+    "tools/gfx950/arrivals.py": "test_kernels test_faults_assembly",
+    "tools/gfx950/assembly.py": "test_kernels test_effects",
+    "tools/gfx950/converts.py": "test_instructions",
+    "tools/gfx950/effects.py": "test_effects",
+    "tools/gfx950/emulator.py": "test_kernels test_faults",
+    "tools/gfx950/flow.py": "test_waits test_unwritten test_effects",
+    "tools/gfx950/formats.py": "test_instructions",
+    "tools/gfx950/lanes.py": "test_instructions",
+    "tools/gfx950/matrix.py": "test_instructions test_kernels",
+    "tools/gfx950/memory.py": "test_memory test_kernels test_faults",
+    "tools/gfx950/nans.py": "test_instructions",
+    "tools/gfx950/operands.py": "test_instructions test_kernels",
+    "tools/gfx950/registry.py": "test_instructions",
+    "tools/gfx950/scalar.py": "test_instructions",
+    "tools/gfx950/target.py": "test_kernels",
+    "tools/gfx950/unwritten.py": "test_unwritten",
+    "tools/gfx950/vector.py": "test_instructions test_kernels",
+    "tools/gfx950/vector_converts.py": "test_instructions",
+    "tools/gfx950/vector_ops.py": "test_instructions",
+    "tools/gfx950/waits.py": "test_waits",
+    "tools/gfx950/waves.py": "test_kernels test_faults",
 }
 
 
@@ -59,23 +148,37 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="for the copies; may be there already",
     )
+    add("--sample", type=at_least_one, metavar="N",
+        help="how many mutants of each module (default: all)")  # fmt: skip
+    add("--again", action="store_true", help="run the survivors once more")
     add("--processes", type=at_least_one, default=1, metavar="N", help="mutants at a time")
     add("--update", action="store_true", help=f"write the counts to {TABLE.name}")
     add("--json", action="store_true", help="print one JSON document")
     return parser
 
 
+def selection(module: str) -> list[str]:
+    """The tests of a module, as arguments of pytest."""
+    here = Path(module).parent
+    return [
+        str(Path("tests", word if "/" in word else here / word).with_suffix(".py"))
+        if Path(word).name.startswith("test_")
+        else word
+        for word in shlex.split(MODULES[module])
+    ]
+
+
 def prepare(module: str, folder: Path) -> None:
-    """Copy the checkout into `folder`, with a mutmut configuration for one module. Nothing is done
-    if the folder exists."""
-    if folder.exists():
-        return
+    """Copy the checkout into `folder`, or what has changed of it since then, with a mutmut
+    configuration for one module."""
     listed = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     for name in filter(None, listed.stdout.split("\0")):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
+        copy = folder / name
+        if not copy.exists() or not filecmp.cmp(ROOT / name, copy, shallow=False):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy)
     project = folder / "pyproject.toml"
     text = project.read_text(encoding="utf-8")
     options = tomllib.loads(text)["tool"]["pytest"]["ini_options"]["addopts"]
@@ -83,27 +186,46 @@ def prepare(module: str, folder: Path) -> None:
         "source_paths": sorted({module.partition("/")[0]}),
         "only_mutate": [module],
         "also_copy": [*PACKAGES, "docs", "README.md", "CONTRIBUTING.md"],
-        "pytest_add_cli_args": ["-p", "no:cacheprovider"],
-        "pytest_add_cli_args_test_selection": list(MODULES[module]),
+        "pytest_add_cli_args": [f"-p{name}" for name in PLUGINS],
+        "pytest_add_cli_args_test_selection": selection(module),
+        # Each mutant's process is forked from one that has imported the tests, but has run none: what
+        # the tests cache (compiled kernels, an oracle's results) would hide the change.
+        "process_isolation": "forkserver",
     }
     lines = "\n".join(f"{name} = {json.dumps(value)}" for name, value in settings.items())
-    # One process for the tests: mutmut forks it for each mutant.
     text = text.replace(json.dumps(options), json.dumps(options.replace("-n 2 ", "")))
     project.write_text(f"{text}\n[tool.mutmut]\n{lines}\n", encoding="utf-8")
 
 
-def mutmut(folder: Path, *arguments: str) -> str:
-    """Run mutmut in a copy of the checkout. Returns its standard output. InputError if it fails."""
+def python(folder: Path, *arguments: str) -> str:
+    """Run Python in a copy of the checkout. Returns its standard output. InputError if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
-        [sys.executable, "-m", "mutmut", *arguments], cwd=folder, env=environment,
+        [sys.executable, *arguments], cwd=folder, env=environment,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise InputError(f"mutmut {arguments[0]} in {folder}: {' '.join(last)}")
+        what = "mutmut" if arguments[0] == "-m" else "the list of mutants"
+        raise InputError(f"{what} in {folder}: {' '.join(last)}")
     return done.stdout
+
+
+def mutmut(folder: Path, *arguments: str) -> str:
+    """Run mutmut in a copy of the checkout. Returns its standard output. InputError if it fails."""
+    return python(folder, "-m", "mutmut", *arguments)
+
+
+def names(module: str, folder: Path) -> list[str]:
+    """The names of all mutants of a module."""
+    return python(folder, "-c", NAMES, module).split()
+
+
+def outcomes(folder: Path) -> dict[str, str]:
+    """What mutmut says of each mutant, by name; empty before the first run."""
+    lines = mutmut(folder, "results", "--all", "true").splitlines()
+    return dict(line.strip().rsplit(": ", 1) for line in lines if ": " in line)
 
 
 def change(folder: Path, mutant: str) -> str:
@@ -113,21 +235,29 @@ def change(folder: Path, mutant: str) -> str:
     return " ".join(f"{line[0]} {line[1:].strip()}" for line in changed)
 
 
-def examine(module: str, folder: Path, processes: int, known: dict[str, str]) -> dict[str, Any]:
+def examine(module: str, args: argparse.Namespace, known: dict[str, str]) -> dict[str, Any]:
     """Mutate a module. Returns counts, and the mutants that survive, as texts of `change`.
 
     known: the equivalent mutants, with the reasons.
     """
+    folder = args.folder / module.replace("/", ".")
     prepare(module, folder)
-    mutmut(folder, "run", "--max-children", str(processes))
-    lines = mutmut(folder, "results", "--all", "true").splitlines()
-    outcomes = dict(line.strip().rsplit(": ", 1) for line in lines if ": " in line)
-    alive = [change(folder, name) for name, outcome in outcomes.items() if outcome in ALIVE]
-    equivalent = [text for text in alive if text in known]
+    every = names(module, folder)
+    chosen = {*random.Random(module).sample(every, len(every))[: args.sample]}
+    some = [name for name in every if name in chosen]
+    before = outcomes(folder)
+    repeat = (*NOT_RUN, *ALIVE) if args.again else NOT_RUN
+    todo = [name for name in some if before.get(name, "not checked") in repeat]
+    if todo:
+        mutmut(folder, "run", "--max-children", str(args.processes), *todo)
+    after = outcomes(folder)
+    run = [name for name in some if after[name] not in NOT_RUN]
+    alive = [change(folder, name) for name in run if after[name] in ALIVE]
     return {
-        "mutants": len(outcomes),
-        "killed": len(outcomes) - len(alive),
-        "equivalent": len(equivalent),
+        "mutants": len(every),
+        "run": len(run),
+        "killed": len(run) - len(alive),
+        "equivalent": sum(text in known for text in alive),
         "alive": [text for text in alive if text not in known],
     }
 
@@ -138,20 +268,19 @@ def main(args: argparse.Namespace) -> int:
     with Progress("modules", len(args.module)) as progress:
         for module in args.module:
             known = table.get(module, {}).get("equivalents", {})
-            folder = args.folder / module.replace("/", ".")
-            found[module] = examine(module, folder, args.processes, known)
+            found[module] = examine(module, args, known)
             if args.update:
-                counts = {n: found[module][n] for n in ("mutants", "killed", "equivalent")}
+                counts = {n: found[module][n] for n in COUNTS}
                 table[module] = counts | {"equivalents": known}
                 write_whole(TABLE, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
             progress.update()
     if args.json:
         print_json(found)
         return int(any(row["alive"] for row in found.values()))
-    print(f"{'module':28} {'mutants':>7} {'killed':>7} {'equivalent':>10} {'alive':>6}")
+    print(f"{'module':28} {' '.join(f'{name:>10}' for name in (*COUNTS, 'alive'))}")
     for module, row in found.items():
-        counts = f"{row['mutants']:7} {row['killed']:7} {row['equivalent']:10}"
-        print(f"{module:28} {counts} {len(row['alive']):6}")
+        counts = [*(row[name] for name in COUNTS), len(row["alive"])]
+        print(f"{module:28} {' '.join(f'{count:10}' for count in counts)}")
     for module, row in found.items():
         for text in row["alive"]:
             print(f"{module}: {text}")

@@ -1,22 +1,27 @@
 """`tools.mutate`: the copy that mutmut works in, what counts as alive, and the table of docs/trust.md."""
 
+import argparse
 import json
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from qwen35.errors import InputError
-from tools import mutate
+from tools import mutate, mutate_order
 from tools.mutate import MODULES, ROOT, TABLE
 
+NAMES = [f"a.x_one__mutmut_{n}" for n in range(1, 8)]
 RESULTS = """
     a.x_one__mutmut_1: killed
     a.x_one__mutmut_2: survived
     a.x_one__mutmut_3: no tests
     a.x_one__mutmut_4: timeout
     a.x_one__mutmut_5: survived
+    a.x_one__mutmut_6: killed
+    a.x_one__mutmut_7: not checked
 """
 DIFFS = {
     "a.x_one__mutmut_2": "--- a.py\n+++ a.py\n@@ -1 +1 @@\n-    return x < 1\n+    return x <= 1\n y\n",
@@ -39,12 +44,18 @@ def answered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
     monkeypatch.setattr(mutate, "mutmut", mutmut)
     monkeypatch.setattr(mutate, "TABLE", table)
     monkeypatch.setattr(mutate, "prepare", lambda module, folder: None)
+    monkeypatch.setattr(mutate, "names", lambda module, folder: NAMES)
     return asked
 
 
 def test_every_module_and_its_tests_are_there() -> None:
-    for module, tests in MODULES.items():
-        assert all((ROOT / name).exists() for name in (module, *tests))
+    for module in MODULES:
+        named = [word for word in mutate.selection(module) if word.endswith(".py")]
+        assert named and all((ROOT / name).exists() for name in (module, *named))
+    assert mutate.selection("qwen35/cache.py") == [
+        "tests/qwen35/test_cache.py", "tests/qwen35/test_fp8_cache.py",
+        "-k", "not long and not chunks_hits",
+    ]  # fmt: skip
 
 
 def test_a_copy_has_the_configuration_of_one_module(tmp_path: Path) -> None:
@@ -57,53 +68,89 @@ def test_a_copy_has_the_configuration_of_one_module(tmp_path: Path) -> None:
         ROOT / "qwen35/sampling.py"
     ).read_bytes()
     (tmp_path / "copy/mark").touch()
+    (tmp_path / "copy/README.md").write_text("before")
     mutate.prepare("qwen35/sampling.py", tmp_path / "copy")
     assert (tmp_path / "copy/mark").exists()  # a copy that is there is gone on with
+    assert (tmp_path / "copy/README.md").read_bytes() == (ROOT / "README.md").read_bytes()
+    assert tomllib.loads((tmp_path / "copy/pyproject.toml").read_text()) == project
+
+
+def parsed(folder: Path, *more: str) -> argparse.Namespace:
+    arguments = ["--folder", str(folder), "--module", "qwen35/cache.py", *more]
+    return mutate.build_parser().parse_args(arguments)
 
 
 def test_what_lives_is_counted_and_shown(answered: list[tuple[str, ...]], tmp_path: Path) -> None:
     """A mutant that no test reaches lives; one that runs into a time limit is killed."""
     known = {"- f(x, y) + f(x)": "y has no effect"}
-    found = mutate.examine("qwen35/cache.py", tmp_path, 2, known)
+    found = mutate.examine("qwen35/cache.py", parsed(tmp_path, "--processes", "2"), known)
     assert found == {
-        "mutants": 5, "killed": 2, "equivalent": 1,
+        "mutants": 7, "run": 6, "killed": 3, "equivalent": 1,
         "alive": ["- return x < 1 + return x <= 1", "- return None + return 1"],
     }  # fmt: skip
-    assert answered[0] == ("run", "--max-children", "2")
+    # Those that an earlier run has done are not run again.
+    assert [a for a in answered if a[0] == "run"] == [("run", "--max-children", "2", NAMES[6])]
+
+
+def test_survivors_run_again(answered: list[tuple[str, ...]], tmp_path: Path) -> None:
+    mutate.examine("qwen35/cache.py", parsed(tmp_path, "--again"), {})
+    [again] = [a for a in answered if a[0] == "run"]
+    assert {*again[3:]} == {NAMES[n] for n in (1, 2, 4, 6)}
+
+
+def test_a_sample_is_the_same_every_time(answered: list[tuple[str, ...]], tmp_path: Path) -> None:
+    """And a larger one contains it, so that its results count on."""
+    counts = []
+    for size in ("3", "3", "5", "9"):
+        found = mutate.examine("qwen35/cache.py", parsed(tmp_path, "--sample", size), {})
+        counts.append((found["run"], found["killed"], tuple(found["alive"])))
+    assert counts[0] == counts[1] and counts[0][0] in (2, 3) and counts[2][0] in (4, 5)
+    assert counts[3][0] == 6 and found["mutants"] == 7
+    assert {*counts[0][2]} <= {*counts[2][2]} <= {*counts[3][2]}
+
+
+def test_the_shortest_tests_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    items = [SimpleNamespace(nodeid=name) for name in ("long", "short", "new")]
+    mutate_order.pytest_collection_modifyitems(items)  # type: ignore[arg-type]
+    assert [item.nodeid for item in items] == ["long", "short", "new"]
+    mutate_order.DURATIONS.write_text('{"duration_by_test": {"long": 2.0, "short": 1.0}}')
+    mutate_order.pytest_collection_modifyitems(items)  # type: ignore[arg-type]
+    assert [item.nodeid for item in items] == ["new", "short", "long"]
 
 
 def test_the_command(
     answered: list[tuple[str, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--folder", str(tmp_path), "--module", "qwen35/cache.py", "--update"]
-    assert mutate.main(mutate.build_parser().parse_args(arguments)) == 1
+    assert mutate.main(parsed(tmp_path, "--update")) == 1
     out = capsys.readouterr().out
     assert "qwen35/cache.py: - f(x, y) + f(x)" in out
     table = json.loads(mutate.TABLE.read_text())
     assert table["qwen35/cache.py"] == {
-        "mutants": 5, "killed": 2, "equivalent": 0, "equivalents": {},
+        "mutants": 7, "run": 6, "killed": 3, "equivalent": 0, "equivalents": {},
     }  # fmt: skip
     reasons = {mutate.change(tmp_path, name): "no effect" for name in DIFFS}
     mutate.TABLE.write_text(json.dumps({"qwen35/cache.py": {"equivalents": reasons}}))
-    assert mutate.main(mutate.build_parser().parse_args(arguments)) == 0
+    assert mutate.main(parsed(tmp_path, "--update")) == 0
     table = json.loads(mutate.TABLE.read_text())["qwen35/cache.py"]
     assert (table["equivalent"], table["equivalents"]) == (3, reasons)
 
 
 def test_without_mutmut_it_is_one_line(tmp_path: Path) -> None:
     """Or where it fails for another reason: the last line that it printed."""
-    with pytest.raises(InputError, match=f"mutmut run in {re.escape(str(tmp_path))}: .+"):
+    with pytest.raises(InputError, match=f"mutmut in {re.escape(str(tmp_path))}: .+"):
         mutate.mutmut(tmp_path, "run")
 
 
 def test_the_page_has_the_table() -> None:
     """Every module that was run, with the counts of mutants.json."""
     page = (ROOT / "docs/trust.md").read_text()
-    rows = re.findall(r"^\| (\S+\.py) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|", page, re.MULTILINE)
+    number = r" (\d+) \|"
+    rows = re.findall(rf"^\| (\S+\.py) \|{number * 5}$", page, re.MULTILINE)
     table = json.loads(TABLE.read_text())
     assert {name for name, *_ in rows} == set(table) and set(table) <= set(MODULES)
     for name, *counts in rows:
         one = table[name]
-        alive = one["mutants"] - one["killed"] - one["equivalent"]
-        assert [*map(int, counts)] == [one["mutants"], one["killed"], one["equivalent"], alive]
-        assert all(one["equivalents"].values()) and len(one["equivalents"]) <= one["equivalent"]
+        alive = one["run"] - one["killed"] - one["equivalent"]
+        assert [*map(int, counts)] == [*(one[count] for count in mutate.COUNTS), alive]
+        assert all(one["equivalents"].values())
