@@ -149,6 +149,47 @@ def test_another_block_and_strides() -> None:
     assert bytes_of(weight) == bytes_of(random_bytes(7, 5))
 
 
+def test_blocks_of_one_row() -> None:
+    """Blocks of 1 x 3: each number has the scale of its row's piece."""
+    weight, scale = random_bytes(4, 5), torch.arange(1.0, 9.0).view(4, 2)
+    expected = dequantize(weight, torch.tensor(1.0), torch.float32)
+    expected *= scale.repeat_interleave(3, 1)[:, :5]
+    values = dequantize(weight, scale, torch.float32, block=(1, 3))
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_stack_is_decoded_matrix_by_matrix() -> None:
+    weight, scale = random_bytes(6, 5).view(2, 3, 5), torch.arange(1.0, 9.0).view(2, 2, 2)
+    stacked = dequantize(weight, scale, torch.bfloat16, block=(2, 3))
+    assert (stacked.dtype, stacked.shape) == (torch.bfloat16, (2, 3, 5))
+    for one, matrix, factors in zip(stacked, weight, scale, strict=True):
+        expected = dequantize(matrix, factors, torch.bfloat16, block=(2, 3))
+        torch.testing.assert_close(one, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_other_numbers_are_not_decoded() -> None:
+    with pytest.raises(InputError) as caught:
+        dequantize(torch.ones(2, 3), torch.tensor(1.0), torch.float32)
+    assert str(caught.value) == "FP8 numbers have torch.float32; expected torch.float8_e4m3fn"
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.ones(3), torch.ones(2, 3, 4), torch.ones(0, 3), torch.ones(2, 3, dtype=torch.int32)],
+    ids=["a row", "a stack", "nothing", "integers"],
+)
+@pytest.mark.parametrize("encode", [quantize_blocks, quantize_channels])
+def test_what_is_no_matrix_of_numbers_is_not_encoded(
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]], weight: Tensor
+) -> None:
+    with pytest.raises(InputError) as caught:
+        encode(weight)
+    assert str(caught.value) == (
+        f"a weight of shape {list(weight.shape)} and {weight.dtype} cannot be FP8: "
+        "two axes of floating-point numbers were expected"
+    )
+
+
 def test_a_nan_scale() -> None:
     """Makes its block NaN, and no other."""
     scale = torch.tensor([[1.0, math.nan], [1.0, 1.0]])
@@ -211,6 +252,14 @@ def test_a_scale_that_was_rounded_down_saturates() -> None:
     values, scale = quantize_channels(torch.tensor([[amax, -amax, 1.0]]), torch.bfloat16)
     assert scale.item() == 1.0
     assert values.float().tolist() == [[448.0, -448.0, 1.0]]
+
+
+def test_a_small_scale_of_float16_saturates() -> None:
+    """Where float16 is coarse, amax / scale is far above 448, which e4m3 would turn into NaN."""
+    amax = 448 * 1.4 * 2.0**-24
+    values, scale = quantize_channels(torch.tensor([[amax, -amax]]), torch.float16)
+    assert scale.item() == 2.0**-24
+    assert values.float().tolist() == [[448.0, -448.0]]
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
