@@ -50,10 +50,10 @@ for name in mutate_file_contents(str(path), path.read_text(encoding="utf-8")).mu
 # Modules, each with the tests that run against its mutants: files of the folder that mirrors the
 # module's (or of another folder of tests/), and options of pytest that leave out slow ones.
 MODULES = {
-    "reference/activation.py": "test_modules -k '0.8B and test_module'",
+    "reference/activation.py": "test_activation",
     "reference/rope.py": "test_rope test_modules -k 'rope or 397B and not cached'",
-    "reference/norm.py": "test_modules -k '397B and test_module'",
-    "reference/linear.py": "test_modules test_moe -k 'moe or 397B and test_module'",
+    "reference/norm.py": "test_norm",
+    "reference/linear.py": "test_linear",
     "reference/attention.py": "test_modules qwen35/test_cache -k '397B'",
     "reference/deltanet.py": "test_deltanet test_modules -k 'deltanet or 397B'",
     "reference/moe.py": "test_moe test_modules -k 'moe or 397B and test_module'",

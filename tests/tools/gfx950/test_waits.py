@@ -27,7 +27,11 @@ def run(body: str, *, num_warps: int = 1, lds: int = 0) -> list[int]:
 TWO_LOADS = "global_load_dword v2, v1, s[4:5]\nglobal_load_dword v3, v1, s[4:5] offset:4\n"
 STORE = "global_store_dword v1, v2, s[6:7]\n"
 TOLD = "v_mov_b32_e32 v2, v0\n" + STORE + "s_waitcnt vmcnt(0)\nbuffer_wbl2 sc1\n"
+BRANCH = "s_cmp_eq_u32 s4, 0\ns_cbranch_scc1 .L1\n"
 FENCED = "s_waitcnt lgkmcnt(0)\ns_barrier\n"
+
+
+REST = "s_add_u32 s9, s0, s0\nv_mov_b32_e32 v2, v0\n" + STORE
 
 
 @pytest.mark.parametrize(
@@ -61,6 +65,13 @@ FENCED = "s_waitcnt lgkmcnt(0)\ns_barrier\n"
          "reads v2"),
         ("v_mov_b32_e32 v2, 0\n.L1:\nv_add_u32_e32 v4, v2, v1\nglobal_load_dword v2, v1, s[4:5]\n"
          "s_cbranch_scc1 .L1", r"reads v2.*global_load_dword"),
+        (BRANCH + "global_load_dword v2, v1, s[4:5]\ns_branch .L2\n.L1:\ns_nop 0\n.L2:\n" + STORE,
+         "reads v2"),
+        (BRANCH + "s_nop 0\ns_branch .L2\n.L1:\nglobal_load_dword v2, v1, s[4:5]\n.L2:\n" + STORE,
+         "reads v2"),
+        (BRANCH + "s_load_dword s8, s[4:5], 0x0\n.L1:\ns_add_i32 s8, s8, 1", "reads s8"),
+        (BRANCH + "s_branch .L2\n.L1:\ns_load_dword s8, s[4:5], 0x0\n.L2:\ns_add_i32 s8, s8, 1",
+         "reads s8"),
         # Barriers do not wait.
         ("ds_write_b32 v1, v0\ns_barrier", r"before the end of 'ds_write_b32 v1, v0.*lgkmcnt\(0\)"),
         ("ds_write_b32 v1, v0\n" + FENCED + "ds_read_b32 v2, v1\ns_barrier", r"end of 'ds_read_b32"),
@@ -96,6 +107,9 @@ def test_what_comes_too_early_is_refused(body: str, said: str) -> None:
         # The wait covers both ways.
         "v_mov_b32_e32 v2, v0\ns_cmp_eq_u32 s4, 0\ns_cbranch_scc1 .L1\n"
         "global_load_dword v2, v1, s[4:5]\n.L1:\ns_waitcnt vmcnt(0)\n" + STORE,
+        # What one way loads, and nothing else, is waited for.
+        BRANCH + "global_load_dword v3, v1, s[4:5]\ns_branch .L2\n.L1:\ns_nop 0\n.L2:\n" + REST,
+        BRANCH + "s_nop 0\ns_branch .L2\n.L1:\nglobal_load_dword v3, v1, s[4:5]\n.L2:\n" + REST,
     ],
 )
 def test_what_has_waited_runs(body: str) -> None:
