@@ -118,7 +118,7 @@ MODULES = {
     "tools/gfx950/effects.py": "test_effects",
     "tools/gfx950/emulator.py": "test_kernels test_faults",
     "tools/gfx950/flow.py": "test_waits test_unwritten test_effects",
-    "tools/gfx950/formats.py": "test_instructions",
+    "tools/gfx950/formats.py": "test_formats",
     "tools/gfx950/lanes.py": "test_instructions",
     "tools/gfx950/matrix.py": "test_instructions test_kernels",
     "tools/gfx950/memory.py": "test_memory test_kernels test_faults",

@@ -142,7 +142,7 @@ BIG = Config.published("397B-A17B")
     ],
 )  # fmt: skip
 def test_sizes_that_do_not_divide(changed: dict[str, Any], size: int, message: str) -> None:
-    with pytest.raises(InputError, match=re.escape(message)):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         Plan(replace(BIG, **changed), size)
 
 
@@ -179,8 +179,10 @@ def test_a_size_that_nothing_has_need_not_divide() -> None:
     plan = Plan(replace(BIG, intermediate_size=5121, shared_expert_intermediate_size=0), 8)
     assert plan.rank_config().intermediate_size == 5121
     assert plan.rank_config().shared_expert_intermediate_size == 0
-    with pytest.raises(InputError, match="cut along intermediate_size, which this config does not"):
-        plan.shard("layers.0.mlp.gate_proj.weight", (5121, 4096), 0)
+    name = "layers.0.mlp.gate_proj.weight"
+    message = f"{name} is cut along intermediate_size, which this config does not use"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        plan.shard(name, (5121, 4096), 0)
 
 
 @pytest.mark.parametrize(
