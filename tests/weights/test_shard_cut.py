@@ -124,8 +124,8 @@ BIG = Config.published("397B-A17B")
     ("changed", "size", "message"),
     [
         ({}, 3, "tensor-parallel size 3 is not supported; known are 1, 2, 4, 8"),
-        ({}, 16, "tensor-parallel size 16 is not supported"),
-        ({}, 0, "tensor-parallel size 0 is not supported"),
+        ({}, 16, "tensor-parallel size 16 is not supported; known are 1, 2, 4, 8"),
+        ({}, 0, "tensor-parallel size 0 is not supported; known are 1, 2, 4, 8"),
         ({"moe_intermediate_size": 1001}, 2,
          "moe_intermediate_size = 1001 is not divisible by tensor-parallel size 2"),
         ({"shared_expert_intermediate_size": 1020}, 8,
