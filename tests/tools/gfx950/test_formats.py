@@ -24,7 +24,7 @@ NEAR = RANDOM & np.uint32(0xFFFFE001) | np.uint32(0x1000) * (RANDOM >> np.uint32
 BITS = np.concatenate([RANDOM, NEAR, RANDOM & 0x87FFFFFF | 0x38000000]).astype(np.uint32)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tables() -> dict[str, Minifloat]:
     """Built anew, as an import does it."""
     return runpy.run_path(formats.__file__, run_name=formats.__name__)["MINIFLOATS"]
