@@ -14,6 +14,7 @@ import filecmp
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import subprocess
@@ -54,16 +55,32 @@ MODULES = {
     "reference/rope.py": "test_rope test_modules -k 'rope or 397B and not cached'",
     "reference/norm.py": "test_norm",
     "reference/linear.py": "test_linear",
-    "reference/attention.py": "test_modules qwen35/test_cache -k 'test_module and 397B and Attention or plain_forward or full_forward and 397B'",
-    "reference/deltanet.py": "test_deltanet test_modules -k 'deltanet and not 500 or test_module and 397B and Delta or taps'",
-    "reference/moe.py": "test_moe test_modules -k 'agree or test_module and 397B and (Router or Experts or Moe or MLP)'",
+    "reference/attention.py": (
+        "test_modules qwen35/test_cache "
+        "-k 'test_module and 397B and Attention or plain_forward or full_forward and 397B'"
+    ),
+    "reference/deltanet.py": (
+        "test_deltanet test_modules "
+        "-k 'deltanet and not 500 or test_module and 397B and Delta or taps'"
+    ),
+    "reference/moe.py": (
+        "test_moe test_modules "
+        "-k 'agree or test_module and 397B and (Router or Experts or Moe or MLP)'"
+    ),
     "reference/layer.py": "test_modules -k 'test_logits and 397B and 1'",
     "reference/model.py": "test_modules -k 'test_logits and 397B or second_prefill and 397B'",
     "reference/mtp.py": "test_mtp -k 397B",
     "reference/quantized.py": "weights/test_fused_fp8 -k 'logits or mapped or nan or powers'",
-    "qwen35/cache.py": "test_cache test_fp8_cache -k 'rollback or grows or tail or behind or parts or fp8 and not chunks_hits and not folder and not load'",
+    "qwen35/cache.py": (
+        "test_cache test_fp8_cache "
+        "-k 'rollback or grows or tail or behind or parts"
+        " or fp8 and not chunks_hits and not folder and not load'"
+    ),
     "qwen35/sampling.py": "test_sampling test_penalties",
-    "qwen35/speculative.py": "test_speculative -k 'right_drafts or wrong or stop or limits or padding or context or taken'",
+    "qwen35/speculative.py": (
+        "test_speculative "
+        "-k 'right_drafts or wrong or stop or limits or padding or context or taken'"
+    ),
     "qwen35/generation.py": "test_kept test_chunk test_penalties test_logprobs",
     "qwen35/load.py": "test_swap test_chunk weights/test_checkpoint",
     "qwen35/swap.py": "test_swap",
@@ -162,7 +179,7 @@ def selection(module: str) -> list[str]:
     here = Path(module).parent
     return [
         str(Path("tests", word if "/" in word else here / word).with_suffix(".py"))
-        if Path(word).name.startswith("test_")
+        if re.fullmatch(r"[\w/]*test_\w+", word)
         else word
         for word in shlex.split(MODULES[module])
     ]

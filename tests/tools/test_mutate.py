@@ -48,13 +48,13 @@ def answered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
     return asked
 
 
-def test_every_module_and_its_tests_are_there() -> None:
+def test_every_module_and_its_tests_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in MODULES:
         named = [word for word in mutate.selection(module) if word.endswith(".py")]
         assert named and all((ROOT / name).exists() for name in (module, *named))
-    assert mutate.selection("qwen35/cache.py") == [
-        "tests/qwen35/test_cache.py", "tests/qwen35/test_fp8_cache.py",
-        "-k", "not long and not chunks_hits",
+    monkeypatch.setitem(MODULES, "weights/a.py", "test_a fast/test_b -k 'test_a and not slow'")
+    assert mutate.selection("weights/a.py") == [
+        "tests/weights/test_a.py", "tests/fast/test_b.py", "-k", "test_a and not slow",
     ]  # fmt: skip
 
 
