@@ -54,6 +54,11 @@ def dequantize(
     if weight.dtype != E4M3:
         raise InputError(f"FP8 numbers have {weight.dtype}; expected {E4M3}")
     if weight.dim() == 3:
+        if scale.shape[:1] != weight.shape[:1]:
+            raise InputError(
+                f"FP8 matrices of shape {list(weight.shape)} have scales of shape "
+                f"{list(scale.shape)}; expected scales for each of {len(weight)}"
+            )
         pairs = zip(weight, scale, strict=True)
         return torch.stack([dequantize(*pair, dtype, block) for pair in pairs])
     kind = granularity(tuple(weight.shape), tuple(scale.shape), block)

@@ -53,3 +53,12 @@ def test_quantised_experts_too() -> None:
 
 def test_the_model_runs_the_grouped_form() -> None:
     assert type(SparseMoeBlock(CONFIG).experts) is GroupedExperts
+
+
+def test_without_a_shared_expert_the_routed_sum_is_all() -> None:
+    config = Config.from_dict(FAMILY["397B-A17B"] | {"shared_expert_intermediate_size": 0})
+    block = SparseMoeBlock(config)
+    randomise(block, 5)
+    x = torch.randn(2, 3, config.hidden_size, generator=torch.Generator().manual_seed(1))
+    rows = x.flatten(0, 1)
+    assert torch.equal(block(x), block.experts(rows, *block.gate(rows)).view(2, 3, -1))

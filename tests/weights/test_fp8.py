@@ -167,6 +167,16 @@ def test_a_stack_is_decoded_matrix_by_matrix() -> None:
         torch.testing.assert_close(one, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (1, 2, 2), (3, 2, 2)])
+def test_a_stack_needs_as_many_scales_as_matrices(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError) as caught:
+        dequantize(random_bytes(6, 5).view(2, 3, 5), torch.ones(shape), torch.float32)
+    assert str(caught.value) == (
+        f"FP8 matrices of shape [2, 3, 5] have scales of shape {list(shape)}; "
+        "expected scales for each of 2"
+    )
+
+
 def test_other_numbers_are_not_decoded() -> None:
     with pytest.raises(InputError) as caught:
         dequantize(torch.ones(2, 3), torch.tensor(1.0), torch.float32)
@@ -304,12 +314,21 @@ def test_scales_that_do_not_belong(shape: tuple[int, ...]) -> None:
     weight = random_bytes(130, 300)
     with pytest.raises(InputError) as caught:
         dequantize(weight, torch.ones(shape), torch.float32)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert "[130, 300]" in text
-    assert str(list(shape)) in text
-    assert "expected" in text
-    assert "[2, 3]" in text
+    assert str(caught.value) == (
+        f"an FP8 weight of shape [130, 300] has scales of shape {list(shape)}; expected [] (one), "
+        "[130, 1] (a row) or [2, 3] (a block of 128 x 128)"
+    )
+    with pytest.raises(InputError, match=r"or \[65, 100\] \(a block of 2 x 3\)$"):
+        granularity((130, 300), shape, (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [((), "tensor"), ((1,), "tensor"), ((1, 1), "tensor"), ((130,), "channel"),
+     ((130, 1), "channel"), ((2, 3), "block")],
+)  # fmt: skip
+def test_what_shares_a_scale(shape: tuple[int, ...], kind: str) -> None:
+    assert granularity((130, 300), shape) == kind
 
 
 FAULTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
