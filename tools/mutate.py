@@ -262,6 +262,8 @@ def examine(module: str, args: argparse.Namespace, known: dict[str, str]) -> dic
     every = names(module, folder)
     chosen = {*random.Random(module).sample(every, len(every))[: args.sample]}
     some = [name for name in every if name in chosen]
+    if args.again:  # mutmut would not ask again which functions a test calls
+        (folder / "mutants/mutmut-stats.json").unlink(missing_ok=True)
     repeat = (*NOT_RUN, *ALIVE) if args.again else NOT_RUN
     for _ in range(2):  # mutmut forgets all results where the module's tests are others now
         before = outcomes(folder)

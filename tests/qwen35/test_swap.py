@@ -4,6 +4,7 @@ import gc
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from qwen35.compare.trace import trace
 from qwen35.errors import InputError
 from qwen35.load import Loader, load
-from qwen35.swap import matching, outermost, swap, swapped
+from qwen35.swap import A_CLASS, as_swaps, matching, nodes, outermost, swap, swapped
 from reference.model import Model
 from reference.moe import MLP, Experts
 from reference.norm import RMSNorm
@@ -120,6 +121,46 @@ def test_nothing_that_matches_names_the_nearest() -> None:
     model = small_model("35B-A3B")
     with pytest.raises(InputError, match=r"'layers\.3\.self_atn'.*layers\.3\.self_attn"):
         swap(model, "layers.3.self_atn", Doubled)
+
+
+def test_nodes_inside_an_expert_are_there_if_they_are_named() -> None:
+    model = small_model("35B-A3B")
+    inside = [f"layers.0.mlp.experts.1.{name}_proj" for name in ("gate", "up", "down")]
+    assert list(nodes(model, "layers.0.mlp.experts.1.*")) == inside
+    assert "layers.0.mlp.experts" in nodes(model, "layers.0.mlp.*")
+    assert not {*inside} & {*nodes(model, "layers.0.mlp.*")}
+    for pattern, said in (("layers", " that runs by itself$"), ("x.y", "; the nearest are mtp")):
+        with pytest.raises(InputError, match=f"^pattern '{pattern}' matches no node{said}"):
+            nodes(model, pattern)
+
+
+@pytest.mark.parametrize(
+    ("swaps", "said"),
+    [
+        ([("norm", nn.ReLU)], "replacement .*ReLU'> has no from_reference"),
+        ([("norm", 3)], "replacement 3 has no from_reference"),
+        ([3], rf"swaps: 3; expected pairs \(PATTERN, class\) or PATTERN={A_CLASS}"),
+        ([(1, Doubled)], rf"swaps: \(1, .*Doubled'>\); expected pairs .* or PATTERN={A_CLASS}"),
+        ([("a", "b", "c")], r"swaps: \('a', 'b', 'c'\); expected pairs .*"),
+        (["norm"], rf"swaps 'norm'; expected PATTERN={A_CLASS}"),
+        ("norm=", rf"swaps 'norm='; expected PATTERN={A_CLASS}"),
+        ("=torch.nn:ReLU", rf"swaps '=torch.nn:ReLU'; expected PATTERN={A_CLASS}"),
+        ([("norm", "nowhere:X")], "replacement 'nowhere:X': ModuleNotFoundError: .*"),
+        ([("norm", "nowhere.py:X")], r"replacement 'nowhere\.py:X': nowhere\.py: no such file"),
+        ([("norm", ":X")], rf"replacement ':X'; expected {A_CLASS}"),
+        ([("norm", "torch.nn:X")], r"replacement 'torch\.nn:X': torch\.nn has no X"),
+    ],
+)
+def test_what_is_no_swap_is_said(swaps: Any, said: str) -> None:
+    with pytest.raises(InputError, match=f"^{said}$"):
+        as_swaps(swaps)
+
+
+def test_pairs_and_texts_are_swaps() -> None:
+    name = f"{__name__}:Doubled"
+    for given in (("norm", Doubled), ("norm", name), f"norm={name}"):
+        assert as_swaps([given]) == [("norm", Doubled)]
+    assert as_swaps(f"norm={name}") == [("norm", Doubled)]
 
 
 def test_another_signature_is_refused() -> None:

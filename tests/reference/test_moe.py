@@ -1,10 +1,12 @@
 """The routed experts: the loop that specifies them and the grouped form that runs, bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from qwen35.config import Config
-from reference.moe import Experts, GroupedExperts, SparseMoeBlock
+from reference.moe import Experts, GroupedExperts, Router, SparseMoeBlock
 from tests.support.family import FAMILY, randomise
 from tests.support.fast_cases import quantised
 
@@ -62,3 +64,44 @@ def test_without_a_shared_expert_the_routed_sum_is_all() -> None:
     x = torch.randn(2, 3, config.hidden_size, generator=torch.Generator().manual_seed(1))
     rows = x.flatten(0, 1)
     assert torch.equal(block(x), block.experts(rows, *block.gate(rows)).view(2, 3, -1))
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_the_router_takes_the_likeliest_and_of_equals_the_first(norm: bool) -> None:
+    """Half of the experts have the weights of the other half, so that each probability is there twice."""
+    config = replace(CONFIG, norm_topk_prob=norm)
+    E, k = config.num_experts, config.num_experts_per_tok
+    router = Router(config).double()
+    randomise(router, 7)
+    router.weight[E // 2 :] = router.weight[: E // 2]
+    x = torch.randn(5, config.hidden_size, generator=torch.Generator().manual_seed(8)).double()
+    experts, weights = router(x)
+    probabilities = (x @ router.weight.T).softmax(-1)
+    assert experts.shape == weights.shape == (5, k)
+    for row, likely in enumerate(probabilities.tolist()):
+        best = sorted(range(E), key=lambda e: (-round(likely[e], 12), e))[:k]
+        assert experts[row].tolist() == best
+        total = sum(likely[e] for e in best) if norm else 1.0
+        assert weights[row].tolist() == pytest.approx([likely[e] / total for e in best], rel=1e-9)
+
+
+@pytest.mark.parametrize(("N", "tile"), [(1, 4), (4, 4), (5, 64), (65, 64)])
+def test_products_of_experts_have_the_row_counts_of_the_pass(
+    N: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few rows an expert has, in both forms: a row's bits would depend on the others."""
+    seen: set[int] = set()
+    original = torch.nn.functional.linear
+
+    def spied(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        seen.add(x.shape[:-1].numel())
+        return original(x, weight)
+
+    forms = both(torch.float32)
+    x = torch.randn(N, CONFIG.hidden_size, generator=torch.Generator().manual_seed(N))
+    ids = torch.arange(N * 2).view(N, 2) % CONFIG.num_experts
+    monkeypatch.setattr(torch.nn.functional, "linear", spied)
+    for form in forms:
+        form(x, ids, torch.full((N, 2), 0.5))
+        assert seen == {tile}
+        seen.clear()
