@@ -60,8 +60,7 @@ MODULES = {
         "-k 'test_module and 397B and Attention or plain_forward or full_forward and 397B'"
     ),
     "reference/deltanet.py": (
-        "test_deltanet test_modules "
-        "-k 'deltanet and not 500 or test_module and 397B and Delta or taps'"
+        "test_deltanet test_modules -k 'test_deltanet and not 500 or 397B and GatedDelta'"
     ),
     "reference/moe.py": (
         "test_moe test_modules "
