@@ -71,9 +71,8 @@ MODULES = {
     "reference/mtp.py": "test_mtp -k 397B",
     "reference/quantized.py": "weights/test_fused_fp8 -k 'logits or mapped or nan or powers'",
     "qwen35/cache.py": (
-        "test_cache test_fp8_cache "
-        "-k 'rollback or grows or tail or behind or parts"
-        " or fp8 and not chunks_hits and not folder and not load'"
+        "test_cache test_fp8_cache test_repr -k 'copy or copies or snapshots or grows or parts or line"
+        " or steps or memory or fp8 and not chunks_hits and not folder and not load'"
     ),
     "qwen35/sampling.py": "test_sampling test_penalties",
     "qwen35/speculative.py": (

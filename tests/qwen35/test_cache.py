@@ -270,3 +270,100 @@ def test_several_parts_are_taken_in_their_order(kind: type[KVCache]) -> None:
     assert taken.length == 9 and taken.capacity == 20
     for name, tensor in whole.tensors().items():
         assert torch.equal(taken.tensors()[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+# --- copies, snapshots
+
+
+def filled(kind: type[KVCache], T: int, seed: int) -> KVCache:
+    """A cache of T random positions."""
+    generator = torch.Generator().manual_seed(seed)
+    cache = kind.empty((1, 2, 16), torch.float32, "cpu")
+    cache.append(*torch.randn(2, 1, 2, T, 16, generator=generator))
+    return cache
+
+
+@pytest.mark.parametrize("kind", [KVCache, FP8KVCache])
+def test_a_copy_of_keys_and_values_has_its_own_memory(kind: type[KVCache]) -> None:
+    cache = filled(kind, 5, seed=1)
+    held = {name: tensor.clone() for name, tensor in cache.tensors().items()}
+    copied = cache.copy()
+    for name, tensor in cache.tensors().items():
+        tensor.zero_()
+        assert copied.tensors()[name].dtype == tensor.dtype
+        assert torch.equal(copied.tensors()[name].view(torch.uint8), held[name].view(torch.uint8))
+    assert (type(copied), copied.length) == (kind, 5)
+
+
+def test_a_copy_has_the_dtypes_of_another_state() -> None:
+    wide = KVCache.empty((1, 2, 16), torch.float64, "cpu")
+    keys = filled(KVCache, 5, seed=1)
+    assert torch.equal(keys.copy(wide).tensors()["k"], keys.tensors()["k"].double())
+    state = DeltaState(torch.randn(1, 3, 4).bfloat16(), torch.randn(1, 2, 2, 2))
+    state.advance(torch.ones(1, 4, 4).bfloat16(), [torch.ones(1, 2, 2, 2)])
+    like = DeltaState(torch.zeros(1, 3, 4), torch.zeros(1, 2, 2, 2).double())
+    for other, conv, recurrent in (
+        (None, torch.bfloat16, torch.float32),
+        (like, torch.float32, torch.float64),
+    ):
+        copied = state.copy(other)
+        assert (copied.conv.dtype, copied.recurrent.dtype) == (conv, recurrent)
+        assert torch.equal(copied.conv, state.conv.to(conv))
+        assert torch.equal(copied.recurrent, state.recurrent.to(recurrent))
+        assert copied.conv.data_ptr() != state.conv.data_ptr()
+        assert copied.recurrent.data_ptr() != state.recurrent.data_ptr()
+        assert copied.rows is None and copied.trail == []
+
+
+def test_a_delta_state_takes_copies() -> None:
+    given = torch.ones(1, 3, 4), torch.ones(1, 2, 2, 2)
+    state = DeltaState(torch.zeros(1, 3, 4), torch.zeros(1, 2, 2, 2))
+    state.take(*given)
+    for tensor in given:
+        tensor.zero_()
+    assert state.conv.all() and state.recurrent.all()
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("mtp", [True, False])
+def test_snapshots_are_restored_one_behind_the_other(kv_cache_dtype: str, mtp: bool) -> None:
+    """Of three positions and then of five; the MTP head's rows are one behind."""
+    config = model_of("397B-A17B").config
+
+    def passes(cache: Cache, T: int, mtp_rows: int, seed: int) -> None:
+        for i, state in enumerate([*cache.layers, cache.mtp]):
+            generator = torch.Generator().manual_seed(seed + i)
+            if isinstance(state, KVCache):
+                B, G, _, K = state.k.shape
+                rows = mtp_rows if state is cache.mtp else T
+                state.append(*torch.randn(2, B, G, rows, K, generator=generator))
+            elif state is not None:
+                state.take(
+                    *(torch.randn(t.shape, generator=generator) for t in state.tensors().values())
+                )
+        cache.advance(T)
+
+    cache = Cache.empty(config, torch.float32, kv_cache_dtype=kv_cache_dtype)
+    passes(cache, 3, 2, seed=1)
+    first = cache.snapshot(mtp=mtp)
+    passes(cache, 5, 5, seed=100)
+    second = cache.snapshot(3, mtp=mtp)
+    assert first.keys() == second.keys() == cache.snapshot(mtp=mtp).keys()
+    assert any(name.startswith("mtp.") for name in first) == mtp
+    lengths = {name: (first[name].shape[2], second[name].shape[2]) for name in first}
+    assert lengths["layers.3.k"] == (3, 5) and lengths.get("mtp.k", (2, 5)) == (2, 5)
+    restored = Cache.empty(config, torch.float32, kv_cache_dtype=kv_cache_dtype)
+    restored.restore([first, second], 8, mtp=mtp)
+    assert restored.length == 8
+    assert restored.mtp is not None and cache.mtp is not None
+    assert restored.mtp.length == (7 if mtp else 0)
+    for mine, theirs in zip(restored.layers, cache.layers, strict=True):
+        same(mine, theirs)
+    if mtp:
+        same(restored.mtp, cache.mtp)
+
+
+def same(mine: KVCache | DeltaState, theirs: KVCache | DeltaState) -> None:
+    assert mine.tensors().keys() == theirs.tensors().keys()
+    for name, tensor in theirs.tensors().items():
+        assert torch.equal(mine.tensors()[name].view(torch.uint8), tensor.view(torch.uint8)), name
