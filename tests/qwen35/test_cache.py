@@ -324,6 +324,27 @@ def test_a_delta_state_takes_copies() -> None:
     assert state.conv.all() and state.recurrent.all()
 
 
+def test_a_decode_pass_goes_back_no_further_than_its_own_parts() -> None:
+    state = DeltaState(torch.zeros(1, 3, 4), torch.zeros(1, 2, 2, 2))
+    state.advance(torch.ones(1, 5, 4), [torch.ones(1, 2, 2, 2)] * 2)
+    with pytest.raises(AssertionError, match="only a decode pass goes back"):
+        state.rollback(3)
+    state.rollback(2)
+    assert not state.recurrent.any()
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_an_empty_cache_has_parts_without_memory_on_its_device(kv_cache_dtype: str) -> None:
+    cache = Cache.empty(
+        model_of("397B-A17B").config, torch.bfloat16, "meta", 3, kv_cache_dtype=kv_cache_dtype
+    )
+    for state in [*cache.layers, cache.mtp]:
+        assert state is not None
+        assert all(t.is_meta and len(t) == 3 for t in state.tensors().values())
+        if isinstance(state, KVCache):
+            assert (state.capacity, state.length) == (0, 0)
+
+
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("mtp", [True, False])
 def test_snapshots_are_restored_one_behind_the_other(kv_cache_dtype: str, mtp: bool) -> None:
@@ -352,6 +373,7 @@ def test_snapshots_are_restored_one_behind_the_other(kv_cache_dtype: str, mtp: b
     assert any(name.startswith("mtp.") for name in first) == mtp
     lengths = {name: (first[name].shape[2], second[name].shape[2]) for name in first}
     assert lengths["layers.3.k"] == (3, 5) and lengths.get("mtp.k", (2, 5)) == (2, 5)
+    assert cache.length == 8
     restored = Cache.empty(config, torch.float32, kv_cache_dtype=kv_cache_dtype)
     restored.restore([first, second], 8, mtp=mtp)
     assert restored.length == 8
