@@ -147,6 +147,7 @@ def test_nodes_inside_an_expert_are_there_if_they_are_named() -> None:
         ("=torch.nn:ReLU", rf"swaps '=torch.nn:ReLU'; expected PATTERN={A_CLASS}"),
         ([("norm", "nowhere:X")], "replacement 'nowhere:X': ModuleNotFoundError: .*"),
         ([("norm", "nowhere.py:X")], r"replacement 'nowhere\.py:X': nowhere\.py: no such file"),
+        ([("norm", "a:b.py:X")], r"replacement 'a:b\.py:X': a:b\.py: no such file"),
         ([("norm", ":X")], rf"replacement ':X'; expected {A_CLASS}"),
         ([("norm", "torch.nn:X")], r"replacement 'torch\.nn:X': torch\.nn has no X"),
     ],
