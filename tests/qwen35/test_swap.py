@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qwen35.compare.trace import trace
 from qwen35.errors import InputError
 from qwen35.load import Loader, load
+from qwen35.node_error import NodeError
 from qwen35.swap import A_CLASS, as_swaps, matching, nodes, outermost, swap, swapped
 from reference.model import Model
 from reference.moe import MLP, Experts
@@ -155,6 +156,16 @@ def test_nodes_inside_an_expert_are_there_if_they_are_named() -> None:
 def test_what_is_no_swap_is_said(swaps: Any, said: str) -> None:
     with pytest.raises(InputError, match=f"^{said}$"):
         as_swaps(swaps)
+
+
+@pytest.mark.parametrize(("given", "said"), [(None, "None"), (3, "a int")])
+def test_what_is_no_module_is_refused(given: Any, said: str) -> None:
+    class Wrong:
+        from_reference = staticmethod(lambda module: given)
+
+    text = f"^norm: from_reference returned {said}; expected a torch module$"
+    with pytest.raises(NodeError, match=text):
+        swap(small_model("35B-A3B"), "norm", Wrong)  # pyright: ignore
 
 
 def test_pairs_and_texts_are_swaps() -> None:
