@@ -5,6 +5,7 @@ is numpy on one head and one channel at a time, written from the formula and fro
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -18,9 +19,10 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 )
 
 from qwen35.cache import DeltaState
-from reference.deltanet import causal_conv1d, chunk, l2norm, recurrent
+from qwen35.config import Config
+from reference.deltanet import GatedDeltaNet, causal_conv1d, chunk, l2norm, recurrent
 from reference.linear import GRID
-from tests.support.family import small_model
+from tests.support.family import FAMILY, small_model
 from tests.support.oracle import random, relative, within_twice
 
 LENGTHS = (1, 63, 64, 65, 130, 500)
@@ -272,3 +274,10 @@ def fresh_state(layer: torch.nn.Module) -> DeltaState:
         torch.zeros(2, 3, channels, dtype=torch.float64),
         torch.zeros(2, *heads, dtype=torch.float64),
     )
+
+
+@pytest.mark.parametrize("gate_type", ["swish", "sigmoid"])
+def test_the_config_chooses_the_gate(gate_type: str) -> None:
+    """Every published model has swish; this is the only place where the other is the model's."""
+    config = replace(Config.from_dict(FAMILY["397B-A17B"]), output_gate_type=gate_type)
+    assert f"gate={gate_type}" in repr(GatedDeltaNet(config).norm)

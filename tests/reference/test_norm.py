@@ -1,16 +1,11 @@
 """The two norms against torch's own in float64, and what they say of themselves."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qwen35.config import Config
-from reference.deltanet import GatedDeltaNet
 from reference.norm import RMSNorm, RMSNormGated
-from tests.support.family import FAMILY
 from tests.support.oracle import within_twice
 
 EPS = 0.25  # large enough that its place in the formula shows
@@ -55,10 +50,3 @@ def test_the_delta_nets_norm_comes_before_its_gate(dtype: torch.dtype, gate_type
 def test_print_shows_their_sizes() -> None:
     assert repr(RMSNorm(6, 1e-6)) == "RMSNorm(6, eps=1e-06)"
     assert repr(RMSNormGated(8, 1e-5, "silu")) == "RMSNormGated(8, eps=1e-05, gate=silu)"
-
-
-@pytest.mark.parametrize("gate_type", ["swish", "sigmoid"])
-def test_the_config_chooses_the_gate(gate_type: str) -> None:
-    """Every published model has swish; this is the only place where the other is the model's."""
-    config = replace(Config.from_dict(FAMILY["397B-A17B"]), output_gate_type=gate_type)
-    assert f"gate={gate_type}" in repr(GatedDeltaNet(config).norm)
