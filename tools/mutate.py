@@ -56,16 +56,17 @@ MODULES = {
     "reference/norm.py": "test_norm",
     "reference/linear.py": "test_linear",
     "reference/attention.py": (
-        "test_modules qwen35/test_cache "
-        "-k 'test_module and 397B and Attention or plain_forward or full_forward and 397B'"
+        "test_attention test_modules qwen35/test_cache "
+        "-k 'test_attention or test_module and 397B and Attention or plain_forward"
+        " or full_forward and 397B'"
     ),
     "reference/deltanet.py": (
         "test_deltanet test_modules -k 'test_deltanet and not 500 or 397B and GatedDelta'"
     ),
     "reference/moe.py": "test_moe test_modules -k 'test_moe or 397B and SparseMoe'",
-    "reference/layer.py": "test_modules -k 'test_logits and 397B and 1'",
-    "reference/model.py": "test_modules -k 'test_logits and 397B or second_prefill and 397B'",
-    "reference/mtp.py": "test_mtp -k 397B",
+    "reference/layer.py": "test_modules -k 'test_logits and (397B or 4B) and 65'",
+    "reference/model.py": "test_model test_modules -k 'test_model.py or test_logits and 397B and 65'",
+    "reference/mtp.py": "test_mtp -k '397B or 27B and 64 or one_expert'",
     "reference/quantized.py": "weights/test_fused_fp8 -k 'logits or mapped or nan or powers'",
     "qwen35/cache.py": (
         "test_cache test_fp8_cache test_repr -k 'copy or copies or snapshots or grows or parts or line"

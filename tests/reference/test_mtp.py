@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwen35.config import Config
 from reference.model import Model
-from tests.support.family import small_model
+from tests.support.family import FAMILY, small_model
 from tests.support.oracle import (
     EXACT,
     pair,
@@ -142,6 +143,15 @@ def test_the_first_position_does_not_matter(name: str) -> None:
     assert relative(ours.logits, shifted.logits) < 41 * torch.finfo(torch.float32).eps
     # The shift is real: the keys that are kept differ.
     assert relative(ours.cache.k[:, :, : ours.cache.length], shifted.cache.keys) > 1e-3
+
+
+def test_a_model_with_one_expert_has_it_in_the_head_too() -> None:
+    one = {"num_experts": 1, "num_experts_per_tok": 1}
+    model = Model(Config.from_dict(FAMILY["397B-A17B"] | one))
+    trunk, head = model.layers[3], model.mtp.layers[0]
+    shapes = {name: p.shape for name, p in trunk.named_parameters()}
+    assert "mlp.experts.0.down_proj.weight" in shapes
+    assert {name: p.shape for name, p in head.named_parameters()} == shapes
 
 
 @pytest.mark.parametrize("fill", [100.0, torch.nan])
