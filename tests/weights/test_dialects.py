@@ -137,7 +137,8 @@ def test_entries_are_the_parameters(written: Written, dialect: Dialect) -> None:
         assert entry.shape == tuple(exact.shape)
         assert (entry.format != "plain") == (exact.dtype == torch.float64), name
         for dtype in DTYPES:
-            assert torch.equal(entry.read(dtype), rounded(exact, dtype)), name
+            found = entry.read(dtype)
+            assert found.dtype == dtype and torch.equal(found, rounded(exact, dtype)), name
         default = torch.bfloat16 if entry.format != "plain" else entry.dtype
         assert entry.read().dtype == default
         assert torch.equal(entry.read(), rounded(exact, default)), name

@@ -1,15 +1,26 @@
 """Statistics of a trace's tensors, against numpy, and of tensors that have none."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from qwen35.compare.trace_file import BINS, save_trace, statistics_of, trace_statistics
+from qwen35.compare.trace_file import (
+    BINS,
+    config_hash,
+    read_trace,
+    save_trace,
+    statistics_of,
+    trace_statistics,
+)
 from qwen35.errors import InputError
+from qwen35.load import TINY, load
 from tests.support.family import small_model
 
 X = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
@@ -82,6 +93,8 @@ def test_nodes_come_in_the_order_of_layers(tmp_path: Path) -> None:
     ]
     with pytest.raises(InputError, match=r"'layer\.2' matches no node; the nearest are layers\.2"):
         list(trace_statistics(tmp_path / "t", "layer.2"))
+    with pytest.raises(InputError, match=r"nearest are layers\.1, layers\.2, layers\.10$"):
+        list(trace_statistics(tmp_path / "t", "QQ"))
 
 
 def test_any_names_are_sorted(tmp_path: Path) -> None:
@@ -90,3 +103,45 @@ def test_any_names_are_sorted(tmp_path: Path) -> None:
     save_trace(tmp_path / "t", dict.fromkeys(names[::-1], X), small_model("0.8B"), [1])
     found = [one.name for one in trace_statistics(tmp_path / "t")]
     assert sorted(found) == sorted(names) and found.index("x.9") < found.index("x.10")
+
+
+def test_a_trace_is_read_with_its_ids(tmp_path: Path) -> None:
+    """By somebody who has the same config."""
+    file, model = tmp_path / "t", load(TINY)
+    save_trace(file, {"a": X.T, "b": X.T}, model, [1, 2, 3])
+    outputs, ids = read_trace(file, TINY)
+    assert ids == [1, 2, 3] and outputs.keys() == {"a", "b"}
+    assert torch.equal(outputs["a"], X.T) and torch.equal(outputs["b"], X.T)
+    with safe_open(file, framework="pt") as handle:
+        assert handle.metadata() == {
+            "format": "qwen35-trace-1", "ids": "[1, 2, 3]",
+            "config": config_hash(model.config), "dtype": "bfloat16",
+        }  # fmt: skip
+
+
+def test_a_trace_of_another_config_or_ids_is_one_line(tmp_path: Path) -> None:
+    file, ours = tmp_path / "t", config_hash(load(TINY).config)
+    assert len(ours) == 16 and int(ours, 16)
+    other = small_model("0.8B")
+    save_trace(file, {"a": X}, other, [1])
+    line = f"{file}: traced with config {config_hash(other.config)}, {TINY} has {ours}"
+    with pytest.raises(InputError, match=re.escape(line)):
+        read_trace(file, TINY)
+    metadata = {"format": "qwen35-trace-1", "config": ours}
+    for more, line in (({}, f"{file}: "), ({"ids": "[1, x]"}, f"{file}: .*x")):
+        save_file({"a": X}, file, metadata | more)
+        with pytest.raises(InputError, match=line):
+            read_trace(file, TINY)
+    for format in ({}, {"format": "another"}):
+        save_file({"a": X}, file, metadata | {"format": ""} | format)
+        line = f"{file}: its format is {format.get('format', '')!r}; expected 'qwen35-trace-1'"
+        with pytest.raises(InputError, match=re.escape(line)):
+            read_trace(file, TINY)
+    save_file({"a": X}, file)
+    with pytest.raises(InputError, match="its format is None"):
+        read_trace(file, TINY)
+
+
+def test_a_trace_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{tmp_path}/missing/t: cannot be written: "):
+        save_trace(tmp_path / "missing/t", {"a": X}, small_model("0.8B"), [1])
