@@ -76,6 +76,22 @@ def test_the_file_has_named_locals_when_asked(
     assert tensors["layers.0.linear_attn:beta"].shape == (1, 3, 8)
 
 
+def test_what_is_no_prompt_is_named() -> None:
+    model = small_model("397B-A17B")
+    assert model.folder is None
+    line = "this model has no folder with a tokenizer; token ids are expected"
+    for ids, words in (("a", line), (1.5, "ids = 1.5; expected token ids or a text")):
+        with pytest.raises(InputError, match=f"^{words}$"):
+            trace(model, ids)  # type: ignore[arg-type]
+
+
+def test_code_without_a_module_is_no_hindrance() -> None:
+    """Such as what `eval` runs in a node of somebody else's."""
+    model = small_model("397B-A17B")
+    model.norm.register_forward_hook(lambda *_: eval("None", {}))
+    assert "norm:x" in trace(model, IDS, "norm", named_locals=True)
+
+
 @pytest.mark.parametrize("named_locals", [False, True])
 def test_the_callers_profiler_stays(named_locals: bool) -> None:
     """Such as that of a tool that measures coverage."""

@@ -1,0 +1,49 @@
+"""The store in memory by itself: its order, its pins, and copies."""
+
+import torch
+
+from qwen35.prefix.store import Memory, Segment
+
+
+def segment(key: str, nbytes: int = 12) -> Segment:
+    return Segment("root", 0, 128, ("a block", key), False, nbytes)
+
+
+def test_the_least_recently_used_comes_first() -> None:
+    """What is written once more, or pinned, is the newest."""
+    store, x = Memory(), {"x": torch.zeros(3)}
+    for key in "abca":
+        assert store.write(segment(key), [], x) is None
+    assert [*store.segments()] == ["b", "c", "a"]
+    assert store.pin("b") is True and [*store.segments()] == ["c", "a", "b"]
+    assert store.pin("other") is False and [*store.segments()] == ["c", "a", "b"]
+    assert store.segments()["c"] == segment("c") and store.size(segment("c", 40)) == 40
+
+
+def test_what_is_pinned_stays_until_every_pin_is_gone() -> None:
+    store = Memory()
+    store.write(segment("a"), [], {"x": torch.zeros(3)})
+    assert store.is_free("a") and store.pin("a") and store.pin("a")
+    for _ in range(2):
+        assert not store.is_free("a") and store.remove("a") is False
+        store.unpin("a")
+    assert store.is_free("a") and store.remove("a") is True
+    assert store.segments() == {} and store.remove_unreadable() == 0
+
+
+def test_what_is_damaged_goes_though_it_is_in_use() -> None:
+    store = Memory()
+    for key in "ab":
+        store.write(segment(key), [], {"x": torch.zeros(3)})
+    store.pin("a")
+    for _ in range(2):  # also where it is gone already
+        store.discard("a")
+        assert [*store.segments()] == ["b"]
+
+
+def test_tensors_are_copied_when_they_are_stored() -> None:
+    store, x = Memory(), torch.zeros(3)
+    store.write(segment("a"), [], {"x": x})
+    x.fill_(1)
+    found = store.read(segment("a"))
+    assert found is not None and found.keys() == {"x"} and not found["x"].any()
