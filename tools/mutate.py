@@ -89,10 +89,15 @@ MODULES = {
         " or test_defaults or embedded or missing_folder or out_of_reach or text_config'"
     ),
     "qwen35/swap.py": "test_swap test_user_file test_node_error",
-    "qwen35/prefix/cache.py": "test_budget test_cache qwen35/test_kept -k 'budget or interval or store'",
+    "qwen35/prefix/cache.py": (
+        "test_budget test_cache test_folder_budget test_folder_foreign qwen35/test_kept"
+        " qwen35/parallel/test_prefix"
+        " -k 'test_budget or interval or why or longest_unused or kept and store or goes_in or parallel'"
+    ),
     "qwen35/prefix/folder.py": (
-        "test_folder test_folder_foreign "
-        "-k 'not_its_own or of_any_kind or under_another or whole_again or link or later or stay'"
+        "test_store test_folder test_folder_foreign "
+        "-k 'test_store or not_its_own or of_any_kind or under_another or whole_again or link or later"
+        " or stay'"
     ),
     "qwen35/prefix/keys.py": "test_keys test_folder_foreign -k 'test_keys or fingerprint'",
     "qwen35/prefix/store.py": "test_store",
@@ -108,7 +113,7 @@ MODULES = {
     "weights/entry.py": (
         "test_dialects test_dialects_refused test_runtime_scales test_fused_fp8"
         " -k 'entries or bad_mxfp4 or bad_fp8 or looks_like or reachable or scales_that or too_many"
-        " or told_apart or without_experts or without_inv'"
+        " or told_apart or without_experts or without_inv or inspect_counts'"
     ),
     "weights/expert_scales.py": (
         "test_fused_fp8 "

@@ -27,6 +27,7 @@ IR = """
 #torn = #ttg.linear<{register = [[0, 32], [0, 16], [0, 1], [0, 2]], lane = [[0, 8], [1, 0]], warp = [], block = []}>
 #turned = #ttg.linear<{register = [[0, 2], [0, 1], [8, 0]], lane = [[0, 4], [1, 0]], warp = [], block = []}>
 #down = #ttg.linear<{register = [[1, 1], [0, 2], [8, 0]], lane = [[0, 4], [1, 0]], warp = [], block = []}>
+#deep = #ttg.linear<{register = [[0, 1, 1], [0, 0, 2], [0, 8, 0]], lane = [[0, 0, 4]], warp = [], block = []}>
 %0 = tt.elementwise_inline_asm "prmt;" {constraints = "=r", packed_element = 1 : i32, pure = false} -> i32
 %1:2 = tt.elementwise_inline_asm "a { b" {constraints = "=r,r", packed_element = 4 : i32, pure = true} %w, %m : tensor<64x64xi8, LAYOUT>, tensor<64x64xi32, #torn> -> tensor<64x64xbf16, #torn>
 """  # noqa: E501
@@ -39,11 +40,23 @@ def test_four_neighbours_of_a_row_are_taken(layout: str):
 
 
 @pytest.mark.parametrize(
-    "layout", ["#rows", "#two", "#torn", "#turned", "#down", "#unknown", OF_A_PRODUCT % 2]
+    "layout", ["#rows", "#two", "#torn", "#turned", "#down", "#deep", "#unknown", OF_A_PRODUCT % 2]
 )
 def test_any_other_four_are_refused(layout: str):
     with pytest.raises(InputError, match="a kernel: Triton gives an instruction 4 elements"):
         check_packing("a kernel", IR.replace("LAYOUT", layout))
+
+
+def test_an_instruction_that_takes_two_elements_needs_two_neighbours():
+    of_two = IR.replace("= 4 : i32", "= 2 : i32")
+    check_packing("a kernel", of_two.replace("LAYOUT", "#two"))
+    with pytest.raises(InputError, match="gives an instruction 2 elements"):
+        check_packing("a kernel", of_two.replace("LAYOUT", "#rows"))
+
+
+def test_waves_share_the_weights():
+    launch = Launch("a kernel", None, (1, 1, 1), {}, {}, weight_bytes=1024)
+    assert launch.bytes_of_a_wave(4) == 256
 
 
 def test_an_instruction_that_takes_one_element_may_have_any_layout():

@@ -37,3 +37,21 @@ def test_an_interval_that_is_given_holds_for_any_chunk() -> None:
     kept = PrefixCache(small(0), budget=1 << 40, interval=2)
     for chunk in (64, 8192):
         assert kept.begin([7] * 330, draft=False, chunk=chunk).stops == [128, 256, 320]
+
+
+def test_why_a_hit_ends() -> None:
+    model, prompt = small(0), [7] * 130
+    kept = PrefixCache(model, budget=1 << 40)
+
+    def reason(ids: list[int], *, draft: bool = False) -> str:
+        return kept.begin(ids, draft=draft).reason
+
+    assert reason(prompt) == "nothing is kept yet"
+    assert reason(prompt[:63]) == "no whole block of 64 tokens"
+    [*_] = Generation(model, prompt, 1, Sampling(), frozenset(), 0, 64, kept)
+    assert reason(prompt) == "all whole blocks"
+    line = "128 tokens are kept, but without what drafting needs, or damaged"
+    assert reason(prompt, draft=True) == line
+    line = "64 tokens are kept, but the last delta-net states among them are at 0"
+    assert reason(prompt[:64] + [8] * 64) == line
+    assert reason([8] * 64) == "block 0, tokens 0 to 63, is not kept"

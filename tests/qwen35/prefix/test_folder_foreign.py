@@ -228,11 +228,13 @@ def test_the_folder_goes_in_mid_run(again: bool, place: Path, model: Model) -> N
     assert result.cached_tokens == 320
     assert_same(result, model)
     kept.cache.restore = healthy
-    assert_same(ran(model, ids, kept), model)
+    later = ran(model, ids, kept)
+    assert_same(later, model)
     if again:
         assert kept.store.problems() == []
         assert_healthy(place, model, ids)
     else:
+        assert (later.cached_tokens, later.cache_reason) == (0, "it cannot be read")
         assert kept.lines and all(str(place) in line for line in kept.lines)
         assert not place.exists()
 

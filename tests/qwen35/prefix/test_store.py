@@ -1,7 +1,11 @@
-"""The store in memory by itself: its order, its pins, and copies."""
+"""The stores by themselves: their order, their pins, and copies."""
+
+from pathlib import Path
 
 import torch
 
+from qwen35.prefix.folder import Folder
+from qwen35.prefix.keys import chained, root_of
 from qwen35.prefix.store import Memory, Segment
 
 
@@ -47,3 +51,20 @@ def test_tensors_are_copied_when_they_are_stored() -> None:
     x.fill_(1)
     found = store.read(segment("a"))
     assert found is not None and found.keys() == {"x"} and not found["x"].any()
+
+
+def test_a_folders_file_is_free_when_nobody_uses_it(tmp_path: Path) -> None:
+    """As another store of the folder sees it; what is gone is free, and may be discarded again."""
+    mine, theirs = Folder(tmp_path, {"a": "b"}), Folder(tmp_path, {"a": "b"})
+    root, key = chained(root_of({"a": "b"}), [1] * 64)
+    one = Segment(root, 0, 64, (key,), False, 12)
+    assert mine.write(one, [1] * 64, {"x": torch.zeros(3)}) is None
+    assert theirs.segments().keys() == {key} and mine.is_free(key)
+    assert theirs.pin(key)
+    assert mine.is_free(key) is False and mine.remove(key) is False
+    theirs.unpin(key)
+    assert mine.is_free(key) is True
+    for _ in range(2):
+        mine.discard(key)
+        assert theirs.segments() == {} and mine.is_free(key)
+    assert mine.pin(key) is False and mine.remove(key) is True
