@@ -14,5 +14,6 @@ def test_the_drafting_head_runs_only_where_drafts_are_wanted(draft: bool, rows: 
     cache = model.new_cache()
     with torch.inference_mode():
         hidden = prefill(model, [1] * 70, cache, chunk=64, draft=draft)
+    assert cache.mtp is not None
     assert (cache.length, cache.mtp.length) == (70, rows)
     assert hidden.shape == (1, 1, 64)

@@ -54,6 +54,6 @@ def test_what_it_says_of_itself(kind: str, line: str) -> None:
 )  # fmt: skip
 def test_a_nan_scale_is_named_at_use(kind: str, nan: float, line: str) -> None:
     layer, _ = made(kind)
-    layer.weight_scale[1, 1] = nan
+    layer.get_parameter("weight_scale")[1, 1] = nan
     with pytest.raises(InputError, match=line):
         layer(numbers(1, K, seed=3))
