@@ -282,8 +282,8 @@ fault(
     ("(low & lower) == 0 && pairs", "pairs"),
 )  # fmt: skip
 fault(
-    "ids of no expert taken for the last one", foreign_ids, "foreign",
-    ("known ? activated : __builtin_nanf(\"\")", "activated"),
+    "ids of no expert give zeros", foreign_ids, "foreign",
+    ("known ? activated : __builtin_nanf(\"\")", "known ? activated : 0"),
 )  # fmt: skip
 fault("the norm's rms forgotten", stream, "numbers", ("if (parts == 0) return 1;", "return 1;"))
 fault(

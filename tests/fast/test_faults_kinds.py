@@ -378,7 +378,7 @@ fault(
     "attention",
     attention,
     "numbers unwritten",
-    ("(p[None, :] <= position) & (p[None, :] < end)", "p[None, :] < end + TILE"),
+    ("tl.where(p[None, :] <= position, score", "tl.where(p[None, :] < end + TILE, score"),
 )
 fault(
     "a product's rows read without a mask",

@@ -91,7 +91,7 @@ def overflows(
             continue
         name, operation, rest = found.groups()
         names = re.findall(r"%\w+", rest.rpartition(" : ")[0])
-        if names and names[0] in bases and operation in ("tt.addptr", *COPIES):
+        if names and names[0] in bases and operation in ("tt.addptr", "tt.bitcast", *COPIES):
             bases[name] = bases[names[0]]
         if operation == "tt.addptr":
             is_unknown = known.get(names[1]) is None and re.search(r"i32>?$", rest)
