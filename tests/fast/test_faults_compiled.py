@@ -14,7 +14,7 @@ from tests.fast.prefill.test_faults import attention as prefill_attention
 from tests.fast.prefill.test_faults import delta_net as prefill_delta_net
 from tests.fast.test_faults import choice, experts
 from tests.fast.test_faults_mixers import attention, delta_net
-from tests.support.fast_faults import Check
+from tests.support.fast_faults import Check, thirds
 from tools.gfx950 import target
 
 
@@ -119,7 +119,7 @@ def plant(what: Fault, patch: pytest.MonkeyPatch) -> list[str]:
     return changed
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", thirds(FAULTS))
 def test_a_fault_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     what = FAULTS[name]
     changed = plant(what, monkeypatch)

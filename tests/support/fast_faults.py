@@ -6,10 +6,11 @@ All kernels are copied into another package, with the edit in one of them. This 
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,10 +79,21 @@ def assert_found(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
     assert {line.split(":")[0] for line in found} & set(what.kind.split()), found[0]
 
 
+def thirds(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test: every third name, and the others marked as slow.
+
+    Each planted fault compiles its kernel anew, so all of them take a third of the suite's time.
+    """
+    return [
+        pytest.param(name, id=name, marks=pytest.mark.slow if i % 3 else ())
+        for i, name in enumerate(names)
+    ]
+
+
 def as_tests(faults: Faults) -> tuple[Callable[..., None], Callable[..., None]]:
     """The two tests of a file of faults: each fault is found, and without a fault nothing is found."""
 
-    @pytest.mark.parametrize("name", faults)
+    @pytest.mark.parametrize("name", thirds(faults))
     def test_a_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert_found(faults[name], tmp_path, monkeypatch)
 

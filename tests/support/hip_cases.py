@@ -13,7 +13,7 @@ from fast.catalogue import hip_launches
 from fast.hip import HipLaunch
 from fast.launch import Launch
 from tests.support.fast_cases import TARGET, Case, case, launches_of
-from tests.support.fast_faults import Fault, Faults
+from tests.support.fast_faults import Fault, Faults, thirds
 from tools.cards import workgroups_of_a_unit
 from tools.gfx950.assembly import Program, hot_cycle, parse
 from tools.gfx950.target import compile_launch
@@ -158,7 +158,7 @@ def plant(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
 def as_hip_tests(faults: Faults) -> tuple[Callable[..., None], Callable[..., None]]:
     """The two tests of a file of faults: each fault is found, and without a fault nothing is found."""
 
-    @pytest.mark.parametrize("name", faults)
+    @pytest.mark.parametrize("name", thirds(faults))
     def test_a_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         plant(faults[name], tmp_path, monkeypatch)
         found = faults[name].check()

@@ -18,7 +18,7 @@ from tests.support.fast_cases import (
     too_far,
     wide_block,
 )
-from tests.support.fast_faults import Check, Faults, assert_found
+from tests.support.fast_faults import Check, Faults, assert_found, thirds
 from tests.support.fast_nodes import a_pass
 from tests.support.prefill_nodes import (
     CPU,
@@ -144,6 +144,6 @@ def test_without_a_fault_nothing_is_found(check: Check):
     assert not check()
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", thirds(FAULTS))
 def test_a_planted_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert_found(FAULTS[name], tmp_path, monkeypatch)
