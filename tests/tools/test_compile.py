@@ -495,18 +495,29 @@ def test_without_path_and_gpu(compiled: list[Compiled], tmp_path: Path) -> None:
     assert json.loads(done.stdout)["kernels"] == [one.row for one in compiled]
 
 
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [
+        ("gfx950", "*"),
+        ("sm_90", "down *"),
+        pytest.param("sm_90", "*", marks=pytest.mark.slow),  # its assembler takes a minute for all
+    ],
+)
 def test_the_projects_kernels_are_no_worse_than_the_committed_table(
-    capsys: pytest.CaptureFixture[str],
+    target: str, names: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every kernel in every configuration, for both targets."""
-    arguments = build_parser().parse_args(["--check", "--json"])
+    """Kernels in every configuration."""
+    arguments = build_parser().parse_args(
+        ["--target", target, "--match", names, "--check", "--json"]
+    )
     assert main(arguments) == 0, capsys.readouterr().out
     kernels = json.loads(capsys.readouterr().out)["kernels"]
-    assert {row["target"] for row in kernels} == {"gfx950", "sm_90"}
+    assert kernels and {row["target"] for row in kernels} == {target}
     for row in kernels:
         assert not row["vgpr_spills"] and not row["scratch"], row
-    hot = [row for row in kernels if row["weight_bytes_per_valu"]]
-    assert hot and all(row["weight_bytes_per_valu"] >= 13 for row in hot)
+    if target == "gfx950":
+        hot = [row for row in kernels if row["weight_bytes_per_valu"]]
+        assert hot and all(row["weight_bytes_per_valu"] >= 13 for row in hot)
 
 
 # ---- HIP

@@ -77,9 +77,7 @@ class Memory:
         self.bytes_read += size * addresses.size
         data = np.empty((addresses.size, size), np.uint8)
         for slot, lanes, offsets in self._locate(addresses, size, "load"):
-            data[lanes] = (
-                _window(self._regions[slot], size)[offsets].view(np.uint8).reshape(-1, size)
-            )
+            data[lanes] = _taken(self._regions[slot], offsets, size)
         return data
 
     def write(self, addresses: NDArray[np.uint64], data: NDArray[np.uint8]) -> None:
@@ -88,11 +86,10 @@ class Memory:
         read-only."""
         size = data.shape[1]
         self.bytes_written += data.size
-        packed = np.ascontiguousarray(data).view(f"V{size}")[:, 0]
         for slot, lanes, offsets in self._locate(addresses, size, "store"):
             if not self._writable[slot]:
                 raise EmulatorError("store into an array that is read-only")
-            _window(self._regions[slot], size)[offsets] = packed[lanes]
+            _put(self._regions[slot], offsets, data[lanes])
 
     def _locate(
         self, addresses: NDArray[np.uint64], size: int, what: str
@@ -170,18 +167,18 @@ class Lds:
         self._check_arrivals(places, size, "load")
         if self._races:
             self._touched[workgroups] = True
-            spans, bits = self._spans(places, size), _wave_bits(waves)
-            if (self._writers[spans] & ~bits).any():
+            if (_taken(self._writers, places, size) & ~_wave_bits(waves)).any():
                 raise EmulatorError(
                     "LDS race: a load of a byte that another wave has stored, with no barrier in between"
                 )
             for wave, chosen in _by_wave(waves):
-                self._readers[spans[chosen]] |= _ONE << wave
-            written = _window(self._written, size)[places].view(np.uint8)
+                mine = places[chosen]
+                _put(self._readers, mine, _taken(self._readers, mine, size) | _ONE << wave)
+            written = _taken(self._written, places, size)
             if not written.all():
-                first = int(spans.reshape(-1)[np.argmin(written)]) % self.size
+                first = int(self._spans(places, size).reshape(-1)[np.argmin(written)]) % self.size
                 raise EmulatorError(f"a load of byte {first} of the LDS, which no wave has written")
-        return _window(self._bytes, size)[places].view(np.uint8).reshape(-1, size)
+        return _taken(self._bytes, places, size)
 
     def write(
         self,
@@ -202,11 +199,10 @@ class Lds:
         if self._races:
             self._touched[workgroups] = True
             self._check_write(places, waves, data)
-            _window(self._written, size)[places] = _window(np.ones(size, np.uint8), size)
+            _put(self._written, places, np.ones((1, size), np.uint8))
         if load is not None and self.arrivals is not None:
             self.arrivals.load(load, workgroups, waves, self._spans(places, size))
-        packed = np.ascontiguousarray(data).view(f"V{size}")[:, 0]
-        _window(self._bytes, size)[places] = packed
+        _put(self._bytes, places, data)
 
     def barrier(self, workgroups: NDArray) -> None:
         """All waves of these workgroups have met: accesses before this cannot race with later ones, but
@@ -235,21 +231,22 @@ class Lds:
             )
 
     def _check_write(self, places: NDArray, waves: NDArray, data: NDArray[np.uint8]) -> None:
-        spans = self._spans(places, data.shape[1])
+        size = data.shape[1]
         for wave, chosen in _by_wave(waves):
-            mine, bit = spans[chosen], _ONE << wave
-            if (self._readers[mine] & ~bit).any():
+            mine, bit = places[chosen], _ONE << wave
+            if (_taken(self._readers, mine, size) & ~bit).any():
                 raise EmulatorError(
                     "LDS race: a store to a byte that another wave has loaded, with no barrier in between"
                 )
+            writers = _taken(self._writers, mine, size)
             # Waves that hold copies of one value may all store it.
-            changes = self._bytes[mine] != data[chosen]
-            if (((self._writers[mine] & ~bit) != 0) & changes).any():
+            others = (writers & ~bit) != 0
+            if others.any() and (others & (_taken(self._bytes, mine, size) != data[chosen])).any():
                 raise EmulatorError(
                     "LDS race: two waves store different values, with no barrier in between"
                 )
-            self._writers[mine] |= bit
-            self._bytes[mine] = data[chosen]  # the next wave's value is compared with this one
+            _put(self._writers, mine, writers | bit)
+            _put(self._bytes, mine, data[chosen])  # the next wave's value is compared with this one
 
     def _places(
         self, workgroups: NDArray, addresses: NDArray[np.uint32], size: int, what: str
@@ -281,13 +278,27 @@ def _wave_bits(waves: NDArray) -> NDArray[np.uint32]:
 
 def _by_wave(waves: NDArray) -> list[tuple[np.uint32, NDArray | slice]]:
     """The number of each wave in its workgroup, and the lanes that belong to it."""
-    numbers = np.unique(waves)
+    numbers = np.flatnonzero(np.bincount(waves))
     if numbers.size == 1:
         return [(np.uint32(numbers[0]), slice(None))]
     return [(np.uint32(number), waves == number) for number in numbers]
 
 
-def _window(data: NDArray[np.uint8], size: int) -> NDArray:
-    """A view whose element i is the `size` bytes from byte i on, so that one index reads all of them."""
+def _taken(source: NDArray, places: NDArray, size: int) -> NDArray:
+    """[n, size]: the `size` elements from each of n places on."""
+    return _window(source, size)[places].view(source.dtype).reshape(-1, size)
+
+
+def _put(target: NDArray, places: NDArray, values: NDArray) -> None:
+    """Write [n, size] elements from each of n places on, or [1, size] at each. Of two values for an
+    element the later one stays."""
+    size = values.shape[1]
+    packed = np.ascontiguousarray(values, target.dtype).view(f"V{size * target.itemsize}")[:, 0]
+    _window(target, size)[places] = packed
+
+
+def _window(data: NDArray, size: int) -> NDArray:
+    """A view whose element i is the `size` elements from element i on, so that one index takes all of
+    them."""
     count = max(len(data) - size + 1, 0)
-    return np.ndarray((count,), f"V{size}", data, strides=(1,))
+    return np.ndarray((count,), f"V{size * data.itemsize}", data, strides=(data.itemsize,))
