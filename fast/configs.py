@@ -19,12 +19,12 @@ Config = dict[str, int]
 # fast with one configuration for all shapes.
 USUAL: dict[str, dict[str, Config]] = {
     "gfx950": {
-        "linear": {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 1, "num_stages": 2},
-        "route": {"BLOCK_N": 16, "BLOCK_K": 128, "SPLITS": 2, "num_warps": 4, "num_stages": 2},
+        "linear": {"BLOCK_N": 16, "BLOCK_K": 512, "num_warps": 1, "num_stages": 2},
+        "route": {"BLOCK_N": 16, "BLOCK_K": 512, "SPLITS": 8, "num_warps": 1, "num_stages": 2},
         "head": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
-        "attend": {"GROUP": 4, "TILE": 32, "num_warps": 4, "num_stages": 1},
-        "attend_fp8": {"GROUP": 4, "TILE": 32, "num_warps": 4, "num_stages": 1},
-        "combine": {"MANY": 16, "WIDTH": 64, "num_warps": 4},
+        "attend": {"GROUP": 2, "TILE": 32, "num_warps": 4, "num_stages": 2},
+        "attend_fp8": {"GROUP": 2, "TILE": 32, "num_warps": 4, "num_stages": 2},
+        "combine": {"MANY": 128, "WIDTH": 64, "num_warps": 4},
         "delta": {"BLOCK_V": 16, "num_warps": 1},
     },
     "sm_90": {

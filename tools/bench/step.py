@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fast.catalogue import sliced
 from fast.launch import Launch
@@ -102,7 +102,8 @@ def begun(step: Step, context: int) -> Step:
     step.hidden.normal_(generator=generator)
     for ids in (step.rows_ids, step.picked):
         ids.random_(0, step.vocab, generator=generator)
-    _place(step, context)
+    place(step.state.starts, context)
+    step.fresh.fill_(1)
     return step
 
 
@@ -198,16 +199,16 @@ def passes(step: Step, work: Sequence[Work], repeats: int, context: int) -> tupl
     graph = gpu.Graph([lambda: [one() for one in work]])
     both = []
     for _ in range(2):
-        _place(step, context)
+        place(step.state.starts, context)
+        step.fresh.fill_(1)
         both.append(graph.microseconds(repeats))
     return both[0], both[1]
 
 
-def _place(step: Step, context: int) -> None:
-    """Make the next round begin at position `context`."""
-    starts = [context, context - 1, *range(context, context + len(step.state.starts))]
-    step.state.starts.copy_(torch.tensor(starts[: len(step.state.starts)], dtype=torch.int32))
-    step.fresh.fill_(1)
+def place(starts: Tensor, context: int) -> None:
+    """Make the next round begin at position `context`. starts: those of `fast.state.State`."""
+    begin = [context, context - 1, *range(context, context + len(starts))]
+    starts.copy_(torch.tensor(begin[: len(starts)], dtype=torch.int32))
 
 
 def nodes(work: Sequence[Work]) -> Iterator[tuple[str, list[int]]]:

@@ -2,16 +2,16 @@
 
 It shows whether a compiled kernel computes the right thing, on a machine without the card. It finds
 accesses outside of an array, LDS races, reads before a load has been waited for and reads of what nothing
-has written (docs/emulator.md), which the card does not report. It does not model time, caches or wait
-states: every instruction completes before the next one. Scratch, flat addresses, images, fp6, sparse and
-4x4 matrix instructions and LDS atomics are not emulated, and are refused by name. `vector_ops` and
-`matrix` say where rounding may differ from the card's, `formats` and `converts` which modes of the card
-are assumed.
+has written (docs/emulator.md), which the card does not report. It does not model caches or wait states:
+every instruction completes before the next one (`timeline` estimates times afterwards). Scratch, flat
+addresses, images, fp6, sparse and 4x4 matrix instructions and LDS atomics are not emulated, and are
+refused by name. `vector_ops` and `matrix` say where rounding may differ from the card's, `formats` and
+`converts` which modes of the card are assumed.
 """
 
 import struct
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, product
 
@@ -43,6 +43,7 @@ __all__ = ["Argument", "EmulatorError", "Kernel", "Statistics"]
 DEFINING = (access, converts, lanes, matrix, scalar, vector_converts, vector_ops)
 
 Argument = np.ndarray | tuple[str, int | float]
+Trace = Callable[[int, Waves], None]
 SCALARS = {"i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "f32": "<f", "f64": "<d"}
 SCALARS |= {"u8": "<B", "u16": "<H", "u32": "<I", "u64": "<Q"}
 
@@ -84,7 +85,7 @@ class Kernel:
     """One kernel of an assembly file, ready to run.
 
     Raises EmulatorError, with the line of every instruction that is not emulated, or of the first one
-    that does not wait for a load (`waits`).
+    that does not wait for a load (`waits`). program: the parsed text. effects: of each instruction.
     """
 
     def __init__(self, text: str, name: str) -> None:
@@ -99,16 +100,16 @@ class Kernel:
         if unknown:
             problems = "; ".join(f"{line!r}: {why}" for line, why in unknown.items())
             raise EmulatorError(f"{name}: {problems}")
-        self._effects = tuple(effects(i) for i in self.program.instructions)
-        waits.check(self.program, self._effects)
-        self._loads_to_lds = any(what.lds == "load" for what in self._effects)
+        self.effects = tuple(effects(i) for i in self.program.instructions)
+        waits.check(self.program, self.effects)
+        self._loads_to_lds = any(what.lds == "load" for what in self.effects)
         if self._loads_to_lds:
-            for i, what in enumerate(self._effects):
+            for i, what in enumerate(self.effects):
                 if what.unit == "vector":
                     self._actions[i] = _counted(self._actions[i])
         first = 1 | sum(1 << (BANKS["s"] + i) for i in self._first_scalars())
         self._actions, self._checks, self._watched = unwritten.watched(
-            self.program, self._effects, self._actions, first
+            self.program, self.effects, self._actions, first
         )
         self._vgprs, self._agprs = self._registers()
 
@@ -125,6 +126,8 @@ class Kernel:
         races: bool = True,
         limit: int = LIMIT,
         reaches: Sequence[np.ndarray] = (),
+        only: Sequence[tuple[int, int, int]] | None = None,
+        trace: Trace | None = None,
     ) -> Statistics:
         """Run a grid of workgroups of num_warps waves; arrays are pointers and are written in place.
 
@@ -139,6 +142,8 @@ class Kernel:
         races: raise for LDS races and for reads of LDS bytes that no wave has written, see `Lds`.
         limit: the most instructions that all waves together may execute.
         reaches: arrays whose addresses on the host are among the arguments.
+        only: the workgroups of the grid to run; None: all.
+        trace: is called with each instruction's index in the program and the waves that execute it.
 
         EmulatorError, with the line of assembly, for any access outside of an array or of the LDS, and
         for reads of registers that nothing has written (`unwritten`).
@@ -150,10 +155,15 @@ class Kernel:
         self._fill(segment, arguments, memory, grid, num_warps)
         counts = np.zeros(len(self._actions), np.int64)
         run = _Run(
-            self, memory, counts, limit, None if seed is None else np.random.default_rng(seed)
+            self,
+            memory,
+            counts,
+            limit,
+            None if seed is None else np.random.default_rng(seed),
+            trace,
         )
         size = self.program.directives.get("group_segment_fixed_size", 0) + lds_bytes
-        order = ((x, y, z) for z, y, x in product(*(range(n) for n in reversed(grid))))
+        order = iter(only) if only is not None else _ascending(grid)
         with np.errstate(all="ignore"):
             pointer = np.array([memory.address(len(arrays))], np.uint64)  # to the arguments
             while workgroups := list(islice(order, batch)):
@@ -304,6 +314,7 @@ class _Run:
         counts: NDArray[np.int64],
         limit: int,
         random: np.random.Generator | None,
+        trace: Trace | None = None,
     ) -> None:
         self._instructions = kernel.program.instructions
         self._actions, self._checks = kernel._actions, kernel._checks
@@ -313,6 +324,7 @@ class _Run:
         ]
         self._mnemonics = [i.mnemonic for i in self._instructions]
         self._memory, self._counts, self._limit, self._random = memory, counts, limit, random
+        self._trace = trace
 
     def batch(self, waves: Waves, num_warps: int) -> None:
         """Run all waves from the first instruction to their ends."""
@@ -343,11 +355,14 @@ class _Run:
     def _advance(self, place: int, waves: Waves) -> None:
         """Run one group until it stops or others get their turn."""
         actions, counts, size, steps = self._actions, self._counts, len(waves), 0
+        trace = self._trace
         woke = place if place and self._mnemonics[place - 1] == "s_sleep" else -1
         while place < len(actions):
             action = actions[place]
             counts[place] += size
             steps += 1
+            if trace is not None:
+                trace(place, waves)
             if action is not None:
                 self._quoting(place, action, waves)
                 place += 1
@@ -447,6 +462,10 @@ def _counted(action: Action | None) -> Action:
         action(waves)
 
     return run
+
+
+def _ascending(grid: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
+    return ((x, y, z) for z, y, x in product(*(range(n) for n in reversed(grid))))
 
 
 def _one_by_one(waves: Waves) -> Iterator[Waves]:

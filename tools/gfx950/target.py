@@ -6,7 +6,7 @@ a pointer or an int that 16 divides is known to be so, a tensor below 2 GiB is r
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +21,7 @@ from fast.hip import HipLaunch
 from fast.launch import Launch, Work, check_packing
 from qwen35.errors import InputError
 from tools import cards
-from tools.gfx950.emulator import LIMIT, Argument, Kernel, Statistics
+from tools.gfx950.emulator import LIMIT, Argument, Kernel, Statistics, Trace
 
 CPU = torch.device("cpu")
 
@@ -110,12 +110,14 @@ def emulate(
     batch: int = 32,
     races: bool = True,
     limit: int = LIMIT,
+    only: Sequence[tuple[int, int, int]] | None = None,
+    trace: Trace | None = None,
 ) -> Statistics:
     """Do on the CPU what `fast.launch.run` does on a card: run all launches, one after the other.
 
     Each is compiled for gfx950, and the emulator executes that machine code on the launch's own tensors,
     in place; operations of torch between them are done as they are. Returns the counts of all launches
-    together. seed, batch, races, limit: as in `Kernel.run`.
+    together. seed, batch, races, limit, only, trace: as in `Kernel.run`.
 
     InputError for a device or a tensor that is not on the CPU, and EmulatorError, which is an InputError,
     for what a kernel does wrong or the emulator does not know, with the launch's name. Triton's own
@@ -130,7 +132,7 @@ def emulate(
             continue
         compiled, at_once = compile_launch(launch, "gfx950"), batch
         try:
-            kernel = _kernel(compiled.text, compiled.name)
+            kernel = loaded(compiled)
             values = dict(_flat(launch.arguments))
 
             if isinstance(launch, HipLaunch) and launch.together:
@@ -149,6 +151,8 @@ def emulate(
                 races=races,
                 limit=limit,
                 reaches=[_bytes(tensor) for tensor in launch.reaches],
+                only=only,
+                trace=trace,
             )
         except InputError as error:
             told = str(error).removeprefix(f"{launch.name}: ")
@@ -175,6 +179,11 @@ def _all_at_once(launch: HipLaunch, kernel: Kernel) -> int:
     )
     hip.check_together(launch, fitting, cards.UNITS)
     return math.prod(launch.grid)
+
+
+def loaded(compiled: CompiledKernel) -> Kernel:
+    """The emulator's kernel, made once for each text. Errors as in `Kernel`."""
+    return _kernel(compiled.text, compiled.name)
 
 
 _kernel = cache(Kernel)  # the same kernel often runs on several inputs
