@@ -45,6 +45,9 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "python -m tools.compile": ("minutes", "2 minutes; tests/tools/test_compile.py has a part"),
     "python -m tools.compile --hip": ("minutes", "15 s; tests/fast/test_moe_hip.py has a part"),
     "python -m tools.count": ("minutes", "30 s; tests/tools/test_count.py has a small block"),
+    "python -m tools.project": ("minutes", "20 s; tests/tools/test_project.py has a small model"),
+    "python -m tools.project --measured tools/project_h200.json": (
+        "minutes", "20 s; tests/tools/test_project.py has a small model"),
     "python -m tools.emulate 'The whale' --max-new-tokens 8": (
         "minutes", "half a minute; tests/tools/test_emulate.py has a shorter text"),
     "python -m tools.emulate 'In the beginning' --check": (

@@ -1,0 +1,134 @@
+"""`tools.project`: the rows of a small round, the check against measured times, and bad input."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from qwen35.config import Config
+from tests.support.command import Cli, in_process
+from tools.gfx950.timeline import H200, MI355X, execute, launch_time
+from tools.project import build_parser, kinds_of, main, step_of
+
+SMALL = {"hidden_size": 256, "num_experts": 16, "num_experts_per_tok": 2, "vocab_size": 512}
+SMALL |= {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+SHORT = "--tp", "1", "--context", "300"
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """The command line, whose default is a small model of four layers."""
+    published = Config.published
+    whole = published("35B-A3B")
+    small = replace(whole, num_hidden_layers=4, layer_types=whole.layer_types[:4], **SMALL)
+    monkeypatch.setattr(
+        Config, "published", lambda name: small if name == "397B-A17B" else published(name)
+    )
+    return in_process(build_parser, main, capsys)
+
+
+def result(tmp_path: Path, **changes: object) -> Path:
+    """A file as tools.bench step --json prints it."""
+    config = {"tp": 1, "drafts": 3, "context": 300, "kv_cache_dtype": "auto"}
+    rows = [
+        {"name": "round", "launches": 60, "us": 900.0},
+        {"name": "round of all layers, by proportion", "us": 900.0},
+        {"name": "delta", "launches": 3, "us": 30.0},
+    ]
+    told = {"config": config, "device": "NVIDIA H200", "rows": rows}
+    told["config"] |= {name: value for name, value in changes.items() if name in config}
+    told |= {name: value for name, value in changes.items() if name in told}
+    path = tmp_path / "step.json"
+    path.write_text(json.dumps(told))
+    return path
+
+
+def test_a_small_round(cli: Cli, tmp_path: Path):
+    status, out, _ = cli(*SHORT, "--json", "--measured", result(tmp_path))
+    found = json.loads(out)
+    rows = {row["name"].split()[0]: row for row in found["rows"]}
+    assert status == 0
+    # Three layers of the trunk have a delta rule; one has attention, and the MTP layer, which runs
+    # three times.
+    assert rows["delta"]["launches"] == 3 and rows["attend"]["launches"] == 1 + 3
+    assert rows["route"]["launches"] == rows["down"]["launches"] == 4 + 3
+    for row in rows.values():
+        parts = {name: row[name] for name in ("latency", "issue", "loads", "memory")}
+        assert row["us"] == pytest.approx(max(parts.values()) + MI355X.launch_us)
+        assert row["limit"] == max(parts, key=parts.__getitem__)
+        assert row["all_us"] == pytest.approx(row["us"] * row["launches"])
+        assert row["latency"] * 1e3 > MI355X.load_ns  # each loads something and waits for it
+    total = found["round"]
+    assert total["us"] == pytest.approx(sum(row["all_us"] for row in rows.values()))
+    assert total["launches"] == sum(row["launches"] for row in rows.values())
+    # The cache of 300 positions and the vocabulary's matrix, each once.
+    assert rows["attend"]["memory"] * 6910e3 == pytest.approx(2 * 2 * 2 * 256 * 300)
+    assert rows["head"]["memory"] * 6910e3 == pytest.approx(2 * 512 * 256)
+    delta = rows.pop("delta")
+    assert delta["h200_us"] == 10 and delta["model_h200_us"] > H200.launch_us
+    assert delta["model_to_measured"] == pytest.approx(delta["model_h200_us"] / 10)
+    assert not any("h200_us" in row for row in rows.values())
+
+
+def test_a_slower_memory_takes_longer(cli: Cli):
+    slow, fast = (
+        json.loads(cli(*SHORT, "--drafts", 0, "--json", "--load-ns", ns)[1])["rows"]
+        for ns in (1600, 800)
+    )
+    for a, b in zip(slow, fast, strict=True):
+        assert a["name"] == b["name"] and b["latency"] < a["latency"] <= 2 * b["latency"]
+
+
+def test_the_last_workgroup_chooses_the_experts(cli: Cli):
+    """The workgroups of `route` count each other, and the one that comes last has more to do."""
+    config = Config.published("397B-A17B")
+    step = step_of(config, 8, 0, "auto")
+    route = next(one for one, _ in kinds_of(step, 8, 16) if one.name.startswith("route"))
+    done = execute(route)
+    *others, last = [sum(map(len, waves)) for waves in done.waves]
+    assert others and last > 1.5 * max(others)
+    assert (
+        launch_time(done, 0, MI355X).latency
+        > launch_time(replace(done, waves=done.waves[:-1]), 0, MI355X).latency
+    )
+
+
+def test_the_table_says_that_it_is_no_measurement(cli: Cli):
+    status, out, _ = cli(*SHORT, "--drafts", 0)
+    *table, told = out.splitlines()
+    assert status == 0 and table[0].split()[:3] == ["name", "launches", "workgroups"]
+    shares = [float(line.split()[-1]) for line in table[1:]]
+    assert shares == sorted(shares, reverse=True)
+    assert "a projection, not measured" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tp", "3"), "does not divide by 3 ranks"),
+        (("--config", "400B"), "400B"),
+        (("--measured", "nowhere.json"), "nowhere.json: no result of tools.bench step --json"),
+    ],
+)
+def test_bad_input_is_one_line(cli: Cli, arguments: tuple[str, ...], message: str):
+    status, out, err = cli(*arguments)
+    assert status == 2 and not out and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "NVIDIA H100"}, "measured on 'NVIDIA H100'; the model knows an H200"),
+        ({"tp": 8}, "tp = 8; this is a round of 1"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype = fp8; this is a round of auto"),
+        ({"rows": None}, "no result of tools.bench step --json"),
+    ],
+)
+def test_times_of_another_round_are_refused(
+    cli: Cli, tmp_path: Path, changes: dict[str, object], message: str
+):
+    status, out, err = cli(*SHORT, "--measured", result(tmp_path, **changes))
+    assert status == 2 and not out and message in err and err.count("\n") == 1
