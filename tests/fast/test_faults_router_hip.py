@@ -6,7 +6,14 @@ import torch
 pytest.importorskip("triton")
 
 from fast.launch import Scratch
-from tests.fast.test_router_hip import choice_of, router, rows_of, streaming, sums_findings
+from tests.fast.test_router_hip import (
+    choice_of,
+    nan_norm_findings,
+    router,
+    rows_of,
+    streaming,
+    sums_findings,
+)
 from tests.support.fast_cases import (
     CPU,
     choice_findings,
@@ -126,6 +133,10 @@ def any_order() -> list[str]:
 def stream() -> list[str]:
     slow, before = slow_block(16, 1024, 128, 4, 256), norm(1, 1024)
     return stream_findings(slow, before, norm(2, 1024), clear_rows(slow, before, 3), kernel="hip")
+
+
+def nan_norm() -> list[str]:
+    return nan_norm_findings(1.0)
 
 
 def waiting() -> list[str]:
@@ -301,6 +312,11 @@ fault(
 fault(
     "a streamer waits for each load", requesting, "waiting",
     (LOAD, f'{{ {LOAD} asm volatile("s_waitcnt vmcnt(0)" ::: "memory"); }}'),
+)  # fmt: skip
+fault(
+    "each NaN with a key of its own", nan_norm, "choice",
+    ("(p[i] == p[i] ? __builtin_bit_cast(unsigned, p[i]) : 0x7fc00000)",
+     "__builtin_bit_cast(unsigned, p[i])"),
 )  # fmt: skip
 
 

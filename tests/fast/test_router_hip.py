@@ -142,6 +142,23 @@ def test_a_row_that_is_no_number_has_distinct_experts_and_weights_of_nan(value: 
     assert got[1][1].isnan().all() and got[0][1].tolist() == [0, 1, 2, 3, 4]
 
 
+def nan_norm_findings(sign: float) -> list[str]:
+    """Findings on a row whose norm is a NaN of that sign, and so are its experts' logits. Lanes without
+    an expert always compute a negative one. The choice must not depend on a NaN's bits."""
+    node, x = router(), random(5, 3, 1152).bfloat16()
+    squares = torch.full((1, 16), 1152.0)
+    squares[0, 1] = torch.copysign(torch.tensor(torch.nan), torch.tensor(sign))
+    choice, _ = choice_of(node, Stream(x, x, squares, 1e-6))
+    found = [] if choice.weights[1].isnan().all() else ["numbers: weights of a row of NaN"]
+    wanted, got = list(range(node.top_k)), choice.experts[1].tolist()
+    return found + ([] if got == wanted else [f"choice: {got}, expected {wanted}"])
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_nan_of_either_sign_has_the_same_experts(sign: float):
+    assert not nan_norm_findings(sign)
+
+
 # ---- whole blocks of HIP kernels, and in the stream of rows
 
 
