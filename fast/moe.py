@@ -119,6 +119,7 @@ class Experts(nn.Module):
         down: Tensor,
         down_scale: Tensor,
         target: str | None = None,
+        kernel: str = "triton",
     ) -> "Experts":
         """From stacked MXFP4 tensors, all uint8: gate_up [E, 2 I, D/2], all gate rows before the up rows,
         with scales [E, 2 I, D/32]; down [E, D, I/2] with scales [E, D, I/32].
@@ -139,7 +140,8 @@ class Experts(nn.Module):
                     f"{name}: {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} torch.uint8 "
                     f"beside a gate_up of {list(gate_up.shape)}"
                 )
-        packed = cls(E, D, I, target or target_of(gate_up.device), gate_up.device)
+        where = gate_up.device
+        packed = cls(E, D, I, target or target_of(where), where, kernel=kernel)
         for e in range(E):
             (gate, up), scales = gate_up[e].chunk(2), gate_up_scale[e].chunk(2)
             packed.put(e, (gate, scales[0]), (up, scales[1]), (down[e], down_scale[e]))

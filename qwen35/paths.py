@@ -89,15 +89,20 @@ def _check_hip(path: str, config: Config, device: torch.device) -> None:
     """InputError if the HIP kernels cannot run this model here."""
     if path == "reference":
         raise InputError("moe_kernel hip is of the fast path; the path is reference")
+    check_hip_card(device)
+    check_hip(config)
+    hip_compiler.find()
+    hip.runtime()
+
+
+def check_hip_card(device: torch.device) -> None:
+    """InputError unless the device is the card that the HIP kernels are for."""
     try:
         target = target_of(device)
     except InputError:
         target = device.type
     if target != hip_compiler.ARCHITECTURE:
         raise InputError(f"moe_kernel hip runs on {hip_compiler.ARCHITECTURE}; this is {target}")
-    check_hip(config)
-    hip_compiler.find()
-    hip.runtime()
 
 
 def check_mxfp4(entries: Mapping[str, Entry]) -> None:

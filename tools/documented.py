@@ -88,6 +88,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "python -m qwen35.generate 'In the beginning' --model path/to/Qwen3.5-397B-A17B-MXFP4 "
     "--device cuda --moe-kernel hip": ("gpu", "an MI355X is asked for"),
     "python -m tools.bench step --moe-kernel hip": ("gpu", "an MI355X is asked for"),
+    "python -m tools.bench moe --moe-kernel hip": ("gpu", "an MI355X is asked for"),
     "python -m tools.exact --path fast --device cuda": ("gpu", "a minute"),
     "pytest tests/fast/test_faults_on_card.py": ("gpu", "a minute: skipped without one"),
     "python -m tools.bench hip_port": ("gpu", "a minute and a half"),

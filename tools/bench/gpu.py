@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from fast import hip, hip_compiler
 from fast.target import target_of
+from qwen35.paths import check_hip_card
 from tools.bench import report
 from tools.bench.report import Row
 
@@ -15,9 +17,16 @@ STREAMED = 8 << 30  # bytes that `read_gb_s` reads
 WARMUP = 3  # calls before the first timed one
 
 
-def find() -> tuple[torch.device, str]:
-    """The GPU and its target. InputError when there is none that the kernels run on."""
+def find(moe_kernel: str = "triton") -> tuple[torch.device, str]:
+    """The GPU and its target. InputError when there is none that the kernels run on.
+
+    moe_kernel: "hip" also needs a compiler for HIP and ROCm's runtime, as in `qwen35.load.load`.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if moe_kernel == "hip":
+        check_hip_card(device)
+        hip_compiler.find()
+        hip.runtime()
     return device, target_of(device)
 
 
@@ -106,9 +115,11 @@ def emit(
     device: torch.device,
     read: float,
     rows: list[Row],
+    **more: str,
 ) -> None:
-    """Call `report.emit` with the GPU's name and its read bandwidth."""
+    """Call `report.emit` with the GPU's name and its read bandwidth. more: of the configuration."""
     config = {name: getattr(args, name) for name in ("tp", "rows", "experts", "top_k", "repeats")}
+    config |= more
     name = torch.cuda.get_device_name(device)
     report.emit(
         op, {"target": target} | config, rows, only_json=args.json, device=name, read_gb_s=read

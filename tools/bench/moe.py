@@ -1,6 +1,7 @@
 """Time the routed experts on a GPU beside triton_kernels and plain torch.
 
-The time is from top-k ids to the summed output. At each size the output is checked first: the
+Ours are two launches of Triton kernels or, with `--moe-kernel hip`, one of a HIP kernel. The time is
+from top-k ids to the summed output. At each size the output is checked first: the
 largest error against a float64 oracle is at most twice that of a bfloat16 reference, and a repeated
 launch and a launch of one row alone have the same bits. Then one call is timed inside a captured
 graph over several routings, whose experts together exceed the cache. There are two passes, to show
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fast.launch import Scratch, run
 from fast.moe import Experts
+from fast.target import KERNELS
 from qwen35.cli import Parser
 from qwen35.progress import steps
 from tools.bench import gpu, mixture, report
@@ -43,12 +45,13 @@ def add_arguments(parser: Parser) -> None:
     add("--experts", type=int, default=512)
     add("--top-k", type=int, default=10)
     add("--repeats", type=int, default=50)
+    add("--moe-kernel", choices=KERNELS, default="triton", help="of ours; hip: on an MI355X")
     add("--no-peers", action="store_true")
 
 
-def ours(weights: Weights) -> Prepare:
-    """Our two launches, on buffers that are allocated before."""
-    experts = Experts.from_tensors(*weights.tensors)
+def ours(weights: Weights, kernel: str = "triton") -> Prepare:
+    """Our launches, on buffers that are allocated before. kernel: of `Experts`."""
+    experts = Experts.from_tensors(*weights.tensors, kernel=kernel)
 
     def prepare(case: Case) -> Callable[[], Tensor]:
         scratch = Scratch(case.x.device)
@@ -112,7 +115,7 @@ def at_size(
     weights = [mixture.random_weights(E, D, I, generator) for _ in range(sets)]
     cases = mixture.check_cases(args.rows, D, E, k, generator)
 
-    prepared: dict[str, list[Prepare]] = {OURS: [ours(one) for one in weights]}
+    prepared: dict[str, list[Prepare]] = {OURS: [ours(one, args.moe_kernel) for one in weights]}
     worst, failed = mixture.check(as_run(prepared[OURS][0]), weights[0], cases)
     if failed:
         return [], [f"TP {tp}: {line}" for line in failed]
@@ -159,7 +162,7 @@ def main(args: argparse.Namespace) -> int:
     mixture.check_sizes(args.rows, args.experts, args.top_k, args.repeats)
     for tp in args.tp:
         mixture.intermediate(tp)
-    device, target = gpu.find()
+    device, target = gpu.find(args.moe_kernel)
     if not args.no_peers and not _installed():
         print(INSTALL, file=sys.stderr)
     read = gpu.read_gb_s(device)
@@ -174,5 +177,5 @@ def main(args: argparse.Namespace) -> int:
         print(line, file=sys.stderr)
     if failed:
         return 1
-    gpu.emit("moe", args, target, device, read, rows)
+    gpu.emit("moe", args, target, device, read, rows, moe_kernel=args.moe_kernel)
     return 0

@@ -230,7 +230,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, ranks: Ranks) -> int:
-    device, target = gpu.find()
+    device, target = gpu.find(args.moe_kernel)
     whole = share_of(args.config, args.tp)
     count = args.layers or whole.num_hidden_layers
     if count != whole.num_hidden_layers and (count % 8 or not 0 < count < whole.num_hidden_layers):

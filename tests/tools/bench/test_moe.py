@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 import fast.moe
+from fast import hip, hip_compiler, moe_hip
+from qwen35 import paths
 from qwen35.cli import Parser, run
 from qwen35.config import Config
+from qwen35.errors import InputError
 from reference.moe import Experts, Router
 from tests.support.family import SHARED
-from tools.bench import gpu, mixture, moe, router
+from tools.bench import gpu, mixture, moe, router, step
 from tools.bench.mixture import Case, Weights
 from tools.gfx950.target import emulate
 from weights import mxfp4
@@ -197,17 +200,19 @@ def test_a_peer_that_fails_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "a peer: AttributeError: no such thing\n"
 
 
+@pytest.mark.parametrize(("kernel", "rows"), [("triton", 3), ("hip", 1)])
 @pytest.mark.filterwarnings("ignore:.*is not in configs.json")
 def test_ours_passes_the_check_in_the_emulator_of_gfx950(
-    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, kernel: str, rows: int
 ) -> None:
-    """Two launches, whose buffers serve every call of one prepared case."""
+    """Two launches, or one in HIP, whose buffers serve every call of one prepared case."""
     pytest.importorskip("triton")
     monkeypatch.setattr(moe, "run", emulate)
     monkeypatch.setattr(fast.moe, "target_of", lambda device: "gfx950")
+    monkeypatch.setattr(moe_hip, "UNITS", 2)
     weights = mixture.random_weights(8, 128, 128, generator)
-    cases = mixture.check_cases(3, 128, 8, 2, generator)
-    prepare = moe.ours(weights)
+    cases = mixture.check_cases(rows, 128, 8, 2, generator)
+    prepare = moe.ours(weights, kernel)
     with torch.inference_mode():
         worst, failed = mixture.check(moe.as_run(prepare), weights, cases)
         call = prepare(cases[0])
@@ -311,7 +316,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     monkeypatch.setattr(mixture, "INTERMEDIATE", 128)
     monkeypatch.setattr(gpu, "cache_bytes", lambda device: 1024)
     monkeypatch.setattr(gpu, "Graph", NoGraph)
-    return argparse.Namespace(tp=[1], rows=2, experts=8, top_k=2, repeats=3, no_peers=False)
+    return argparse.Namespace(
+        tp=[1], rows=2, experts=8, top_k=2, repeats=3, moe_kernel="triton", no_peers=False
+    )
 
 
 def test_rows_of_the_experts(
@@ -329,7 +336,7 @@ def test_rows_of_the_experts(
             "good": lambda case: lambda: right(weights)(case),
         }
 
-    monkeypatch.setattr(moe, "ours", lambda weights: lambda case: lambda: right(weights)(case))
+    monkeypatch.setattr(moe, "ours", lambda weights, _: lambda case: lambda: right(weights)(case))
     monkeypatch.setattr(moe, "peers", peers)
     rows, failed = moe.at_size(1, small, torch.device("cpu"), 1000.0)
     assert not failed and capsys.readouterr().err == "broken: RuntimeError: broken\n"
@@ -346,7 +353,7 @@ def test_wrong_experts_are_not_timed(
     small: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        moe, "ours", lambda weights: lambda case: lambda: right(weights)(scaled(case))
+        moe, "ours", lambda weights, _: lambda case: lambda: right(weights)(scaled(case))
     )
     rows, failed = moe.at_size(1, small, torch.device("cpu"), 1000.0)
     assert not rows and failed[0].startswith("TP 1: inputs 0, 1 of 2 rows: error")
@@ -409,12 +416,39 @@ def test_bad_input_is_one_line(
     assert not [word for word in words if word not in err], err
 
 
+@pytest.mark.parametrize(
+    ("op", "arguments"), [(moe, ("--tp", 8)), (step, ("--config", "tiny", "--tp", 1))]
+)
+def test_hip_kernels_without_their_card_are_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    op: ModuleType,
+    arguments: tuple[Any, ...],
+) -> None:
+    """With the words of `qwen35.generate`; on the card, a missing compiler and a missing ROCm."""
+
+    def missing() -> None:
+        raise InputError("HIP kernels need ROCm's runtime")
+
+    given = *arguments, "--moe-kernel", "hip"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    message = "bench: moe_kernel hip runs on gfx950; this is cpu\n"
+    assert command(capsys, op, *given) == (2, "", message)
+    monkeypatch.setattr(paths, "target_of", lambda device: "gfx950")
+    monkeypatch.setattr(hip, "runtime", missing)
+    assert command(capsys, op, *given) == (2, "", "bench: HIP kernels need ROCm's runtime\n")
+    monkeypatch.setattr(hip_compiler, "find", missing)
+    assert command(capsys, op, *given)[0] == 2
+
+
 def test_the_document_names_the_gpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     args = argparse.Namespace(tp=[1], rows=4, experts=8, top_k=2, repeats=3, json=True)
-    gpu.emit("moe", args, "sm_90", torch.device("cpu"), 4680.0, [{"name": "ours"}])
+    where = torch.device("cpu")
+    gpu.emit("moe", args, "sm_90", where, 4680.0, [{"name": "ours"}], moe_kernel="triton")
     document = json.loads(capsys.readouterr().out)
     assert (document["device"], document["read_gb_s"]) == ("a GPU", 4680.0)
     assert document["config"]["target"] == "sm_90" and document["rows"] == [{"name": "ours"}]
+    assert document["config"]["moe_kernel"] == "triton"
