@@ -26,8 +26,9 @@ from qwen35.errors import InputError
 from weights.storage import whole
 
 TARGET = "sm_90"
-LANES, WAVES = 32, 17  # as in the header: 16 streamers and the messenger
-MAX_PAIRS = 2 * LANES
+# As in the header: a wave's lanes, the streamers and the messenger, rows of a weight in a product.
+LANES, WAVES, TILE = 32, 17, 8
+MAX_PAIRS = 2 * LANES  # of a row and a slot, which moe.hip lists; router.hip lists none
 NVCC = ("-x", "cu", "-std=c++17", "-O3", f"-arch={TARGET}", "--expt-relaxed-constexpr", "-cubin")
 NVRTC = ("-std=c++17", f"-arch={TARGET}", "-default-device")
 LOOKED_FOR = "nvcc (in $CUDA_HOME/bin, PATH), libnvrtc (of torch's packages)"
@@ -187,7 +188,7 @@ def load(kernel: Kernel, device: int) -> Loaded:
         api.call(kernel.name, "cuModuleGetGlobal_v2", ctypes.byref(where), None, module, name)
         return where.value
 
-    lds = int.from_bytes(_read(kernel.name, address("moe_lds"), 4), "little")
+    lds = int.from_bytes(_read(kernel.name, address(f"{kernel.name}_lds"), 4), "little")
     attribute = ctypes.c_int(MAX_DYNAMIC_SHARED), ctypes.c_int(lds)
     api.call(kernel.name, "cuFuncSetAttribute", function, *attribute)
     return Loaded(function, lds, address("port_stuck"))
@@ -215,14 +216,15 @@ class PortLaunch(HipLaunch):
             raise InputError(f"{self.name}: built for {TARGET}; this is {target}")
         with torch.cuda.device(where):
             loaded = self._loaded()
-            units = torch.cuda.get_device_properties(where).multi_processor_count
-            driver().check_together(self, loaded.function, units, loaded.lds)
+            if self.together:
+                units = torch.cuda.get_device_properties(where).multi_processor_count
+                driver().check_together(self, loaded.function, units, loaded.lds)
             stream = torch.cuda.current_stream().cuda_stream
             driver().launch(self, loaded.function, stream, loaded.lds)
 
     def given_up(self) -> str:
-        """Which wait of the launches so far was given up, if one was: that of the first lane that did.
-        Waits for all launches; then it counts from zero again."""
+        """Which wait of the experts' launches so far was given up, if one was: that of the first lane
+        that did. Waits for all launches; then it counts from zero again."""
         with torch.cuda.device(next(iter(self.arguments.values())).device):
             torch.cuda.synchronize()
             where = self._loaded().stuck
@@ -243,11 +245,12 @@ class PortLaunch(HipLaunch):
 def ported(launch: HipLaunch, source: Path | None = None, **sizes: int) -> PortLaunch:
     """The launch for an NVIDIA card. source: of a changed kernel, beside which the header is. sizes: more
     preprocessor definitions. InputError for more pairs of a row and a slot than the port takes."""
-    pairs = launch.arguments["experts"].numel()
-    if pairs > MAX_PAIRS:
-        raise InputError(
-            f"{launch.name}: {pairs} pairs of a row and a slot; the port takes {MAX_PAIRS}"
-        )
+    grid = launch.grid
+    if launch.kernel.name == "router":  # of which a workgroup has one tile
+        columns = dict(launch.kernel.sizes)["COLUMNS"]
+        grid = -(-columns // TILE), *grid[1:]
+    else:
+        check_pairs(launch.name, launch.arguments["experts"].numel())
     kernel = replace(
         launch.kernel,
         source=source or launch.kernel.source,
@@ -255,5 +258,11 @@ def ported(launch: HipLaunch, source: Path | None = None, **sizes: int) -> PortL
     )
     return PortLaunch(
         **{field.name: getattr(launch, field.name) for field in fields(launch)}
-        | {"kernel": kernel, "options": {"num_warps": WAVES}}
+        | {"kernel": kernel, "grid": grid, "options": {"num_warps": WAVES}}
     )
+
+
+def check_pairs(what: str, pairs: int) -> None:
+    """InputError for more pairs of a row and a slot than the port of moe.hip takes."""
+    if pairs > MAX_PAIRS:
+        raise InputError(f"{what}: {pairs} pairs of a row and a slot; the port takes {MAX_PAIRS}")

@@ -91,7 +91,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "python -m tools.bench moe --moe-kernel hip": ("gpu", "an MI355X is asked for"),
     "python -m tools.exact --path fast --device cuda": ("gpu", "a minute"),
     "pytest tests/fast/test_faults_on_card.py": ("gpu", "a minute: skipped without one"),
-    "python -m tools.bench hip_port": ("gpu", "a minute and a half"),
+    "python -m tools.bench hip_port": ("gpu", "some minutes"),
     "python -m tools.bench prefill": ("gpu", "a minute: random weights"),
     "python -m tools.bench ttft --config 397b --tp 8 --tail 63 --prefill-chunk 8192 "
     "--lengths 16384 50048 100352 196608 --no-folder": ("gpu", "3 minutes: random weights"),

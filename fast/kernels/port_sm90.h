@@ -1,5 +1,5 @@
-// What a HIP kernel for gfx950 needs to be built for an NVIDIA card (sm_90), by nvcc or NVRTC: for a check of how
-// its workgroups wait for each other, which the compilers and the memory model of another vendor execute.
+// What moe.hip and router.hip need to be built for an NVIDIA card (sm_90), by nvcc or NVRTC: for a check of how
+// their workgroups wait for each other, which the compilers and the memory model of another vendor execute.
 //
 // A wave has 32 lanes here, and a product of the matrix unit 8 rows of weights, 8 rows of x and 32 columns.
 // The barrier, the counters and the fences are those of the source, one for one; loads are ordinary ones, whose
@@ -75,6 +75,8 @@ PORT_INLINE To port_bits(From from) {
 
 #define __builtin_bit_cast(type, value) port_bits<type>(value)
 #define __builtin_elementwise_exp(x) expf(x)
+#define __builtin_fmaxf(x, y) fmaxf(x, y)
+#define __builtin_inff() __uint_as_float(0x7f800000)
 #define __builtin_sqrtf(x) sqrtf(x)
 #define __builtin_nanf(text) __uint_as_float(0x7fc00000)
 #define __builtin_popcountll(x) __popcll(x)
@@ -90,11 +92,13 @@ constexpr int LANES = 32, STREAMERS = 16, TILE = 8, SUMS = 2;
 
 #define __builtin_amdgcn_workitem_id_x() ((int)threadIdx.x)
 #define __builtin_amdgcn_workgroup_id_x() ((int)blockIdx.x)
+#define __builtin_amdgcn_workgroup_id_y() ((int)blockIdx.y)
 #define __builtin_amdgcn_readfirstlane(value) (value)  // all lanes have the same
 #define __builtin_amdgcn_ballot_w64(value) ((unsigned long long)__ballot_sync(~0u, value))
 #define __builtin_amdgcn_mbcnt_lo(mask, before) (before + __popc(mask & port_lanes_below()))
 #define __builtin_amdgcn_mbcnt_hi(mask, before) (before)
 #define __builtin_amdgcn_ds_bpermute(address, value) __shfl_sync(~0u, value, (address) / 4)
+#define __builtin_amdgcn_readlane(value, lane) __shfl_sync(~0u, value, lane)
 #define __builtin_amdgcn_sched_barrier(mask)
 
 PORT_INLINE unsigned port_lanes_below() {
@@ -102,6 +106,19 @@ PORT_INLINE unsigned port_lanes_below() {
   asm("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
   return mask;
 }
+
+// What a lane reads of another one with a data-parallel primitive of gfx950, or `old` if there is none: the lane so many
+// places before it in its row of 16 (control 0x110 + places), or the last lane of the row before its own (0x142),
+// if `rows` has the bit of its row. Lane 31, which rows 2 and 3 read (0x143), is read by nobody here: there are two rows.
+PORT_INLINE int port_dpp(int old, int value, int control, int rows) {
+  int lane = threadIdx.x % LANES, row = lane / 16;
+  int from = control == 0x142 || control == 0x143 ? row * 16 - 1 : lane - control % 16;
+  int first = control == 0x142 || control == 0x143 ? 0 : row * 16;
+  bool read = rows >> row & 1 && from >= first;
+  int other = __shfl_sync(~0u, value, read ? from : lane);
+  return read ? other : old;
+}
+#define __builtin_amdgcn_update_dpp(old, value, control, rows, banks, bound) port_dpp(old, value, control, rows)
 
 // Two codes of 4 bits times a power of two, exactly. The 3 bits of a code's size are the lowest two of bf16's exponent and
 // the highest of its mantissa: then they count in units of 2^-126, and so does 0.5, which has no leading one.
@@ -190,8 +207,8 @@ PORT_INLINE unsigned long long port_now() {
   return ns;
 }
 
-// The memory that the lanes of a workgroup share is as large as the launch says (`moe_lds`). It begins with when the
-// workgroup started, and whether it has given up, which it does at once after a launch that did.
+// The memory that the lanes of a workgroup share is as large as the launch says (`moe_lds`, `router_lds`). It begins with
+// the time when the workgroup started, and whether it has given up, which it does at once after a launch that did.
 extern __shared__ u32x4 port_lds[];
 #define PORT_LDS 16
 #define IN_LDS(type, name)                                              \
@@ -212,6 +229,15 @@ PORT_INLINE unsigned long long port_load(const unsigned long long* counter) {
     port_stuck[3] = blockIdx.x;
   }
   return ~0ull;
+}
+
+PORT_INLINE unsigned long long port_add(unsigned long long* counter, unsigned long long number) {
+  unsigned long long before;
+  asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(counter), "l"(number)
+               : "memory");
+  return before;
 }
 
 PORT_INLINE void port_pause() {
@@ -240,8 +266,7 @@ PORT_INLINE void port_fence(const char* scope, const char* memory = "") {
 #endif
 #define __HIP_MEMORY_SCOPE_AGENT 4
 #define __hip_atomic_load(counter, order, scope) port_load(counter)
-#define __hip_atomic_fetch_add(counter, number, order, scope) \
-  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(counter), "l"(number) : "memory")
+#define __hip_atomic_fetch_add(counter, number, order, scope) port_add(counter, number)
 #define __builtin_amdgcn_s_sleep(time) port_pause()
 #define __builtin_amdgcn_fence(order, ...) port_fence(__VA_ARGS__)
 #define __builtin_amdgcn_s_barrier() \

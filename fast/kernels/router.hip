@@ -27,16 +27,17 @@ namespace {
 
 constexpr int D = HIDDEN_SIZE, N = COLUMNS, E = EXPERTS;
 constexpr int STEPS = D / DEPTH;  // products of the matrix unit along a row
-constexpr int MOST = 4;           // of them that a streamer has, with a load of 16 bytes a lane each
+constexpr int MOST = 32 / STREAMERS;  // of them that a streamer has, with a load of 16 bytes a lane each
 constexpr int SPLITS = (STEPS + MOST * STREAMERS - 1) / (MOST * STREAMERS);
 constexpr int OWN = (STEPS + SPLITS * STREAMERS - 1) / (SPLITS * STREAMERS);
 constexpr bool EVEN = SPLITS * STREAMERS * OWN == STEPS;
 constexpr int TILES = (N + TILE - 1) / TILE;
 constexpr int EACH = (E + LANES - 1) / LANES;  // experts of a lane, when a wave chooses for a row
 
+static_assert(TILE == 2 * LANES / MAX_ROWS, "a lane adds two columns");
 static_assert(D % DEPTH == 0 && E <= N && TOP_K <= E && TOP_K <= LANES, "unsupported sizes");
 
-struct alignas(16) Shared {  // as lanes write four sums at once
+struct alignas(16) Shared {  // as lanes write several sums at once
   float sums[STREAMERS][MAX_ROWS][TILE];
   int last;  // whether this workgroup is
 };
@@ -56,7 +57,7 @@ struct Arguments {
 // ---- the product
 
 INLINE void stream(Shared& lds, const Arguments& a, int tile, int split, int wave, int lane) {
-  int column = lane % TILE, group = lane / TILE, first = (split * STREAMERS + wave) * OWN;
+  int column = PLACE(lane), group = GROUP(lane), first = (split * STREAMERS + wave) * OWN;
   // Rows of a last tile that is not full are the last row again, whose results nobody writes.
   const __bf16* line = a.weight + (long)least(tile * TILE + column, N - 1) * D + first * DEPTH + group * 8;
   const __bf16* row = a.x + (long)column * D + first * DEPTH + group * 8;
@@ -70,11 +71,10 @@ INLINE void stream(Shared& lds, const Arguments& a, int tile, int split, int wav
     for (int s = 0; s < OWN; s++)
       if (EVEN || first + s < STEPS) x[s] = *(const bf16x8*)(row + s * DEPTH);
   }
-  f32x4 acc = {};
+  Sums acc = {};
 #pragma unroll
   for (int s = 0; s < OWN; s++) acc = __builtin_amdgcn_mfma_f32_16x16x32_bf16(w[s], x[s], acc, 0, 0, 0);
-  // Lane l has rows 4 (l / 16) to 4 (l / 16) + 3 of the weight, for row l % 16 of x.
-  if (column < MAX_ROWS) *(f32x4*)&lds.sums[wave][column][4 * group] = acc;
+  if (column < MAX_ROWS) *(Sums*)&lds.sums[wave][column][SUMS * group] = acc;
 }
 
 // Lane l has row l % 8 and two columns of the tile.
@@ -185,10 +185,10 @@ INLINE void choose(const Arguments& a, int row, int lane) {
 
 }  // namespace
 
-extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(576, 576))) void router(
+extern "C" __global__ WORKGROUP(LANES * (STREAMERS + 1)) void router(
     const __bf16* __restrict__ x, const float* __restrict__ squares, const __bf16* __restrict__ weight,
     float* sums, u64* counter, int* experts, float* weights, int rows, int parts, float eps) {
-  __shared__ Shared lds;
+  IN_LDS(Shared, lds);
   Arguments a = {x, squares, weight, sums, counter, experts, weights, rows, parts, eps};
   int thread = __builtin_amdgcn_workitem_id_x();
   int tile = __builtin_amdgcn_workgroup_id_x(), split = __builtin_amdgcn_workgroup_id_y();
@@ -209,3 +209,7 @@ extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(576, 576))) voi
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent");
   choose(a, wave, lane);
 }
+
+#ifdef PORT
+extern "C" __device__ int router_lds = PORT_LDS + sizeof(Shared);
+#endif

@@ -28,7 +28,7 @@ OTHERWISE = {
     ("tools/hostile.py", "damage"): "in a temporary folder, which is to be damaged",
     ("tools/hostile.py", "special"): "in a temporary folder, which is to be damaged",
     ("tools/mutate.py", "prepare"): "a copy of the checkout, which is made again",
-    ("tools/bench/hip_port.py", "plant"): "in a temporary folder",
+    ("tools/bench/port_faults.py", "plant"): "in a temporary folder",
     ("tools/bench/mapped.py", "write_sparse"): "in a temporary folder",
     ("tools/bench/mapped.py", "evict"): "opens that file for its descriptor",
 }

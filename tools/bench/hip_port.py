@@ -1,51 +1,39 @@
-"""Check on an NVIDIA card how the workgroups of a HIP kernel wait for each other (fast/kernels/moe.hip).
+"""Check on an NVIDIA card how the workgroups of the HIP kernels depend on each other.
 
-The same source is built for sm_90 by fast/kernels/port_sm90.h: the barrier, the counters with their
-epochs, the fences and the order of the tasks are those of gfx950; the arithmetic is the port's. At
-each size: the error against a float64 oracle, equal bits when launched again, of rows alone and on
-grids of other sizes, for ordinary and for unusual routings; then thousands of launches one right
-after the other, whose outputs and counters are compared. Then faults are planted in the
-synchronisation, and it is told which of them such launches find: a fence that is left out may have
-no effect on this card. Last, the time beside the Triton kernels', which tells nothing about gfx950.
+The same sources, fast/kernels/moe.hip and router.hip, are built for sm_90 by fast/kernels/port_sm90.h:
+the barrier, the counters with their epochs, the fences and the order of the tasks are those of gfx950;
+the arithmetic is the port's. At each size: the error against a float64 oracle, equal bits when launched
+again, of rows alone and (experts) on grids of other sizes, for ordinary and for unusual routings and
+rows; then thousands of launches one right after the other, whose outputs and counters are compared.
+Then faults are planted in the synchronisation, and it is told which of them such launches find: a fence
+that is left out may have no effect on this card. Last, the time beside the Triton kernels', which tells
+nothing about gfx950.
 """
 
 import argparse
-import os
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fast import moe_hip
-from fast.hip_compiler import sources
 from fast.launch import Scratch
 from fast.moe import Experts
 from qwen35.cli import Parser
 from qwen35.errors import InputError
 from qwen35.progress import steps
 from tools import cuda_port
-from tools.bench import gpu, mixture, moe, report
+from tools.bench import gpu, mixture, moe, port_router, report
 from tools.bench.mixture import Case, Weights
+from tools.bench.port_faults import BATCH, Fault, ended, plant, tell
+from tools.bench.router import Sizes
 from tools.cuda_port import PortLaunch, ported
 
 TRITON, PORT = "Triton, two launches", "the HIP kernel's port, one launch"
 PATIENCE = 100_000_000  # ns: of a wait in a kernel with a planted fault
-HANGS = 60.0  # seconds without an end
-BATCH = 256  # launches between two looks at the counters
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Edits of moe.hip, each of which fits in one place. workgroups: default, all that fit."""
-
-    name: str
-    edits: tuple[tuple[str, str], ...]
-    workgroups: int | None = None
 
 
 FETCH = "if (gates < downs) fetch(lds, gates % 2, a, task(gates), epochs, lane);"
@@ -137,10 +125,6 @@ def add_arguments(parser: Parser) -> None:
     add("--fault-launches", type=int, default=300, help="of each planted fault; 0: plant none")
 
 
-def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 class Subject:
     """The port with experts' weights, on one card; its launches share their buffers and counters."""
 
@@ -179,13 +163,7 @@ class Subject:
         """Wait for all launches. Findings: waits that were given up, counters that do not stand where
         so many launches leave them. Ends the process if a launch does not end."""
         assert self.last is not None
-        ended, started = torch.cuda.Event(), time.monotonic()
-        ended.record()
-        while not ended.query():
-            if time.monotonic() - started > HANGS:
-                tell(f"{self.last.name}: no end after {HANGS:g} s")
-                os._exit(1)
-            time.sleep(1e-4)
+        ended(self.last.name)
         if stuck := self.last.given_up():
             return [f"stuck: {stuck}"]
         counters = self.last.arguments["counters"][:, 0].tolist()
@@ -308,20 +286,6 @@ def various(args: argparse.Namespace, D: int, generator: torch.Generator) -> lis
     return cases + [case for _, case in unusual(args.rows, D, E, k, generator)]
 
 
-def plant(fault: Fault, folder: Path) -> Path:
-    """The source with a fault, beside the files that it includes, one of which may have the fault."""
-    texts = {file.name: file.read_text(encoding="utf-8") for file in sources(moe_hip.SOURCE)}
-    for old, new in fault.edits:
-        places = [name for name, text in texts.items() for _ in range(text.count(old))]
-        if len(places) != 1:
-            raise InputError(f"fault {fault.name!r}: {len(places)} places read {old!r}")
-        texts[places[0]] = texts[places[0]].replace(old, new)
-    for name, text in texts.items():
-        with open(folder / name, "w", encoding="utf-8") as file:
-            file.write(text)
-    return folder / moe_hip.SOURCE.name
-
-
 def faults(
     args: argparse.Namespace, weights: Weights, packed: Experts, generator: torch.Generator
 ) -> list[tuple[Fault, list[str]]]:
@@ -332,7 +296,7 @@ def faults(
     found: list[tuple[Fault, list[str]]] = []
     for fault in steps(FAULTS, "faults"):
         with tempfile.TemporaryDirectory() as folder:
-            source = plant(fault, Path(folder))
+            source = plant(fault, moe_hip.SOURCE, Path(folder))
             subject = Subject(
                 weights,
                 workgroups=fault.workgroups,
@@ -375,6 +339,7 @@ def timed(
 
 def main(args: argparse.Namespace) -> int:
     mixture.check_sizes(args.rows, args.experts, args.top_k, args.repeats)
+    cuda_port.check_pairs(f"--rows {args.rows} --top-k {args.top_k}", args.rows * args.top_k)
     device, target = gpu.find()
     if target != cuda_port.TARGET:
         raise InputError(f"the port is built for {cuda_port.TARGET}; this is {target}")
@@ -385,6 +350,10 @@ def main(args: argparse.Namespace) -> int:
     failed: list[str] = []
     planted: list[tuple[Fault, list[str]]] = []
     with torch.inference_mode():
+        generator = torch.Generator(device).manual_seed(0)
+        for sizes, D in port_router.OTHERS:
+            name = f"router, {sizes.k} of {sizes.E}, D={D}"
+            failed += port_router.examine(name, sizes, D, args, generator)
         for tp in steps(args.tp, "sizes"):
             generator = torch.Generator(device).manual_seed(tp)
             D, I = mixture.HIDDEN, mixture.intermediate(tp)
@@ -398,13 +367,18 @@ def main(args: argparse.Namespace) -> int:
                 wrong = endure(subject, cases, wanted, args.launches)
                 wrong += captured(subject, cases, wanted, args.launches)
                 tell(f"TP {tp}: {subject.launched} launches, {len(wrong)} findings")
-            failed += [f"TP {tp}: {line}" for line in wrong]
+            sizes, name = Sizes(args.experts, args.top_k, I), f"router, TP {tp}"
+            wrong = [f"TP {tp}: {line}" for line in wrong]
+            wrong += port_router.examine(name, sizes, D, args, generator)
+            failed += wrong
             if not wrong and args.fault_launches and not planted:
                 planted = faults(args, weights, subject.packed, generator)
+                planted += port_router.faults(sizes, D, args, generator)
             del weights, subject
             torch.cuda.empty_cache()
             if not wrong:
                 rows += timed(tp, args, device, read, generator)
+                rows += port_router.timed(tp, args, device, read, generator)
                 torch.cuda.empty_cache()
     for line in failed:
         tell(line)

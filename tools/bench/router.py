@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad, silu
 
 from fast.launch import Launch, Scratch, run
-from fast.router import Router
+from fast.router import Choice, Router
 from qwen35.cli import Parser
 from qwen35.progress import steps
 from tools.bench import gpu, mixture, report
@@ -110,12 +110,17 @@ def ours(weight: Tensor, sizes: Sizes, target: str) -> Choose:
     def choose(x: Tensor) -> Chosen:
         step, choice = router.launch(x, Scratch(x.device))
         run([step], x.device)
-        _, opening, both = parts(choice.parts.sum(0), sizes)
-        gate, up = both.chunk(2, -1)
-        hidden = (silu(gate) * up).bfloat16()
-        return Chosen(choice.experts, choice.weights, hidden, opening.sigmoid().flatten())
+        return outputs(choice, sizes)
 
     return choose
+
+
+def outputs(choice: Choice, sizes: Sizes) -> Chosen:
+    """The outputs of our launch, of which torch computes the shared expert's activation."""
+    _, opening, both = parts(choice.parts.sum(0), sizes)
+    gate, up = both.chunk(2, -1)
+    hidden = (silu(gate) * up).bfloat16()
+    return Chosen(choice.experts, choice.weights, hidden, opening.sigmoid().flatten())
 
 
 def last_place(x: Tensor) -> Tensor:
