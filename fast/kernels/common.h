@@ -1,7 +1,16 @@
 // What the HIP kernels share: types, and how waves and workgroups wait for each other.
 //
-// A workgroup has nine waves. Eight, the streamers, load weights. The ninth, the messenger, speaks to
-// memory for all of them. They meet at barriers; workgroups meet at counters in memory.
+// A workgroup has nine waves. Eight, the streamers, load weights and multiply. The ninth, the messenger,
+// reads and writes what workgroups tell each other. Waves of one workgroup meet at barriers and pass
+// numbers through the LDS; workgroups wait for each other at counters in memory.
+//
+// A wave's loads and its stores count on the same hardware counter (vmcnt), in the order in which it issued them. A
+// wave that waits for a store would therefore wait for all weights that it requested before, which is why
+// streamers leave stores and counters to the messenger.
+//
+// An L1 cache belongs to a compute unit (CU), and an L2 cache to an accelerator die (XCD) of 32 CUs. Neither
+// can be relied on to see what another XCD writes. So data for other workgroups need a release (store, write
+// back, raise a counter) and an acquire (wait for the counter, drop what is cached, load).
 
 #pragma once
 
@@ -29,8 +38,9 @@ typedef float f32x4 __attribute__((ext_vector_type(4)));
 typedef unsigned u32x2 __attribute__((ext_vector_type(2)));
 typedef unsigned u32x4 __attribute__((ext_vector_type(4)));
 
-// A wave and its matrix unit. A product is of TILE rows of a weight; lane l has row l % 16 of them and group
-// l / 16 of the columns, and it gets the sums of rows SUMS * (l / 16) on, for row l % 16 of x.
+// A wave and its matrix unit. A product is of TILE rows of a weight and 16 rows of x. Lane l holds a part of
+// row l % 16 of both, the columns of group l / 16. It gets SUMS sums: those of the weight's rows from
+// SUMS * (l / 16) on, for row l % 16 of x.
 typedef f32x4 Sums;
 constexpr int LANES = 64, STREAMERS = 8, TILE = 16, SUMS = 4;
 #define PLACE(lane) (lane % TILE)
@@ -50,7 +60,10 @@ constexpr int LINE = 16;     // u64 in a cache line
 
 INLINE u64 ballot(bool value) { return __builtin_amdgcn_ballot_w64(value); }
 
-// The fence lets what the counter announced be read: it drops what this CU and this XCD have cached.
+// Waits until a counter has reached a number. Each look goes past the caches (sc1). One fence after the last
+// look drops what this CU and this XCD have cached (buffer_inv sc1), so that loads after it read what the
+// counter announced. The wave sleeps for some 64 cycles between two looks, so that it does not take the
+// streamers' turns.
 INLINE void wait_for(const u64* counter, u64 number) {
   while (__hip_atomic_load(counter, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT) < number)
     __builtin_amdgcn_s_sleep(1);
@@ -61,21 +74,24 @@ INLINE void add(u64* counter, u64 number) {
   __hip_atomic_fetch_add(counter, number, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
 
-// The fence waits until all stores of this wave are where other XCDs see them; then the counter tells.
+// Announces all stores of this wave. The fence writes this XCD's L2 back and waits for that and for the
+// stores (buffer_wbl2 sc1, vmcnt(0)): whoever sees the counter raised finds them in memory.
 INLINE void arrive(u64* counter, int lane) {
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent");
   if (lane == 0) add(counter, 1);
 }
 
-// All nine waves meet. Only the LDS passes between them here: loads of weights stay on their way.
+// All nine waves meet. They pass numbers through the LDS alone, so the fences are of the LDS alone: a wave
+// waits for its LDS accesses (lgkmcnt) and not for its loads of weights, which stay on their way.
 INLINE void meet() {
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup", "local");
   __builtin_amdgcn_s_barrier();
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup", "local");
 }
 
-// 1 / rms of row lane % 8 of D columns, or 1 if the rows are to be taken as they are (no parts). squares
-// [parts, SQUARES]: sums of the rows' squares. Many loads are on their way at once, since each takes long.
+// Returns 1 / rms of row lane % 8 of D columns, or 1 if the rows are to be taken as they are (no parts).
+// squares [parts, SQUARES]: sums of the rows' squares. Lanes of one row share its parts. Sixteen loads of
+// a lane are on their way at once, because they take hardly longer than one.
 INLINE float inverse_rms(const float* squares, int parts, int D, float eps, int lane) {
   if (parts == 0) return 1;
   constexpr int AT_ONCE = 16, STRIDE = LANES / MAX_ROWS;

@@ -1,34 +1,43 @@
 // The experts of 1 to 8 rows in one launch, for gfx950: gate-up, SiLU, down, and the weighted sum. A shared
-// expert, whose gate and up the router's launch has computed, may be added.
+// expert, whose gate and gate-up product the router's launch has computed, may be added.
 //
-// The grid is what fits on the card at once. Its workgroups wait for each other, so every one of them must
-// be running. All work is a list of tasks in one order, and workgroup w does tasks w, w + workgroups, ...:
+// The grid is persistent: it has no more workgroups than the card runs at once, because they wait for each
+// other, and a workgroup that has no place yet cannot be waited for. All work is a list of tasks in one
+// order, and workgroup w does tasks w, w + workgroups, and so on:
 //
-//   gate-up  some rows of one expert's gate and up -> hidden. Waits for nothing.
-//   down     some columns of one expert's output -> partial. Waits for the whole hidden row of its expert.
-//   sum      some columns of the output -> out. Waits for these columns of all experts. The shared
-//            expert's down product comes before the wait.
+//   gate-up  some rows of one expert's gate and up -> hidden. It waits for nothing.
+//   down     some columns of one expert's output -> partial. It waits for all gate-ups of its expert.
+//   sum      some columns of the output -> out. It waits for the downs of these columns, of all experts. The
+//            shared expert's down product needs none of them, so it comes before the wait.
 //
-// A task waits only for kinds of task that come before its own, and every workgroup does its tasks in
-// order, so there is always one that can go on. Waiting is for a counter in memory to reach a number.
-// Counters only grow: one launch, called an epoch, raises each by the same amount, whatever the rows chose.
-// Each has a cache line of its own.
+// A task waits only for kinds of task that come before its own in the list, and every workgroup does its tasks
+// in order. So the first task of the list that is not done has nothing left to wait for: there is no deadlock.
 //
-// A workgroup has nine waves. Eight stream weights, and speak to memory for nothing else: their queue of
-// loads is always full, and nothing that they wait for is behind a store. The ninth, the messenger, writes
-// their results to memory, raises and watches counters, and brings hidden rows. At entry i of a
-// workgroup's list the streamers compute task i, the messenger publishes task i - 1 and fetches what
-// task i + 1 needs; then all meet at a barrier. Between two kinds of task is an entry without a
-// task, in which the messenger publishes the last task of one kind before it waits for the other.
+// To wait is to read a counter in memory until it has reached a number. No counter is ever set back: each
+// launch, called an epoch, raises each counter by the same amount, whatever the rows chose. That amount
+// times the number of launches is what a task waits for. Each counter has a cache line of its own, so that
+// raising one does not disturb those who read another.
 //
-// Every sum has one order that depends neither on the other rows, which are other columns of the matrix
+// At entry i of a workgroup's own tasks the streamers compute task i, while the messenger publishes task i - 1
+// and fetches what task i + 1 needs; then all nine waves meet at a barrier. So whatever they pass each other
+// in the LDS has two buffers, and entry i uses buffer i % 2. Between two kinds of task there is one more entry,
+// in which the streamers have no task: in it the messenger publishes the last task of one kind, and only then
+// waits for what the next kind needs. Otherwise a workgroup could wait for a task of its own that it has not
+// published.
+//
+// Streamers request a task's weights two tasks (or one) ahead, and no wait or barrier on the way makes them wait
+// for these: they store nothing to memory before the sums, and the barriers wait for the LDS alone (common.h).
+//
+// Every sum has one order, which depends neither on the other rows, which are other columns of the matrix
 // unit, nor on the grid or on who is first. A row's shares are added in the order of its slots.
 
 #include "moe_plan.h"
 
 namespace {
 
-struct alignas(16) Shared {  // with arrays at multiples of 16 bytes, which is what lanes read and write at once
+// What the waves of a workgroup pass each other. Arrays begin at multiples of 16 bytes, since lanes read and
+// write 16 bytes at once.
+struct alignas(16) Shared {
   float gate[2][STREAMERS][GATE_TILES][MAX_ROWS][TILE];  // sums over a streamer's columns
   float down[2][HALVES][MAX_ROWS][COLUMNS];
   __bf16 hidden[2][MAX_ROWS][HIDDEN_STRIDE];
@@ -62,7 +71,7 @@ struct Arguments {
   float eps;
 };
 
-// ---- counters
+// ---- counters, by what raises them: gate-ups of the list's expert u, downs of a block of columns, and launches
 
 INLINE u64* arrived(const Arguments& a, int u) { return a.counters + u * LINE; }
 INLINE u64* stored(const Arguments& a, int block) { return a.counters + (MAX_PAIRS + block) * LINE; }
@@ -76,23 +85,26 @@ typedef __amdgpu_buffer_rsrc_t Buffer;
 
 struct Weights {
   u32x4 codes[LOADS];
-  unsigned scales[LOADS];  // of a lane's row: those of all four groups
+  unsigned scales[LOADS];  // those of all four groups of a lane's row, a byte each
 };
 
-// A task's weights as buffers, whose size is 0 past the last task: their loads then ask memory for nothing.
+// A buffer descriptor of a task's weights. Past the last task its size is 0: loads then return zeros and ask
+// memory for nothing.
 INLINE Buffer buffer(const u8* at, int bytes) {
   return __builtin_amdgcn_make_buffer_rsrc((void*)at, 0, bytes, 0x27000);
 }
 
-// Request a task's weights. Every call is the same loads whatever the task, so that the compiler can count
-// how many are on their way behind those that it waits for.
+// Requests a task's weights. Every call issues the same number of loads, whatever the task is. So the compiler
+// knows how many loads are on their way behind those that a task needs, and waits for the older ones alone
+// (vmcnt(n), not vmcnt(0)).
 INLINE void request(
     Weights& w, const Shared& lds, const Arguments& a, int number, int count, int wave, int lane) {
   bool real = number < count * (GATE_BLOCKS + DOWN_BLOCKS);
   Task task = task_at(real ? number : 0, count);
   int row = PLACE(lane), group = GROUP(lane), half = wave / TEAM;
-  int step = D_STEPS * wave < D / STEP ? D_STEPS * wave : 0;  // one without columns reads some
-  // Row t of a lane's tiles of down is row DOWN_TILES * row + t: then its scales lie in one piece.
+  // A streamer without columns of its own reads the first ones, and multiplies them by zeros.
+  int step = D_STEPS * wave < D / STEP ? D_STEPS * wave : 0;
+  // In down, the tile t of a lane has row DOWN_TILES * row + t: so the scales of its tiles lie side by side.
   long first = task.down ? task.block * COLUMNS + wave % TEAM * TILE * DOWN_TILES : task.block * GATE_ROWS;
   first += (long)bounded(expert_at(lds.list, task.u)) * (task.down ? D : 2 * I);
   const u8* codes = task.down
@@ -128,16 +140,16 @@ INLINE void request(
       w.scales[l] = __builtin_amdgcn_raw_buffer_load_b32(scale_buffer, line / 16, offset, 0);
     }
   }
-  __builtin_amdgcn_sched_barrier(0);  // so that no request slips behind the work that follows
+  __builtin_amdgcn_sched_barrier(0);  // The compiler may not move a request behind the work that follows.
 }
 
-// Byte B of a word of codes: two elements of a group.
+// The two elements in byte B of a word of codes, with their group's scale.
 template <int B>
 INLINE bf16x2 decoded(unsigned codes, float scale) {
   return __builtin_amdgcn_cvt_scalef32_pk_bf16_fp4(codes, scale, B);
 }
 
-// acc + 16 rows of weights by 32 columns, times 32 by 16 columns of activations.
+// Returns acc + the product of 16 rows of weights and 16 rows of x, over 32 columns of a step.
 INLINE Sums product(unsigned codes, float scale, bf16x8 x, Sums acc) {
   bf16x2 a = decoded<0>(codes, scale), b = decoded<1>(codes, scale);
   bf16x2 c = decoded<2>(codes, scale), d = decoded<3>(codes, scale);
@@ -145,11 +157,12 @@ INLINE Sums product(unsigned codes, float scale, bf16x8 x, Sums acc) {
   return __builtin_amdgcn_mfma_f32_16x16x32_bf16(w, x, acc, 0, 0, 0);
 }
 
-// The scale of a lane's group in load l: 2^(code - 127), a float that has the code for its exponent.
+// The scale of a lane's group in load l: 2^(code - 127), which is the float whose exponent field is the code.
 INLINE float scale_of(const Weights& w, int l, int group) {
   return __builtin_bit_cast(float, (w.scales[l] >> 8 * group & 255) << 23);
 }
 
+// A streamer's part of a gate-up task: the sums over its own columns, for all tiles, to the LDS.
 INLINE void gate_task(Shared& lds, int buffer, const Weights& w, const bf16x8 (&x)[D_STEPS][4], int wave, int lane) {
   int column = PLACE(lane), group = GROUP(lane);
 #pragma unroll
@@ -169,6 +182,8 @@ INLINE void gate_task(Shared& lds, int buffer, const Weights& w, const bf16x8 (&
   }
 }
 
+// A streamer's part of a down task: its own rows of the weight, or half of their columns, to the LDS. The
+// messenger has fetched the hidden rows.
 INLINE void down_task(Shared& lds, int buffer, const Weights& w, int rows, int wave, int lane) {
   int column = PLACE(lane), group = GROUP(lane), half = wave / TEAM;
   const __bf16* hidden = lds.hidden[buffer][least(column, rows - 1)] + half * I_PART * STEP + group * 32;
@@ -194,7 +209,7 @@ INLINE void down_task(Shared& lds, int buffer, const Weights& w, int rows, int w
   }
 }
 
-// The sum over splits of one column of the router's product.
+// The sum over all splits of one column of the router's product.
 INLINE float routed(const Arguments& a, int row, int column) {
   float sum = 0;
   for (int split = 0; split < a.splits; split++)
@@ -202,7 +217,7 @@ INLINE float routed(const Arguments& a, int row, int column) {
   return sum;
 }
 
-// The shared expert's down product for some columns of the output.
+// A streamer's part of the shared expert's down product, for the columns of one sum task, to the LDS.
 INLINE void shared_task(Shared& lds, int buffer, const Arguments& a, int block, int wave, int lane) {
   int column = PLACE(lane), group = GROUP(lane), tile = wave % SUM_TILES, part = wave / SUM_TILES;
   long line = block * SUMMED + tile * TILE + column;
@@ -222,8 +237,8 @@ INLINE void shared_task(Shared& lds, int buffer, const Arguments& a, int block, 
   if (column < MAX_ROWS) *(Sums*)&lds.shared[buffer][part][column][tile * TILE + SUMS * group] = acc;
 }
 
-// A row's shares of some columns, one column a lane and two rows a wave. They are added in the order of the
-// slots.
+// The sum of a row's shares, for one column a lane and two rows a wave: in the order of the slots, then the
+// shared expert, then the residual.
 INLINE void sum_task(const Shared& lds, int buffer, const Arguments& a, int block, int wave, int lane) {
   int row = wave * (LANES / SUMMED) + lane / SUMMED, inside = lane % SUMMED, column = block * SUMMED + inside;
   if (row >= a.rows) return;
@@ -264,9 +279,9 @@ INLINE void stream_products(
   for (int i = 0; i < AHEAD; i++) request(w[i], lds, a, number(i), count, wave, lane);
   for (int first = 0; first < own.padded; first += AHEAD + 1) {
 #pragma unroll
-    for (int b = 0; b <= AHEAD; b++) {  // unrolled, so that w[b] are registers
+    for (int b = 0; b <= AHEAD; b++) {  // This is unrolled: only so are all w[b] registers that stay in place.
       int i = first + b;
-      if (i == own.gates) meet();
+      if (i == own.gates) meet();  // the entry without a task, between gate-ups and downs
       request(w[(b + AHEAD) % (AHEAD + 1)], lds, a, number(i + AHEAD), count, wave, lane);
       if (i < own.gates)
         gate_task(lds, i % 2, w[b], x, wave, lane);
@@ -275,12 +290,12 @@ INLINE void stream_products(
       meet();
     }
   }
-  if (own.gates == own.padded) meet();
+  if (own.gates == own.padded) meet();  // the same one, where the loop has ended before it
 }
 
 INLINE void stream(Shared& lds, const Arguments& a, int workgroup, int wave, int lane) {
   int column = PLACE(lane), group = GROUP(lane);
-  // Zeros in columns of the matrix unit beyond the rows, and for a streamer without columns of x.
+  // Rows of x beyond the last one are zeros, and so is all of x for a streamer without columns.
   bf16x8 x[D_STEPS][4] = {};
   if (column < a.rows && D_STEPS * wave < D / STEP) {
     const __bf16* from = a.x + (long)column * D + wave * D_STEPS * STEP + group * 32;
@@ -289,15 +304,16 @@ INLINE void stream(Shared& lds, const Arguments& a, int workgroup, int wave, int
 #pragma unroll
       for (int j = 0; j < 4; j++) x[s][j] = *(const bf16x8*)(from + s * STEP + 8 * j);
   }
-  meet();  // the list is there
+  meet();  // the messenger has written the list
   int count = __builtin_amdgcn_readfirstlane(lds.list.count);
   Shares own = shares(count, workgroup, a.workgroups);
   stream_products(lds, a, x, count, own, workgroup, wave, lane);
   auto block = [&](int i) { return workgroup + i * a.workgroups - count * (GATE_BLOCKS + DOWN_BLOCKS); };
   if (SHARED && own.downs < own.sums) shared_task(lds, own.downs % 2, a, block(own.downs), wave, lane);
-  meet();
+  meet();  // the entry without a task, between downs and sums
   for (int i = own.downs; i < own.sums; i++) {
-    // The messenger has waited for these columns; this makes its view that of the whole workgroup.
+    // The messenger has waited for these columns and dropped what this CU had cached. This fence keeps the
+    // loads of the sum behind the barrier, so that they come after that.
     __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
     sum_task(lds, i % 2, a, block(i), wave, lane);
     if (SHARED && i + 1 < own.sums) shared_task(lds, (i + 1) % 2, a, block(i + 1), wave, lane);
@@ -307,7 +323,8 @@ INLINE void stream(Shared& lds, const Arguments& a, int workgroup, int wave, int
 
 // ---- the messenger
 
-// hidden = silu(gate) * up. Lane l has row l % 8 and the (l / 8)-th pair of gate and up of each tile.
+// Writes hidden = silu(gate) * up of a gate-up task, and announces it. Lane l has row l % 8 and, of each tile,
+// the pair l / 8 of gate and up, whose sums it adds in the order of the streamers.
 INLINE void publish_gate(
     Shared& lds, int buffer, const Arguments& a, Task task, float inverse, int lane) {
   int row = lane % MAX_ROWS, pair = lane / MAX_ROWS;
@@ -326,7 +343,7 @@ INLINE void publish_gate(
   arrive(arrived(a, task.u), lane);
 }
 
-// Bring the hidden rows of a down task's expert to the LDS.
+// Waits for the hidden rows of a down task's expert, and brings them to the LDS.
 INLINE void fetch(Shared& lds, int buffer, const Arguments& a, Task task, u64 epochs, int lane) {
   wait_for(arrived(a, task.u), epochs * GATE_BLOCKS);
   const __bf16* from = a.hidden + (long)task.u * MAX_ROWS * I;
@@ -334,7 +351,7 @@ INLINE void fetch(Shared& lds, int buffer, const Arguments& a, Task task, u64 ep
     *(u32x4*)&lds.hidden[buffer][i / I][i % I] = *(const u32x4*)(from + i);
 }
 
-// Write a down task's columns for each pair that chose its expert.
+// Writes a down task's columns for each pair that chose its expert, and announces them.
 INLINE void publish_down(Shared& lds, int buffer, const Arguments& a, const Routing& r, Task task, int lane) {
   int expert = expert_at(lds.list, task.u);
 #pragma unroll
@@ -351,7 +368,7 @@ INLINE void publish_down(Shared& lds, int buffer, const Arguments& a, const Rout
   arrive(stored(a, task.block), lane);
 }
 
-// The shared expert's silu(gate) * up, for workgroups that have a sum task.
+// Computes the shared expert's silu(gate) * up, in each workgroup that has a sum task.
 INLINE void activate(Shared& lds, const Arguments& a, int lane) {
   for (int i = lane; i < a.rows * SHARED; i += LANES) {
     int row = i / most(SHARED, 1), column = i % most(SHARED, 1);
@@ -360,11 +377,12 @@ INLINE void activate(Shared& lds, const Arguments& a, int lane) {
   }
 }
 
+// All that the messenger does. It meets the streamers as often as `stream` does.
 INLINE void carry(Shared& lds, const Arguments& a, int workgroup, int lane) {
   Routing r = routing(lds.list, a.experts, a.rows * TOP_K, lane);
-  meet();
+  meet();  // The streamers may read the list from here on.
   auto [gates, downs, sums, padded] = shares(r.count, workgroup, a.workgroups);
-  // Nobody else touches this counter: it counts this workgroup's launches.
+  // Nobody else touches this counter, which counts this workgroup's launches: an ordinary load will do.
   u64 epochs = *epoch(a, workgroup) + 1;
   float inverse = inverse_rms(a.squares, a.parts, D, a.eps, lane);
   auto task = [&](int i) { return task_at(workgroup + i * a.workgroups, r.count); };
@@ -372,26 +390,33 @@ INLINE void carry(Shared& lds, const Arguments& a, int workgroup, int lane) {
     int block = workgroup + i * a.workgroups - r.count * (GATE_BLOCKS + DOWN_BLOCKS);
     wait_for(stored(a, block * SUMMED / COLUMNS), epochs * MAX_PAIRS);
   };
-  if (workgroup == 0) {  // arrives for the experts that this list lacks
+  // Every counter has to grow by the same amount in each launch, as if the list had MAX_PAIRS experts.
+  // Workgroup 0 raises them for those that it lacks. There is nothing to release: no data belong to these.
+  if (workgroup == 0) {
     for (int u = r.count + lane; u < MAX_PAIRS; u += LANES) add(arrived(a, u), GATE_BLOCKS);
     for (int b = lane; b < DOWN_BLOCKS; b += LANES) add(stored(a, b), MAX_PAIRS - r.count);
   }
-  if (SHARED && downs < sums) activate(lds, a, lane);  // the streamers' first weights are on their way
+  if (SHARED && downs < sums) activate(lds, a, lane);  // while the streamers' first weights are on their way
+  // Gate-ups. They wait for nothing, so there is nothing to fetch.
   for (int i = 0; i < gates; i++) {
     if (i > 0) publish_gate(lds, (i - 1) % 2, a, task(i - 1), inverse, lane);
     meet();
   }
   if (gates > 0) publish_gate(lds, (gates - 1) % 2, a, task(gates - 1), inverse, lane);
+  // The entry without a task: all own gate-ups are published before the first wait.
   if (gates < downs) fetch(lds, gates % 2, a, task(gates), epochs, lane);
   meet();
+  // Downs. To wait for task i + 1 before task i - 1 is published is safe: only sums wait for downs.
   for (int i = gates; i < padded; i++) {
     if (i + 1 < downs) fetch(lds, (i + 1) % 2, a, task(i + 1), epochs, lane);
     if (gates < i && i <= downs) publish_down(lds, (i - 1) % 2, a, r, task(i - 1), lane);
     meet();
   }
   if (gates < downs && downs == padded) publish_down(lds, (downs - 1) % 2, a, r, task(downs - 1), lane);
+  // The entry without a task: all own downs are published before the first wait for columns.
   if (downs < sums) wait_for_columns(downs);
   meet();
+  // Sums, which the streamers write themselves.
   for (int i = downs; i < sums; i++) {
     if (i + 1 < sums) wait_for_columns(i + 1);
     meet();

@@ -1,20 +1,21 @@
-// The router of 1 to 8 rows in one launch, for gfx950: its logits, the shared expert's gate and gate-up
-// product beside them, softmax, and the choice of experts.
+// The router of 1 to 8 rows in one launch, for gfx950: its logits and, beside them, the shared expert's gate
+// and gate-up product; then softmax and the choice of experts.
 //
-// A workgroup has one tile of 16 rows of the weight and one part of their columns (a split). Its streamers
-// share these columns, and request all of their weights at once, before anything else. The messenger adds
-// their sums, writes them to memory and counts the workgroup.
+// A workgroup multiplies one tile of rows of the weight, over one part of their columns (a split). Its
+// streamers share these columns, and each requests all of its weights at once, before anything else. The
+// messenger adds their sums, writes them to memory and counts the workgroup.
 //
-// No workgroup waits for another one. The last to be counted chooses the experts: one wave for each row.
-// The counter only grows: one launch raises it by the number of workgroups, so the last one finds a
-// multiple of it.
+// No workgroup waits for another one, so they need not run at the same time. The one that is counted last
+// knows that all sums are in memory, and chooses the experts: one wave for each row. The counter is never
+// set back: each launch raises it by the number of workgroups, so the last one of a launch makes it a
+// multiple of that number.
 //
-// Every sum has one order that depends neither on the other rows, which are other columns of the matrix
+// Every sum has one order, which depends neither on the other rows, which are other columns of the matrix
 // unit, nor on who is last.
 
 #include "common.h"
 
-// The sizes of the model's slice, which the build gives with -D. These are one of 8 ranks of the 397B's.
+// The sizes of the model's slice, which the build gives with -D. The defaults are those of one of 8 ranks of the 397B.
 #ifndef HIDDEN_SIZE
 #define HIDDEN_SIZE 4096
 #define COLUMNS 769
@@ -26,8 +27,8 @@
 namespace {
 
 constexpr int D = HIDDEN_SIZE, N = COLUMNS, E = EXPERTS;
-constexpr int STEPS = D / DEPTH;  // products of the matrix unit along a row
-constexpr int MOST = 32 / STREAMERS;  // of them that a streamer has, with a load of 16 bytes a lane each
+constexpr int STEPS = D / DEPTH;      // products of the matrix unit along a row
+constexpr int MOST = 32 / STREAMERS;  // the most products of a streamer; each takes a load of 16 bytes a lane
 constexpr int SPLITS = (STEPS + MOST * STREAMERS - 1) / (MOST * STREAMERS);
 constexpr int OWN = (STEPS + SPLITS * STREAMERS - 1) / (SPLITS * STREAMERS);
 constexpr bool EVEN = SPLITS * STREAMERS * OWN == STEPS;
@@ -37,9 +38,9 @@ constexpr int EACH = (E + LANES - 1) / LANES;  // experts of a lane, when a wave
 static_assert(TILE == 2 * LANES / MAX_ROWS, "a lane adds two columns");
 static_assert(D % DEPTH == 0 && E <= N && TOP_K <= E && TOP_K <= LANES, "unsupported sizes");
 
-struct alignas(16) Shared {  // as lanes write several sums at once
-  float sums[STREAMERS][MAX_ROWS][TILE];
-  int last;  // whether this workgroup is
+struct alignas(16) Shared {               // because lanes write several sums at once
+  float sums[STREAMERS][MAX_ROWS][TILE];  // over a streamer's columns
+  int last;                               // whether this workgroup was counted last
 };
 
 struct Arguments {
@@ -56,17 +57,18 @@ struct Arguments {
 
 // ---- the product
 
+// A streamer's part of the product: the sums over its own columns, to the LDS.
 INLINE void stream(Shared& lds, const Arguments& a, int tile, int split, int wave, int lane) {
   int column = PLACE(lane), group = GROUP(lane), first = (split * STREAMERS + wave) * OWN;
-  // Rows of a last tile that is not full are the last row again, whose results nobody writes.
+  // A last tile that is not full repeats the last row. Nobody writes those results.
   const __bf16* line = a.weight + (long)least(tile * TILE + column, N - 1) * D + first * DEPTH + group * 8;
   const __bf16* row = a.x + (long)column * D + first * DEPTH + group * 8;
   bf16x8 w[OWN] = {}, x[OWN] = {};
 #pragma unroll
   for (int s = 0; s < OWN; s++)
     if (EVEN || first + s < STEPS) w[s] = *(const bf16x8*)(line + s * DEPTH);
-  __builtin_amdgcn_sched_barrier(0);  // so that no weight waits for a row
-  if (column < a.rows) {  // zeros in columns of the matrix unit beyond the rows
+  __builtin_amdgcn_sched_barrier(0);  // All weights are requested before the first row of x.
+  if (column < a.rows) {              // Rows of x beyond the last one stay zeros.
 #pragma unroll
     for (int s = 0; s < OWN; s++)
       if (EVEN || first + s < STEPS) x[s] = *(const bf16x8*)(row + s * DEPTH);
@@ -77,7 +79,7 @@ INLINE void stream(Shared& lds, const Arguments& a, int tile, int split, int wav
   if (column < MAX_ROWS) *(Sums*)&lds.sums[wave][column][SUMS * group] = acc;
 }
 
-// Lane l has row l % 8 and two columns of the tile.
+// Adds the streamers' sums in their order, and writes them. Lane l has row l % 8 and two columns of the tile.
 INLINE void publish(const Shared& lds, const Arguments& a, float inverse, int tile, int split, int lane) {
   int row = lane % MAX_ROWS, pair = lane / MAX_ROWS * 2;
   f32x2 sum = {};
@@ -92,9 +94,10 @@ INLINE void publish(const Shared& lds, const Arguments& a, float inverse, int ti
   }
 }
 
-// Whether all workgroups but this one have been counted before.
+// Counts this workgroup. Lane 0 returns whether it is the last one of this launch.
 INLINE bool is_last(u64* counter, int lane) {
-  // The fence waits until this wave's stores, all of this workgroup's, are where other XCDs see them.
+  // This wave has written all of this workgroup's sums. The fence writes this XCD's L2 back and waits for
+  // that (buffer_wbl2 sc1, vmcnt(0)): whoever sees this workgroup counted finds them in memory.
   __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent");
   u64 before = 0;
   if (lane == 0) before = __hip_atomic_fetch_add(counter, 1, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
@@ -103,17 +106,20 @@ INLINE bool is_last(u64* counter, int lane) {
 
 // ---- the choice
 
-// Data-parallel primitives: a lane reads the one so many places before it in its row of 16; rows 1 and 3
-// read the last lane of the row before; rows 2 and 3 lane 31. Then masks of rows and of banks.
-constexpr int ROW_SHR = 0x110, ROW_BCAST_15 = 0x142, ROW_BCAST_31 = 0x143, ALL = 15;
+// Controls of data-parallel primitives (DPP), by which a lane reads a register of another lane. A row is 16 lanes.
+constexpr int ROW_SHR = 0x110;       // plus n: the lane n places before it in its row
+constexpr int ROW_BCAST_15 = 0x142;  // the last lane of the row before
+constexpr int ROW_BCAST_31 = 0x143;  // lane 31
+constexpr int ALL = 15;              // a mask of four rows, or of four banks in each row
 
-// All lanes' values as one, in one order: neighbours first. combine(v, nothing) is v.
+// Combines all lanes' values in one order, neighbours first, and returns the result in every lane. A lane that
+// reads from nowhere, or is not in the mask, gets `nothing`, and combine(v, nothing) is v.
 template <class T, class Combine>
 INLINE T folded(T value, T nothing, Combine combine) {
   int none = __builtin_bit_cast(int, nothing);
   auto with = [&](int moved) { value = combine(value, __builtin_bit_cast(T, moved)); };
   auto bits = [&] { return __builtin_bit_cast(int, value); };
-  // Within each row of 16 lanes, then from row to row: the last lane has all.
+  // First within each row, whose last lane then has all of it; then from row to row: the last lane has all.
   with(__builtin_amdgcn_update_dpp(none, bits(), ROW_SHR + 1, ALL, ALL, false));
   with(__builtin_amdgcn_update_dpp(none, bits(), ROW_SHR + 2, ALL, ALL, false));
   with(__builtin_amdgcn_update_dpp(none, bits(), ROW_SHR + 4, ALL, ALL, false));
@@ -123,7 +129,7 @@ INLINE T folded(T value, T nothing, Combine combine) {
   return __builtin_bit_cast(T, __builtin_amdgcn_readlane(bits(), LANES - 1));
 }
 
-// A row's logits of a lane's experts, rounded as the reference's are, so that the same ones tie.
+// A row's logits of a lane's experts. They are rounded as the reference's are, so that the same ones tie.
 INLINE void logits(float (&of)[EACH], const Arguments& a, int row, int lane) {
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
@@ -136,7 +142,8 @@ INLINE void logits(float (&of)[EACH], const Arguments& a, int row, int lane) {
   }
 }
 
-// Softmax, then the TOP_K largest; ties go to the lower index.
+// Softmax over a row's logits, then its TOP_K largest, largest first. Ties go to the lower index. A wave has the
+// row, and lane l the experts EACH * l on.
 INLINE void choose(const Arguments& a, int row, int lane) {
   float p[EACH];
   logits(p, a, row, lane);
@@ -147,10 +154,11 @@ INLINE void choose(const Arguments& a, int row, int lane) {
 #pragma unroll
   for (int i = 0; i < EACH; i++) sum += p[i] = __builtin_elementwise_exp(p[i] - largest);
   sum = folded(sum, 0.0f, [](float x, float y) { return x + y; });
-  // Numbers that are not negative are ordered as their bits are; a chosen expert gets 0, which is below
-  // them. Experts that are not there have the lowest probability and the highest numbers. One NaN makes
-  // every probability of its row NaN, of either sign: all get the same key and tie, so the experts are
-  // distinct and in range, and their weights NaN.
+  // Probabilities are not negative, and such floats are ordered as their bits are. So a key is the bits plus
+  // 1, and a chosen expert's key becomes 0, which is below all others. Lanes beyond the last expert have
+  // probability 0 and the highest numbers, so they are never chosen. One NaN makes every probability of its
+  // row a NaN, of either sign. All NaNs have the same key: by their bits those beyond the last expert could
+  // come first, which are inf - inf. So a row of NaN gets the first experts, and weights of NaN.
   unsigned keys[EACH];
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
@@ -165,7 +173,7 @@ INLINE void choose(const Arguments& a, int row, int lane) {
 #pragma unroll
     for (int i = 1; i < EACH; i++) best = best < keys[i] ? keys[i] : best;
     best = folded(best, 0u, [](unsigned x, unsigned y) { return x < y ? y : x; });
-    int own = EACH;  // the first of this lane's experts that has it
+    int own = EACH;  // the first of this lane's experts with this key, or EACH
 #pragma unroll
     for (int i = EACH - 1; i >= 0; i--) own = keys[i] == best ? i : own;
     int holder = __builtin_ctzll(ballot(own < EACH));
@@ -194,7 +202,8 @@ extern "C" __global__ WORKGROUP(LANES * (STREAMERS + 1)) void router(
   int tile = __builtin_amdgcn_workgroup_id_x(), split = __builtin_amdgcn_workgroup_id_y();
   int lane = thread % LANES, wave = __builtin_amdgcn_readfirstlane(thread / LANES);
   if (wave == MESSENGER) {
-    float inverse = inverse_rms(a.squares, a.parts, D, a.eps, lane);  // while the weights are on their way
+    // The messenger sums the squares while the streamers' weights are on their way.
+    float inverse = inverse_rms(a.squares, a.parts, D, a.eps, lane);
     meet();  // the streamers' sums are there
     publish(lds, a, inverse, tile, split, lane);
     bool last = is_last(a.counter, lane);
@@ -205,7 +214,8 @@ extern "C" __global__ WORKGROUP(LANES * (STREAMERS + 1)) void router(
   }
   meet();  // the messenger knows whether this workgroup is the last
   if (wave >= rows || !__builtin_amdgcn_readfirstlane(lds.last)) return;
-  // Drops what this CU and this XCD have cached, so that the other workgroups' sums are read.
+  // The messenger's count had returned before the last barrier, so all workgroups' sums are in memory. This CU and
+  // this XCD may have cached older ones: each wave that chooses drops these (buffer_inv sc1) before it loads.
   __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent");
   choose(a, wave, lane);
 }
