@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 import fast.moe
-from fast import hip, hip_compiler, moe_hip
+from fast import hip, hip_compiler
+from fast.hip import HipLaunch
+from fast.launch import Launch
 from qwen35 import paths
 from qwen35.cli import Parser, run
 from qwen35.config import Config
@@ -200,25 +202,38 @@ def test_a_peer_that_fails_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "a peer: AttributeError: no such thing\n"
 
 
-@pytest.mark.parametrize(("kernel", "rows"), [("triton", 3), ("hip", 1)])
 @pytest.mark.filterwarnings("ignore:.*is not in configs.json")
 def test_ours_passes_the_check_in_the_emulator_of_gfx950(
-    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, kernel: str, rows: int
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two launches, or one in HIP, whose buffers serve every call of one prepared case."""
+    """Two launches, whose buffers serve every call of one prepared case."""
     pytest.importorskip("triton")
     monkeypatch.setattr(moe, "run", emulate)
     monkeypatch.setattr(fast.moe, "target_of", lambda device: "gfx950")
-    monkeypatch.setattr(moe_hip, "UNITS", 2)
     weights = mixture.random_weights(8, 128, 128, generator)
-    cases = mixture.check_cases(rows, 128, 8, 2, generator)
-    prepare = moe.ours(weights, kernel)
+    cases = mixture.check_cases(3, 128, 8, 2, generator)
+    prepare = moe.ours(weights)
     with torch.inference_mode():
         worst, failed = mixture.check(moe.as_run(prepare), weights, cases)
         call = prepare(cases[0])
         first = call().clone()
         assert torch.equal(call(), first)
     assert not failed and 0 < worst <= 2
+
+
+@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
+def test_ours_in_hip_is_one_launch(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/fast/test_moe_hip.py runs such launches."""
+    ran: list[Launch] = []
+    monkeypatch.setattr(moe, "run", lambda launches, device: ran.extend(launches))
+    monkeypatch.setattr(fast.moe, "target_of", lambda device: "gfx950")
+    weights = mixture.random_weights(8, 128, 128, generator)
+    case = mixture.random_case(3, 128, 8, 2, generator)
+    assert moe.ours(weights, "hip")(case)().shape == (3, 128)
+    (launch,) = ran
+    assert isinstance(launch, HipLaunch) and launch.kernel.name == "moe"
 
 
 SIZES = router.Sizes(16, 4, 32)
