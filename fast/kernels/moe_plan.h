@@ -4,7 +4,8 @@
 
 #include "common.h"
 
-// The sizes of the model's slice, which the build gives with -D. The defaults are those of one of 8 ranks of the 397B.
+// The sizes of the model's slice, which the build gives with -D. The defaults are those of one of 8 ranks of
+// the 397B.
 #ifndef HIDDEN_SIZE
 #define HIDDEN_SIZE 4096
 #define INTERMEDIATE_SIZE 128

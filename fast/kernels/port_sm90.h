@@ -107,9 +107,10 @@ PORT_INLINE unsigned port_lanes_below() {
   return mask;
 }
 
-// What a lane reads of another one with a data-parallel primitive of gfx950, or `old` if there is none: the lane so many
-// places before it in its row of 16 (control 0x110 + places), or the last lane of the row before its own (0x142),
-// if `rows` has the bit of its row. Lane 31, which rows 2 and 3 read (0x143), is read by nobody here: there are two rows.
+// What a lane reads of another one by a data-parallel primitive of gfx950: of the lane so many places before it in
+// its row of 16 (control 0x110 + places), or of the last lane of the row before its own (0x142). It gets `old` if
+// there is no such lane, or if `rows` lacks the bit of its row. Rows 2 and 3, which read lane 31 (0x143), are not
+// there in a wave of 32 lanes.
 PORT_INLINE int port_dpp(int old, int value, int control, int rows) {
   int lane = threadIdx.x % LANES, row = lane / 16;
   int from = control == 0x142 || control == 0x143 ? row * 16 - 1 : lane - control % 16;
@@ -207,8 +208,9 @@ PORT_INLINE unsigned long long port_now() {
   return ns;
 }
 
-// The memory that the lanes of a workgroup share is as large as the launch says (`moe_lds`, `router_lds`). It begins with
-// the time when the workgroup started, and whether it has given up, which it does at once after a launch that did.
+// The memory that the lanes of a workgroup share is as large as the launch says (`moe_lds`, `router_lds`). It begins
+// with the time when the workgroup started, and whether it has given up, which it does at once after a launch that
+// did.
 extern __shared__ u32x4 port_lds[];
 #define PORT_LDS 16
 #define IN_LDS(type, name)                                              \
