@@ -1,11 +1,11 @@
-"""Build the training text of the language model from books and manuals that Debian packages carry.
+"""`python -m tools.corpus DST`: build the training text from books and manuals in Debian packages.
 
-Run as ``python -m tools.corpus DST``.  Only sources in the public domain or under a permissive
-licence are in the table.  The same package versions always give the same bytes.
+DST gets train.txt, heldout.txt and SOURCES.md, a table of the packages with their versions. Only
+sources in the public domain or under a permissive licence are among them. The same versions always
+give the same bytes. It needs apt-get and dpkg-deb, and a network.
 """
 
-from __future__ import annotations
-
+import argparse
 import fnmatch
 import gzip
 import hashlib
@@ -23,16 +23,14 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
+from qwen35.cli import Parser, run
+from qwen35.errors import InputError
 from weights.storage import write_whole
 
 SEPARATOR = "<|endoftext|>"
 PART = 24_000  # characters; longer documents are cut, so that the held-out share can be exact
 CAP = 12_000_000
 HELD_BOOK, HELD_MANUAL = 0.0056, 0.0035  # shares of a source that are held out
-
-
-class CorpusError(Exception):
-    """A package could not be downloaded or unpacked. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -361,15 +359,20 @@ Documents = list[tuple[str, list[str]]]
 
 
 def unpack(source: Source, folder: Path) -> str:
-    """Download a package and unpack it into `folder`/tree. Returns its version."""
-    steps = ["apt-get", "download", "-q", source.package], ["dpkg-deb", "-x", "", "tree"]
-    for step in steps:
-        step = [word or next(folder.glob("*.deb")).name for word in step]
-        if subprocess.run(step, cwd=folder, capture_output=True, check=False).returncode:
-            raise CorpusError(f"{source.package}: {step[0]} {step[1]} failed")
-    show = ["dpkg-deb", "-f", next(folder.glob("*.deb")).name, "Version"]
-    done = subprocess.run(show, cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    """Download a package and unpack it into `folder`/tree. Returns its version. InputError, with the
+    package and the program's last line, if one of the two programs fails."""
+
+    def output(*command: str) -> str:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise InputError(f"{source.package}: {' '.join(command[:2])}: {lines[-1]}")
+        return done.stdout
+
+    output("apt-get", "download", "-q", source.package)
+    (package,) = (file.name for file in folder.glob("*.deb"))
+    output("dpkg-deb", "-x", package, "tree")
+    return output("dpkg-deb", "-f", package, "Version").strip()
 
 
 def extract(source: Source) -> tuple[str, Documents]:
@@ -473,18 +476,16 @@ def build(target: Path) -> None:
     write_whole(target / "SOURCES.md", "\n".join(table) + "\n")
 
 
-def main() -> int:
-    """Run for the folder named on the command line."""
-    if len(sys.argv) != 2:
-        print("usage: python -m tools.corpus DST", file=sys.stderr)
-        return 2
-    try:
-        build(Path(sys.argv[1]))
-    except CorpusError as error:
-        print(f"corpus: {error}", file=sys.stderr)
-        return 2
+def build_parser() -> Parser:
+    parser = Parser("python -m tools.corpus", __doc__ or "", computes=False)
+    parser.add_argument("dst", type=Path, metavar="DST", help="the folder to write to")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    build(args.dst)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(build_parser(), main)
