@@ -2,8 +2,8 @@
 
 The reference computes the prompt. Each decode round (drafts, verification, acceptance) is the list
 of launches that a GPU captures as a graph. Here every launch is compiled for gfx950 and executed by
-the emulator (docs/emulator.md). Decoding is greedy. --check compares the tokens with those of the
-reference, and exits with 1 if they differ.
+the emulator (docs/emulator.md). Decoding is greedy, and ends at an end-of-text token of the config.
+--check compares the tokens with those of the reference, and exits with 1 if they differ.
 """
 
 import argparse
@@ -48,6 +48,12 @@ def build_parser() -> Parser:
     return parser
 
 
+def ended(tokens: list[int], stop: frozenset[int]) -> list[int]:
+    """The tokens up to the first one that is in `stop`. A round may give some that come after it."""
+    end = next((at for at, token in enumerate(tokens, 1) if token in stop), len(tokens))
+    return tokens[:end]
+
+
 @torch.inference_mode()
 def main(args: argparse.Namespace) -> int:
     if line := unfit_triton():  # InputError where Triton is missing, before anything is read
@@ -66,8 +72,9 @@ def main(args: argparse.Namespace) -> int:
     if args.draft_tokens and model.mtp is None:
         raise InputError(f"draft_tokens = {args.draft_tokens}, but the checkpoint has no MTP head")
     expected: list[int] = []
+    stop = frozenset(model.config.eos_token_id)
     if args.check:
-        settings = Sampling(vocab=tokenizer.size), frozenset(), args.draft_tokens
+        settings = Sampling(vocab=tokenizer.size), stop, args.draft_tokens
         expected = [t for t, _ in Generation(model, ids, args.max_new_tokens, *settings)]
     cache = model.new_cache()
     hidden = prefill(model, ids, cache, chunk=64, draft=args.draft_tokens > 0)
@@ -88,15 +95,14 @@ def main(args: argparse.Namespace) -> int:
 
     started, instructions, rounds = time.perf_counter(), 0, 0
     tokens = [token]
-    while len(tokens) < args.max_new_tokens and token not in model.config.eos_token_id:
+    while len(tokens) < args.max_new_tokens and stop.isdisjoint(tokens):
         rounds += 1
         for work in steps(step.work, f"launches of round {rounds}"):
             assert isinstance(work, Launch)
             instructions += emulate([work], races=False).instructions
         fresh, *picked = step.report.tolist()
         tokens += picked[:fresh]
-        token = tokens[-1]
-    tokens = tokens[: args.max_new_tokens]
+    tokens = ended(tokens[: args.max_new_tokens], stop)
     seconds = time.perf_counter() - started
     same = not args.check or tokens == expected
     if args.json:

@@ -1,16 +1,21 @@
 """`python -m tools.emulate`: text from gfx950 machine code, and one line for bad input."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from qwen35.load import TINY
+from qwen35.config import Config
+from qwen35.generation import Generation
+from qwen35.load import TINY, load
+from qwen35.sampling import Sampling
+from qwen35.tokenizer import Tokenizer
 from tests.support.command import Cli, in_process
 from tools.convert import Options, convert
-from tools.emulate import build_parser, main
+from tools.emulate import build_parser, ended, main
 
 
 @pytest.fixture
@@ -25,6 +30,25 @@ def test_a_text_of_the_references_tokens(cli: Cli):
     assert status == 0 and found["same_as_reference"] and len(found["token_ids"]) == 5
     assert found["instructions"] > 1_000_000 and found["launches_a_round"] == 91
     assert found["rounds"] < 5  # a draft was accepted
+
+
+def test_a_text_ends_at_an_end_of_text_token(cli: Cli, monkeypatch: pytest.MonkeyPatch):
+    """As the reference's does, also if the token is an accepted draft in the middle of a round."""
+    ids = Tokenizer(TINY).encode("In the beginning")
+    tokens = [t for t, _ in Generation(load(TINY), ids, 5, Sampling(), frozenset(), 0)]
+    place = next(i for i in range(1, 5) if tokens[i] not in tokens[:i])
+    from_file = Config.from_file
+    monkeypatch.setattr(
+        Config, "from_file", lambda file: replace(from_file(file), eos_token_id=(tokens[place],))
+    )
+    status, out, _ = cli("In the beginning", "--max-new-tokens", 5, "--check", "--json")
+    found = json.loads(out)
+    assert (status, found["token_ids"]) == (0, tokens[: place + 1]) and found["same_as_reference"]
+
+
+def test_tokens_after_the_end_are_dropped():
+    assert ended([5, 6, 7, 6], frozenset({6, 7})) == [5, 6]
+    assert ended([5, 6], frozenset()) == [5, 6]
 
 
 def test_a_text_of_hip_kernels_is_the_references_too(cli: Cli, tmp_path: Path):
