@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch
 from qwen35.cli import run
 from qwen35.generation import Generation
 from qwen35.load import TINY, load
+from qwen35.prefix.cache import PrefixCache
 from qwen35.sampling import Sampling
 from reference.model import Model
+from tools import exact
 from tools.exact import build_parser, cells, differing, hit_lengths, main, prompt_of
 
 
@@ -96,6 +99,47 @@ def test_a_difference_is_found() -> None:
         assert differing([*found, replace(found[0], **change)]) == [replace(found[0], **change)]
     other_depth = replace(found[0], depth=1, drafts=((9,), (9,)))
     assert not differing([*found, other_depth])
+
+
+def test_a_prompt_is_as_long_as_is_asked() -> None:
+    """Beyond 65,536 tokens too; a shorter one is a prefix of it."""
+    long = prompt_of(200_000, 2000)
+    assert len(long) == 200_000
+    for length in (1, 2, 15, 16, 17, 63, 700, 3000, 70_000):
+        assert prompt_of(length, 2000) == long[:length]
+
+
+@pytest.mark.parametrize("option", ["--lengths", "--depths", "--chunks"])
+def test_a_number_below_the_least_is_one_line(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(build_parser(), main, [f"{option}=-5"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
+    assert f"{option}: '-5'; expected a number of at least" in err
+
+
+def test_a_hit_that_is_none_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Although the bits are those of a miss: as a difference, with the reason, and status 1."""
+    begin = PrefixCache.begin
+
+    def forgetful(self: PrefixCache, ids: list[int], **settings: Any) -> Any:
+        reuse = begin(self, ids, **settings)
+        reuse.chain, reuse.length, reuse.reason = [], 0, "it forgets"
+        return reuse
+
+    monkeypatch.setattr(PrefixCache, "begin", forgetful)
+    monkeypatch.setattr(exact, "in_other_processes", lambda *_: [])
+    words = ["--lengths", "65", "--depths", "0", "--chunks", "64", "--new-tokens", "2"]
+    with pytest.raises(SystemExit) as ended:
+        run(build_parser(), main, words)
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 1
+    said = "DIFF  65 tokens, greedy, depth 0, chunk 64, cache hit 64; 0 tokens cached, not 64: it forgets"
+    assert said in lines and not any("cache none" in line or "miss" in line for line in lines)
 
 
 def test_the_digest_is_of_every_bit() -> None:
