@@ -5,8 +5,8 @@ or added, or bytes are cut, changed or inserted. With --texts a chat template or
 replaced by one that does not end, grows or calls itself. Then `qwen35.generate` or `tools.inspect`
 reads the folder in its own process. A run is right if it gives a text, or one line on standard
 error and status 2 (status 1 if inspect finds a problem), within the limits of time and memory.
-Every other run is printed with its number N, and `--first N --files 1` repeats it. The exit status
-is 1 if there is such a run.
+Every other run is printed with its number N, and `--first N --files 1`, beside the other options,
+repeats it. The exit status is 1 if there is such a run.
 """
 
 import argparse
@@ -34,8 +34,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qwen35.cli import Parser, at_least_one, print_json, run
+from qwen35.cli import Parser, at_least_one, at_least_zero, print_json, run
 from qwen35.config import Config
+from qwen35.errors import InputError
 from qwen35.load import TINY
 from qwen35.progress import Progress
 from reference.model import Model
@@ -76,7 +77,7 @@ class Case:
     command: tuple[str, ...]
 
 
-def whole(folder: Path) -> None:
+def write_undamaged(folder: Path) -> None:
     """Write the undamaged folder: the embedded model's text files, and a smaller model in two
     files."""
     for name in (*TEXTS[:3], "chat_template.jinja"):
@@ -91,8 +92,7 @@ def whole(folder: Path) -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     tensors = {
-        f"mtp.{name.removeprefix('mtp.')}" if name.startswith("mtp.")
-        else name if name.startswith("lm_head") else f"model.language_model.{name}": value.detach()
+        name if name.startswith(("mtp.", "lm_head.")) else f"model.language_model.{name}": value.detach()
         for name, value in model.named_parameters()
     }  # fmt: skip
     names = sorted(tensors)
@@ -307,15 +307,11 @@ def examine(number: int, seed: int | None, undamaged: str) -> tuple[Case, str]:
 def build_parser() -> Parser:
     parser = Parser("python -m tools.hostile", __doc__ or "", computes=False)
     add = parser.add_argument
-    add(
-        "--files",
-        type=at_least_one,
-        default=1000,
-        metavar="N",
-        help="damaged folders (default 1000)",
-    )
-    add("--first", type=int, default=0, metavar="N", help="number of the first one (default 0)")
-    add("--seed", type=int, default=0, metavar="S", help="other damage (default 0)")
+    add("--files", type=at_least_one, metavar="N",
+        help="damaged folders (default 1000; with --texts: all)")  # fmt: skip
+    add("--first", type=at_least_zero, default=0, metavar="N",
+        help="number of the first one (default 0)")  # fmt: skip
+    add("--seed", type=int, metavar="S", help="other damage (default 0)")
     add("--texts", action="store_true", help="the templates and tokenizers instead")
     add("--processes", type=at_least_one, default=os.cpu_count() or 1, metavar="N",
         help="at a time (default: the cores)")  # fmt: skip
@@ -323,15 +319,26 @@ def build_parser() -> Parser:
     return parser
 
 
+def chosen_numbers(args: argparse.Namespace) -> range:
+    """The numbers of the cases. InputError for options that --texts does not have."""
+    if not args.texts:
+        return range(args.first, args.first + (args.files or 1000))
+    count = len(TEMPLATES) + len(TOKENIZERS)
+    if args.seed is not None:
+        raise InputError(f"--seed {args.seed} is for damaged files; --texts has none")
+    if args.first >= count:
+        raise InputError(f"--first {args.first}; expected at most {count - 1} with --texts")
+    return range(args.first, min(count, args.first + (args.files or count)))
+
+
 def main(args: argparse.Namespace) -> int:
-    count = len(TEMPLATES) + len(TOKENIZERS) if args.texts else args.files
-    numbers = range(count) if args.texts else range(args.first, args.first + count)
-    seed = None if args.texts else args.seed
+    numbers = chosen_numbers(args)
+    seed = None if args.texts else args.seed or 0
     torch.set_num_threads(1)
     found: dict[str, collections.Counter[str]] = {}
     wrong: list[tuple[Case, str]] = []
-    with tempfile.TemporaryDirectory() as name, Progress("folders", count) as progress:
-        whole(Path(name))
+    with tempfile.TemporaryDirectory() as name, Progress("folders", len(numbers)) as progress:
+        write_undamaged(Path(name))
         with ProcessPoolExecutor(args.processes, get_context("fork")) as pool:
             always = (itertools.repeat(seed), itertools.repeat(name))
             for case, what in pool.map(examine, numbers, *always, chunksize=4):

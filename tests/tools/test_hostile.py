@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen35.errors import InputError
 from tools import hostile
 from tools.hostile_text import TEMPLATES, TOKENIZERS
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    hostile.whole(folder)
+    hostile.write_undamaged(folder)
     return folder
 
 
@@ -90,6 +91,34 @@ def test_a_wrong_end_is_told_and_is_status_1(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in lines[-2:]] == ["0", "1"]
     assert all(line.endswith("takes more than 5 s") for line in lines[-2:])
+
+
+def test_a_text_is_repeated_by_its_number(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--first and --files count templates and tokenizers too; by default it is all of them."""
+    monkeypatch.setattr(hostile, "outcome", lambda case, folder: "takes more than 5 s")
+    words = ["--texts", "--first", "7", "--files", "2", "--processes", "1"]
+    assert hostile.main(hostile.build_parser().parse_args(words)) == 1
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split(": ")[:3:2] for line in lines] == [
+        [str(n), list(TEMPLATES)[n]] for n in (7, 8)
+    ]
+    every = len(TEMPLATES) + len(TOKENIZERS)
+    arguments = hostile.build_parser().parse_args(["--texts", "--first", "100"])
+    assert hostile.chosen_numbers(arguments) == range(100, every)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--texts", "--seed", "1"], "--seed 1 is for damaged files"),
+        (["--texts", "--first", "999"], "--first 999; expected at most "),
+    ],
+)
+def test_what_texts_have_not_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        hostile.main(hostile.build_parser().parse_args(words))
 
 
 def test_there_are_fifty_of_each() -> None:

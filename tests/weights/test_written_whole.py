@@ -24,7 +24,7 @@ OTHERWISE = {
     ("tools/documented.py", "run_page"): "in a temporary folder",
     ("tools/exact.py", "in_other_processes"): "in a temporary folder",
     ("tools/fingerprint.py", "text"): "in a temporary folder",
-    ("tools/hostile.py", "whole"): "in a temporary folder",
+    ("tools/hostile.py", "write_undamaged"): "in a temporary folder",
     ("tools/hostile.py", "damage"): "in a temporary folder, which is to be damaged",
     ("tools/hostile.py", "special"): "in a temporary folder, which is to be damaged",
     ("tools/mutate.py", "prepare"): "a copy of the checkout, which is made again",
