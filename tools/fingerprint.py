@@ -9,7 +9,8 @@ Run it on both commits, on the same machine, and compare what it prints:
 
 It runs the command lines of a checkout, each in its own process, and reads their documents and
 files. Therefore a checkout may be older than this tool. No digest contains a time, a path or a
-version. If a command fails, its line has the error instead of a digest, and the exit status is 1.
+version. If a command fails, or prints another document than it should, its line has the error
+instead of a digest, and the exit status is 1.
 
 text     tokens, accepted drafts and logits of two prompts, each greedy and sampled
 trace    the output of every node
@@ -34,10 +35,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from tqdm import tqdm
 
 from qwen35.cli import Parser, one_line, print_json, run
 from qwen35.errors import InputError
+from qwen35.progress import steps
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "The whale had not been seen since the morning, and the old man stood at the rail. " * 6
@@ -53,7 +54,8 @@ EMULATED = ("text", "token_ids", "rounds", "launches_a_round", "instructions")
 
 
 class CommandError(Exception):
-    """A command line of the checkout failed; the message is the last line that it printed."""
+    """A command line of the checkout failed. The message has the last line that it printed, or what
+    its document lacks."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,19 @@ class Runner:
             raise CommandError(f"{module}: {lines[-1]}")
         return ended.stdout
 
+    def documents(
+        self, module: str, *arguments: object, fine: tuple[int, ...] = (0,)
+    ) -> list[dict[str, Any]]:
+        """The JSON documents that a command prints, one a line. CommandError if a line is none."""
+        lines = self(module, *arguments, fine=fine).splitlines()
+        try:
+            found = [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise CommandError(f"{module}: no JSON document: {error}") from None
+        if not found or not all(isinstance(one, dict) for one in found):
+            raise CommandError(f"{module}: no JSON document is printed")
+        return found
+
     def converted(self, name: str, *options: object, source: object = "tiny") -> Path:
         """The folder of a conversion, which is made on the first call. source: the checkpoint to
         convert."""
@@ -92,10 +107,10 @@ def text(runner: Runner, *options: object) -> str:
     """The digest of the continuations of REQUESTS."""
     requests = runner.scratch / "requests.jsonl"
     requests.write_text("\n".join(map(json.dumps, REQUESTS)), encoding="utf-8")
-    out = runner(
+    found = runner.documents(
         "qwen35.generate", "--requests", requests, "--max-new-tokens", 24, "--digest", *options
     )
-    return of_documents((json.loads(line) for line in out.splitlines()), TEXT)
+    return of_documents(found, TEXT)
 
 
 def trace(runner: Runner, *, locals_of_nodes: bool) -> str:
@@ -119,23 +134,27 @@ def in_bf16(runner: Runner, ranks: int) -> Path:
 
 
 def compared(runner: Runner) -> str:
-    """The digest of a comparison. The comparison fails, because MXFP4 experts have larger errors
-    than bf16."""
-    out = runner("tools.diff", "tiny", "--against", mxfp4(runner), "--json", fine=(0, 1))
-    return of_documents([json.loads(out)], ("pass", "mode", "rows"))
+    """The digest of a comparison. Its exit status is 1, because MXFP4 experts have larger errors than
+    bf16."""
+    options = "tiny", "--against", mxfp4(runner), "--json"
+    return of_documents(
+        runner.documents("tools.diff", *options, fine=(0, 1)), ("pass", "mode", "rows")
+    )
 
 
 def emulated(runner: Runner) -> str:
     """The digest of one decode round with MXFP4 experts in gfx950 code."""
     options = "--model", mxfp4(runner), "--max-new-tokens", 2, "--json"
-    return of_documents([json.loads(runner("tools.emulate", "The whale", *options))], EMULATED)
+    return of_documents(runner.documents("tools.emulate", "The whale", *options), EMULATED)
 
 
 def compiled(runner: Runner, target: str) -> str:
-    """The digest of the table of all kernels for a target. A kernel that spills is still a row."""
-    out = runner("tools.compile", "--target", target, "--json", fine=(0, 1))
-    rows = sorted(json.loads(out)["kernels"], key=lambda row: row["name"])
-    return of_documents(rows, None)
+    """The digest of the table of all kernels for a target. CommandError if a kernel does not compile,
+    because then it has no row."""
+    (found,) = runner.documents("tools.compile", "--target", target, "--json", fine=(0, 1))
+    if worse := found.get("worse"):
+        raise CommandError(f"tools.compile: {worse[0]}")
+    return of_documents(sorted(found["kernels"], key=lambda row: row["name"]), None)
 
 
 LINES: dict[str, Callable[[Runner], str]] = {
@@ -157,9 +176,12 @@ KINDS = tuple(dict.fromkeys(name.split()[0] for name in LINES))
 
 
 def of_documents(documents: Iterable[dict[str, Any]], keys: Sequence[str] | None) -> str:
-    """The SHA-256 of JSON documents, in their order. keys: those that count (None: all)."""
+    """The SHA-256 of JSON documents, in their order. keys: those that count (None: all). CommandError
+    if a document lacks one, as an older checkout's may."""
     total = hashlib.sha256()
     for document in documents:
+        if missing := [key for key in keys or () if key not in document]:
+            raise CommandError(f"the document of this checkout has no {missing[0]!r}")
         part = document if keys is None else {key: document[key] for key in keys}
         total.update(json.dumps(part, sort_keys=True).encode() + b"\n")
     return total.hexdigest()
@@ -204,7 +226,7 @@ def main(args: argparse.Namespace) -> int:
     names = [name for name in LINES if name.split()[0] in args.only]
     with tempfile.TemporaryDirectory() as scratch:
         runner = Runner(checkout, Path(scratch))
-        for name in tqdm(names, desc="outputs", leave=False, disable=None):
+        for name in steps(names, "outputs"):
             try:
                 found[name] = LINES[name](runner)
             except CommandError as error:

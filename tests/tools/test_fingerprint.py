@@ -91,6 +91,36 @@ def test_a_command_that_fails_is_a_line_and_the_others_go_on(
     assert "--no-such-option" in failed
 
 
+@pytest.mark.parametrize(
+    ("printed", "line"),
+    [
+        ("no JSON", "failed: tools.emulate: no JSON document: Expecting value"),
+        ("", "failed: tools.emulate: no JSON document is printed"),
+        ("[1]", "failed: tools.emulate: no JSON document is printed"),
+        ('{"text": "a"}', "failed: the document of this checkout has no 'token_ids'"),
+    ],
+)
+def test_another_document_than_expected_is_a_line(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, printed: str, line: str
+) -> None:
+    """As an older checkout may print it."""
+    monkeypatch.setattr(fingerprint, "mxfp4", lambda runner: tmp_path)
+    monkeypatch.setattr(fingerprint.Runner, "__call__", lambda *_, **__: printed)
+    status, out, _ = cli("--only", "emulate")
+    assert status == 1 and line in out
+
+
+def test_a_kernel_that_does_not_compile_is_no_digest(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table has no row of it, so that two such tables could be equal."""
+    printed = json.dumps({"kernels": [], "worse": ["route gfx950: TritonError: no"]})
+    monkeypatch.setattr(fingerprint.Runner, "__call__", lambda *_, **__: printed)
+    status, out, _ = cli("--only", "compile")
+    assert status == 1
+    assert out.count("failed: tools.compile: route gfx950: TritonError: no\n") == 2
+
+
 def test_a_folder_that_is_no_checkout_is_one_line(cli: Cli, tmp_path: Path) -> None:
     status, out, err = cli("--checkout", tmp_path)
     assert (status, out) == (2, "") and "is no checkout of this project" in err
