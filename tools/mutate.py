@@ -1,16 +1,19 @@
-"""`python -m tools.mutate`: mutation testing: change the code, and see if the tests fail.
+"""`python -m tools.mutate`: change the code in small ways, and see if the tests fail.
 
 mutmut (the extra `mutate`) mutates each module of MODULES in a copy of the checkout, and runs each
 mutant against the tests of that module. A mutant that survives is printed as the two lines that
-differ, unless mutants.json lists it as equivalent, with the reason why no test can detect it.
+differ, unless mutants.json lists it as equivalent, with the reason why no test can detect it. A
+mutant counts as killed if a test fails, or if the tests crash or run into mutmut's time limit.
 --sample runs a random part of each module's mutants, always the same one. --update writes the counts
 to mutants.json; docs/trust.md takes its table from there. An interrupted run continues in the same
 --folder, and --again runs the survivors once more, against the tests as they are now. A mutant takes
-one to twenty seconds. The exit status is 1 if a mutant survives that mutants.json does not list.
+one to twenty seconds. The exit status is 1 if a mutant survives that mutants.json does not list, or
+if a chosen mutant could not be run.
 """
 
 import argparse
 import filecmp
+import importlib.util
 import json
 import os
 import random
@@ -26,7 +29,7 @@ from typing import Any
 from qwen35.cli import Parser, at_least_one, print_json, run
 from qwen35.errors import InputError
 from qwen35.progress import Progress
-from weights.storage import write_whole
+from weights.storage import some, write_whole
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_name("mutants.json")
@@ -34,7 +37,8 @@ PACKAGES = ("qwen35", "reference", "weights", "fast", "tools")
 # Looking for exceptions in garbage takes as long as the rest of a mutant's run.
 PLUGINS = ("tools.mutate_order", "no:cacheprovider", "no:unraisableexception")
 COUNTS = ("mutants", "run", "killed", "equivalent")
-ALIVE = ("survived", "no tests")
+# What mutmut says of a mutant. Whatever is in neither list is alive, as "survived" and "no tests" are.
+KILLED = ("killed", "timeout", "segfault", "caught by type check")
 NOT_RUN = ("not checked", "check was interrupted by user")
 
 # Prints the names of a module's mutants.
@@ -215,8 +219,10 @@ def prepare(module: str, folder: Path) -> None:
     """Copy the checkout into `folder`, or what has changed of it since then, with a mutmut
     configuration for one module."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
     )
+    if listed.returncode:
+        raise InputError(f"git ls-files in {ROOT}: {' '.join(listed.stderr.split())}")
     for name in filter(None, listed.stdout.split("\0")):
         copy = folder / name
         if not copy.exists() or not filecmp.cmp(ROOT / name, copy, shallow=False):
@@ -261,7 +267,9 @@ def mutmut(folder: Path, *arguments: str) -> str:
 
 
 def names(module: str, folder: Path) -> list[str]:
-    """The names of all mutants of a module."""
+    """The names of all mutants of a module. InputError if mutmut is not installed."""
+    if importlib.util.find_spec("mutmut") is None:
+        raise InputError("mutmut is not installed; pip install -e '.[test,mutate]'")
     return python(folder, "-c", NAMES, module).split()
 
 
@@ -279,7 +287,8 @@ def change(folder: Path, mutant: str) -> str:
 
 
 def examine(module: str, args: argparse.Namespace, known: dict[str, str]) -> dict[str, Any]:
-    """Mutate a module. Returns counts, and the mutants that survive, as texts of `change`.
+    """Mutate a module. Returns counts, the mutants that survive, as texts of `change`, and the names
+    of those that could not be run.
 
     known: the equivalent mutants, with the reasons.
     """
@@ -287,25 +296,30 @@ def examine(module: str, args: argparse.Namespace, known: dict[str, str]) -> dic
     prepare(module, folder)
     every = names(module, folder)
     chosen = {*random.Random(module).sample(every, len(every))[: args.sample]}
-    some = [name for name in every if name in chosen]
+    wanted = [name for name in every if name in chosen]
     if args.again:  # mutmut would not ask again which functions a test calls
         (folder / "mutants/mutmut-stats.json").unlink(missing_ok=True)
-    repeat = (*NOT_RUN, *ALIVE) if args.again else NOT_RUN
-    for _ in range(2):  # mutmut forgets all results where the module's tests are others now
+    again = args.again
+    for _ in range(2):  # mutmut forgets all results if the module's tests are others now
         before = outcomes(folder)
-        todo = [name for name in some if before.get(name, NOT_RUN[0]) in repeat]
+        states = {name: before.get(name, NOT_RUN[0]) for name in wanted}
+        todo = [
+            n for n, state in states.items() if state in NOT_RUN or (again and state not in KILLED)
+        ]
         if todo:
             mutmut(folder, "run", "--max-children", str(args.processes), *todo)
-        repeat = NOT_RUN
+        again = False
     after = outcomes(folder)
-    run = [name for name in some if after[name] not in NOT_RUN]
-    alive = [change(folder, name) for name in run if after[name] in ALIVE]
+    not_run = [name for name in wanted if after.get(name, NOT_RUN[0]) in NOT_RUN]
+    run = [name for name in wanted if name not in not_run]
+    alive = [change(folder, name) for name in run if after[name] not in KILLED]
     return {
         "mutants": len(every),
         "run": len(run),
         "killed": len(run) - len(alive),
         "equivalent": sum(text in known for text in alive),
         "alive": [text for text in alive if text not in known],
+        "not_run": not_run,
     }
 
 
@@ -321,9 +335,10 @@ def main(args: argparse.Namespace) -> int:
                 table[module] = counts | {"equivalents": known}
                 write_whole(TABLE, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
             progress.update()
+    status = int(any(row["alive"] or row["not_run"] for row in found.values()))
     if args.json:
         print_json(found)
-        return int(any(row["alive"] for row in found.values()))
+        return status
     print(f"{'module':28} {' '.join(f'{name:>10}' for name in (*COUNTS, 'alive'))}")
     for module, row in found.items():
         counts = [*(row[name] for name in COUNTS), len(row["alive"])]
@@ -331,7 +346,9 @@ def main(args: argparse.Namespace) -> int:
     for module, row in found.items():
         for text in row["alive"]:
             print(f"{module}: {text}")
-    return int(any(row["alive"] for row in found.values()))
+        if left := row["not_run"]:
+            print(f"{module}: not run: {some(left)}")
+    return status
 
 
 if __name__ == "__main__":

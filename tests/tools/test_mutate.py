@@ -91,10 +91,36 @@ def test_what_lives_is_counted_and_shown(answered: list[tuple[str, ...]], tmp_pa
     found = mutate.examine("qwen35/cache.py", parsed(tmp_path, "--processes", "2"), known)
     assert found == {
         "mutants": 7, "run": 7, "killed": 4, "equivalent": 1,
-        "alive": ["- return x < 1 + return x <= 1", "- return None + return 1"],
+        "alive": ["- return x < 1 + return x <= 1", "- return None + return 1"], "not_run": [],
     }  # fmt: skip
     # Those that an earlier run has done are not run again.
     assert [a for a in answered if a[0] == "run"] == [("run", "--max-children", "2", NAMES[6])]
+
+
+@pytest.mark.parametrize("state", ["suspicious", "skipped", "another word of a later mutmut"])
+def test_what_is_not_known_as_killed_lives(
+    answered: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """mutmut says "suspicious" of tests that it cannot even start, for one."""
+    results = RESULTS.replace("killed", state).replace("not checked", "killed")
+    monkeypatch.setattr(mutate, "outcomes", lambda folder: dict(pairs(results)))
+    found = mutate.examine("qwen35/cache.py", parsed(tmp_path), {})
+    assert (found["run"], found["killed"], len(found["alive"])) == (7, 2, 5)
+
+
+def test_a_mutant_that_cannot_be_run_is_named(
+    answered: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """And the exit status is 1, also where nothing lives."""
+    results = RESULTS.replace("survived", "killed").replace("no tests", "killed")
+    monkeypatch.setattr(mutate, "outcomes", lambda folder: dict(pairs(results)))
+    assert mutate.main(parsed(tmp_path)) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == f"qwen35/cache.py: not run: {NAMES[6]}"
+
+
+def pairs(results: str) -> list[list[str]]:
+    return [line.strip().rsplit(": ", 1) for line in results.splitlines() if line]
 
 
 def test_survivors_run_again(answered: list[tuple[str, ...]], tmp_path: Path) -> None:
@@ -146,6 +172,32 @@ def test_the_command(
     assert mutate.main(parsed(tmp_path, "--update")) == 0
     table = json.loads(mutate.TABLE.read_text())["qwen35/cache.py"]
     assert (table["equivalent"], table["equivalents"]) == (3, reasons)
+
+
+def test_without_mutmut_it_is_said_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^mutmut is not installed; pip install -e '\.\[test,mut"):
+        mutate.names("qwen35/cache.py", tmp_path)
+
+
+def test_a_folder_without_git_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an unpacked archive of the sources."""
+    monkeypatch.setattr(mutate, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(InputError, match=f"^git ls-files in {re.escape(str(tmp_path))}: fatal: "):
+        mutate.prepare("qwen35/cache.py", tmp_path / "copy")
+
+
+def test_an_equivalent_mutant_is_one_place() -> None:
+    """A change is known by its two lines, so the first of them stands once in its module: another
+    mutant that changes an equal line would be excused by the same reason."""
+    for module, row in json.loads(TABLE.read_text()).items():
+        lines = [line.strip() for line in (ROOT / module).read_text().splitlines()]
+        for text in row["equivalents"]:
+            changed = [line for line in lines if line and text.startswith(f"- {line} + ")]
+            assert len(changed) == 1, f"{module}: {text}: {len(changed)} such lines"
 
 
 def test_without_mutmut_it_is_one_line(tmp_path: Path) -> None:
