@@ -1,7 +1,7 @@
-"""A HIP kernel of the project on an NVIDIA card, by `fast/kernels/port_sm90.h`: compiler and launch.
+"""Compiles and launches a HIP kernel of the project on an NVIDIA card, by `fast/kernels/port_sm90.h`.
 
-It is a check of the kernel's synchronisation by other hardware, and nothing that is fast. The compiler is
-nvcc where it is installed, else NVRTC, the library that torch's own CUDA packages bring along.
+It serves to check the kernel's synchronisation on other hardware, and is not made to be fast. The
+compiler is nvcc if it is installed, or else NVRTC, a library that comes with torch's CUDA packages.
 """
 
 import ctypes
@@ -37,7 +37,13 @@ MAX_DYNAMIC_SHARED = 8  # of CUfunction_attribute
 
 @dataclass(frozen=True)
 class Compiler:
-    """name: nvcc or NVRTC. version: its own words. nvcc: the program. library: NVRTC's."""
+    """A compiler for CUDA.
+
+    name: nvcc or NVRTC.
+    version: as it tells it itself.
+    nvcc: the path of the program, if it is that.
+    library: the path or name of NVRTC's library, if it is that.
+    """
 
     name: str
     version: str
@@ -117,9 +123,9 @@ def _by_nvrtc(compiler: Compiler, kernel: Kernel) -> bytes:
     def result(kind: str) -> bytes:
         size = ctypes.c_size_t()
         call(f"nvrtcGet{kind}Size", program, ctypes.byref(size))
-        text = ctypes.create_string_buffer(size.value)
-        call(f"nvrtcGet{kind}", program, text)
-        return text.raw
+        content = ctypes.create_string_buffer(size.value)
+        call(f"nvrtcGet{kind}", program, content)
+        return content.raw
 
     program = ctypes.c_void_p()
     source, *headers = sources(kernel.source)
@@ -133,7 +139,8 @@ def _by_nvrtc(compiler: Compiler, kernel: Kernel) -> bytes:
     options = [option.encode() for option in (*NVRTC, *_defines(kernel))]
     given = (ctypes.c_char_p * len(options))(*options)
     if nvrtc.nvrtcCompileProgram(program, ctypes.c_int(len(options)), given):
-        raise InputError(f"NVRTC: {_worst(result('ProgramLog').decode(errors='replace'))}")
+        log = result("ProgramLog").rstrip(b"\0").decode(errors="replace")
+        raise InputError(f"NVRTC: {_worst(log)}")
     made = result("CUBIN")
     call("nvrtcDestroyProgram", ctypes.byref(program))
     return made
@@ -160,8 +167,8 @@ class Driver(Runtime):
 
 @dataclass(frozen=True)
 class Loaded:
-    """A kernel on a card. lds: bytes of shared memory of a workgroup. stuck: where the header's
-    `port_stuck` is."""
+    """A kernel on a card. lds: bytes of shared memory of a workgroup. stuck: the address of the
+    header's `port_stuck` on the card."""
 
     function: ctypes.c_void_p
     lds: int
@@ -210,8 +217,12 @@ class PortLaunch(HipLaunch):
     def threads(self) -> int:
         return LANES * WAVES
 
+    @property
+    def device(self) -> torch.device:
+        return next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
+
     def __call__(self) -> None:
-        where = next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
+        where = self.device
         if (target := target_of(where)) != TARGET:
             raise InputError(f"{self.name}: built for {TARGET}; this is {target}")
         with torch.cuda.device(where):
@@ -223,9 +234,9 @@ class PortLaunch(HipLaunch):
             driver().launch(self, loaded.function, stream, loaded.lds)
 
     def given_up(self) -> str:
-        """Which wait of the experts' launches so far was given up, if one was: that of the first lane
-        that did. Waits for all launches; then it counts from zero again."""
-        with torch.cuda.device(next(iter(self.arguments.values())).device):
+        """Wait for all launches. Returns "", or a line on the first wait of the experts' launches that a
+        lane has given up since the last call, with the number of lanes that have given up."""
+        with torch.cuda.device(self.device):
             torch.cuda.synchronize()
             where = self._loaded().stuck
             words = [int.from_bytes(_read(self.name, where + 8 * i, 8), "little") for i in range(4)]
@@ -243,8 +254,11 @@ class PortLaunch(HipLaunch):
 
 
 def ported(launch: HipLaunch, source: Path | None = None, **sizes: int) -> PortLaunch:
-    """The launch for an NVIDIA card. source: of a changed kernel, beside which the header is. sizes: more
-    preprocessor definitions. InputError for more pairs of a row and a slot than the port takes."""
+    """The launch for an NVIDIA card. InputError for more pairs of a row and a slot than the port takes.
+
+    source: a changed copy of the kernel's source, with copies of the headers beside it.
+    sizes: more preprocessor definitions.
+    """
     grid = launch.grid
     if launch.kernel.name == "router":  # of which a workgroup has one tile
         columns = dict(launch.kernel.sizes)["COLUMNS"]

@@ -115,11 +115,13 @@ def emit(
     device: torch.device,
     read: float,
     rows: list[Row],
+    *options: str,
     **more: str,
 ) -> None:
-    """Call `report.emit` with the GPU's name and its read bandwidth. more: of the configuration."""
-    config = {name: getattr(args, name) for name in ("tp", "rows", "experts", "top_k", "repeats")}
-    config |= more
+    """Call `report.emit` with the GPU's name and its read bandwidth. options: names of arguments that
+    are told besides the usual ones. more: of the configuration too."""
+    names = ("tp", "rows", "experts", "top_k", "repeats", *options)
+    config = {name: getattr(args, name) for name in names} | more
     name = torch.cuda.get_device_name(device)
     report.emit(
         op, {"target": target} | config, rows, only_json=args.json, device=name, read_gb_s=read

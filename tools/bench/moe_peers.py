@@ -20,7 +20,7 @@ from triton.language import target_info
 from tools.bench.mixture import Case, Weights
 from weights import mxfp4
 
-WARPS = 4  # that its layout of the scales is made for; 4 is faster than 8 here
+WARPS = 4  # warps that the library's layout of the scales is made for; 8 are slower here
 
 Call = Callable[[], Tensor]  # one call on fixed inputs, -> [N, D] bf16
 
@@ -75,9 +75,8 @@ class TritonKernels:
         self.kernels = library()
         E, _, I = weights.sizes
         where = weights.down.device
-        order = (
-            torch.arange(2 * I, device=where).view(2, I).T.flatten()
-        )  # gate 0, up 0, gate 1, ...
+        # Rows in the order gate 0, up 0, gate 1, ...
+        order = torch.arange(2 * I, device=where).view(2, I).T.flatten()
         self.gate_up = self._packed(*(t.index_select(1, order) for t in weights.tensors[:2]))
         self.down = self._packed(weights.down, weights.down_scale)
         silu_up = self.kernels.specialize.FnSpecs("silu_up", _silu_up, (), reduction_n=2)

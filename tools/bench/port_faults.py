@@ -36,8 +36,7 @@ def plant(fault: Fault, kernel: Path, folder: Path) -> Path:
             raise InputError(f"fault {fault.name!r}: {len(places)} places read {old!r}")
         texts[places[0]] = texts[places[0]].replace(old, new)
     for name, text in texts.items():
-        with open(folder / name, "w", encoding="utf-8") as file:
-            file.write(text)
+        (folder / name).write_text(text, encoding="utf-8")
     return folder / kernel.name
 
 
