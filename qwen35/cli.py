@@ -134,6 +134,11 @@ def at_least_one(text: str) -> int:
     return _at_least(1, text)
 
 
+def at_least_two(text: str) -> int:
+    """Parse an integer that is at least 2."""
+    return _at_least(2, text)
+
+
 def thread_count(text: str) -> int:
     """Parse a number of threads, at most MOST_THREADS."""
     count = at_least_one(text)

@@ -43,7 +43,8 @@ OPS = {
 
 
 def main() -> None:
-    choose = Parser("python -m tools.bench", "Benchmarks; each has its own --help.")
+    about = "Benchmarks; each has its own --help."
+    choose = Parser("python -m tools.bench", about, computes=False)
     choose.add_argument("op", choices=OPS)
     op = OPS[choose.parse_args(sys.argv[1:2]).op]
     parser = Parser(f"python -m tools.bench {sys.argv[1]}", op.__doc__ or "")

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m tools.bench allreduce
 
-Each row of the table is one size: rows of --columns bfloat16 numbers. `sum` is the launch of the
+Each row of the table is one size: rows of --columns bfloat16 numbers. The first of --columns is
+measured with 1, 2, 4 and 8 rows, the others with 8. `sum` is the launch of the
 fast path alone, `sum_norm` also adds the residual and prepares the next norm, as in every decoder
 layer. `gathered` is the fast path without shared memory: an all-gather by NCCL and a launch.
 `nccl`, `one_shot` and `two_shot` are torch's all-reduces, of NCCL and of symmetric memory. They add
@@ -10,7 +11,7 @@ in an order of their own, and add no residual.
 
 First the sums of the fast path are compared with additions in the order of ranks, bit by bit, and
 between the ranks. Then 20 calls are captured in a graph, whose replays are timed in two passes.
-Figures are microseconds per call on rank 0. `floor` is an empty launch after another.
+Figures are microseconds per call on rank 0. `floor` is the time of a launch that does almost nothing.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def _row(
     works["nccl"] = lambda: dist.all_reduce(zeros)
     works |= _of_torch(rows, D, device)
     works["floor"] = lambda: zeros[:1, :1].zero_()
-    found: report.Row = {"rows": rows, "columns": D, "KB": rows * D * 2 / 1024}
+    found: report.Row = {"rows": rows, "columns": D, "KiB": rows * D * 2 / 1024}
     for name, call in works.items():
         graph = gpu.Graph([call] * CALLS)
         first, second = (graph.microseconds(args.repeats) for _ in range(2))

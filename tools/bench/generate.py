@@ -1,11 +1,14 @@
-"""Compare prefill and decode with the transformers library: same weights, same prompts, in turn."""
+"""Compare prefill and decode with the transformers library: same weights, same prompts, in turn.
+
+The time of decoding is that of a whole continuation without the time of its first token.
+"""
 
 import argparse
 import statistics
 
 import torch
 
-from qwen35.cli import Parser, at_least_one, at_least_zero
+from qwen35.cli import Parser, at_least_one, at_least_two, at_least_zero
 from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import DTYPES, load, locate
@@ -28,7 +31,7 @@ def add_arguments(parser: Parser) -> None:
         default=64,
         help="of each text whose continuation is timed",
     )
-    add("--new-tokens", type=at_least_one, default=128)
+    add("--new-tokens", type=at_least_two, default=128)
     add("--prompts", type=at_least_one, default=5, help="held-out documents that are continued")
     add("--draft-tokens", type=at_least_zero, default=3)
     add("--repeats", type=at_least_one, default=5)
@@ -50,10 +53,16 @@ def _transformers(folder: str, model: Model) -> torch.nn.Module:
 
 def main(args: argparse.Namespace) -> int:
     folder = locate(args.model)
-    model, tokenizer = load(folder, dtype=DTYPES.get(args.dtype)), Tokenizer(folder)
-    theirs = _transformers(str(folder), model)
+    tokenizer = Tokenizer(folder)
     text = HELDOUT.read_text(encoding="utf-8")
-    long_prompt = torch.tensor([tokenizer.encode(text)[: args.prefill_tokens]])
+    all_ids = tokenizer.encode(text)
+    if len(all_ids) < args.prefill_tokens:
+        raise InputError(
+            f"--prefill-tokens {args.prefill_tokens}; the held-out text has {len(all_ids)}"
+        )
+    model = load(folder, dtype=DTYPES.get(args.dtype))
+    theirs = _transformers(str(folder), model)
+    long_prompt = torch.tensor([all_ids[: args.prefill_tokens]])
     documents = sorted(text.split(f"\n{SEPARATOR}\n"), key=len, reverse=True)[: args.prompts]
     start = tokenizer.encode(SEPARATOR)
     prompts = [(start + tokenizer.encode(d))[: args.prompt_tokens] for d in documents]
@@ -112,10 +121,14 @@ def main(args: argparse.Namespace) -> int:
         }
         rows += _rows(f"decode {number + 1}", decode, args.new_tokens - 1, same_tokens=same)
     ratios = [row["times_faster"] for row in rows if "times_faster" in row]
-    rows.append({"name": "decode, geometric mean", "times_faster": _mean(ratios[1:])})
+    mean = statistics.geometric_mean(ratios[1:])  # without the prefill's
+    rows.append({"name": "decode, geometric mean", "times_faster": mean})
     config = {
         "model": args.model,
         "dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
+        "prefill_tokens": args.prefill_tokens,
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
         "draft_tokens": args.draft_tokens,
         "tokens_per_forward": tokens / forwards,
         "repeats": args.repeats,
@@ -143,7 +156,3 @@ def _rows(
 def _same_start(ours: list[int], theirs: list[int]) -> int:
     pairs = zip(ours, theirs, strict=True)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), len(ours))
-
-
-def _mean(ratios: list[float]) -> float:
-    return statistics.geometric_mean(ratios)

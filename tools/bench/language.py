@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qwen35.cache import KV_CACHE_DTYPES
-from qwen35.cli import Parser, at_least_one, at_least_zero
+from qwen35.cli import Parser, at_least_one, at_least_zero, read_text
 from qwen35.errors import InputError
 from qwen35.generation import Generation
 from qwen35.load import DTYPES, TINY, load, locate
@@ -60,13 +60,12 @@ def main(args: argparse.Namespace) -> int:
     folder = locate(args.model)
     model = load(folder, dtype=DTYPES.get(args.dtype), kv_cache_dtype=args.kv_cache_dtype)
     tokenizer = Tokenizer(folder)
-    try:
-        text = args.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{args.text}: not readable as text: {error}") from None
+    text = read_text(args.text)
     documents = [part.strip("\n") for part in text.split(f"\n{SEPARATOR}\n")][: args.documents]
+    if not any(documents):
+        raise InputError(f"{args.text}: no text; expected documents with {SEPARATOR} lines between")
     if args.prompt_tokens < GRID:
-        raise InputError(f"prompt_tokens = {args.prompt_tokens}; expected at least {GRID}")
+        raise InputError(f"--prompt-tokens {args.prompt_tokens}; expected at least {GRID}")
     start = tokenizer.encode(SEPARATOR)
     total_bits = total_bytes = predicted = forwards = tokens = 0
     sampling = Sampling(temperature=args.temperature, vocab=tokenizer.size)

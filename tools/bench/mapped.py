@@ -9,6 +9,7 @@ in a virtual machine the first use of memory is slower.
 
 import argparse
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 from qwen35.cli import Parser, at_least_one
 from qwen35.config import Config
+from qwen35.errors import InputError
 from qwen35.progress import steps
 from reference.model import Model
 from tools.bench import report
@@ -29,15 +31,19 @@ def add_arguments(parser: Parser) -> None:
 
 
 def large_config(gigabytes: float) -> dict[str, Any]:
-    """The config of a trunk of 8 layers, with as many experts of 1024 x 512 as fill `gigabytes`."""
-    hidden, inner, layers = 1024, 512, 8
-    experts = round(gigabytes * 1e9 / (layers * 3 * hidden * inner * 2))
+    """The config of a trunk of 8 layers, with as many experts of 1024 x 512 as fill `gigabytes`.
+    InputError if these are fewer than a token chooses."""
+    hidden, inner, layers, top_k = 1024, 512, 8, 4
+    each = layers * 3 * hidden * inner * 2 / 1e9
+    if not top_k * each <= gigabytes < math.inf:
+        raise InputError(f"--gigabytes {gigabytes}; expected at least {top_k * each:.3g}")
+    experts = round(gigabytes / each)
     return {
         "model_type": "qwen3_5_moe_text", "vocab_size": 2048, "hidden_size": hidden,
         "num_hidden_layers": layers, "num_attention_heads": 8, "num_key_value_heads": 2,
         "head_dim": 128, "linear_num_key_heads": 4, "linear_num_value_heads": 16,
         "linear_key_head_dim": 64, "linear_value_head_dim": 64, "num_experts": experts,
-        "num_experts_per_tok": 4, "moe_intermediate_size": inner,
+        "num_experts_per_tok": top_k, "moe_intermediate_size": inner,
         "shared_expert_intermediate_size": inner, "mtp_num_hidden_layers": 0,
         "rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25},
     }  # fmt: skip

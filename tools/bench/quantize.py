@@ -1,8 +1,9 @@
 """Time the MXFP4 quantiser beside those of torchao and compressed-tensors, in one process.
 
 Before the timing, their bytes are compared with ours: on the bfloat16 tensor that is timed, and on
-groups with edge cases of the format. "ours, decoded" is the dequantisation; its GB/s count the
-bytes that it writes.
+groups with edge cases of the format. `giga_elements_s` counts 10^9 elements per second, and
+`bfloat16_gb_s` the bytes of the bfloat16 tensor. "ours, decoded" is the dequantisation, which writes
+that tensor.
 """
 
 import argparse
@@ -33,7 +34,7 @@ EDGES = {
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--rows", type=at_least_one, default=4096)
-    parser.add_argument("--columns", type=int, default=4096)
+    parser.add_argument("--columns", type=at_least_one, default=4096)
     parser.add_argument("--repeats", type=at_least_one, default=5)
     parser.set_defaults(threads=2)
 
@@ -118,8 +119,8 @@ def main(args: argparse.Namespace) -> int:
     for name, seconds in report.alternate(runs, args.repeats).items():
         row: report.Row = {"name": name} | report.spread(seconds)
         per_second = 1e-9 / (row["median_ms"] / 1e3)
-        row["elements_ge_s"] = weight.numel() * per_second
-        row["bfloat16_gb_s"] = weight.nbytes * per_second  # read, or written when decoding
+        row["giga_elements_s"] = weight.numel() * per_second
+        row["bfloat16_gb_s"] = weight.nbytes * per_second
         if name in peers:
             row["times_ours"] = row["median_ms"] / rows[0]["median_ms"]
             row |= compared[name]

@@ -18,7 +18,7 @@ published numbers of tokens per round, divided by the time of a round.
 import argparse
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,16 +211,18 @@ def place(starts: Tensor, context: int) -> None:
     starts.copy_(torch.tensor(begin[: len(starts)], dtype=torch.int32))
 
 
-def nodes(work: Sequence[Work]) -> Iterator[tuple[str, list[int]]]:
+def kinds(work: Sequence[Work]) -> dict[str, list[int]]:
     """The indices of the launches of each kind."""
-    kinds: dict[str, list[int]] = defaultdict(list)
+    found: dict[str, list[int]] = defaultdict(list)
     for place, one in enumerate(work):
         if isinstance(one, Launch):
-            kinds[one.name.split()[0]].append(place)
-    yield from kinds.items()
+            found[one.name.split()[0]].append(place)
+    return found
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.plot:
+        _check_plot(args)
     size = started_by_torchrun()
     if size == 1:
         return _run(args, ALONE)
@@ -278,20 +280,30 @@ def _measured(
     rows[-1]["tokens_per_s"] = TOKENS_A_ROUND[args.drafts] / us * 1e6
     rows[-1]["experts_hit"] = statistics.mean(hit.values()) if hit else 0.0
     if not args.no_nodes:
-        for kind, places in nodes(step.work):
+        for kind, places in kinds(step.work).items():
             first, second = passes(step, [step.work[p] for p in places], args.repeats, args.context)
             rows.append(
                 {"name": kind, "layers": config.num_hidden_layers, "launches": len(places)}
                 | gpu.figures(first, second, bytes_of(places), read)
             )
-    if args.plot:
-        _draw(args.plot, rows)
     names = ("config", "tp", "drafts", "context", "kv_cache_dtype", "moe_kernel", "repeats")
     report.emit(
         "step", {"target": target, "ranks": ranks.size} | {n: getattr(args, n) for n in names}, rows,
         only_json=args.json, device=torch.cuda.get_device_name(device), read_gb_s=read,
     )  # fmt: skip
+    if args.plot and ranks.rank == 0:
+        _draw(args.plot, rows)
     return 0
+
+
+def _check_plot(args: argparse.Namespace) -> None:
+    """InputError if there will be nothing to draw, or no place for it."""
+    if args.no_nodes:
+        raise InputError(
+            f"--plot {args.plot} draws the times of nodes, which --no-nodes leaves out"
+        )
+    if not args.plot.parent.is_dir() or args.plot.is_dir():
+        raise InputError(f"--plot {args.plot}; expected the name of a file in a folder that exists")
 
 
 def _whole(

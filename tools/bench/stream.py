@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from qwen35.cache import KV_CACHE_DTYPES
-from qwen35.cli import Parser, at_least_one
+from qwen35.cli import Parser, at_least_one, at_least_two
 from qwen35.errors import InputError
 from qwen35.generation import Generation
 from qwen35.load import DTYPES, load, locate
@@ -33,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
     add("--path", choices=PATHS, default="auto")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--prompt-tokens", type=at_least_one, default=10_000, metavar="T")
-    add("--new-tokens", type=at_least_one, default=1_500, metavar="N")
+    add("--new-tokens", type=at_least_two, default=1_500, metavar="N")
     add("--draft-tokens", type=int, default=3, metavar="K")
     add("--prefill-chunk", type=int, metavar="N", help="default: as many as fit")
     add("--runs", type=at_least_one, default=10, metavar="R")
@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
     starts = [0, *(room * run // args.runs for run in range(args.runs))]  # the first is not counted
     speeds: list[float] = []
     waits: list[float] = []
-    accepted = forwards = 0
+    tokens = forwards = 0
     path = ""
     for run, first in enumerate(steps(starts, "runs")):
         generation = Generation(
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
         if run:
             speeds.append(generation.tokens_per_s)
             waits.append(generation.ttft_s)
-            accepted += generation.draft.tokens
+            tokens += generation.draft.tokens
             forwards += generation.draft.forwards
     rows: list[report.Row] = [
         {
@@ -97,10 +97,10 @@ def main(args: argparse.Namespace) -> int:
     config: dict[str, object] = {
         "model": args.model,
         "path": path,
-        "dtype": str(model.dtype),
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
     config |= {name: getattr(args, name) for name in names}
-    config["tokens_per_forward"] = accepted / forwards if forwards else 1.0
+    config["tokens_per_forward"] = tokens / forwards if forwards else 1.0
     is_gpu = model.embed_tokens.weight.device.type == "cuda"
     device = torch.cuda.get_device_name(args.device) if is_gpu else report.device_name()
     report.emit("stream", config, rows, only_json=args.json, device=device)
