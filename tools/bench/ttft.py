@@ -4,8 +4,8 @@ A prompt is a prefix of whole blocks and a tail of --tail tokens. One token is g
 have no prefix cache, or store the prefix in memory or in a new folder. `total_ms` includes the
 storing, which follows the first token and takes `keep_ms`. Hits come from memory (the GPU's, if the
 model is on one), or from a folder that is opened again, so that its checks are included (its files
-are in the page cache). All runs of a length take turns. Before that, their bits are checked to be
-equal.
+are in the page cache). All runs of a length take turns. Before that, their bits are compared, and the
+exit status is 1 if they differ.
 
 --model is a checkpoint, by default the embedded one. --config uses random weights and prompts of a
 published size on a GPU instead, on the fast path: one rank's slice with --tp ranks, without the
@@ -21,6 +21,7 @@ import argparse
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -164,8 +165,9 @@ def _stop(line: str) -> NoReturn:
 
 def at_length(
     subject: Subject, ids: list[int], *, repeats: int, cold_repeats: int, with_folder: bool = True
-) -> list[report.Row]:
-    """All rows of one prompt. The check of its bits comes first, and is also the warm-up."""
+) -> tuple[list[report.Row], list[str]]:
+    """All rows of one prompt, or no rows and the lines of `check`. It comes first, and is also the
+    warm-up."""
     length = len(ids) - subject.tail
     with tempfile.TemporaryDirectory() as base:
         kept, folder = subject.in_memory(), Path(base, "kept")
@@ -174,7 +176,8 @@ def at_length(
         if with_folder:
             hits[HIT_FOLDER] = lambda: subject.in_folder(folder)
             colds[COLD_FOLDER] = lambda: subject.in_new_folder(Path(base, "new"))
-        check(subject, ids, hits)
+        if failed := check(subject, ids, hits):
+            return [], failed
         nbytes = {HIT_MEMORY: sum(segment.nbytes for segment in kept.store.segments().values())}
         if with_folder:
             nbytes[HIT_FOLDER] = sum(file.stat().st_size for file in folder.iterdir())
@@ -215,19 +218,27 @@ def at_length(
         of_parts = {f"{p}_ms": _ms([taken[p] for taken in parts[name]]) for p in parts[name][0]}
         ratio = {"cold_over_hit": _ms(first[COLD]) / _ms(first[name])}
         rows.append(row(name) | {"kept_bytes": nbytes[name]} | ratio | of_parts | floor)
-    return rows
+    return rows, []
 
 
-def check(subject: Subject, ids: list[int], hits: dict[str, Callable[[], PrefixCache]]) -> None:
-    """Fill the caches of the hits, and assert that cold runs and hits give the same token and
-    logits."""
+def check(
+    subject: Subject, ids: list[int], hits: dict[str, Callable[[], PrefixCache]]
+) -> list[str]:
+    """Fill the caches of the hits. Returns a line for each run that has another token, other logits
+    or another number of cached tokens than it should."""
+    failed: list[str] = []
     plain, _ = subject.first_token(ids, None, digest=True)
     for name, opened in hits.items():
         for cached in (0, len(ids) - subject.tail):
             one, _ = subject.first_token(ids, opened(), digest=True)
-            assert one.cached_tokens == cached, f"{name}: {one.cached_tokens}, not {cached}"
-            assert one.token_ids == plain.token_ids, f"{name}, {cached} cached: another token"
-            assert one.logits_sha256 == plain.logits_sha256, f"{name}, {cached} cached: other bits"
+            what = f"{name}, {len(ids)} tokens, {cached} to be cached"
+            if one.cached_tokens != cached:
+                failed.append(f"{what}: {one.cached_tokens} are")
+            if one.token_ids != plain.token_ids:
+                failed.append(f"{what}: another token")
+            if one.logits_sha256 != plain.logits_sha256:
+                failed.append(f"{what}: other bits")
+    return failed
 
 
 def _ms(seconds: list[float]) -> float:
@@ -260,9 +271,14 @@ def main(args: argparse.Namespace) -> int:
     for length in steps(args.lengths, "lengths"):
         ids = [text[i % len(text)] for i in range(length + tail)]
         fewer = min(args.repeats, args.cold_repeats) if length >= LONG else args.repeats
-        rows += at_length(
+        more, failed = at_length(
             subject, ids, repeats=args.repeats, cold_repeats=fewer, with_folder=not args.no_folder
         )
+        for line in failed:
+            print(line, file=sys.stderr)
+        if failed:
+            return 1
+        rows += more
     for length, quoted in QUOTED.items():
         rows.append({"name": ARTICLE, "prefix_tokens": length, "median_ms": quoted, "quoted": True})
     config = {
