@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qwen35.arguments import as_device
 from qwen35.cache import Cache
 from qwen35.cli import Parser, at_least_one, run
 from qwen35.config import Config
@@ -76,6 +77,8 @@ CONFIG: dict[str, Any] = {
         },
     },
 }
+
+LONGER = 4  # times the length of a window, in the last steps
 
 TEMPLATE = """\
 {%- set ns = namespace(last_user=-1) %}
@@ -304,7 +307,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def train(
     model: Model, data: Tensor, args: argparse.Namespace, log: list[dict[str, float]]
 ) -> None:
-    """Train with AdamW on random windows. They are four times as long in the last 15% of the steps.
+    """Train with AdamW on random windows. They are LONGER times as long in the last 15% of the steps.
 
     data [N] ids. `log` gets an entry every --log-every steps.
     """
@@ -319,7 +322,7 @@ def train(
     generator = torch.Generator().manual_seed(args.seed)
     started = time.perf_counter()
     for step in range(args.steps):
-        length = args.length if step < 0.85 * args.steps else 4 * args.length
+        length = args.length if step < 0.85 * args.steps else LONGER * args.length
         batch = args.tokens // length
         starts = torch.randint(len(data) - length, (batch, 1), generator=generator).to(data.device)
         ids = data[starts + torch.arange(length, device=data.device)].long()  # [B, T]
@@ -436,14 +439,10 @@ def build_parser() -> Parser:
     add("dst", type=Path, help="folder to write the checkpoint to")
     add("--steps", type=at_least_one, default=1400)
     add("--tokens", type=at_least_one, default=65536, help="tokens a step")
-    add(
-        "--length",
-        type=at_least_one,
-        default=512,
-        help="tokens a window; four times that at the end",
-    )
+    add("--length", type=at_least_one, default=512,
+        help=f"tokens a window; {LONGER} times as many at the end")  # fmt: skip
     add("--lr", type=float, default=3e-3)
-    add("--depths", type=int, default=3, help="drafts that the MTP head is trained for")
+    add("--depths", type=at_least_one, default=3, help="drafts that the MTP head is trained for")
     add("--seed", type=int, default=0)
     add("--log-every", type=at_least_one, default=50)
     add("--device", default="cuda")
@@ -451,6 +450,13 @@ def build_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> int:
+    least, longest = args.depths + 2, LONGER * args.length  # tokens of a window
+    if not (least <= args.length and longest <= args.tokens):
+        raise InputError(
+            f"--length {args.length}; expected {least} to {args.tokens // LONGER}, because of --depths "
+            f"{args.depths} and --tokens {args.tokens}"
+        )
+    device = as_device(args.device)
     for name in ("train.txt", "heldout.txt"):
         if not (args.corpus / name).is_file():
             raise InputError(f"{args.corpus / name}: no such file; tools/corpus.py writes it")
@@ -459,18 +465,22 @@ def main(args: argparse.Namespace) -> int:
     vocab = CONFIG["text_config"]["vocab_size"] - padding
     backend = train_tokenizer(args.corpus / "train.txt", vocab)
     data = encode_corpus(args.corpus / "train.txt", backend, chat_share=0.08, seed=args.seed)
+    if len(data) <= longest:
+        raise InputError(
+            f"{args.corpus / 'train.txt'}: {len(data)} tokens; expected more than {longest}, a window"
+        )
     heldout = (args.corpus / "heldout.txt").read_text(encoding="utf-8")
     print(f"{len(data)} tokens, prepared in {time.perf_counter() - started:.0f} s", flush=True)
 
     torch.backends.cuda.matmul.allow_tf32 = True  # for the float32 products of the delta rule
     model = Model(Config.from_dict(CONFIG))
     initialise(model, args.seed)
-    batched(model).to(args.device)
+    batched(model).to(device)
     log: list[dict[str, float]] = []
-    train(model, data.to(args.device), args, log)
+    train(model, data.to(device), args, log)
 
     held_ids = torch.tensor(backend.encode(heldout, add_special_tokens=False).ids)
-    bpb = bits_per_byte(model, held_ids.to(args.device), len(heldout.encode()))
+    bpb = bits_per_byte(model, held_ids.to(device), len(heldout.encode()))
     print(json.dumps({"heldout_bits_per_byte": round(bpb, 4)}), flush=True)
     save(model, backend, args.dst)
     lines = [json.dumps(entry) for entry in [*log, {"heldout_bits_per_byte": bpb}]]

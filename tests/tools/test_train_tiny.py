@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 
 from qwen35.load import load
 from reference.model import Model
+from tests.support.command import in_process
 from tests.support.family import FAMILY, small_model
+from tools import train_tiny
 from tools.train_tiny import batched, chained_mtp, published
 from tools.training_text import as_chat
 
@@ -72,6 +74,30 @@ def test_what_is_written_loads_as_the_same_model(pair: tuple[Model, Model], tmp_
     shape = (config.num_experts, 2 * config.moe_intermediate_size, config.hidden_size)
     assert tensors[f"{prefix}.gate_up_proj"].shape == shape
     assert "mtp.layers.0.mlp.experts.0.gate_proj.weight" in tensors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--depths", 0), ["--depths", "at least 1"]),
+        (("--tokens", 1024), ["--length 512; expected 5 to 256", "--depths 3", "--tokens 1024"]),
+        (("--length", 4), ["--length 4; expected 5 to 16384"]),
+        (("--device", "cuda:99"), ["cuda:99"]),
+        (("--device", "cpu"), ["train.txt: ", "tokens; expected more than 2048, a window"]),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...],
+    words: list[str],
+) -> None:  # fmt: skip
+    """Before a step is trained, and nothing is written."""
+    for name in ("train.txt", "heldout.txt"):
+        (tmp_path / name).write_text("A few words only.\n")
+    cli = in_process(train_tiny.build_parser, train_tiny.main, capsys)
+    status, _, err = cli(tmp_path, tmp_path / "dst", *arguments)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert not [word for word in words if word not in err], err
+    assert not (tmp_path / "dst").exists()
 
 
 def test_a_passage_as_a_conversation() -> None:
