@@ -48,7 +48,9 @@ def build_parser() -> Parser:
     )  # fmt: skip
     against = "another checkpoint, a trace, or the same folder in the transformers library"
     candidate.add_argument("--against", metavar="MODEL|TRACE|transformers", help=against)
-    candidate.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    candidate.add_argument(
+        "--dtype", choices=DTYPES, help="default: the checkpoint's own; bfloat16 for transformers"
+    )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--ids", metavar="IDS", help="token ids: 1,2,3")
@@ -63,8 +65,9 @@ def build_parser() -> Parser:
         metavar="N",
         help="decode the last N ids; the others are a prompt (default: 6)",
     )
-    add("--mode", choices=MODES, default="local",
-        help="local (default): nodes get the reference's inputs; free: their own side's")  # fmt: skip
+    add("--mode", choices=MODES,
+        help="local (default): nodes get the reference's inputs; free: their own side's, as always "
+             "with a trace or transformers")  # fmt: skip
     add("--oracle", choices=("float32", "float64"), default="float32",
         help="dtype of the reference that all are compared with (default: float32)")  # fmt: skip
     add("--device", type=device, default="cpu", metavar="D", help="of all sides (default: cpu)")
@@ -111,7 +114,7 @@ def chosen_stages(text: str | None, layers: int) -> Callable[[str], bool]:
     """Whether a stage is in `--layers`. layers: how many there are."""
     if text is None:
         return lambda stage: True
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text, re.ASCII)
     if not match:
         raise InputError(f"--layers {text!r}; expected a number or a range, as in 0-3")
     first, last = int(match[1]), int(match[2] or match[1])
@@ -204,6 +207,8 @@ def main(args: argparse.Namespace) -> int:
     is_folder = args.against != "transformers" and not (args.against or "").endswith(".safetensors")
     if args.ranks.size > 1 and not is_folder:
         raise InputError(f"--against {args.against} is not cut over ranks; --tp is {args.tp}")
+    if args.mode == "local" and (args.against == "transformers" or _is_trace(args.against)):
+        raise InputError(f"--mode local needs a model; {args.against} is compared in the mode free")
     candidate: Path | dict[str, Tensor] | None = None
     if args.against == "transformers":
         if args.swap:
@@ -227,14 +232,14 @@ def main(args: argparse.Namespace) -> int:
     with Progress("stages") as bar:
         report = diff(
             folder, ids, candidate=candidate, swaps=swaps, dtype=dtype,
-            mode=args.mode, oracle_dtype=DTYPES[args.oracle], decode=args.decode,
+            mode=args.mode or "local", oracle_dtype=DTYPES[args.oracle], decode=args.decode,
             stages=stages, device=args.device, progress=bar.at,
             ranks=args.ranks,
         )  # fmt: skip
     against = args.against or ", ".join(args.swap) or (args.dtype or "the checkpoint's own dtype")
     if args.ranks.size > 1:
         against += f", over {args.ranks.size} ranks"
-    mode = "free" if isinstance(candidate, dict) else args.mode
+    mode = "free" if isinstance(candidate, dict) else args.mode or "local"
     title = f"{args.model} against {against}: {mode}, {counted(len(ids), 'token')}"
     found = document(report, title, mode, described(args, ids))
     if args.report and args.ranks.rank == 0:

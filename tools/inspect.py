@@ -449,6 +449,8 @@ def main(args: argparse.Namespace) -> int:
     if (args.model is None) == (args.prefix_cache is None):
         given = "neither is" if args.model is None else "both are"
         raise InputError(f"one of MODEL and --prefix-cache is expected; {given} given")
+    if args.prefix_cache is not None and args.nodes:
+        raise InputError("--nodes describes MODEL; --prefix-cache is given")
     if args.prefix_cache is not None:
         listed = list_folder(args.prefix_cache)
         document, show = describe_segments(listed), print_segments

@@ -34,7 +34,7 @@ def build_parser() -> Parser:
     )
     add("--locals", action="store_true", help="also the named locals of each node's forward")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
-    add("--device", type=device, default="cpu", metavar="D", help="where it runs (default: cpu)")
+    add("--device", type=device, metavar="D", help="where it runs (default: cpu)")
     add("-o", "--output", type=Path, metavar="FILE")
     add("--json", action="store_true", help="print what was written as one JSON document")
     return parser
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
     if not args.output.parent.is_dir():
         raise InputError(f"{args.output}: {args.output.parent} is not a folder")
     ids = parse_ids(args.ids) if args.ids is not None else Tokenizer(folder).encode(args.prompt)
-    model = load(folder, dtype=DTYPES.get(args.dtype), device=args.device)
+    model = load(folder, dtype=DTYPES.get(args.dtype), device=args.device or "cpu")
     outputs = trace(model, ids, args.pattern, named_locals=args.locals)
     save_trace(args.output, outputs, model, ids)
     if args.json:
@@ -67,9 +67,11 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    if args.model is not None or args.output is not None:
-        given = args.model or f"-o {args.output}"
-        raise InputError(f"--show reads a file and loads no model; {given} is given")
+    others = {"": args.model, "-o ": args.output, "--dtype ": args.dtype, "--device ": args.device}
+    given = [f"{name}{value}" for name, value in others.items() if value is not None]
+    given += ["--locals"] * args.locals
+    if given:
+        raise InputError(f"--show reads a file and loads no model; {given[0]} is given")
     pattern = args.node or args.pattern
     trace_show.show(args.show, pattern, histograms=args.node is not None, as_json=args.json)
     return 0

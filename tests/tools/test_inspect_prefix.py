@@ -290,6 +290,7 @@ def test_bad_input(cli: Cli, tmp_path: Path) -> None:
         (["--prefix-cache", tmp_path / "absent"], [str(tmp_path / "absent"), "no such folder"]),
         (["--prefix-cache", tmp_path / "file"], [str(tmp_path / "file"), "no such folder"]),
         (["tiny", "--prefix-cache", tmp_path], ["MODEL", "--prefix-cache", "both"]),
+        (["--nodes", "--prefix-cache", tmp_path], ["--nodes", "--prefix-cache"]),
         ([], ["MODEL", "--prefix-cache", "neither"]),
         (["--json"], ["MODEL", "--prefix-cache", "neither"]),
     ):
