@@ -52,14 +52,20 @@ from qwen35.progress import steps
 from tools.cards import occupancy_gfx950, occupancy_sm90
 from tools.gfx950.assembly import Instruction, hot_cycle, hot_loop, parse
 from tools.kernel_file import launches_of
-from weights.storage import whole, write_whole
+from weights.storage import write_whole
 
 TARGETS = {"gfx950": "s", "sm_90": "sass"}  # target: suffix of its assembly files
 TABLE = Path(__file__).with_suffix(".json")
 PROCESSES = 2
 BYTES_PER_VALU = 13  # the minimum; the module docstring derives it
 UPDATE = "python -m tools.compile --update"
-TOLERANCE = 0.02  # relative, for weight_bytes_per_valu
+# Columns that are compared with the table, each with the relative loss that is tolerated.
+COMPARED = {"occupancy": 0.0, "wide_loads": 0.0, "weight_bytes_per_valu": 0.02}
+SPILLS = {
+    "vgpr_spills": "vector registers spilled",
+    "sgpr_spills": "scalar registers spilled",
+    "scratch": "bytes of scratch",
+}
 
 LANES = 64
 LOAD = re.compile(r"(?:buffer|global|flat)_load_(?:lds_)?(dword(?:x[234])?|[us]byte|[us]?short)")
@@ -73,11 +79,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Compiled:
-    """The outcome of one launch. row: its row of the table, or None where the compiler raised
-    `error`.
-
-    assembly: the text of the machine instructions.
-    """
+    """The outcome of one launch. row: its row of the table, or None if the compiler raised `error`.
+    assembly: the text of the machine instructions."""
 
     name: str
     target: str
@@ -98,7 +101,8 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--kernel", metavar="FILE:NAME",
         help="not the project's kernels but the launches that a function of a Python file gives for a "
-        "target; --check then exits 1 at spills and scratch",
+        "target; --check then exits 1 at spills, at scratch, and at fewer than "
+        f"{BYTES_PER_VALU} weight bytes per vector instruction",
     )  # fmt: skip
     parser.add_argument(
         "--hip", action="store_true",
@@ -190,8 +194,9 @@ def _describe_gfx950(launch: Launch, compiled: Any) -> tuple[Row, str]:
 
 
 def _valu(blocks: tuple[tuple[Instruction, ...], ...], alternatives: int) -> int:
-    """How many vector instructions the passes of a loop execute that go once through each of the
-    alternatives in it, which are the blocks that decode FP4."""
+    """How many vector instructions a wave executes in `alternatives` passes of a loop, each of which
+    takes another alternative. The alternatives are the blocks that decode FP4; every pass executes
+    the other blocks."""
     total = 0
     for block in blocks:
         names = [instruction.mnemonic for instruction in block]
@@ -261,15 +266,7 @@ def _output(*command: str) -> str:
 
 def faults(row: Row) -> list[str]:
     """Faults that no kernel may have, whether or not the table records them."""
-    found = [
-        f"{row[name]} {unit}"
-        for name, unit in (
-            ("vgpr_spills", "vector registers spilled"),
-            ("sgpr_spills", "scalar registers spilled"),
-            ("scratch", "bytes of scratch"),
-        )
-        if row[name]
-    ]
+    found = [f"{row[name]} {unit}" for name, unit in SPILLS.items() if row[name]]
     figure = row["weight_bytes_per_valu"]
     if figure is not None and figure < BYTES_PER_VALU:
         found.append(f"weight_bytes_per_valu {figure}, less than {BYTES_PER_VALU}")
@@ -288,11 +285,7 @@ def compare(row: Row, old: Row) -> tuple[list[str], list[str]]:
     better."""
     worse: list[str] = []
     better: list[str] = []
-    for name, tolerance in (
-        ("occupancy", 0.0),
-        ("wide_loads", 0.0),
-        ("weight_bytes_per_valu", TOLERANCE),
-    ):
+    for name, tolerance in COMPARED.items():
         was, now = old[name], row[name]
         if was is None or was == now:
             continue
@@ -304,7 +297,7 @@ def compare(row: Row, old: Row) -> tuple[list[str], list[str]]:
             worse.append(line)
         elif now > was * (1 + tolerance):
             better.append(line)
-    for name in ("vgpr_spills", "sgpr_spills", "scratch"):
+    for name in SPILLS:
         if old[name] and not row[name]:
             better.append(f"{name} {old[name]} -> 0")
     return worse, better
@@ -347,10 +340,13 @@ def read_table(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         keys = [(row["name"], row["target"]) for row in table["kernels"]]
-        assert isinstance(table["triton"], str) and len(set(keys)) == len(keys)
+        columns = {"vgpr", "lds", *COMPARED, *SPILLS}
+        is_table = isinstance(table["triton"], str) and len(set(keys)) == len(keys)
+        if not (is_table and all(columns <= row.keys() for row in table["kernels"])):
+            raise ValueError
     except FileNotFoundError:
         raise InputError(f"{path} is missing; {UPDATE} writes it") from None
-    except (ValueError, KeyError, TypeError, AssertionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is no table of compiled kernels; {UPDATE} writes one") from None
     return table
 
@@ -360,8 +356,7 @@ def write_table(path: Path, rows: list[Row], version: str) -> None:
     ordered = sorted(rows, key=lambda row: (row["name"], row["target"]))
     lines = ",\n".join(json.dumps(row) for row in ordered)
     text = f'{{"triton": {json.dumps(version)}, "kernels": [\n{lines}\n]}}\n'
-    with whole(path) as part:
-        part.write_text(text, encoding="utf-8")
+    write_whole(path, text)
 
 
 def print_table(rows: list[Row]) -> None:

@@ -115,9 +115,11 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP",
         help=f"{', '.join(OPS)}; default: all")  # fmt: skip
-    add("--tp", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N")
-    add("--repeats", type=int, default=20)
-    add("--output", type=Path, default=configs.TABLE, metavar="FILE")
+    add("--tp", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N",
+        help="numbers of ranks, whose shapes are measured (default: 1 2 4 8)")  # fmt: skip
+    add("--repeats", type=int, default=20, help="timed replays of a graph (default: 20)")
+    add("--output", type=Path, default=configs.TABLE, metavar="FILE",
+        help="the table to write to; the old configurations are those of fast/configs.json")  # fmt: skip
     add("--json", action="store_true", help="print the JSON document alone")
     return parser
 
@@ -153,8 +155,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         levels = [table, *table.values(), *(ops for t in table.values() for ops in t.values())]
-        assert all(isinstance(level, dict) for level in levels)
-    except (ValueError, AttributeError, AssertionError):
+        if not all(isinstance(level, dict) for level in levels):
+            raise ValueError
+    except (ValueError, AttributeError):
         raise InputError(f"{path} is no table of launch configurations") from None
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: {path.parent} is no folder that can be written")
@@ -359,11 +362,8 @@ def tune(
         try:
             calls, wrong = subject.prepare(config)
             microseconds = gpu.Graph(calls).microseconds(repeats) if not wrong else []
-        except (
-            triton.errors.TritonError,
-            RuntimeError,
-            InputError,
-        ) as error:  # does not compile, or lacks memory
+        # A configuration may not compile, or lack memory.
+        except (triton.errors.TritonError, RuntimeError, InputError) as error:
             wrong, microseconds = [f"{type(error).__name__}: {error}"], []
         if wrong:
             failed += 1

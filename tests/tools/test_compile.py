@@ -392,9 +392,11 @@ def test_update(cli: Cli, table: Path) -> None:
     assert cli("--update", launches=lambda target: [streamed(num_warps=4)])[0] == 0
     assert len(json.loads(table.read_text())["kernels"]) == 2
     assert list(table.parent.iterdir()) == [table]
-    table.write_text("{}")
-    status, _, err = cli("--check")
-    assert status == 2 and err.count("\n") == 1
+    columns = {"name": "x", "target": "gfx950"}
+    for text in ("{}", json.dumps({"triton": triton.__version__, "kernels": [columns]})):
+        table.write_text(text)
+        status, _, err = cli("--check")
+        assert status == 2 and err.count("\n") == 1 and "is no table of compiled kernels" in err
 
 
 def test_json_is_one_document(cli: Cli) -> None:
