@@ -86,12 +86,14 @@ def shapes(node: str) -> dict[str, list[int]]:
 
 def line_of(file: str, function: str, name: str) -> tuple[int, str]:
     """The number and text of the last line that assigns `name` in a function of the reference.
-    InputError if there is none."""
+    InputError if there is no such function or line."""
     source = (ROOT / file).read_text(encoding="utf-8")
     owner, _, method = function.rpartition(".")
-    scope: ast.AST = ast.parse(source)
+    scope: ast.AST | None = ast.parse(source)
     for part in filter(None, (owner, method)):
-        scope = next(n for n in ast.walk(scope) if getattr(n, "name", None) == part)
+        scope = next((n for n in ast.walk(scope) if getattr(n, "name", None) == part), None)
+        if scope is None:
+            raise InputError(f"{file}: there is no {function}")
     lines = [
         node.lineno
         for node in ast.walk(scope)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from qwen35.cli import run
+from qwen35.errors import InputError
 from tools import tour, tour_pictures
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -51,6 +52,19 @@ def test_a_page_without_a_block_is_one_line(
     monkeypatch.setattr(tour, "PAGE", tmp_path / "tour.md")
     status, out, err = cli("--write")
     assert (status, out) == (2, "") and "tour.md has blocks []; expected" in err
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("GatedDeltaNet.backward", "there is no GatedDeltaNet.backward"),
+        ("Nothing.forward", "there is no Nothing.forward"),
+        ("GatedDeltaNet.forward", "GatedDeltaNet.forward binds no 'nobody'"),
+    ],
+)
+def test_a_line_that_is_not_there_is_named(function: str, message: str):
+    with pytest.raises(InputError, match=message):
+        tour.line_of("reference/deltanet.py", function, "nobody")
 
 
 @pytest.mark.parametrize(
