@@ -170,7 +170,7 @@ def main(args: argparse.Namespace) -> int:
     errors = report["errors"]
     if not errors:
         print(f"all tensors are copies: nothing of {args.source} was in another format")
-    if errors:
+    else:
         print("relative RMS  worst group  tensors  kind")
     for kind, error in errors.items():
         relative, worst = error["relative_rms"], error["worst_group"]

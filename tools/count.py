@@ -7,10 +7,11 @@ persistent kernel on all 256 compute units. The columns of the table are:
 
 weights: bytes of weights that the launch needs, each once.
 read, written: bytes that it reads and writes, counters included. A byte that two lanes read counts twice,
-and there are no caches: what exceeds the weights are mostly rows that many workgroups read, and scales.
+and there are no caches. So a launch reads more than its weights: most of the rest are activations, which
+many workgroups read, and scales, which several lanes of a wave read.
 valu: vector instructions of all waves, without matrix products.
-weights_per_valu: bytes of weights for each of them, all phases of the launch included. An MI355X needs 13
-to keep up with its memory (tools/compile.py).
+weights_per_valu: bytes of weights for each of them, all phases of the launch included. A kernel needs 13
+to keep up with the memory of an MI355X (tools/compile.py).
 """
 
 import argparse
@@ -36,13 +37,9 @@ from tools.compile import is_valu
 from tools.gfx950.target import emulate
 
 TARGET = "gfx950"
-STACKED = (
-    "gate_up",
-    "gate_up_scale",
-    "down",
-    "down_scale",
-    "scale",
-)  # [E, ...], of which some are hit
+# Arguments of a launch that are weights: those of all experts, [E, ...], and those of the shared expert.
+# One with the name `weight` is of the first kind if it has three axes.
+STACKED = ("gate_up", "gate_up_scale", "down", "down_scale", "scale")
 WHOLE = ("shared_down", "shared_weight")
 ONE = 127  # the e8m0 code of 1
 SUMS: tuple[str, ...] = ("weights", "read", "written", "valu")
@@ -95,7 +92,7 @@ def launches_of(config: Config, rows: int, kernel: str) -> list[Launch]:
 
 
 def weights_of(launch: Launch, hit: int) -> int:
-    """Bytes of weights that a launch needs if so many experts are hit."""
+    """Bytes of weights that a launch needs if `hit` experts are chosen."""
     total = 0
     for name, value in launch.arguments.items():
         if not isinstance(value, Tensor):
@@ -144,7 +141,8 @@ def main(args: argparse.Namespace) -> int:
     for kernel in steps(dict.fromkeys(args.kernel), "kernels"):
         rows += rows_of(launches_of(config, args.rows, kernel), hit, kernel)
     if args.json:
-        print_json({"config": args.config, "ranks": args.ranks, "hit": hit, "rows": rows})
+        settings = {"config": args.config, "ranks": args.ranks, "block_rows": args.rows}
+        print_json(settings | {"hit": hit, "rows": rows})
         return 0
     cells = ([f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()] for row in rows)
     shown = [[*rows[0]], *cells]

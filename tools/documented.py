@@ -197,7 +197,7 @@ def pages() -> list[str]:
 
 
 def commands_of(page: str, line: int, text: str) -> Iterator[Example]:
-    """The commands of a shell line, split at `&&`. None if the line is not a command."""
+    """Yield the commands of a shell line, split at `&&`. Yields nothing if the line is no command."""
     words = text.split()
     if not words or words[0] not in PROGRAMS or any(word.endswith(":") for word in words[2:3]):
         return  # a program's name before a colon begins a line of its output

@@ -113,7 +113,7 @@ def print_nodes(document: dict[str, Any]) -> None:
 def _rows(document: dict[str, Any], depth: int) -> list[tuple[str, str, list[str]]]:
     rows: list[tuple[str, str, list[str]]] = []
     for inner in document["nodes"]:
-        name = "  " * depth + _stretches(inner["names"])
+        name = "  " * depth + _ranges(inner["names"])
         rows.append((name, inner["class"], _described(inner)))
         rows += _rows(inner, depth + 1)
     return rows
@@ -123,7 +123,7 @@ def _described(document: dict[str, Any]) -> list[str]:
     return [f"{one['name']} {one['shape']} {one['dtype']}" for one in document["parameters"]]
 
 
-def _stretches(names: list[str]) -> str:
+def _ranges(names: list[str]) -> str:
     """Numbers as ranges, as in `0-2, 4-6, ... 56-58 (45)`. A single name stays as it is."""
     if not names[0].isdigit():
         return names[0]

@@ -207,6 +207,7 @@ def print_rank(document: dict[str, Any]) -> None:
     if document["missing_ranks"]:
         print(f"not beside it: {', '.join(document['missing_ranks'])}")
     print(f"all ranks are joined by: {document['join']}")
-    print("no problems" if not document["problems"] else "")
+    if not document["problems"]:
+        print("no problems")
     for problem in document["problems"]:
         print(f"problem: {problem}")

@@ -32,7 +32,7 @@ def test_bytes_of_a_block(cli: Cli):
     status, out, _ = cli("--ranks", 1, "--rows", 2, "--json")
     found = json.loads(out)
     rows = {(row["kernel"], row["launch"].split()[0]): row for row in found["rows"]}
-    assert status == 0 and found["hit"] == 8
+    assert status == 0 and (found["block_rows"], found["hit"]) == (2, 8)
     E, D, I, shared, N, k, pairs = 40, 256, 128, 32, 2, 4, 8
     M = E + 1 + 2 * shared
     router, experts = M * D * 2, pairs * 3 * D * (I // 2 + I // 32) + D * shared * 2

@@ -10,9 +10,10 @@ by the number of such layers. share_of_matrix is its FLOP/s relative to a produc
 matrices of 8,192 rows in the same run. `torch_us` is the time of the same operation in torch:
 `F.linear` for products, and `scaled_dot_product_attention` for attention without context.
 
---peers adds rows of a node's launches together beside another library's call, for one layer:
-`fla`'s chunked delta rule, the routed experts of `triton_kernels` from the chosen ids, and
-`scaled_dot_product_attention` behind the context. A library that is not installed has no row.
+--peers adds a row for each node of one layer that another library has too: the time of all its
+launches together, and the time of the library's call. The calls are `fla`'s chunked delta rule, the
+routed experts of `triton_kernels` from the chosen ids, and `scaled_dot_product_attention` with the
+context. A library that is not installed has no row.
 """
 
 import argparse
@@ -42,7 +43,8 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--config", choices=[*SIZES, "tiny"], default="397b")
     add("--tp", type=at_least_one, default=8, metavar="N", help="ranks that share the model")
-    add("--layers", type=at_least_one, metavar="N", help="of the trunk that are built")
+    add("--layers", type=at_least_one, metavar="N",
+        help="of the trunk that are built, a multiple of 4")  # fmt: skip
     add("--tokens", type=at_least_one, default=2048, metavar="T", help="of the pass")
     add("--context", type=at_least_zero, default=0, metavar="T", help="tokens before the pass")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
@@ -182,9 +184,8 @@ def _measured(
     if args.peers:
         from tools.bench import prefill_peers  # Triton is needed from here on
 
-        layer_0: Any = model.layers[0]
-
-        node = getattr(layer_0.feed_forward, "experts", None)
+        layer: Any = model.layers[0]
+        node = getattr(layer.feed_forward, "experts", None)
         top_k = whole.num_experts_per_tok
         rows += prefill_peers.rows(*works, node, args.tokens, top_k, args.repeats)
     return rows

@@ -1,8 +1,8 @@
-"""The nodes of a prompt beside other libraries: the delta rule, the routed experts, and attention.
+"""Times nodes of a prefill pass beside other libraries: delta rule, routed experts and attention.
 
-Each of our groups of launches is one captured graph, and so is the other library's call; they take
-turns. What they compute is not quite the same, and ours never does less: its delta rule also adds the
-gated norm, its attention the gate. Importing this module needs Triton.
+The launches of one of our nodes are one captured graph, and so is the other library's call; the two
+take turns. They do not compute quite the same, and ours never does less: its delta rule includes the
+gated norm, and its attention the gate. Importing this module needs Triton.
 """
 
 import importlib.util
