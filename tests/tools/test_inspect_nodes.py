@@ -15,7 +15,7 @@ from qwen35.load import load
 from tests.support.checkpoints import MXFP4, QWEN3_5, QWEN3_5_FP8, write
 from tests.support.conversions import MEMBER
 from tools.inspect import open_model
-from tools.inspect_nodes import _stretches, describe_nodes, print_nodes
+from tools.inspect_nodes import _ranges, describe_nodes, print_nodes
 from weights.storage import DTYPE_NAMES
 
 ROOT = Path(__file__).parents[2]
@@ -100,9 +100,9 @@ def test_published_sizes_by_their_config() -> None:
         ([n for n in range(60) if n % 4 != 3], "0-2, 4-6, ... 56-58 (45)"),
     ],
 )
-def test_stretches_of_numbers(numbers: list[int], text: str) -> None:
+def test_ranges_of_numbers(numbers: list[int], text: str) -> None:
     """Few are listed, of many the first and the last."""
-    assert _stretches([str(number) for number in numbers]) == text
+    assert _ranges([str(number) for number in numbers]) == text
 
 
 def test_the_command_line() -> None:
