@@ -144,8 +144,9 @@ class Config:
         if not ids:
             raise InputError("the prompt is empty; at least one token is needed")
         if len(ids) + new_tokens > self.max_position_embeddings:
+            follow = f"; {new_tokens} are to follow" if new_tokens > 1 else ""
             raise InputError(
-                f"the prompt has {len(ids)} tokens, the context {self.max_position_embeddings}"
+                f"the prompt has {len(ids)} tokens, the context {self.max_position_embeddings}{follow}"
             )
         wrong = [i for i in ids if not 0 <= i < self.vocab_size]
         if wrong:

@@ -1,6 +1,8 @@
 """Choose a benchmark: `python -m tools.bench OP ...`."""
 
+import argparse
 import sys
+from typing import NoReturn
 
 from qwen35.cli import Parser, run
 from tools.bench import (
@@ -42,12 +44,17 @@ OPS = {
 }
 
 
-def main() -> None:
+def main() -> NoReturn:
     about = "Benchmarks; each has its own --help."
-    choose = Parser("python -m tools.bench", about, computes=False)
-    choose.add_argument("op", choices=OPS)
-    op = OPS[choose.parse_args(sys.argv[1:2]).op]
-    parser = Parser(f"python -m tools.bench {sys.argv[1]}", op.__doc__ or "")
+    parser = Parser("python -m tools.bench", about, computes=False)
+    parser.add_argument("op", choices=OPS)
+    run(parser, run_chosen, sys.argv[1:2])
+
+
+def run_chosen(args: argparse.Namespace) -> NoReturn:
+    """Run one benchmark with the words after its name."""
+    op = OPS[args.op]
+    parser = Parser(f"python -m tools.bench {args.op}", op.__doc__ or "")
     parser.add_argument("--json", action="store_true", help="print the JSON document alone")
     op.add_arguments(parser)
     run(parser, op.main, sys.argv[2:])

@@ -1,5 +1,7 @@
 """Options of benchmarks that would give a traceback or a wrong figure are one line, before any work."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ import torch
 
 from tools.bench import __main__ as bench
 from tools.bench.language import HELDOUT
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
@@ -53,12 +57,19 @@ def test_it_is_one_line(
     assert message in err
 
 
+def test_help_on_a_full_disk_is_one_line() -> None:
+    """That of the list of benchmarks too."""
+    command = [sys.executable, "-m", "tools.bench", "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "python -m tools.bench: standard output: No space left on device\n"
+
+
 def test_the_document_of_a_comparison_has_the_numbers_of_tokens(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Since tokens/s and the ratios depend on them."""
-    import json
-
     pytest.importorskip("transformers")
     words = "generate --prefill-tokens 80 --prompt-tokens 8 --new-tokens 3 --prompts 1 --repeats 1 --json"
     monkeypatch.setattr(sys, "argv", ["bench", *words.split(), "--threads", "1"])
