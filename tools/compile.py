@@ -52,6 +52,7 @@ from qwen35.progress import steps
 from tools.cards import occupancy_gfx950, occupancy_sm90
 from tools.gfx950.assembly import Instruction, hot_cycle, hot_loop, parse
 from tools.kernel_file import launches_of
+from tools.table import aligned
 from weights.storage import write_whole
 
 TARGETS = {"gfx950": "s", "sm_90": "sass"}  # target: suffix of its assembly files
@@ -371,12 +372,7 @@ def print_table(rows: list[Row]) -> None:
         if not own:
             continue
         shown = [[_shown(row[name]) for name in names] for row in own]
-        header = [target, *names[1:]]
-        widths = [max(map(len, column)) for column in zip(header, *shown, strict=True)]
-        for line in [header, *shown]:
-            first, *others = [(cell, width) for cell, width in zip(line, widths, strict=True)]
-            cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-            print("  ".join(cells))
+        print("\n".join(aligned([[target, *names[1:]], *shown], left=1)))
         print()
 
 

@@ -35,6 +35,7 @@ from qwen35.progress import steps
 from qwen35.terminal import say
 from tools.compile import is_valu
 from tools.gfx950.target import emulate
+from tools.table import aligned
 
 TARGET = "gfx950"
 # Arguments of a launch that are weights: those of all experts, [E, ...], and those of the shared expert.
@@ -145,12 +146,7 @@ def main(args: argparse.Namespace) -> int:
         print_json(settings | {"hit": hit, "rows": rows})
         return 0
     cells = ([f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()] for row in rows)
-    shown = [[*rows[0]], *cells]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    for line in shown:
-        left = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
-        print("  ".join([*left, *right]))
+    print("\n".join(aligned([[*rows[0]], *cells], left=2)))
     seconds = time.perf_counter() - started
     print(f"{args.rows} rows, {hit} experts hit, in {seconds:.0f} s", file=sys.stderr)
     return 0

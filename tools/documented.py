@@ -297,11 +297,8 @@ def run_page(page: str, kinds: set[str]) -> list[str]:
             if one.file:
                 (folder / one.file).write_text(one.text, encoding="utf-8")
                 continue
-            print(
-                f"{page}:{one.line}: {shlex.join(one.words) or 'Python'}",
-                file=sys.stderr,
-                flush=True,
-            )
+            what = shlex.join(one.words) or "Python"
+            print(f"{page}:{one.line}: {what}", file=sys.stderr, flush=True)
             ours = ((), ("python",), ("qwen35",), ("torchrun",))
             is_ours = one.words[0:1] in ours or SHELL & {*one.words}
             ended = subprocess.run(

@@ -15,6 +15,7 @@ import torch
 from qwen35.cli import print_json
 from qwen35.errors import InputError
 from qwen35.progress import Progress
+from tools.table import aligned
 
 Row = dict[str, Any]
 
@@ -37,11 +38,9 @@ def emit(op: str, config: dict[str, Any], rows: list[Row], *, only_json: bool, *
         print(f"{name}: {_shown(value)}")
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names, *([_shown(row.get(name, ""), "#.4g") for name in names] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     print()
-    for line in cells:
-        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join(padded).rstrip(), flush=True)
+    for line in aligned(cells, left=len(names)):
+        print(line, flush=True)
 
 
 def _shown(value: Any, digits: str = ".4g") -> str:
