@@ -23,6 +23,7 @@ from qwen35.progress import Progress
 from qwen35.swap import parse_swap
 from qwen35.tokenizer import Tokenizer
 from tools.environment import environment
+from tools.peer import in_transformers
 from tools.report import page
 from weights.quantization import PREFIX
 from weights.storage import whole
@@ -85,13 +86,7 @@ def trace_of_transformers(folder: Path, ids: list[int], dtype: torch.dtype) -> d
 
     Its routers return (logits, weights, experts); here they are stored as ours: experts, weights.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("transformers is not installed; pip install -e '.[test]'") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model = in_transformers(folder, dtype)
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, output: Any) -> None:
@@ -214,6 +209,7 @@ def main(args: argparse.Namespace) -> int:
         if args.swap:
             raise InputError(f"--swap {args.swap[0]!r} goes with MODEL, not with transformers")
         ids = prompt_ids(args, folder)
+        Config.from_file(folder / "config.json").check_prompt(ids, new_tokens=0)
         candidate = trace_of_transformers(folder, ids, DTYPES[args.dtype or "bfloat16"])
     elif _is_trace(args.against):
         if args.prompt is not None or args.random is not None or args.swap or args.dtype:

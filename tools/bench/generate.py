@@ -15,9 +15,9 @@ from qwen35.load import DTYPES, load, locate
 from qwen35.progress import steps
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer
-from reference.model import Model
 from tools.bench import report
 from tools.bench.language import HELDOUT, SEPARATOR
+from tools.peer import in_transformers
 
 
 def add_arguments(parser: Parser) -> None:
@@ -38,19 +38,6 @@ def add_arguments(parser: Parser) -> None:
     parser.set_defaults(threads=2)
 
 
-def _transformers(folder: str, model: Model) -> torch.nn.Module:
-    """The same folder as transformers loads it by default, in our model's dtype."""
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("transformers is not installed; pip install -e '.[test]'") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    dtype = model.embed_tokens.weight.dtype
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return theirs.eval()
-
-
 def main(args: argparse.Namespace) -> int:
     folder = locate(args.model)
     tokenizer = Tokenizer(folder)
@@ -61,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
             f"--prefill-tokens {args.prefill_tokens}; the held-out text has {len(all_ids)}"
         )
     model = load(folder, dtype=DTYPES.get(args.dtype))
-    theirs = _transformers(str(folder), model)
+    theirs = in_transformers(folder, model.embed_tokens.weight.dtype)
     long_prompt = torch.tensor([all_ids[: args.prefill_tokens]])
     documents = sorted(text.split(f"\n{SEPARATOR}\n"), key=len, reverse=True)[: args.prompts]
     start = tokenizer.encode(SEPARATOR)
@@ -95,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
 
         def other(new: int, ids: list[int] = ids) -> torch.Tensor:
             with torch.inference_mode():
-                return theirs.generate(  # pyright: ignore[reportCallIssue]
+                return theirs.generate(
                     torch.tensor([ids]), max_new_tokens=new, min_new_tokens=new, do_sample=False,
                     attention_mask=torch.ones(1, len(ids), dtype=torch.long),
                 )[0, len(ids) :]  # fmt: skip
