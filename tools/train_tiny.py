@@ -1,4 +1,4 @@
-"""Train the embedded checkpoint: `python -m tools.train_tiny CORPUS DST`, ten minutes on one GPU.
+"""`python -m tools.train_tiny CORPUS DST`: train the embedded checkpoint, ten minutes on one GPU.
 
 CORPUS is a folder with train.txt and heldout.txt, as tools/corpus.py writes it. The trunk runs the
 reference's own mixers and norms. The parts of the reference that are too slow for a training batch

@@ -1,4 +1,4 @@
-"""Choose a benchmark: `python -m tools.bench OP ...`."""
+"""`python -m tools.bench OP ...`: choose a benchmark, and run it."""
 
 import argparse
 import sys
