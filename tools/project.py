@@ -42,6 +42,7 @@ from qwen35.progress import steps
 from qwen35.terminal import say
 from tools.bench.step import TOKENS_A_ROUND, moved, place
 from tools.gfx950.timeline import H200, MI355X, Card, Executed, execute, launch_time
+from tools.table import aligned
 
 ROOM = 256  # positions behind the context
 Row = dict[str, Any]
@@ -193,11 +194,8 @@ def main(args: argparse.Namespace) -> int:
 def _show(rows: list[Row]) -> None:
     """Print the rows as a table."""
     columns = list({name: None for row in rows for name in row})
-    cells = [columns] + [[_cell(row.get(name, "")) for name in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        print("  ".join([line[0].ljust(len(first)), *others]))
+    cells = [[_cell(row.get(name, "")) for name in columns] for row in rows]
+    print("\n".join(aligned([columns, *cells], left=1)))
 
 
 def _cell(value: Any) -> str:
