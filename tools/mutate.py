@@ -4,11 +4,11 @@ mutmut (the extra `mutate`) mutates each module of MODULES in a copy of the chec
 mutant against the tests of that module. A mutant that survives is printed as the two lines that
 differ, unless mutants.json lists it as equivalent, with the reason why no test can detect it. A
 mutant counts as killed if a test fails, or if the tests crash or run into mutmut's time limit.
---sample runs a random part of each module's mutants, always the same one. --update writes the counts
-to mutants.json; docs/trust.md takes its table from there. An interrupted run continues in the same
---folder, and --again runs the survivors once more, against the tests as they are now. A mutant takes
-one to twenty seconds. The exit status is 1 if a mutant survives that mutants.json does not list, or
-if a chosen mutant could not be run.
+--sample runs a random part of each module's mutants, always the same one with the same --seed.
+--update writes the counts to mutants.json; docs/trust.md takes its table from there. An interrupted
+run continues in the same --folder, and --again runs the survivors once more, against the tests as
+they are now. A mutant takes one to twenty seconds. The exit status is 1 if a mutant survives that
+mutants.json does not list, or if a chosen mutant could not be run.
 """
 
 import argparse
@@ -77,16 +77,8 @@ MODULES = {
         " or steps or memory or fp8 and not chunks_hits and not folder and not load'"
     ),
     "qwen35/sampling.py": "test_sampling test_penalties",
-    "qwen35/speculative.py": (
-        "test_speculative "
-        "-k 'ones and 5 or among or no_trace or padding or limits and 7 or right and greedy-float32'"
-    ),
-    "qwen35/generation.py": (
-        "test_generation test_generate test_chunk test_logprobs test_finite test_repr test_speculative"
-        " qwen35/prefix/test_folder "
-        "-k 'drafts_are_wanted or checks_itself or reserved or before_temperature or of_the_step"
-        " or not_its_model or context_ends_the or another_object or draft_tokens_change'"
-    ),
+    "qwen35/speculative.py": "test_rounds",
+    "qwen35/generation.py": "test_generation test_repr -k 'test_generation or completion'",
     "qwen35/load.py": (
         "test_memory test_defaults weights/test_checkpoint weights/test_checkpoint_refused"
         " -k 'dtypes_of or own_dtype or gradients or named_with_both or judged or what_is_counted"
@@ -106,7 +98,7 @@ MODULES = {
     "qwen35/prefix/keys.py": "test_keys test_folder_foreign -k 'test_keys or fingerprint'",
     "qwen35/prefix/store.py": "test_store",
     "qwen35/compare/diff.py": "test_diff test_diff_rows test_diff_whole",
-    "qwen35/compare/judge.py": "test_diff_rows",
+    "qwen35/compare/judge.py": "test_judge",
     "qwen35/compare/trace.py": (
         "test_trace qwen35/test_repr qwen35/test_entry_points"
         " -k 'test_trace.py and not bad_input or test_repr and trace or entry_points and ids'"
@@ -124,11 +116,11 @@ MODULES = {
         "-k 'entries or scales_that or told_apart or of_no_size or cast_without or two_axes'"
     ),
     "weights/fp8.py": "test_fp8",
-    "weights/hub.py": "test_hub",
+    "weights/hub.py": "test_hub_files",
     "weights/layout.py": "test_layout",
     "weights/mxfp4.py": "test_mxfp4",
     "weights/outline.py": "test_dialects test_checkpoint_refused test_unlisted",
-    "weights/output.py": "test_convert_killed test_put_aside test_claims",
+    "weights/output.py": "test_output",
     "weights/quantization.py": (
         "test_quantization test_convert test_convert_fp8"
         " -k 'test_quantization or amds or published and fused'"
@@ -136,14 +128,14 @@ MODULES = {
     "weights/ranks.py": "test_ranks",
     "weights/rounding.py": "test_rounding",
     "weights/shard.py": "test_shard test_shard_cut -k 'not one_place'",
-    "weights/source.py": "test_convert test_convert_refused",
-    "weights/storage.py": "test_checkpoint_refused test_written_whole",
+    "weights/source.py": "test_source",
+    "weights/storage.py": "test_storage",
     "weights/verify.py": "test_verify",
     "weights/words.py": "test_words",
     "fast/allreduce.py": "test_allreduce",
     "fast/attention.py": "test_attention",
     "fast/catalogue.py": "test_step qwen35/test_paths",
-    "fast/configs.py": "test_launch tools/test_tune",
+    "fast/configs.py": "test_configs",
     "fast/deltanet.py": "test_deltanet",
     "fast/hip.py": "test_hip",
     "fast/hip_compiler.py": "test_hip",
@@ -154,20 +146,23 @@ MODULES = {
     "fast/moe_hip.py": "test_moe_hip",
     "fast/mtp.py": "test_step",
     "fast/router.py": "test_router",
-    "fast/shapes.py": "test_moe",
-    "fast/state.py": "test_step test_forward",
+    "fast/shapes.py": "test_shapes",
+    "fast/state.py": "test_state",
     "fast/step.py": "test_step",
-    "fast/target.py": "test_launch tools/test_compile",
-    "tools/gfx950/access.py": "test_memory test_kernels",
+    "fast/target.py": "test_target",
+    "tools/gfx950/access.py": "test_access",
     "tools/gfx950/arrivals.py": "test_kernels test_faults_assembly",
     "tools/gfx950/assembly.py": "test_kernels test_effects",
     "tools/gfx950/converts.py": "test_instructions",
     "tools/gfx950/effects.py": "test_effects",
-    "tools/gfx950/emulator.py": "test_kernels test_faults",
+    "tools/gfx950/emulator.py": (
+        "test_emulator test_kernels"
+        " -k 'test_emulator or quotes or without_end or sleep or not_known'"
+    ),
     "tools/gfx950/flow.py": "test_waits test_unwritten test_effects",
     "tools/gfx950/formats.py": "test_formats",
     "tools/gfx950/lanes.py": "test_instructions",
-    "tools/gfx950/matrix.py": "test_instructions test_kernels",
+    "tools/gfx950/matrix.py": "test_matrix",
     "tools/gfx950/memory.py": "test_memory test_kernels test_faults",
     "tools/gfx950/nans.py": "test_instructions",
     "tools/gfx950/operands.py": "test_instructions test_kernels",
@@ -197,6 +192,7 @@ def build_parser() -> Parser:
     )
     add("--sample", type=at_least_one, metavar="N",
         help="how many mutants of each module (default: all)")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="S", help="of the sample (default: 0)")
     add("--again", action="store_true", help="run the survivors once more")
     add("--processes", type=at_least_one, default=1, metavar="N", help="mutants at a time")
     add("--update", action="store_true", help=f"write the counts to {TABLE.name}")
@@ -295,7 +291,8 @@ def examine(module: str, args: argparse.Namespace, known: dict[str, str]) -> dic
     folder = args.folder / module.replace("/", ".")
     prepare(module, folder)
     every = names(module, folder)
-    chosen = {*random.Random(module).sample(every, len(every))[: args.sample]}
+    seed = f"{module} {args.seed}" if args.seed else module
+    chosen = {*random.Random(seed).sample(every, len(every))[: args.sample]}
     wanted = [name for name in every if name in chosen]
     if args.again:  # mutmut would not ask again which functions a test calls
         (folder / "mutants/mutmut-stats.json").unlink(missing_ok=True)

@@ -3,16 +3,23 @@
 The tests that take the shortest come first, since a mutant dies at the first test that fails. What
 torch imports at the first comparison is imported once, in the process from which those of the
 mutants are forked.
+
+The emulator makes its tables of instructions while its modules are imported, which is before a mutant is
+chosen. So these are loaded again before each test of the emulator.
 """
 
 import gc
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed.tensor  # noqa: F401
 
 DURATIONS = Path("mutmut-stats.json")  # mutmut's, of the unchanged code
+EMULATOR = "tools.gfx950."
+TABLES = ("vector", "vector_ops", "vector_converts", "scalar", "access")  # after what they import
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,3 +30,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # nothing that is there before the tests is searched for garbage
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "gfx950" in item.path.parts:
+        for name in TABLES:
+            if module := sys.modules.get(f"{EMULATOR}{name}"):
+                importlib.reload(module)

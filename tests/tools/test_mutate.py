@@ -147,6 +147,29 @@ def test_a_sample_is_the_same_every_time(answered: list[tuple[str, ...]], tmp_pa
     assert {*counts[0][2]} <= {*counts[2][2]} <= {*counts[3][2]}
 
 
+def test_another_seed_gives_another_sample(answered: list[tuple[str, ...]], tmp_path: Path) -> None:
+    def alive(seed: str) -> tuple[str, ...]:
+        args = parsed(tmp_path, "--sample", "3", "--seed", seed)
+        return tuple(mutate.examine("qwen35/cache.py", args, {})["alive"])
+
+    assert len({alive(seed) for seed in "01234"}) > 1
+    assert alive("3") == alive("3")
+
+
+def test_the_emulators_tables_are_made_anew_before_each_of_its_tests() -> None:
+    """In which a mutant is chosen. Other tests take the tables as they are."""
+    from tools.gfx950 import scalar
+    from tools.gfx950.registry import BUILDERS
+
+    before = BUILDERS["s_mov_b32"]
+    folder = Path(__file__).parent
+    mutate_order.pytest_runtest_setup(SimpleNamespace(path=folder / "test_mutate.py"))  # type: ignore[arg-type]
+    assert BUILDERS["s_mov_b32"] is before
+    mutate_order.pytest_runtest_setup(SimpleNamespace(path=folder / "gfx950/test_x.py"))  # type: ignore[arg-type]
+    assert BUILDERS["s_mov_b32"] is not before
+    assert scalar.define.__globals__ is vars(scalar)
+
+
 def test_the_shortest_tests_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     items = [SimpleNamespace(nodeid=name) for name in ("long", "short", "new")]

@@ -1,7 +1,10 @@
 """The stores by themselves: their order, their pins, and copies."""
 
+import os
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from qwen35.prefix.folder import Folder
@@ -68,3 +71,34 @@ def test_a_folders_file_is_free_when_nobody_uses_it(tmp_path: Path) -> None:
         mine.discard(key)
         assert theirs.segments() == {} and mine.is_free(key)
     assert mine.pin(key) is False and mine.remove(key) is True
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_what_is_no_segment_hides_none(
+    backwards: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever order the system lists a folder: other files, folders and links with such names, and
+    what another process evicts between the list and the look at it."""
+    store = Folder(tmp_path, {"a": "b"})
+    keys = []
+    for token in (1, 2):
+        root, key = chained(root_of({"a": "b"}), [token] * 64)
+        keys.append(key)
+        one = Segment(root, 0, 64, (key,), False, 12)
+        assert store.write(one, [token] * 64, {"x": torch.zeros(3)}) is None
+    for first in "0f":
+        name = f"{first * 64}.safetensors"
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{first}.txt").touch()
+        (tmp_path / f"{first * 63}e.safetensors").symlink_to(tmp_path / f"{keys[0]}.safetensors")
+        (tmp_path / f"{first * 63}d.safetensors").touch()
+    scandir = os.scandir
+
+    def listed(folder: Any) -> list[os.DirEntry[str]]:
+        entries = sorted(scandir(folder), key=lambda entry: entry.name, reverse=backwards)
+        for first in "0f":
+            (tmp_path / f"{first * 63}d.safetensors").unlink(missing_ok=True)
+        return entries
+
+    monkeypatch.setattr(os, "scandir", listed)
+    assert store.files().keys() == store.segments().keys() == {*keys}
