@@ -5,7 +5,7 @@ torch imports at the first comparison is imported once, in the process from whic
 mutants are forked.
 
 The emulator makes its tables of instructions while its modules are imported, which is before a mutant is
-chosen. So these are loaded again before each test of the emulator.
+chosen. So these are loaded again before each of its test functions.
 """
 
 import gc
@@ -21,6 +21,8 @@ DURATIONS = Path("mutmut-stats.json")  # mutmut's, of the unchanged code
 EMULATOR = "tools.gfx950."
 TABLES = ("vector", "vector_ops", "vector_converts", "scalar", "access")  # after what they import
 
+remade: set[str] = set()  # test functions before which the tables have been made again
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if DURATIONS.exists():
@@ -33,7 +35,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if "gfx950" in item.path.parts:
-        for name in TABLES:
-            if module := sys.modules.get(f"{EMULATOR}{name}"):
-                importlib.reload(module)
+    function = item.nodeid.partition("[")[0]
+    if "gfx950" not in item.path.parts or function in remade:
+        return
+    remade.add(function)
+    for name in TABLES:
+        if module := sys.modules.get(f"{EMULATOR}{name}"):
+            importlib.reload(module)

@@ -83,6 +83,17 @@ def test_a_cache_without_an_mtp_head_is_taken() -> None:
     assert cache.length == 5
 
 
+def test_a_cache_of_fewer_layers_is_noticed() -> None:
+    state, fewer = State.empty(CONFIG, 8, 0, CPU), State.empty(CONFIG, 8, 0, CPU)
+    state.take(filled(5))
+    cache = filled(5)
+    cache.layers.pop()
+    fewer.layers.pop()
+    for call, other in ((state.take, cache), (state.give, cache), (state.take_over, fewer)):
+        with pytest.raises(ValueError, match="shorter"):
+            call(other)  # pyright: ignore
+
+
 @pytest.mark.parametrize("length", [1, 3, 16, 17, 30])
 def test_rows_and_states_lie_where_the_kernels_look(length: int) -> None:
     """The row of a position at the position modulo 16; the memory after it modulo the slots."""

@@ -156,17 +156,24 @@ def test_another_seed_gives_another_sample(answered: list[tuple[str, ...]], tmp_
     assert alive("3") == alive("3")
 
 
-def test_the_emulators_tables_are_made_anew_before_each_of_its_tests() -> None:
+def test_the_emulators_tables_are_made_anew_before_its_test_functions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """In which a mutant is chosen. Other tests take the tables as they are."""
     from tools.gfx950 import scalar
     from tools.gfx950.registry import BUILDERS
 
-    before = BUILDERS["s_mov_b32"]
-    folder = Path(__file__).parent
-    mutate_order.pytest_runtest_setup(SimpleNamespace(path=folder / "test_mutate.py"))  # type: ignore[arg-type]
-    assert BUILDERS["s_mov_b32"] is before
-    mutate_order.pytest_runtest_setup(SimpleNamespace(path=folder / "gfx950/test_x.py"))  # type: ignore[arg-type]
-    assert BUILDERS["s_mov_b32"] is not before
+    monkeypatch.setattr(mutate_order, "remade", set())
+
+    def makes(name: str) -> bool:
+        before = BUILDERS["s_mov_b32"]
+        path = Path(__file__).parent / name
+        item = SimpleNamespace(path=path, nodeid=f"{name}::test_x[{len(name)}]")
+        mutate_order.pytest_runtest_setup(item)  # type: ignore[arg-type]
+        return BUILDERS["s_mov_b32"] is not before
+
+    assert not makes("test_mutate.py") and makes("gfx950/test_x.py")
+    assert makes("gfx950/test_y.py") and not makes("gfx950/test_x.py")
     assert scalar.define.__globals__ is vars(scalar)
 
 

@@ -1,6 +1,7 @@
 """The plan of a conversion: what becomes of a parameter, what a rank holds, which file has it."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,18 @@ from torch import Tensor
 
 from qwen35.config import Config
 from qwen35.errors import InputError
+from tests.support.checkpoints import (
+    MXFP4,
+    MXFP4_CHANNEL,
+    QWEN3_5_FP8,
+    QWEN3_6,
+    edit_tensors,
+    write,
+)
+from tests.support.conversions import LITTLE, MEMBER
 from tests.support.family import FAMILY
 from weights import fp8, mxfp4, rounding
+from weights.checkpoint import Checkpoint
 from weights.entry import Entry
 from weights.output import (
     WHAT,
@@ -25,6 +36,7 @@ from weights.output import (
     cut,
     fit,
     is_chosen,
+    items_of,
 )
 from weights.rounding import Rounding
 from weights.shard import Shard
@@ -160,6 +172,85 @@ def test_a_choice_of_nothing_is_refused() -> None:
         "here: nothing to convert to mxfp4 (experts): the model has no such matrices; there is "
         "--what all-linear"
     )
+
+
+ROUTED, MTP_ROUTED = r"layers\.\d\.mlp\.experts\..*", r"mtp.*\.mlp\.experts\..*"
+SHARED, MTP_SHARED = r"layers\.\d\.mlp\.shared_expert\..*", r"mtp.*\.shared_expert\..*"
+ATTENTION = r"layers\.\d\.(self_attn\..*_proj|linear_attn\.(in_proj_(qkv|z)|out_proj))\.weight"
+MTP_ATTENTION = r"mtp.*\.self_attn\..*_proj\.weight"
+LINEAR = f"{ROUTED}|{MTP_ROUTED}|{SHARED}|{MTP_SHARED}|{ATTENTION}|{MTP_ATTENTION}"
+# A source, what is asked for, and what becomes of which parameters; all others are copied.
+BECOMES: dict[str, tuple[Any, Options, dict[str, str]]] = {
+    "experts of bf16": (QWEN3_6, Options("mxfp4"), {"mxfp4": ROUTED}),
+    "bf16": (QWEN3_6, Options("fp8", "all-linear"), {"fp8": LINEAR}),
+    "experts of fp8": (
+        QWEN3_5_FP8, Options("mxfp4"),
+        {"mxfp4": ROUTED, "bf16": f"{MTP_ROUTED}|{SHARED}|{MTP_SHARED}|{ATTENTION}|{MTP_ATTENTION}"},
+    ),
+    "fp8 to itself": (QWEN3_5_FP8, Options("fp8", "all-linear"), {}),
+    "fp8 of experts to itself": (QWEN3_5_FP8, Options("fp8"), {}),
+    "mxfp4 to itself": (MXFP4, Options("mxfp4"), {}),
+    "more mxfp4": (
+        MXFP4, Options("mxfp4", "all-linear"),
+        {"mxfp4": f"{MTP_ROUTED}|{SHARED}|{MTP_SHARED}|{ATTENTION}|{MTP_ATTENTION}"},
+    ),
+    "mxfp4 beside fp8 by rows": (MXFP4_CHANNEL, Options("mxfp4"), {"bf16": ATTENTION}),
+    "to fp8 by blocks": (MXFP4_CHANNEL, Options("fp8", "all-linear"), {"fp8": LINEAR}),
+    "experts to fp8": (
+        MXFP4_CHANNEL, Options("fp8"), {"fp8": f"{ROUTED}|{ATTENTION}", "bf16": SHARED}
+    ),
+    "decoded": (MXFP4_CHANNEL, Options("bf16"), {"bf16": f"{ROUTED}|{SHARED}|{ATTENTION}"}),
+    "fp8 decoded": (QWEN3_5_FP8, Options("bf16", "all-linear"), {"bf16": LINEAR}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BECOMES)
+def test_what_becomes_of_each_parameter(name: str, tmp_path: Path) -> None:
+    """Fused experts that are quantised are written one by one, and others as they are. Scales of
+    activations go with their format; those of keys stay."""
+    dialect, options, becomes = BECOMES[name]
+    sizes = LITTLE | {"shared_expert_intermediate_size": 32}
+    write(tmp_path, MEMBER, replace(dialect, shards=1), **sizes)
+    layer = "model.language_model.layers.1.self_attn"
+    more = {f"{layer}.{name}": torch.ones(1) for name in ("k_scale", "q_proj.input_scale")}
+    edit_tensors(tmp_path, lambda tensors: tensors.update(more))
+    checkpoint = Checkpoint(tmp_path)
+    found = {item.name: item for item in items_of(checkpoint, options)}
+    expected = {f"{layer}.k_scale": "copy"}
+    expected |= {n: "copy" for n in checkpoint.stored if "visual" in n}
+    for stored_as, parts in checkpoint.parts.items():
+        prefix = "" if stored_as.startswith(("mtp.", "lm_head.")) else "model.language_model."
+        to = {
+            part: next((to for to, names in becomes.items() if re.fullmatch(names, part)), "copy")
+            for part in parts
+        }
+        if len(parts) > 1 and "copy" in to.values():
+            expected[stored_as] = "copy"
+        else:
+            expected |= {prefix + part: one for part, one in to.items()}
+    assert {n: item.to for n, item in found.items()} == expected
+    for n, item in found.items():
+        part = n.removeprefix("model.language_model.")
+        if part in checkpoint.entries:
+            assert item.entry.shape == checkpoint.entries[part].shape
+
+
+def test_packed_weights_have_their_own_name(tmp_path: Path) -> None:
+    write(tmp_path, MEMBER, replace(MXFP4, shards=1), **LITTLE)
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in [n for n, t in tensors.items() if t.dtype == U8 and n.endswith(".weight")]:
+            tensors[f"{name}_packed"] = tensors.pop(name)
+
+    edit_tensors(tmp_path, rename)
+    checkpoint = Checkpoint(tmp_path)
+    assert any(name.endswith("_packed") for name in checkpoint.parts)
+    for to in ("mxfp4", "bf16"):
+        names = {item.name for item in items_of(checkpoint, Options(to))}
+        assert names >= {
+            f"model.language_model.{n}" for n in checkpoint.entries if "layers.1.mlp.e" in n
+        }
+        assert not any(name.endswith("_packed") for name in names)
 
 
 # --- ranks
