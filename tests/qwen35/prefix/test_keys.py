@@ -3,7 +3,9 @@
 import copy
 import hashlib
 import json
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from qwen35.parallel.nodes import VocabularyHead
 from qwen35.parallel.ranks import Ranks
 from qwen35.prefix.keys import chained, identity, processor, root_of
 from qwen35.swap import swapped
+from tests.support.family import small_model
 from tests.support.prefix_machine import small
 
 
@@ -68,3 +71,15 @@ def test_a_rank_has_keys_of_its_own() -> None:
     model = copy.deepcopy(small(0))
     model.lm_head = VocabularyHead(model.lm_head, Ranks(1, 2))
     assert identity(model, "")["part"] == "rank 1 of 2"
+
+
+def test_a_card_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's own one of several. The number of threads does not count there."""
+    model, card = small_model("27B"), torch.device("cuda", 1)
+    del model._modules["embed_tokens"]
+    weight = SimpleNamespace(device=card, dtype=torch.bfloat16)
+    model.__dict__["embed_tokens"] = SimpleNamespace(weight=weight)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the card {device}")
+    found = identity(model, "")
+    assert (found["device"], found["threads"]) == ("the card cuda:1", "")
+    assert found["dtype"] == "bfloat16"
