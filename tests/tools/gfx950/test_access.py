@@ -367,7 +367,8 @@ def test_parts_of_a_register_to_the_lds(line: str, found: int) -> None:
 
 @pytest.mark.parametrize("words", [1, 3, 4])
 @pytest.mark.parametrize("lanes", [2**64 - 1, ODD])
-def test_a_load_to_the_lds(words: int, lanes: int) -> None:
+@pytest.mark.parametrize("space", ["global", "buffer"])
+def test_a_load_to_the_lds(space: str, words: int, lanes: int) -> None:
     """The lanes one after another, each wave from its own M0 on; the offset counts on both sides."""
     array = np.arange(64 * words + 4, dtype=np.uint32)
     state, address = begun(array, waves=2, lanes=lanes)
@@ -375,11 +376,14 @@ def test_a_load_to_the_lds(words: int, lanes: int) -> None:
         np.zeros(256, np.int64), np.zeros(256, np.int64), 16 * np.arange(256, dtype=np.uint32),
         np.zeros((256, 16), np.uint8),
     )  # fmt: skip
-    scalars(state, 4, address, address >> 32)
+    buffer(state, address, array.nbytes)
     state.sgpr[M0] = np.array([16, 2048], np.uint32)
     state.vgpr[2] = 4 * words * (63 - LANE)
     size = "" if words == 1 else f"x{words}"
-    execute(f"global_load_lds_dword{size} v2, s[4:5] offset:16", state)
+    if space == "global":
+        execute(f"global_load_lds_dword{size} v2, s[4:5] offset:16", state)
+    else:
+        execute(f"buffer_load_dword{size} v2, s[4:7], 0 offen offset:16 lds", state)
     state.write_s64(EXEC, np.array([2**64 - 1], np.uint64))
     for word in range(words):
         starts = np.array([[32], [2064]], np.uint32)
