@@ -166,8 +166,8 @@ MODULES = {
     "tools/gfx950/converts.py": "test_instructions -k op_sel",
     "tools/gfx950/effects.py": "test_effects -k 'not touches'",
     "tools/gfx950/emulator.py": (
-        "test_emulator test_kernels"
-        " -k 'test_emulator or quotes or without_end or sleep or not_known'"
+        "test_emulator test_unwritten test_kernels"
+        " -k 'test_emulator or test_unwritten or quotes or without_end or sleep or not_known'"
     ),
     "tools/gfx950/flow.py": "test_waits test_unwritten",
     "tools/gfx950/formats.py": "test_formats",

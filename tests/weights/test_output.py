@@ -375,6 +375,17 @@ def test_quantised_numbers_and_their_errors(rows: int, monkeypatch: pytest.Monke
         assert 0 < relative < {"bf16": 0.003, "fp8": 0.04, "mxfp4": 0.2}[to]
 
 
+def test_quantised_numbers_are_decoded_before_they_are_rounded() -> None:
+    """What bfloat16 loses of e4m3 times a scale of float32 counts as an error."""
+    scale = torch.tensor(1.2345678)
+    numbers = torch.randn(8, 64).to(E4M3)
+    entry = Entry(stored(numbers), (8, 64), "fp8", stored(scale, f"{NAME}_scale"))
+    (rounded,), said = converted(entry, "bf16")
+    exact = numbers.double() * scale.double()
+    lost = float((rounded.double() - exact).norm() / exact.norm())
+    assert lost > 0 and said["relative_rms"] == pytest.approx(lost, rel=1e-3)
+
+
 @pytest.mark.parametrize("number", [math.inf, math.nan])
 @pytest.mark.parametrize(
     ("to", "said"),
