@@ -226,7 +226,7 @@ def test_an_instruction_too_many_is_an_error() -> None:
 
 
 def test_code_has_to_end() -> None:
-    with pytest.raises(EmulatorError, match="the code ends without s_endpgm"):
+    with pytest.raises(EmulatorError, match=r"^the code ends without s_endpgm$"):
         Kernel("k:\n\ts_nop 0\n", "k").run([], (1, 1, 1), 1, 0)
 
 
