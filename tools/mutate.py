@@ -116,10 +116,7 @@ MODULES = {
         " -k 'test_entry or entries or bad_mxfp4 or bad_fp8 or looks_like or reachable or scales_that"
         " or too_many or told_apart or without_experts or without_inv or inspect_counts'"
     ),
-    "weights/expert_scales.py": (
-        "test_fused_fp8 "
-        "-k 'entries or scales_that or told_apart or of_no_size or cast_without or two_axes'"
-    ),
+    "weights/expert_scales.py": "test_expert_scales",
     "weights/fp8.py": "test_fp8",
     "weights/hub.py": "test_hub_files",
     "weights/layout.py": "test_layout",
