@@ -58,6 +58,14 @@ def test_blocks_of_gate_and_up_are_counted_through_both(matrix: tuple[int, int])
         assert torch.equal(spread(view(scale), block, len(rows), K), whole[rows.start : rows.stop])
 
 
+@pytest.mark.parametrize("N", [100, 128, 300])
+def test_blocks_of_a_matrix_alone(N: int) -> None:
+    """Of down, there is nothing that a last, shorter block could reach into."""
+    scale = numbered(E, -(-N // 128), 2)
+    view, block = expert_scales(stored(scale), 2, E, (N, 200), range(N), (128, 128))
+    assert torch.equal(view(scale), scale[2]) and block == (128, 128)
+
+
 @pytest.mark.parametrize("half", [96, 192, 64])
 def test_a_block_reaches_from_gate_to_up(half: int) -> None:
     """The rows of up begin in the middle of a block."""

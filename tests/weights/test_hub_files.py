@@ -1,10 +1,12 @@
 """The files of a hub repository, with the real client in this process and a server on the loopback
 interface (tests/weights/test_hub.py has whole commands)."""
 
+import shutil
 import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,15 +81,39 @@ def sent(server: HubServer, file: str, expected: list[int]) -> bool:
     return False
 
 
-def test_a_repository_is_read_at_one_commit(server: HubServer, folder: Path) -> None:
+def test_a_repository_is_read_at_one_commit(
+    server: HubServer, folder: Path, tmp_path: Path
+) -> None:
     """By default the newest one, which stays when another one comes."""
     repository = Repository(NAME)
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     assert (repository.name, repository.sizes) == (NAME, sizes)
-    (folder / "config.json").write_text("a newer one")
-    newer = server.push(NAME, folder)
+    other = tmp_path / "newer"
+    shutil.copytree(folder, other)
+    (other / "config.json").write_text("a newer one")
+    save_file({"y": torch.zeros(7)}, other / A)
+    newer = server.push(NAME, other)
     assert Repository(NAME).commit == newer != repository.commit
     assert Repository(NAME, repository.commit).commit == repository.commit
+    for target in (tmp_path / "out", None):
+        path = repository.fetch("config.json", target)
+        assert path.read_text() == "this is config.json"
+    repository.fetch_headers(tmp_path / "headers")
+    assert (tmp_path / "headers" / A).read_bytes().startswith(header_of(folder / A))
+
+
+@pytest.mark.parametrize(
+    ("sha", "asked", "commit"), [("1", "2", "1"), (None, "2", "2"), (None, None, "main")]
+)
+def test_a_hub_that_does_not_say_the_commit(
+    sha: str | None, asked: str | None, commit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in (("a", 5), ("b", None))]
+    files.append(SimpleNamespace(rfilename="deep/c", size=7))
+    info = SimpleNamespace(sha=sha, siblings=files)
+    monkeypatch.setattr(client.HfApi, "model_info", lambda *_, **__: info)
+    repository = Repository(NAME, asked)
+    assert (repository.commit, repository.sizes) == (commit, {"a": 5, "b": 0})
 
 
 def test_a_repository_that_is_not_there(server: HubServer) -> None:

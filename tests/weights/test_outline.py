@@ -65,6 +65,7 @@ def test_what_is_said_is_written(case: str, tmp_path: Path) -> None:
     files = sorted(file.name for file in folders[0].glob("*.safetensors"))
     assert [plan.name(i) for i in range(len(plan.files))] == files
     assert [row["file"] for row in said["files"]] == files
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     nbytes: dict[str, int] = {}
     for rank, folder in enumerate(folders):
         for file, row, part in zip(files, said["files"], plan.files, strict=True):
@@ -94,6 +95,7 @@ def test_what_is_said_is_written(case: str, tmp_path: Path) -> None:
         to: sum(item.to == to for item in items) for to in {item.to for item in items}
     }
     index = json.loads(plan.index())
+    assert plan.index() == json.dumps(index, indent=2)  # for readers, too
     assert index["metadata"]["total_size"] * options.tp == plan.total
     assert [*index["weight_map"]] == sorted(index["weight_map"])
     # The room is enough for all files, and for not much more.
