@@ -44,6 +44,34 @@ def test_a_built_model(folder: Path) -> None:
     assert_placed(diff(folder, IDS[:9], candidate=model), "lm_head")
 
 
+class Same(nn.Module):
+    """A feed-forward that calls the node that it stands for."""
+
+    def __init__(self, node: nn.Module) -> None:
+        super().__init__()
+        self.node = node
+
+    @classmethod
+    def from_reference(cls, module: nn.Module) -> "Same":
+        return cls(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.node(x)
+
+
+def test_the_swapped_nodes_are_told(folder: Path) -> None:
+    """Of a folder and of a built model."""
+    swaps = [("layers.1.mlp", Same)]
+    model = load(folder, dtype=torch.bfloat16, swaps=swaps)
+    options: Any = {"stages": "layers.1".__eq__}
+    for report in (
+        diff(folder, IDS[:9], candidate=model, **options),
+        diff(folder, IDS[:9], swaps=swaps, dtype=torch.bfloat16, **options),
+    ):
+        assert report.swapped == {"layers.1.mlp": f"{__name__}:Same"}
+    assert diff(folder, IDS[:9], **options).swapped == {}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
