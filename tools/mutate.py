@@ -100,7 +100,7 @@ MODULES = {
     "qwen35/compare/diff.py": (
         "test_diff_rows test_diff_whole"
         " -k 'built_model or counterpart or bad_ids or trace_of or decode_pass or worst_element"
-        " or in_a_state or passes_take or are_told'"
+        " or in_a_state or passes_take or are_told or state_rows or test_tokens'"
     ),
     "qwen35/compare/judge.py": "test_judge",
     "qwen35/compare/trace.py": (
@@ -109,8 +109,8 @@ MODULES = {
     ),
     "qwen35/compare/trace_file.py": "test_trace_file",
     "weights/checkpoint.py": (
-        "test_idle test_checkpoint_refused test_unlisted"
-        " -k 'test_idle or test_unlisted or bad_tensors or grouped'"
+        "test_idle test_parts test_checkpoint_refused test_unlisted"
+        " -k 'test_idle or test_parts or test_unlisted or bad_tensors or grouped'"
     ),
     "weights/convert.py": (
         "test_convert_refused test_convert_killed"
