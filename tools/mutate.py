@@ -181,7 +181,7 @@ MODULES = {
     "tools/gfx950/nans.py": "test_instructions -k 'amd_publishes and (1 or 2)'",
     "tools/gfx950/operands.py": "test_operands",
     "tools/gfx950/registry.py": "test_instructions",
-    "tools/gfx950/scalar.py": "test_instructions -k scalar_instructions",
+    "tools/gfx950/scalar.py": "test_instructions -k 'scalar_instructions or scalar_sources'",
     "tools/gfx950/target.py": "test_kernels",
     "tools/gfx950/unwritten.py": "test_unwritten",
     "tools/gfx950/vector.py": "test_instructions -k 'by_hand or amd_publishes and 3'",

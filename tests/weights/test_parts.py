@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.checkpoints import MXFP4, QWEN3_5, QWEN3_5_FP8, edit_json, write
+from tests.support.checkpoints import MXFP4, QWEN3_5, QWEN3_5_FP8, QWEN3_NEXT, edit_json, write
 from tests.support.conversions import LITTLE, MEMBER
 from weights.checkpoint import Checkpoint
 
@@ -26,6 +26,15 @@ def test_fused_experts_are_read_one_by_one(tmp_path: Path) -> None:
         for name, expected in parts.items():
             entry = entries[f"{EXPERTS}.{e}.{name}_proj.weight"]
             assert entry.shape == tuple(expected.shape) and torch.equal(entry.read(), expected)
+
+
+def test_grouped_projections_are_parted(tmp_path: Path) -> None:
+    """And every other parameter is what was written."""
+    expected = write(tmp_path, "Qwen3-Next", replace(QWEN3_NEXT, shards=1), **SIZES)
+    entries = Checkpoint(tmp_path).entries
+    assert entries.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(entries[name].read().float(), tensor), name
 
 
 def test_blocks_are_those_of_the_claim(tmp_path: Path) -> None:

@@ -284,8 +284,34 @@ def check_exec() -> None:
     assert state.read_s64(EXEC)[0] == 0xF0
 
 
+def check_scalar_sources() -> None:
+    """Constants of 32 and of 64 bits; a sum that just fits."""
+    state = fresh(1)
+    state.write_s64(2, np.array([0xFFFFFFFF], np.uint64))
+    execute("s_add_u32 s10, 5, s2", state)
+    assert state.sgpr[10][0] == 4 and state.scc[0]
+    execute("s_and_b64 s[10:11], -2, s[2:3]", state)
+    assert state.read_s64(10)[0] == 0xFFFFFFFE
+    execute("s_or_b64 s[10:11], s[2:3], -2", state)
+    assert state.read_s64(10)[0] == 2**64 - 1
+    state.sgpr[4], state.sgpr[5] = 0x7FFFFFFF, 1
+    execute("s_lshl1_add_u32 s10, s4, s5", state)
+    assert state.sgpr[10][0] == 0xFFFFFFFF and not state.scc[0]
+    execute("s_lshl1_add_u32 s10, s4, 2", state)
+    assert state.sgpr[10][0] == 0 and state.scc[0]
+
+
 @pytest.mark.parametrize(
-    "check", [check_perm, check_dot, check_division, check_lanes, check_sdwa, check_exec]
+    "check",
+    [
+        check_perm,
+        check_dot,
+        check_division,
+        check_lanes,
+        check_sdwa,
+        check_exec,
+        check_scalar_sources,
+    ],
 )
 def test_instructions_worked_out_by_hand(check: Callable[[], None]):
     check()
