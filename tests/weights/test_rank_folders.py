@@ -13,6 +13,7 @@ from qwen35.config import Config
 from qwen35.errors import InputError
 from tests.support.checkpoints import QUANTIZED_SIZES, QWEN3_6, edit_json, write
 from tests.support.conversions import MEMBER
+from weights.checkpoint import Checkpoint
 from weights.command import UNFINISHED
 from weights.convert import convert
 from weights.output import Options
@@ -153,6 +154,10 @@ def changed(folder: Path, name: str, change: Any) -> Path:
 
 def test_ranks_that_do_not_fit(tmp_path: Path) -> None:
     parent, folders, config, _ = cut(tmp_path, "bf16")
+    assert line(Checkpoint, folders[0]) == (
+        f"{folders[0]}: holds rank 0 of 2, but a whole checkpoint is needed here; "
+        f"the ranks are joined by: {join_command(parent)}"
+    )
     for rank, size in ((0, 2), (1, 4)):
         edit_json(folders[1] / "config.json", tensor_parallel={"rank": rank, "size": size})
         said = f"{folders[1] / 'config.json'}: is not that of rank 1 of 2"
