@@ -222,7 +222,7 @@ def test_no_file_names_a_place_on_one_machine() -> None:
 
 
 def test_a_scratch_file_is_not_judged() -> None:
-    """As one that the pages tell to save in the checkout's folder."""
+    """The pages tell readers to save such files in the checkout's folder."""
     scratch = ROOT / "scratch_of_a_test.py"
     scratch.write_text("")
     try:

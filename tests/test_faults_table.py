@@ -13,7 +13,7 @@ from tests.test_architecture import ROOT
 
 
 def test_a_fault_has_one_kind() -> None:
-    """And each name that a kind gives is one of a fault."""
+    """No fault is in two lists of KINDS, and each name in a list is that of a fault."""
     names = [name for of_kind in KINDS.values() for name in of_kind]
     assert len(names) == len(set(names))
     assert set(names) <= {what.name for what in planted() if what.place != "assembly"}

@@ -16,7 +16,7 @@ PUBLISHED = Config.published("397B-A17B")
 
 
 def instructions() -> tuple[int, int]:
-    """Of the emulator, and those of them that are compared with AMD's pseudocode."""
+    """Count the emulator's instructions, and those of them that are compared with AMD's pseudocode."""
     import tools.gfx950.emulator  # noqa: F401  (fills the table of instructions)
     from tests.tools.gfx950.test_instructions import evaluable
     from tools.gfx950.registry import BUILDERS
@@ -37,7 +37,8 @@ def faults_of_the_fast_path() -> tuple[int]:
 
 
 def launches_of_a_round() -> tuple[int]:
-    """Of 397B with three drafts, from the rounds of its first 4 and its first 8 layers."""
+    """Count the launches of the 397B with three drafts, from the rounds of its first 4 and its
+    first 8 layers."""
     pytest.importorskip("triton")
     from fast.catalogue import DRAFTS, fast
     from fast.step import Step

@@ -133,7 +133,7 @@ def test_without_residual_and_norm_and_with_signs_of_zeros():
 
 
 def test_a_prompts_rows_are_summed_and_then_get_the_residual():
-    """As the layer of a prompt does it: the sum is rounded, and then the sum with the residual."""
+    """The layer of a prompt does the same: it rounds the sum, and then the sum with the residual."""
     parts, residual = parts_of(4, 20, 48), random(1, 20, 48).bfloat16()
     layer = SimpleNamespace(ranks=Gathered(Group(2, 4, parts)))
 

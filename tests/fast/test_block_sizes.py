@@ -54,8 +54,9 @@ def test_pieces_cover_a_context_and_none_is_empty(shared: int) -> None:
                                     SHORT * 16, SHORT * 16 + 1, SHORT * 16 + 9 * 64 + 1,
                                     SHORT * 16 + 384 * 64, SHORT * 16 + 400 * 64 + 1])  # fmt: skip
 def test_the_pieces_of_a_context_are_added_eight_at_a_time(length: int) -> None:
-    """Fewer than eight, eight, more, up to as many as the peaks that are compared at a time, and more;
-    short pieces and long ones. What is behind the last is no number."""
+    """The numbers of pieces are below eight, eight, and above; the last ones are more than the
+    peaks that are compared at a time. Pieces are short and long. The numbers
+    behind the last piece would spoil the sum."""
     from fast.kernels.attention import combine
 
     H, G, K, near, far = 2, 1, 16, 16, 64
@@ -90,8 +91,8 @@ def test_the_pieces_of_a_context_are_added_eight_at_a_time(length: int) -> None:
     "length", [1, 15, 16, 17, 65, SHORT * 64, SHORT * 64 + 1, SHORT * 64 + 128 + 70]
 )
 def test_each_piece_attends_to_its_own_positions(length: int, fp8: bool, tile: int) -> None:
-    """In tiles that a piece is as long as, or longer; to the newest position, which it writes, and to
-    none behind it. In e4m3 each position has exponents of its own."""
+    """A piece is as long as a tile, or longer. It attends to the newest position, which it writes,
+    and to none behind it. In e4m3 each position has scales of its own."""
     from fast.kernels.attention import attend
 
     H, G, K, near, far = 2, 1, 16, 64, 128
@@ -183,7 +184,7 @@ def test_a_token_is_picked_from_any_number_of_blocks(blocks: int) -> None:
 @pytest.mark.parametrize("pairs", [1, 3, 4, 5, 8, 9, 23])
 @pytest.mark.parametrize("experts", [1, 2, 7])
 def test_tiles_hold_every_pair_once(pairs: int, experts: int) -> None:
-    """Of four pairs at most, one expert each; whether all choose one expert, or each another."""
+    """A tile has at most four pairs, all of one expert. All pairs choose one expert, or several."""
     block = 4
     for ids in (
         torch.zeros(pairs),

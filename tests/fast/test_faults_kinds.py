@@ -78,7 +78,7 @@ def repeating_experts() -> Experts:
 
 
 def apart(run: Callable[[torch.Tensor], torch.Tensor]) -> list[str]:
-    """Whether the first row alone has the bits that it has beside the second one."""
+    """Findings if the first row alone has other bits than beside the second one."""
     x = cancelling(1024)
     return [] if torch.equal(run(x[:1]), run(x)[:1]) else ["bits: row 0 alone"]
 

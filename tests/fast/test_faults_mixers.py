@@ -4,9 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.support.fast_cases import (
-    slow_block,
-)
+from tests.support.fast_cases import slow_block
 from tests.support.fast_faults import Faults, as_tests
 from tests.support.fast_nodes import a_pass, node_findings, rounding_findings, row_findings
 from tests.support.fast_streams import clear_rows, norm, stream_findings

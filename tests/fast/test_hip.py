@@ -78,7 +78,8 @@ def test_the_code_object_is_one_for_gfx950(kernel: Kernel):
 
 
 def test_what_was_compiled_is_kept(kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
-    """By the source, the sizes and the compiler's version; a file that is there is not made again."""
+    """The file's name depends on the source, the sizes and the compiler's version. A file that is
+    there is not made again."""
     text, code = hip_compiler.assembly(kernel), hip_compiler.code_object(kernel)
     compiler = hip_compiler.find()
     kept = {suffix: hip_compiler.cached(compiler, kernel, suffix) for suffix in ("s", "hsaco")}
@@ -99,7 +100,8 @@ def test_what_was_compiled_is_kept(kernel: Kernel, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_a_source_includes_is_a_part_of_it(kernel: Kernel):
-    """Also what its header includes. A header that changes is compiled anew."""
+    """This holds for what its header includes, too. If a header changes, the kernel is compiled
+    anew."""
     kernel.source.write_text(f'#include "by.h"\n{SOURCE}'.replace("by *", "BY *"))
     by, inner = (kernel.source.with_name(name) for name in ("by.h", "inner.h"))
     by.write_text('#pragma once\n#include "inner.h"\n#include "by.h"\n')
@@ -158,7 +160,8 @@ def test_which_compiler_is_taken(machine: Callable[..., str]):
 
 
 def test_hipcc_gets_the_source_as_it_is(kernel: Kernel, tmp_path: Path):
-    """With ROCm's headers and libraries, and for a code object that is no bundle of several."""
+    """hipcc gets ROCm's headers and libraries, and makes a code object that is no bundle of
+    several."""
     calls = tmp_path / "calls"
     script = tmp_path / "hipcc"
     script.write_text(
@@ -178,7 +181,7 @@ def test_hipcc_gets_the_source_as_it_is(kernel: Kernel, tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["moe", "router"])
 def test_the_sources_compile_with_hips_headers(name: str, tmp_path: Path):
-    """As hipcc has them; those that Triton's package carries stand in for ROCm's."""
+    """hipcc includes these headers. Those that Triton's package carries stand in for ROCm's."""
     triton = pytest.importorskip("triton")
     include = Path(triton.__file__).parent / "backends" / "amd" / "include"
     compiler = hip_compiler.find()
@@ -245,7 +248,8 @@ class StandIn:
         return self.status
 
     def read(self, parameters: Any) -> list[int | float | None]:
-        """As the kernel would: three pointers, an int, a float, each where its pointer says."""
+        """Read the arguments as the kernel does: three pointers, an int and a float, each at its
+        pointer."""
         kinds = (ctypes.c_void_p,) * 3 + (ctypes.c_int32, ctypes.c_float)
         assert len(parameters) == len(kinds)
         return [

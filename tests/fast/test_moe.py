@@ -305,7 +305,8 @@ def test_an_intermediate_size_that_128_does_not_divide_is_padded(target: str):
 @pytest.mark.parametrize("target", ["gfx950", "sm_90"])
 @pytest.mark.parametrize("rows", ["", "interleaved16+"])
 def test_aiters_shuffled_tensors_come_back_as_the_same_experts(target: str, rows: str):
-    """Through `weights.layout`, gate and up rows interleaved or one after the other."""
+    """The tensors go through `weights.layout`. Rows of gate and up are interleaved, or one after
+    the other."""
     codes, scales, *down = stacked(3, 256, 128)
     gate_up = layout.pack(codes, f"{rows}aiter_weight")
     gate_up_scale = layout.pack(scales, f"{rows}aiter_scale")

@@ -127,7 +127,8 @@ def test_an_id_that_is_none_leaves_no_array_and_makes_its_row_nan(bad: int) -> N
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("place", [0, 63, 127])
 def test_a_nan_stays_in_its_row_and_is_not_hidden(place: int, kernel: str) -> None:
-    """Through router, experts and shared expert: NaN in that row's output, nothing in the others."""
+    """The NaN goes through router, experts and shared expert. It is in its row's output, and in no
+    other."""
     block = slow_block(16, 128, 128, 4, 128)
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     clean = block_output(block, x, kernel=kernel)

@@ -86,7 +86,7 @@ def test_no_offset_overflows(target: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("beyond", [False, True])
 def test_a_tensor_that_its_offsets_cannot_count_is_refused(beyond: bool) -> None:
-    """Such as the keys of 2^22 positions, two heads and 256 channels."""
+    """An example is the keys of 2^22 positions, two heads and 256 channels."""
     numel = NARROW + beyond
     given = {"keys": torch.empty(1, device=META).expand(numel), "weight": empty(NARROW + 1)}
     if not beyond:

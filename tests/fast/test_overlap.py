@@ -56,8 +56,8 @@ def pair(I: int, fp4: bool, with_shared: bool) -> tuple[Compiled, Compiled]:
 
 
 def too_early(text: str, before: Compiled, early: Compiled) -> list[str]:
-    """What a text does without having waited and has to wait for: whatever writes, and reads of what the
-    launch before may still write."""
+    """The lines that a text executes without having waited, and that have to wait: all writes, and
+    reads of what the launch before may still write."""
     unsafe = [before.launch.arguments[name] for name in before.written]
     safe = {
         name
@@ -85,7 +85,8 @@ def test_what_depends_on_the_launch_before_comes_after_the_wait(
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_each_wait_is_needed(case: tuple[int, bool, bool]) -> None:
-    """Without any one of them, that of the programs which compute nothing too, something is too early."""
+    """If any one of them is left out, something is too early. This includes the wait of programs
+    that compute nothing."""
     before, early = pair(*case)
     waits = early.text.count(WAIT)
     # One more where weights are loaded before it, and the shared expert's programs have their own.
@@ -95,7 +96,8 @@ def test_each_wait_is_needed(case: tuple[int, bool, bool]) -> None:
 
 
 def test_no_other_launch_begins_early() -> None:
-    """Of all kernels of the published model: another one needs cases of its own."""
+    """These are all kernels of the published model. Another one that begins early needs cases of
+    its own."""
     early = {
         launch.kernel.__name__
         for launch in launches("sm_90", lay_out)

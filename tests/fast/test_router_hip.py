@@ -1,6 +1,7 @@
-"""What the HIP kernel of the router has of its own, and whole blocks of HIP kernels, in the emulator.
+"""What only the HIP kernel of the router has, and whole blocks of HIP kernels, in the emulator.
 
-test_router.py has the checks of the choice that Triton's kernel shares with it."""
+test_router.py has the checks of the choice that it shares with Triton's kernel.
+"""
 
 import warnings
 from typing import Any

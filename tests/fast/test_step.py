@@ -143,7 +143,7 @@ def test_the_trunks_kernels_are_the_same_machine_code_at_every_depth(quick: Mode
 def test_a_state_goes_to_the_references_cache_and_back(
     slow: Model, quick: Model, prompt: list[int]
 ):
-    """In the middle of a text, the reference continues from the fast path's state."""
+    """The reference continues from the fast path's state in the middle of a text."""
     step = Step(quick, 64, 3)
     cache, token, hidden = begun(slow, prompt, 3)
     start(step, cache, token, hidden)
@@ -191,7 +191,7 @@ def extended(step: Step, parts: list[list[int]], cache: Cache, before: Tensor | 
 def test_a_prompts_tail_goes_through_passes_of_eight_rows(
     slow: Model, quick: Model, prompt: list[int]
 ):
-    """From the beginning of a prompt: 10 tokens are a full pass and one of two rows."""
+    """The tail is a whole prompt: its 10 tokens are a full pass and one of two rows."""
     step = Step(quick, 64, 3)
     cache, token, hidden = begun(slow, prompt, 3)
     found = extended(step, [prompt], slow.new_cache(), None)
@@ -215,7 +215,7 @@ def test_a_prompts_tail_goes_through_passes_of_eight_rows(
 
 
 def test_the_cuts_of_a_tail_decide_no_bit(slow: Model, quick: Model, prompt: list[int]):
-    """After some tokens in the cache, as after whole blocks."""
+    """The cache holds some tokens before the tail, as it does after whole blocks."""
 
     def computed(*cuts: int) -> dict[str, Tensor]:
         cache = slow.new_cache()

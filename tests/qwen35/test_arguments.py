@@ -62,7 +62,7 @@ def test_threads_are_set_before_the_work(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_more_threads_than_any_machine_has_are_refused(
     count: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In one line; torch's thread pool would end the process."""
+    """One line refuses them, because torch's thread pool would end the process."""
     with pytest.raises(SystemExit) as ended:
         run(Parser("x", "y"), lambda args: 0, ["--threads", count])
     assert ended.value.code == 2

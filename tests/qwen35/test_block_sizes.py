@@ -31,7 +31,7 @@ def changed(file: Path, place: int) -> None:
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_hash_for_each_whole_block(length: int) -> None:
-    """Of all ids up to its end, and of none behind it."""
+    """A hash depends on all ids up to the end of its block, and on none behind it."""
     ids = [(7 * i) % 1000 for i in range(length)]
     hashes = chained("00", ids)
     assert len(set(hashes)) == len(hashes) == 1 + length // 64
@@ -48,7 +48,7 @@ def test_a_hash_for_each_whole_block(length: int) -> None:
 def test_a_fingerprint_looks_at_both_ends(
     size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a file that is shorter than an end, as long as one or both, or longer."""
+    """The file is shorter than an end, as long as one or both of them, or longer."""
     monkeypatch.setattr(parallel, "ENDS", EIGHT)
     (tmp_path / "config.json").write_text("{}")
     file = tmp_path / "model.safetensors"
@@ -66,7 +66,7 @@ def test_a_fingerprint_looks_at_both_ends(
 def test_ranks_look_at_both_ends_of_a_checkpoint(
     ends: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With ends that meet, or leave one byte or two in the middle, or reach over it."""
+    """The ends meet, leave one byte or two between them, or overlap."""
     write(tmp_path, "0.8B", seed=1)
     checkpoint = Checkpoint(tmp_path)
     plan, (file,) = Plan(checkpoint.config, 1), sorted(tmp_path.glob("*.safetensors"))

@@ -1,8 +1,8 @@
-"""What a sequence carries on: cached passes against one forward, pieces against whole, roll-back.
+"""The state of a sequence: cached passes against one forward, pieces against whole, roll-back.
 
-Two kinds of claim. Cached against uncached is another order of summation: float64 must agree to
-rounding, float32 by the two-times rule. A row beside other rows, a prompt in other pieces, a
-roll-back: these promise the same bits, and the check is torch.equal.
+There are two kinds of claim. Cached and uncached passes sum in different orders: they have to agree
+to rounding in float64, and by the two-times rule in float32. A row beside other rows, a prompt in
+other pieces, and a roll-back promise the same bits, which torch.equal checks.
 """
 
 from collections.abc import Iterator
@@ -348,7 +348,7 @@ def test_an_empty_cache_has_parts_without_memory_on_its_device(kv_cache_dtype: s
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("mtp", [True, False])
 def test_snapshots_are_restored_one_behind_the_other(kv_cache_dtype: str, mtp: bool) -> None:
-    """Of three positions and then of five; the MTP head's rows are one behind."""
+    """The snapshots are of three positions and then of five. The MTP head's rows are one behind."""
     config = model_of("397B-A17B").config
 
     def passes(cache: Cache, T: int, mtp_rows: int, seed: int) -> None:

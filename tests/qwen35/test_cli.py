@@ -1,4 +1,4 @@
-"""What every command line shares: exit statuses that mean one thing each, and devices."""
+"""What all command lines share: exit statuses, each with one meaning, and devices."""
 
 import argparse
 import os
@@ -50,7 +50,7 @@ def test_bad_input_is_a_line_and_with_debug_its_traceback(
 
 
 def test_main_is_told_the_command() -> None:
-    """As a shell takes it."""
+    """`command_line` is quoted as a shell takes it."""
 
     def main(args: argparse.Namespace) -> int:
         assert args.command == "python -m tools.x 'a b' --debug"
@@ -127,7 +127,7 @@ def test_python_has_its_handler_back_when_the_work_begins() -> None:
 def test_a_closed_standard_stream_is_an_empty_one(
     words: str, status: int, out: str, err: str
 ) -> None:
-    """As cron and some supervisors start a process; Python has None for it."""
+    """cron and some supervisors start a process so; Python has None for the stream."""
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m {words}"], capture_output=True, text=True,
         cwd=Path(__file__).parents[2], check=False,

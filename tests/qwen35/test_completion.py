@@ -75,7 +75,7 @@ def test_a_stop_string_ends_a_text(model: Model) -> None:
 
 
 def test_a_stop_string_in_the_last_piece_ends_a_text() -> None:
-    """As where a vocabulary of bytes holds a run back to the end."""
+    """A vocabulary of bytes, for example, holds a run back to the end."""
 
     class Late:
         def push(self, token: int) -> str:

@@ -195,7 +195,7 @@ def test_a_missing_config_key_is_named(key: str) -> None:
 )
 @pytest.mark.parametrize("member", ["35B-A3B", "Qwen3-Next"])
 def test_a_missing_size_of_the_experts_is_named(member: str, key: str) -> None:
-    """Without its number of experts a model does not turn dense."""
+    """A model does not turn dense because its number of experts is missing."""
     without = {k: v for k, v in FAMILY[member].items() if k != key}
     with pytest.raises(InputError, match=f"{key} missing"):
         Config.from_dict(without)

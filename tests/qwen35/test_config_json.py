@@ -260,7 +260,7 @@ def test_layer_types_by_their_older_names() -> None:
 
 
 def test_an_interval_that_nobody_reads() -> None:
-    """Beside layer_types any value will do, and is named."""
+    """If layer_types is there, the interval may be anything, and a line names it."""
     document = FAMILY["35B-A3B"] | {
         "layer_types": ["full_attention"] * 8,
         "full_attention_interval": 0,

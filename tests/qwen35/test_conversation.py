@@ -77,8 +77,8 @@ class Terminal:
         return before
 
     def close(self) -> int:
-        """The status of the process, which is waited for. What it still shows is read, since otherwise it
-        could not end."""
+        """Wait for the process, and return its status. Its output is read, since otherwise it could
+        not end."""
         until = time.monotonic() + PATIENCE
         while self.process.poll() is None and time.monotonic() < until:
             if select.select([self.master], [], [], 0.1)[0]:
@@ -107,8 +107,8 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 def test_an_interrupt_ends_the_answer_and_not_the_conversation(
     terminal: Callable[..., Terminal], endless: Path
 ) -> None:
-    """What was printed stays and is in the next prompt, of which the prefix cache has the beginning; at
-    the prompt Ctrl-C ends the program."""
+    """The text that was printed stays and is in the next prompt, whose beginning the prefix cache
+    has. At the prompt, Ctrl-C ends the program."""
     running = terminal("--model", endless, "--chat", "--no-thinking", "--temperature", 0)
     running.wait_for("> ")
     running.press(f"{MESSAGE}\n".encode())
@@ -134,7 +134,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(
 def test_two_interrupts_in_a_row_end_the_program(
     terminal: Callable[..., Terminal], endless: Path
 ) -> None:
-    """Whether the second one comes in the same pass or at the prompt."""
+    """The second one comes in the same pass, or at the prompt."""
     running = terminal("--model", endless, "--chat", "--no-thinking", MESSAGE)
     running.wait_for("A{20}")
     running.press(CTRL_C)
@@ -266,7 +266,7 @@ def test_why_a_thought_is_no_answer(
 def test_over_several_ranks_an_interrupt_ends_the_program(
     endless: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once: ranks that waited for their pass to end would not stop in the same one."""
+    """It ends at once. Ranks that finished their pass first would not all stop in the same one."""
     tokenizer, model = Tokenizer(endless), load(endless)
     completer = Completer(model, tokenizer, Defaults.of_folder(endless, model.config, tokenizer))
     forward = model.forward

@@ -50,7 +50,8 @@ def test_a_node_of_the_mtp_head() -> None:
 
 @pytest.mark.parametrize("commands", ["q\n", "n\nq\n", "", "r\nq\n"], ids=repr)
 def test_leaving_the_debugger_ends_the_program(commands: str) -> None:
-    """With q, or at the end of the input, also where the forward returns; as Ctrl-C does."""
+    """One leaves with q or at the end of the input, also where the forward returns. The status is
+    that of Ctrl-C."""
     left = generate("--break", "layers.3.mlp", commands=commands)
     assert (left.returncode, left.stderr.strip()) == (130, ""), left.stderr
     assert left.stdout.count("in layers.3.mlp") == 1

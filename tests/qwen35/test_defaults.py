@@ -1,4 +1,5 @@
-"""What the files beside the weights say of stopping and drawing; nulls; and where two places disagree."""
+"""What the files beside the weights say about stopping and drawing; nulls; and places that
+disagree."""
 
 import json
 from dataclasses import replace
@@ -82,7 +83,7 @@ def test_a_null_size_is_missing(name: str) -> None:
      (Qwen3NextConfig, "Qwen3-Next")],
 )  # fmt: skip
 def test_defaults_are_transformers_own(theirs: Any, member: str) -> None:
-    """What a file may leave out, for each class of the family."""
+    """These keys may be missing in a file; the default is that of each class of the family."""
     names = [
         "norm_topk_prob", "decoder_sparse_step", "rms_norm_eps", "max_position_embeddings",
         "tie_word_embeddings", "linear_conv_kernel_dim",
@@ -271,7 +272,7 @@ def test_what_is_not_followed_is_named(tmp_path: Path) -> None:
 
 
 def test_every_key_of_transformers_is_decided(tmp_path: Path) -> None:
-    """With the value that is off there, nothing is said of it."""
+    """A key with the value that turns it off is not mentioned."""
     off = {
         k: v
         for k, v in GenerationConfig()._get_default_generation_params().items()
@@ -307,7 +308,7 @@ ON: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("document", OFF, ids=str)
 def test_what_is_off_is_not_named(tmp_path: Path, document: dict[str, Any]) -> None:
-    """By the tests that transformers makes before it uses the key."""
+    """transformers makes the same tests before it uses the key."""
     assert defaults(tmp_path, **document).not_followed == {}
 
 
@@ -352,5 +353,5 @@ def test_a_bad_value_is_named(tmp_path: Path, name: str, document: dict[str, Any
 
 
 def test_what_nothing_reads_may_be_anything(tmp_path: Path) -> None:
-    """Without drawing nobody looks at these, transformers included."""
+    """Where nothing is drawn, nobody reads these keys, transformers included."""
     assert defaults(tmp_path, temperature=-1, top_p=5, top_k="all").advice == PENALTIES

@@ -1,6 +1,6 @@
-"""What the decoder drafts is what a drafter without any memory would draft.
+"""The decoder drafts what a drafter without any memory would draft.
 
-Wrong drafts cannot change the tokens, only waste passes: no comparison of tokens sees them.
+Wrong drafts cannot change the tokens, only waste passes, so no comparison of tokens sees them.
 """
 
 import torch
@@ -53,8 +53,8 @@ def rounds(stop: frozenset[int]) -> tuple[set[int], set[int]]:
 
 
 def test_every_round_drafts_as_from_scratch() -> None:
-    """In float64, so that no near-tie decides; a prompt across the grid, some drafts refused. Also where
-    drafts that are refused would end the text: the head goes on from the same state."""
+    """float64 avoids near-ties. The prompt crosses the grid, and some drafts are refused. If a
+    refused draft would have ended the text, the head goes on from the same state."""
     drafted, text = rounds(frozenset())
     refused = drafted - text
     assert refused

@@ -74,7 +74,7 @@ def test_what_names_no_checkpoint(given: Any) -> None:
 
 
 def test_a_model_by_its_name(model: Model) -> None:
-    """As load and diff take it; a folder too."""
+    """`load` and `diff` take the same names. A folder is a name, too."""
     expected = qwen35.generate(model, TEXT, max_new_tokens=4).token_ids
     assert qwen35.generate("tiny", TEXT, max_new_tokens=4).token_ids == expected
     assert qwen35.generate(TINY, TEXT, max_new_tokens=4).token_ids == expected

@@ -63,7 +63,8 @@ def test_the_smallest_power_of_two_under_which_nothing_is_too_large(
 
 
 def test_rounding_is_to_the_nearest_with_ties_to_even() -> None:
-    """By hand at scale 1: steps of 32 up to 448, of 1 between 8 and 16."""
+    """The expected values are worked out by hand at scale 1: steps are 32 up to 448, and 1 between
+    8 and 16."""
     x = torch.tensor([448.0, 400.0, 432.0, 417.0, 8.5, 9.5, 8.75]).bfloat16()
     numbers, scale = to_e4m3(x)
     assert int(scale) == 127

@@ -172,7 +172,7 @@ def test_options_reach_the_generation(cli: Cli, small: Path) -> None:
 
 @pytest.mark.parametrize("depth", [0, 1, 5])
 def test_draft_tokens_change_no_token(cli: Cli, small: Path, depth: int) -> None:
-    """From the command line, too."""
+    """They change none on the command line, either."""
     common = ("abc", "--model", small, "--max-new-tokens", 10, "--ignore-eos", "--temperature", 1)
     found = document(cli, *common, "--draft-tokens", depth)
     assert found["token_ids"] == document(cli, *common)["token_ids"]
@@ -356,7 +356,7 @@ def test_bad_arguments(
 
 
 def test_bytes_on_standard_input_that_are_no_text(cli: Cli, small: Path) -> None:
-    """For a prompt and for a conversation."""
+    """They may be a prompt or a conversation."""
     assert_bad(cli("--prompt-file", "-", "--model", small, stdin=b"\xff\xfe"), "-", "utf-8")
     status, _, err = cli("--chat", "--model", small, stdin=b"\xff\xfe\n")
     assert status == 2
@@ -410,7 +410,7 @@ def test_bad_advice(cli: Cli, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("text", ["1,2,3", " 1, 2 ,3 "])
 def test_ids_may_have_spaces(text: str) -> None:
-    """As people write lists."""
+    """People write lists with spaces."""
     assert parse_ids(text) == [1, 2, 3]
 
 
@@ -540,7 +540,7 @@ def test_a_signal_ends_the_real_command(
 
 
 def test_a_reader_that_goes_away(process: Callable[..., subprocess.Popen], endless: Path) -> None:
-    """As in `| head`: the command ends by itself, without a traceback."""
+    """`| head` is one. The command ends by itself, without a traceback."""
     running = process("Hi", "--model", endless, "--max-new-tokens", 100_000)
     assert running.stdout is not None
     assert running.stdout.read(3) == b"AAA"

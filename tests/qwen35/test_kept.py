@@ -1,5 +1,7 @@
-"""What is kept from pass to pass, or from prompt to prompt, keeps no larger buffer alive: a view of one
-row counts as much memory as all of the buffer that it is a row of."""
+"""What is kept from pass to pass, or from prompt to prompt, keeps no larger buffer alive.
+
+A view of one row takes as much memory as the whole buffer that it is a row of.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,7 +82,7 @@ def test_the_states_after_a_prompt(chunk: int) -> None:
 
 @pytest.mark.parametrize("back", [0, 1, 3])
 def test_the_states_after_a_decode_pass(back: int) -> None:
-    """What is there for going back is one row and one state a token, whatever was taken back."""
+    """One row and one state a token are kept for going back, whatever was taken back."""
     model, cache, _ = prefilled(GRID + 9)
     for seed in range(2):
         model(token_ids(4, model, seed), cache)
@@ -93,7 +95,7 @@ def test_the_states_after_a_decode_pass(back: int) -> None:
 
 
 def test_a_copy_has_memory_of_its_own_and_no_more() -> None:
-    """Of a buffer with room to spare, and of states that are parts of others."""
+    """The copied buffer has room to spare, and the copied states are parts of other tensors."""
     model, cache, _ = prefilled(GRID + 9)
     model(token_ids(4, model), cache)
     cache.rollback(2)
@@ -207,7 +209,7 @@ def test_a_trace_keeps_the_rows_of_a_product_and_no_more(count: int) -> None:
 def test_a_comparison_keeps_the_outputs_of_its_passes_and_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """From stage to stage, and a node's state as it was before."""
+    """They are kept from stage to stage, with each node's state as it was before."""
     advance, call, seen = Side.advance, comparison.Call, set[str]()
 
     def advanced(self: Side, stage: str, outputs: list[Tensor]) -> None:

@@ -154,7 +154,7 @@ def test_nothing_is_computed_that_was_not_asked_for(
 
 
 def test_a_request_has_its_own(model: Model) -> None:
-    """Or that of the command line; a wrong number is one line."""
+    """A request without a number has that of the command line. A wrong number is one line."""
     tokenizer = Tokenizer(TINY)
     completer = Completer(model, tokenizer, Defaults())
     common = Settings(logprobs=1)

@@ -104,7 +104,7 @@ BAD: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize(("messages", "line"), BAD.values(), ids=BAD.keys())
 def test_a_bad_message_is_named(messages: Any, line: str) -> None:
-    """By its number and by the key."""
+    """The line names its number and the key."""
     with pytest.raises(InputError, match=line):
         parse_messages(messages)
 
@@ -134,7 +134,7 @@ def test_no_tools() -> None:
     ],
 )
 def test_an_answer_is_parted_from_its_thought(text: str, opened: bool, expected: Answer) -> None:
-    """What stands before the end of a thought is never content."""
+    """Text before the end of a thought is never content."""
     assert split_reasoning(text, opened=opened) == expected
 
 

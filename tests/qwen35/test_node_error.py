@@ -107,7 +107,8 @@ CONSTRUCTORS = {
 
 @pytest.mark.parametrize("kind", FORWARDS, ids=lambda kind: kind.__name__)
 def test_a_forward_that_breaks(kind: Any) -> None:
-    """In a generation, a trace and a comparison of both modes, with the exception as the cause."""
+    """It breaks in a generation, in a trace and in a comparison of each mode. The exception is the
+    cause."""
     model = load(TINY, swaps=[(NODE, kind)])
     runs = [
         lambda: qwen35.generate(model, "The whale", max_new_tokens=2),
@@ -142,7 +143,7 @@ def test_a_constructor_that_breaks(kind: Any) -> None:
 
 
 def test_a_whole_layer_has_its_signature_checked() -> None:
-    """As every other node."""
+    """Every other node has it checked as well."""
     with pytest.raises(InputError, match=r"layers\.2: Candidate\.forward takes \(x\)"):
         load(TINY, swaps=[("layers.2", Candidate)])
 
@@ -202,7 +203,8 @@ def test_a_module_that_cannot_be_imported(
 
 
 def test_a_router_has_two_outputs() -> None:
-    """Of any number of experts, which is compared and not refused; but of both, for every token."""
+    """It may choose any number of experts, which is compared and not refused. But it must give both
+    outputs, for every token."""
     model = small_model("397B-A17B")
     swap(model, "layers.0.mlp.gate", Candidate)
     gate = model.get_submodule("layers.0.mlp.gate")
@@ -215,7 +217,7 @@ def test_a_router_has_two_outputs() -> None:
 
 
 def test_other_exceptions_pass() -> None:
-    """Of a model without swaps, of what is not the model's, and of bad input."""
+    """They come from a model without swaps, from outside of the model, or from bad input."""
     model = small_model("397B-A17B")
     with pytest.raises(ZeroDivisionError), blaming(model):
         raise ZeroDivisionError
@@ -230,7 +232,7 @@ def test_other_exceptions_pass() -> None:
 
 
 def test_a_lost_rank_is_no_fault_of_a_node() -> None:
-    """Also in the forward of a node that has one inside which was put in."""
+    """It is none in the forward of a node that contains a swapped node, either."""
     model = small_model("397B-A17B")
     swap(model, "layers.0.mlp.shared_expert", Candidate)
 

@@ -58,7 +58,7 @@ def test_an_unknown_name() -> None:
 
 
 def test_the_embedded_model_by_its_name() -> None:
-    """What the docstring of the package promises."""
+    """The docstring of the package promises this."""
     model = qwen35.load("tiny")
     completion = qwen35.generate(model, "In the beginning", max_new_tokens=8)
     assert str(completion) == completion.text
@@ -72,7 +72,7 @@ def test_help_shows_no_address(name: str) -> None:
 
 
 def test_a_model_that_is_gone_takes_no_memory() -> None:
-    """What `generate` remembers of a folder does not keep its model."""
+    """What `generate` remembers about a folder does not keep its model alive."""
     model = qwen35.load("tiny")
     qwen35.generate(model, "In the beginning", max_new_tokens=1)
     gone = weakref.ref(model)

@@ -208,7 +208,7 @@ def test_the_fast_path_warns_of_another_triton(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_hip_kernels_without_their_card_are_refused_in_one_line(cli: Cli):
-    """Before weights are read, also where `auto` would take the reference."""
+    """They are refused before weights are read, also where `auto` would take the reference."""
     for path, message in (
         ("auto", "moe_kernel hip runs on gfx950; this is cpu"),
         ("fast", "moe_kernel hip runs on gfx950; this is cpu"),

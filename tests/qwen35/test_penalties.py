@@ -64,7 +64,7 @@ def test_presence_penalty_counts_the_text_alone(
 
 
 def test_repetition_comes_before_presence() -> None:
-    """As in vLLM: the division does not see what is subtracted."""
+    """vLLM has the same order: the division does not see what is subtracted."""
     seen = Seen([1], V)
     seen.add(2)
     scores = torch.full((V,), 4.0)
@@ -83,7 +83,7 @@ def test_repetition_comes_before_presence() -> None:
 def test_min_p_is_transformers_own(
     seed: int, min_p: float, temperature: float, top_k: int, top_p: float
 ) -> None:
-    """After temperature, top-k and top-p, in this order."""
+    """It comes after temperature, top-k and top-p, in this order."""
     scores = logits(seed)[None]
     scores = TemperatureLogitsWarper(temperature)(None, scores)
     if top_k:

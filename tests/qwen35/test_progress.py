@@ -17,7 +17,7 @@ def test_nothing_is_said_of_what_is_short(capsys: pytest.CaptureFixture[str]) ->
 def test_a_line_at_each_interval(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also while one step takes longer than that, and none after the end."""
+    """Lines appear while one step takes longer than an interval, and none appears after the end."""
     monkeypatch.setattr(progress, "EVERY", 0.05)
     with Progress("kernels", 121) as bar:
         bar.update(30)

@@ -1,4 +1,4 @@
-"""What a debugger shows of a state, and a text where ids are meant."""
+"""What a debugger shows for a state, and a text that is given instead of ids."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_a_trace_into_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_completion_is_its_text_and_not_its_model() -> None:
-    """As the last line of a notebook's cell shows it."""
+    """The last line of a notebook's cell shows this repr."""
     completion = qwen35.generate(load(TINY), "In the beginning", max_new_tokens=3)
     assert repr(completion) == f"Completion({completion.text!r}, 3 tokens, length)"
     assert repr(completion.generation) == (

@@ -95,7 +95,7 @@ def test_probabilities_against_a_plain_computation(
 
 
 def test_ties_go_to_the_lower_id() -> None:
-    """What is kept at an edge is defined, so that two machines keep the same."""
+    """The choice at an edge is defined, so that two machines keep the same tokens."""
     logits = torch.tensor([1.0, 3.0, 3.0, 3.0, 0.0])
     kept = probabilities(logits, Sampling(temperature=1.0, top_k=2))
     assert kept.tolist() == [0.0, 0.5, 0.5, 0.0, 0.0]
@@ -114,7 +114,7 @@ def test_the_logits_are_left_as_they_were() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_greedy_is_the_largest(dtype: torch.dtype) -> None:
-    """At any position and seed."""
+    """Neither the position nor the seed matters."""
     for seed in range(20):
         logits = random_logits(seed).to(dtype)
         expected = max(range(VOCAB), key=lambda i: (float(logits[i]), -i))
@@ -136,7 +136,7 @@ def test_padding_is_never_drawn(temperature: float) -> None:
 
 
 def test_what_is_filtered_out_is_never_drawn() -> None:
-    """Also for the extreme draws: nothing beyond the edges of the support."""
+    """500 draws are the whole support, and nothing beyond its edges."""
     logits = random_logits(2)
     sampling = Sampling(temperature=1.5, top_k=4, seed=3)
     support = set(probabilities(logits, sampling).nonzero().flatten().tolist())
@@ -232,7 +232,7 @@ def test_the_draws_follow_the_probabilities(sampling: Sampling) -> None:
 
 
 def test_the_seed_changes_the_draws() -> None:
-    """And nothing else does."""
+    """Nothing else changes them."""
     logits = random_logits(7)
 
     def draws(seed: int) -> list[int]:

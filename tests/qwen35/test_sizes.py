@@ -43,7 +43,7 @@ def test_both_command_lines_take_them(
     parser: Callable[[], argparse.ArgumentParser], before: list[str], option: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """By one rule, which their help says; what is no size is one line."""
+    """Both have one rule, which their help says. Anything that is no size is one line."""
     flag = f"--{option.replace('_', '-')}"
     for text in ("4GB", "4G", "4GiB", "512M"):
         assert getattr(parser().parse_args([*before, flag, text]), option) == size(text)

@@ -1,7 +1,8 @@
-"""Drafting changes the speed and nothing else: the tokens, and every bit of the logits behind them.
+"""Drafting changes the speed and nothing else: neither the tokens nor a bit of the logits behind
+them.
 
-On the embedded model, where drafts are often right, and on random small models, where they
-hardly ever are; with drafts forced right or wrong, both happen everywhere.
+Drafts are often right on the embedded model, and hardly ever on random small models. Some tests
+force them right or wrong, so that both happen everywhere.
 """
 
 import copy
@@ -152,7 +153,7 @@ def test_limits_cut_the_same_text(tokens: int) -> None:
 
 @pytest.mark.parametrize("at", [0, 1, 2, 4, 7])
 def test_a_stop_token_ends_the_text_at_any_depth(at: int) -> None:
-    """Also where it is in the middle of accepted drafts: it is the last token given."""
+    """It may be in the middle of accepted drafts: it is the last token given."""
     prompt = embedded_prompts()[2]
     whole, _ = run(embedded(), prompt, 0, HOT, tokens=16)
     ids = [token for token, _ in whole]
@@ -190,7 +191,7 @@ def test_prefill_chunks_agree(length: int, depth: int) -> None:
 
 
 def test_prefill_chunks_agree_on_the_embedded_model() -> None:
-    """In the checkpoint's own dtype."""
+    """The model has the checkpoint's own dtype."""
     prompt = (embedded_prompts()[2] * 8)[:300]
     expected, _ = run(embedded(), prompt, 3, tokens=8, chunk=4096)
     for chunk in (64, 128):
@@ -335,7 +336,7 @@ def very_small_model() -> Model:
 
 @torch.inference_mode()
 def next_distribution(ids: list[int], sampling: Sampling) -> list[float]:
-    """What the model itself gives after `ids`, from one plain forward."""
+    """The distribution that the model itself gives after `ids`, from one plain forward."""
     model = very_small_model()
     hidden = model(torch.tensor([ids]), model.new_cache())
     return probabilities(model.lm_head(hidden)[0, -1], sampling).tolist()

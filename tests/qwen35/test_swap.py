@@ -71,7 +71,7 @@ class Fused(nn.Module):
 
 
 def logits(model: Model) -> Tensor:
-    """Of a short prompt."""
+    """The logits of a short prompt."""
     return trace(model, IDS, "lm_head")["lm_head"]
 
 
@@ -104,7 +104,7 @@ def test_experts_in_another_layout_give_the_same_and_let_the_old_go() -> None:
 
 
 def test_a_block_puts_the_nodes_back() -> None:
-    """Also when it ends in an error."""
+    """It does so when it ends in an error, too."""
     model = small_model("35B-A3B")
     before, wanted = str(model), logits(model)
     with swapped(model, "layers.*.post_attention_layernorm", Doubled) as names:
@@ -185,7 +185,7 @@ def test_another_signature_is_refused() -> None:
 
 
 def test_a_refusal_of_the_node_comes_through() -> None:
-    """What `from_reference` cannot take is its own error."""
+    """If `from_reference` cannot take a node, its own error is raised."""
     with pytest.raises(InputError, match="MLP is no RMSNorm"):
         swap(small_model("35B-A3B"), "layers.0.mlp.shared_expert", Doubled)
 

@@ -78,7 +78,7 @@ def test_the_templates_own_file_wins(folder: Path) -> None:
 
 
 def test_the_hubs_helpers(folder: Path) -> None:
-    """What published templates use: loop controls, plain tojson, a date, trimming."""
+    """Published templates use loop controls, plain tojson, a date, and trimming."""
     (folder / "chat_template.jinja").write_text(
         "{% for i in range(5) %}\n  {% if i == 2 %}{% break %}{% endif %}\n{{ i }}\n{% endfor %}\n"
         "{{ {'a': '<é>'} | tojson }} {{ strftime_now('%Y') | length }}"
@@ -250,7 +250,7 @@ def test_tools_and_further_variables_reach_the_template(folder: Path, tools: Any
 
 
 def test_named_templates(folder: Path) -> None:
-    """With tools the template `tool_use` is taken where there is one; files before the config."""
+    """With tools the template `tool_use` is taken if there is one. Files come before the config."""
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     edit_json(folder / "tokenizer_config.json", chat_template=named)
     assert Tokenizer(folder).chat(USER).text == "plain"
@@ -303,7 +303,7 @@ def test_control_tokens_in_a_message_are_text(folder: Path, token: str, where: s
 
 
 def test_ordinary_messages_have_the_ids_of_their_text() -> None:
-    """Whether or not another message holds a token: text is encoded with what stands beside it."""
+    """Another message may hold a token or not. Text is encoded together with what stands beside it."""
     tokenizer = Tokenizer(TINY)
     plain = [{"role": "user", "content": " It's  1234 café\n\n"}]
     prompt = tokenizer.chat(plain)
@@ -461,7 +461,7 @@ def test_a_template_that_takes_too_much_memory(folder: Path, template: str) -> N
 
 
 def test_a_renderer_that_has_ended_is_one_error(folder: Path) -> None:
-    """As when the system takes its memory; the next template finds a new one."""
+    """The system may end it to get its memory. The next template gets a new one."""
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     assert Tokenizer(folder).chat(USER).text == "Hello!"
     process = templates.RENDER.process

@@ -21,7 +21,8 @@ class Screen(io.StringIO):
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_line_begins_at_the_left_edge(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in the middle of a text; where standard output is a file, the text stays what it is."""
+    """It does so in the middle of a text, too. If standard output is a file, the text is not
+    changed."""
     model, tokenizer = load("tiny"), Tokenizer(TINY)
     completer = Completer(model, tokenizer, Defaults.of_folder(TINY, model.config, tokenizer))
     settings = Settings(max_new_tokens=4)

@@ -22,7 +22,7 @@ SCRIPT = "import os, {package}; print(os.environ.get('GOMP_SPINCOUNT'))"
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """What torch is asked for, in an environment that asks for nothing."""
+    """The numbers of threads that torch is asked for, in an environment that asks for nothing."""
     found: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", found.append)
     for name in ASKED:
@@ -120,7 +120,7 @@ def test_it_is_set_before_torch_is_imported(module: str, monkeypatch: pytest.Mon
 
 
 def test_a_prefix_cache_keeps_numbers_of_threads_apart() -> None:
-    """What one thread computed is not taken over by two, whose bits may be others."""
+    """Two threads do not take over what one thread computed, because their bits may differ."""
     model, store = load(TINY), Memory()
     ids, found = list(range(70)), list[int]()
     for threads in (1, 2, 1, 2):

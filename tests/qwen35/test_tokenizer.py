@@ -186,7 +186,7 @@ def test_thinking_tokens_are_text(tokenizer: Tokenizer) -> None:
 
 
 def test_the_embedded_head_has_rows_of_padding() -> None:
-    """As published: fewer ids than rows of the head, so that masking is exercised."""
+    """The published heads have it too. There are fewer ids than rows, so that masking is exercised."""
     config = json.loads((TINY / "config.json").read_text())
     assert 0 < Tokenizer(TINY).size < config["text_config"]["vocab_size"]
 

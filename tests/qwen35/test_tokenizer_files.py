@@ -166,7 +166,7 @@ def test_flags_that_are_not_stated_are_the_librarys(folder: Path, special: bool)
 
 
 def test_the_older_file_yields_to_a_list_of_added_tokens(folder: Path) -> None:
-    """As in transformers, which reads it only where the newer list is missing."""
+    """transformers reads it only if the newer list is missing, too."""
     edit_json(folder / "special_tokens_map.json", bos_token="<|im_start|>")
     edit_json(folder / "tokenizer_config.json", added_tokens_decoder={}, eos_token="<|im_end|>")
     other = PreTrainedTokenizerFast.from_pretrained(folder).special_tokens_map

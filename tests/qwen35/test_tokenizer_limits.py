@@ -92,7 +92,7 @@ def test_a_pattern_that_backtracks_is_one_line(
 
 @pytest.mark.parametrize("mute", [True, False])
 def test_ctrl_c_passes(mute: bool, capfd: pytest.CaptureFixture[str]) -> None:
-    """And standard error is there again."""
+    """Standard error is restored."""
     for error in (KeyboardInterrupt, SystemExit):
         with pytest.raises(error), no_failure(Path("x"), mute=mute):
             os.write(2, b"unseen")

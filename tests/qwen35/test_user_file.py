@@ -56,7 +56,7 @@ def test_a_file_hides_no_module(file: str) -> None:
 
 @pytest.mark.parametrize("form", ["text", "pair", "swap", "swapped"])
 def test_a_class_of_a_file_replaces_nodes(file: str, form: str) -> None:
-    """In each form that names a class by a text, on the command line and in Python."""
+    """Each form of Python that names a class by a text is tried."""
     text = f"norm={file}:Norm"
     if form == "text":
         model = load("tiny", swaps=[text])

@@ -30,7 +30,7 @@ def test_is_torchs(
 
 
 def test_softplus_is_x_only_above_20() -> None:
-    """As torch's: the logarithm at 20 itself, which float64 tells from 20."""
+    """torch's is the same: at 20 itself it takes the logarithm, which float64 tells from 20."""
     below, above = torch.tensor([20.0]).double(), torch.tensor([20.25]).double()
     assert softplus(below).item() > 20
     assert softplus(above).item() == 20.25

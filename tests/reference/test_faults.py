@@ -69,8 +69,8 @@ def compare_mtp(model: Model, theirs: Any) -> float:
 
 @cache
 def truths(name: str) -> dict[float, dict[str, Tensor]]:
-    """By input scale what a module of transformers computes in float64: no fault reaches it, since it is
-    computed before any is planted."""
+    """The float64 outputs of a module of transformers, by input scale. They are computed before any
+    fault is planted, so that no fault reaches them."""
     wide = pair(MEMBER, torch.float64)
     return {
         scale: {what: truth for what, (_, truth) in COMPARISONS[name](*wide, PROMPT, scale).items()}
@@ -481,7 +481,7 @@ def test_fault_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_faults_do_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a fault is taken out the checks are clean again: order does not matter."""
+    """The checks pass again after a fault is taken out, so the order of the tests does not matter."""
     with monkeypatch.context() as patch:
         for plant in (norm_without_the_one, decay_after_the_read, rope_on_all_channels):
             plant(patch, small_model(MEMBER, seed=SEED))

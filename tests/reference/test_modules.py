@@ -155,10 +155,9 @@ def decode(
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", FAMILY)
 def test_cached_decode(name: str, length: int) -> None:
-    """As test_logits, with both caches in use; every layer's state at the end too (in float64: a
-    float32 state carries the rounding of all layers before it, and test_module compares each
-    alone).
-    """
+    """Both caches are in use. In float64 every layer's state at the end is compared, too. In
+    float32 a state carries the rounding of all layers before it, and test_module compares each
+    alone."""
     logits, yardstick, truths = [], [], []
     for seed in seeds(length):
         wide_logits, truth, states = decode(name, torch.float64, length, seed)

@@ -86,7 +86,8 @@ def test_drafting_float64(name: str, length: int) -> None:
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", MEMBERS)
 def test_first_pass_float32(name: str, length: int) -> None:
-    """With the same hidden states in both: the head alone, by the two-times rule."""
+    """Both heads get the same hidden states, so that the head alone is compared, by the two-times
+    rule."""
     model, _ = pair(name)
     ids = token_ids(length + 1, model)
     hidden = random(1, length, model.config.hidden_size, seed=3, dtype=torch.float32)

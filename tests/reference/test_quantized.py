@@ -31,7 +31,7 @@ def made(kind: str) -> tuple[nn.Module, Tensor]:
 
 @pytest.mark.parametrize("kind", ["mxfp4", "fp8"])
 def test_it_is_the_linear_layer_of_the_decoded_weight(kind: str) -> None:
-    """In the dtype of the numbers it gets, without a gradient."""
+    """The result has the dtype of the input, and no gradient."""
     layer, weight = made(kind)
     assert not any(p.requires_grad for p in layer.parameters())
     for dtype in (torch.float32, torch.bfloat16):

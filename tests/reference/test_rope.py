@@ -10,7 +10,7 @@ from reference.rope import apply_rope, rope_table
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_both_parts_are_cast(dtype: torch.dtype) -> None:
-    """From float32, in which the angles are computed whatever the dtype."""
+    """They are cast from float32, in which the angles are computed whatever the dtype is."""
     positions = torch.arange(300)
     cos, sin = rope_table(positions, 64, 1e7, dtype)
     wide_cos, wide_sin = rope_table(positions, 64, 1e7, torch.float32)
@@ -24,7 +24,7 @@ def test_the_table_is_where_the_positions_are() -> None:
 
 
 def test_an_angle_is_its_formula_at_any_position() -> None:
-    """As well as float32 holds the angle, which grows to 262,143."""
+    """It is as exact as float32 can hold an angle, which grows to 262,143."""
     positions = [0, 1, 255, 256, 65_537, 262_143]
     for rotary_dim, theta in ((64, 1e7), (16, 1e4)):
         table = rope_table(torch.tensor(positions), rotary_dim, theta, torch.float64)

@@ -1,8 +1,9 @@
 """A small shape of every family member, and models with random weights of these shapes.
 
 The structure is that of the member: 3:1 layers, head ratios, partial RoPE, top-k of many experts,
-tied or untied embeddings. The sizes differ from each other, so that mix-ups show: K != V, H != HV,
-I != shared I, and no matrix is square.
+tied or untied embeddings. Sizes differ from each other, so that mix-ups show: K != V, I != shared I,
+and H != HV but in the 0.8B. The only square matrices are those of keys and values where there are two
+KV heads.
 """
 
 from typing import Any

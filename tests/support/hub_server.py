@@ -105,7 +105,7 @@ class HubServer:
         return request
 
     def breaks(self, file: str) -> bool:
-        """Whether this body is to break. Decreases the count of breaks."""
+        """Return whether this body is to break. Decreases the count of breaks."""
         with self._lock:
             left = self.faults.breaks.get(file, 0)
             self.faults.breaks[file] = max(left - 1, 0)

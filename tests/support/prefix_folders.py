@@ -23,16 +23,12 @@ from tests.support.checkpoints import write
 
 ROOT = Path(__file__).parents[2]
 
-
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 2, "full_attention_interval": 2, "num_experts": 12, "num_experts_per_tok": 3,
     "max_position_embeddings": 16384,
 }  # fmt: skip
 
-
 PLENTY = 1 << 30
-
-
 TOKENS = 6
 
 

@@ -9,7 +9,7 @@ PIECE = re.compile(rf"({NUMBER.pattern}| ?\.\.\. ?)")
 
 
 def says(expected: str, line: str) -> bool:
-    """Whether a line is the page's: `...` is anything, and figures may be 5% off."""
+    """Return whether a line is the page's: `...` is anything, and figures may be 5% off."""
     pieces = PIECE.split(" ".join(expected.split()))
     pattern = "".join(
         ".*" if piece.strip() == "..." else

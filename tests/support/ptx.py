@@ -66,7 +66,7 @@ def written(ptx: str, names: list[str]) -> set[str]:
 
 
 def before_the_wait(ptx: str, names: list[str]) -> Iterator[Access]:
-    """What a kernel does on some way to it without having waited, however its branches go."""
+    """The accesses of a kernel that some way through its branches reaches without having waited."""
     code = instructions(ptx)
     found = accesses(code, names)
     labels = {label[1]: place for place, line in enumerate(code) if (label := LABEL.match(line))}

@@ -58,7 +58,8 @@ class Thread:
 
 
 def on_threads(size: int, work: Callable[[Ranks], T]) -> list[T]:
-    """What `work` returns on each rank of a group of threads. The first error is raised."""
+    """Run `work` as each rank of a group of threads, and return the results. Raises the first
+    error."""
     meeting = Meeting(size)
 
     def one(rank: int) -> T:
@@ -85,9 +86,9 @@ _PORTS = count()
 def free_port() -> int:
     """A port that nobody listens on now, nor takes before rank 0 does, seconds later.
 
-    Each process has 100 ports of its own, below torchrun's 29500 and those that the system gives to
-    connections. A port of the system's choice may be given to another test, whose ranks then join
-    the wrong group.
+    Each process has 100 ports, which it shares only with processes whose ids differ by a multiple of
+    190. They are below torchrun's 29500 and those that the system gives to connections. A port of the
+    system's choice may be given to another test, whose ranks then join the wrong group.
     """
     while True:
         port = 10_000 + os.getpid() % 190 * 100 + next(_PORTS) % 100

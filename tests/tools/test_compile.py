@@ -116,7 +116,7 @@ def spilling(target: str) -> Iterator[Launch]:
 
 @pytest.fixture(scope="module", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Of this file's own: each kernel is compiled in here, and once."""
+    """This file has a cache of its own, in which each kernel is compiled once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         yield
@@ -154,7 +154,7 @@ def cli(capfd: pytest.CaptureFixture[str], table: Path) -> Cli:
 
 
 def row_of(compiled: list[Compiled], name: str, target: str) -> tuple[Row, str]:
-    """And its assembly."""
+    """The row of a launch, and its assembly."""
     one = next(one for one in compiled if (one.name, one.target) == (name, target))
     assert one.row is not None, one.error
     return one.row, one.assembly
@@ -250,7 +250,7 @@ def test_occupancy_of_gfx950(vgpr: int, lds: int, warps: int, waves: float) -> N
 
 
 def test_occupancy_of_sm90() -> None:
-    """As NVIDIA's occupancy calculator has it."""
+    """NVIDIA's occupancy calculator gives the same."""
     assert occupancy_sm90(32, 0, 4) == 16
     assert occupancy_sm90(128, 0, 8) == 4
     assert occupancy_sm90(255, 0, 4) == 2
@@ -333,7 +333,7 @@ def test_faults_of_a_row(compiled: list[Compiled]) -> None:
 
 
 def test_no_figure_without_the_loop_of_the_weights(compiled: list[Compiled]) -> None:
-    """Of a launch that claims one byte more than its loop loads, and of a kernel without one."""
+    """One launch claims one byte more than its loop loads, and one kernel has no loop."""
     most = replace(streamed(num_warps=4), weight_bytes=8192)
     over = replace(most, name="over", weight_bytes=8193)
     arguments = {"x": empty(1024), "out": empty(1024), "SIZE": 1024}
@@ -482,7 +482,7 @@ def test_without_triton() -> None:
 
 
 def test_without_path_and_gpu(compiled: list[Compiled], tmp_path: Path) -> None:
-    """In a process with an empty environment, compiled anew."""
+    """The process has an empty environment, and compiles anew."""
     program = (
         "from tests.tools.test_compile import *; "
         "run(build_parser(), lambda args: main(args, samples), ['--json'])"
@@ -526,7 +526,8 @@ def test_the_projects_kernels_are_no_worse_than_the_committed_table(
 
 
 def test_the_hip_kernels_stand_beside_tritons(cli: Cli):
-    """Of the same work. No spills, and as many bytes of weights a vector instruction as are asked."""
+    """They do the same work. They have no spills, and load as many bytes of weights a vector
+    instruction as are asked."""
     status, out, _ = cli("--hip", "--check", "--json", "--match", "* D=4096 I=128")
     rows = {row["name"].split()[0]: row for row in json.loads(out)["kernels"]}
     assert status == 0 and list(rows) == ["experts", "gate_up", "down"]

@@ -140,7 +140,7 @@ def test_a_candidate_that_breaks_is_not_one_that_differs(
 def test_a_swap_that_passes_is_listed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the table, in JSON and on the page, with what it takes to run it again."""
+    """The table, the JSON and the page list it, with what it takes to run it again."""
     swap = f"layers.[26].mlp.shared_expert={HERE}:Healthy"
     page = tmp_path / "out.html"
     arguments = [folder, "--random", 9, "--seed", 3, "--swap", swap, "--layers", "1-2"]
@@ -201,7 +201,7 @@ def test_a_table_says_what_it_leaves_out(
 
 
 def test_layers_choose_what_is_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Those layers and no others; the swap outside of them is not seen."""
+    """Only those layers are compared. The swap outside of them is not seen."""
     swap = f"layers.6.mlp.shared_expert={HERE}:Swapped"
     status, out, _ = command(
         capsys, folder, "--ids", IDS, "--swap", swap, "--layers", "1-2", "--json"
@@ -214,7 +214,7 @@ def test_layers_choose_what_is_compared(folder: Path, capsys: pytest.CaptureFixt
 def test_mxfp4_against_bf16(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What differs are the routed experts, and what contains them."""
+    """Only the routed experts differ, and the nodes that contain them."""
     convert(folder, tmp_path / "mxfp4", Options("mxfp4"))
     status, out, _ = command(
         capsys, folder, "--against", tmp_path / "mxfp4", "--random", 70, "--json"

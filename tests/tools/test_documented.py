@@ -101,7 +101,8 @@ def test_the_small_examples_of_a_page_run(
 def test_the_second_run_of_a_prompt_hits(
     own_process: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As docs/exactness.md says: all whole blocks of the prompt are taken over, with the same digest."""
+    """docs/exactness.md says so: all whole blocks of the prompt are taken over, with the same
+    digest."""
     first, second = (one for one in EXAMPLES if "--prompt-file" in one.words)
     assert first.page == second.page == "docs/exactness.md" and first.words == second.words
     documented.prepare(first.page, own_process)
@@ -138,7 +139,7 @@ def test_a_long_command_can_be_parsed(command: str) -> None:
 
 
 def test_no_entry_is_left_over() -> None:
-    """And each has a kind and a reason."""
+    """Each entry has a kind and a reason."""
     assert documented.stale(EXAMPLES) == []
     for kind, reason in documented.ELSEWHERE.values():
         assert kind in documented.KINDS and kind != SMALL and reason

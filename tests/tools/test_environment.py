@@ -1,4 +1,4 @@
-"""What a bug report says, `--version`, and options that every command line refuses in the same way."""
+"""The report for a bug, `--version`, and options that every command line refuses in the same way."""
 
 import json
 import subprocess

@@ -38,7 +38,7 @@ def test_continuations_agree(length: int) -> None:
 
 
 def test_long_prompts_agree() -> None:
-    """Of many blocks: cut in other places, and hits in the middle."""
+    """The prompts have many blocks, are cut in other places, and hit in the middle."""
     prompt = prompt_of(700, 2000)
     found = list(cells(embedded(), prompt, "greedy", 3, 4096, tokens=6))
     found += list(cells(embedded(), prompt, "greedy", 1, 128, tokens=6))[:2]
@@ -48,8 +48,8 @@ def test_long_prompts_agree() -> None:
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_continuations_agree_with_more_threads(threads: int) -> None:
-    """Another number of threads may give other bits, but the same ones for every way to continue. In
-    float32, of which no bit is rounded away."""
+    """Another number of threads may give other bits, but every way to continue has the same ones.
+    The dtype is float32, which rounds no bit away."""
     model, prompt = load(TINY, dtype=torch.float32), prompt_of(130, 2000)
     torch.set_num_threads(threads)
     try:
@@ -62,7 +62,7 @@ def test_continuations_agree_with_more_threads(threads: int) -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """With a folder that another process wrote, as a user runs it."""
+    """It uses a folder that another process wrote, as a user runs it."""
     arguments = ["--lengths", "65", "130", "--depths", "3", "--chunks", "64", "--json"]
     with pytest.raises(SystemExit) as ended:
         run(build_parser(), main, [*arguments, "--new-tokens", "5"])
@@ -92,7 +92,7 @@ def test_few_hits(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_difference_is_found() -> None:
-    """In one bit of the digest, one token, or the drafts of one depth."""
+    """One bit of the digest differs, one token, or the drafts of one depth."""
     found = list(cells(embedded(), prompt_of(70, 2000), "greedy", 2, 64, tokens=4))
     assert not differing(found)
     for change in ({"digest": "0"}, {"tokens": (1, 2, 3, 4)}, {"drafts": ((9,), (9,))}):

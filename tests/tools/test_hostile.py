@@ -34,7 +34,7 @@ def test_what_is_damaged_is_a_checkpoint(whole: Path, tmp_path: Path) -> None:
 
 
 def test_a_number_makes_the_same_damage_and_each_another_one(whole: Path, tmp_path: Path) -> None:
-    """In one file, and in no more."""
+    """The damage is in one file, and in no more."""
     deeds: set[str] = set()
     for number in range(40):
         first, second = (copied(whole, tmp_path / f"{number} {i}") for i in range(2))

@@ -1,4 +1,4 @@
-"""What `tools.inspect` says of a checkpoint, against sums over the tensors themselves."""
+"""`tools.inspect` of a checkpoint, against sums over the tensors themselves."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def command(*arguments: str) -> tuple[int, str, str]:
 
 
 def bytes_of(document: dict[str, Any], part: str) -> int:
-    """Of all formats of a part."""
+    """The bytes of a part, in all formats together."""
     return sum(row["bytes"] for row in document["parts"] if row["part"] == part)
 
 

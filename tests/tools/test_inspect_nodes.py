@@ -28,7 +28,7 @@ def described(model: str) -> dict[str, Any]:
 
 
 def unfolded(document: dict[str, Any], path: str = "") -> dict[str, tuple[str, Any]]:
-    """By name of every node: its class and its own parameters."""
+    """The class and the own parameters of every node, by name."""
     nodes = {path: (document["class"], document["parameters"])}
     for inner in document["nodes"]:
         for name in inner["names"]:
@@ -65,8 +65,8 @@ def test_every_node_is_the_one_that_loading_builds(
 
 
 def test_alike_layers_share_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of the embedded model each kind of layer once, and 32 experts in one line of three matrices; no
-    line is wider than a terminal."""
+    """The embedded model has each kind of layer once, and 32 experts in one line of three matrices.
+    No line is wider than a terminal."""
     document = described("tiny")
     layers = next(one for one in document["nodes"] if one["names"] == ["layers"])
     assert [one["names"] for one in layers["nodes"]] == [list("012456"), list("37")]

@@ -1,4 +1,4 @@
-"""What `tools.inspect --prefix-cache` says of a folder, against the files themselves."""
+"""`tools.inspect --prefix-cache` of a folder, against the files themselves."""
 
 import json
 import os
@@ -201,7 +201,7 @@ def test_another_format_is_no_damage(cli: Cli, folder: Path, model: Model) -> No
 
 
 def test_nothing_is_changed(cli: Cli, folder: Path, model: Model) -> None:
-    """Not the order of use, not what somebody else is writing, and no lock is waited for."""
+    """The order of use stays, and so does what somebody else is writing. No lock is waited for."""
     (folder / ".half.unfinished").write_bytes(b"half")
     (folder / "notes.txt").write_text("notes")
     (folder / f"{'0' * 64}.safetensors").mkdir()

@@ -137,7 +137,7 @@ def test_survivors_run_again(answered: list[tuple[str, ...]], tmp_path: Path) ->
 
 
 def test_a_sample_is_the_same_every_time(answered: list[tuple[str, ...]], tmp_path: Path) -> None:
-    """And a larger one contains it, so that its results count on."""
+    """A larger sample contains it, so that its results still count."""
     counts = []
     for size in ("3", "3", "5", "9"):
         found = mutate.examine("qwen35/cache.py", parsed(tmp_path, "--sample", size), {})
@@ -231,7 +231,7 @@ def test_an_equivalent_mutant_is_one_place() -> None:
 
 
 def test_without_mutmut_it_is_one_line(tmp_path: Path) -> None:
-    """Or where it fails for another reason: the last line that it printed."""
+    """If mutmut fails for another reason, the line is the last one that it printed."""
     with pytest.raises(InputError, match=f"mutmut in {re.escape(str(tmp_path))}: .+"):
         mutate.mutmut(tmp_path, "run")
 

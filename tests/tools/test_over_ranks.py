@@ -25,7 +25,8 @@ def compared(ranks: Ranks, mode: Mode = "local") -> Report:
 
 
 def test_a_sharded_model_passes_node_by_node() -> None:
-    """What comes after each sum, the routers, and the states as wholes; four ranks share key heads."""
+    """The nodes are what follows each sum, and the routers; states are compared as wholes. Four
+    ranks share key heads."""
     for mode, size in (("local", 4), ("free", 2)):
         reports = on_threads(size, lambda ranks, mode=mode: compared(ranks, mode))
         assert all(report.passed for report in reports)
@@ -41,7 +42,7 @@ def test_a_sharded_model_passes_node_by_node() -> None:
 
 
 def test_a_sum_that_is_left_out_is_seen() -> None:
-    """At each node that has one, and at no norm."""
+    """It is seen at each node that has a sum, and at no norm."""
 
     def faulty(ranks: Ranks) -> Report:
         transport: Any = ranks.transport

@@ -60,7 +60,7 @@ def test_the_table(cli: Cli, saved: Path) -> None:
 
 
 def test_a_histogram(cli: Cli, saved: Path) -> None:
-    """Of the nodes that are asked for, with all counts."""
+    """The nodes that are asked for have one, with all counts."""
     status, out, _ = cli("--show", saved, "--node", "layers.1*.mlp")
     assert status == 0
     table, histogram = out.split("\n\n")
@@ -75,7 +75,7 @@ def test_a_histogram(cli: Cli, saved: Path) -> None:
 
 
 def test_as_json(cli: Cli, saved: Path, tmp_path: Path) -> None:
-    """With null for what NaN alone has not."""
+    """Statistics that a tensor of NaN alone does not have are null."""
     found = json.loads(cli("--show", saved, "--pattern", "*10*", "--json")[1])
     (node,) = found["nodes"]
     assert (node["name"], node["shape"], node["low"], node["high"]) == (

@@ -118,7 +118,7 @@ def test_every_shape_has_candidates(target: str, tp: int) -> None:
 def test_every_configuration_that_the_project_looks_up_can_be_measured(
     target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of each kernel and shape of the catalogue there is a subject of that name."""
+    """Each kernel and shape of the catalogue has a subject of that name."""
     asked: set[tuple[str, str]] = set()
     lookup = configs.lookup
 
@@ -245,7 +245,8 @@ class NoGraph:
 def swept(
     monkeypatch: pytest.MonkeyPatch, us: dict[int, list[float] | None], wrong: tuple[int, ...] = ()
 ) -> tuple[dict[str, Any], Config, list[int]]:
-    """Of 1 (the old one), 2 and 4 warps, whose times are in `us`, in the order that they are taken."""
+    """A sweep of 1 (the old number), 2 and 4 warps. `us` has their times, in the order in which
+    they are taken."""
     now: list[int] = []
     monkeypatch.setattr(tune, "in_force", lambda *_: {"num_warps": 1})
     monkeypatch.setattr(tune, "put_in_force", lambda *_: None)
@@ -329,7 +330,7 @@ def test_in_force_until_the_process_ends(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_bad_input_is_one_line(
     capsys: pytest.CaptureFixture[str], arguments: tuple[Any, ...], words: list[str]
 ) -> None:
-    """Before anything is measured; so is a missing GPU."""
+    """It is refused before anything is measured, and so is a missing GPU."""
     with pytest.raises(SystemExit) as ended:
         run(tune.build_parser(), tune.main, [*map(str, arguments)])
     out, err = capsys.readouterr()

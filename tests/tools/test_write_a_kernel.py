@@ -32,7 +32,7 @@ class Step(NamedTuple):
 
 
 def steps() -> Iterator[Step]:
-    """In the page's order. The first block is the listing."""
+    """The steps in the page's order. The first block is the listing."""
     files: dict[str, str] = {}
     change = ""
     kinds = BLOCK.findall(PAGE)[1:]
@@ -63,7 +63,7 @@ def test_the_listing_is_the_example() -> None:
 
 
 def test_every_block_is_part_of_a_step() -> None:
-    """So that nothing of the page goes unchecked."""
+    """Therefore no block of the page goes unchecked."""
     kinds = [kind for kind, _ in BLOCK.findall(PAGE)]
     assert set(kinds) == {"python", "sh", "text", "diff"}
     found = list(steps())

@@ -137,7 +137,8 @@ def test_values_are_compared_to_the_last(
 
 
 def test_files_are_filled_to_the_limit() -> None:
-    """To the byte; what is larger than a file may be has one of its own."""
+    """They are filled to the byte. A tensor that is larger than a file may be has a file of its
+    own."""
 
     def filled(*sizes: int) -> list[list[int]]:
         held: Any = [(SimpleNamespace(files=("a",)), (SimpleNamespace(nbytes=n),)) for n in sizes]
@@ -213,7 +214,8 @@ def test_a_header_that_is_as_long_as_the_first_request(
 def test_a_stream_is_read_to_the_byte(
     count: int, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In pieces of any size, from a server that sends all it has; no piece more than needed is taken."""
+    """The pieces have any size, and the server sends all that it has. No piece more than needed is
+    taken."""
     content, taken = bytes(range(50)), list[int]()
 
     def pieces() -> Iterator[bytes]:

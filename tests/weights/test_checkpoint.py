@@ -104,7 +104,7 @@ def test_tied_flag_may_stand_in_the_text_config(tmp_path: Path) -> None:
 
 
 def test_vision_tensors_are_listed_as_ignored(tmp_path: Path) -> None:
-    """What is left out is said, by its name in the file."""
+    """A tensor that is left out is named as in the file."""
     write(tmp_path)
     assert sorted(Checkpoint(tmp_path).ignored) == [
         "model.visual.blocks.0.norm1.bias",
@@ -191,7 +191,7 @@ def test_the_checkpoints_own_dtype_is_the_default(tmp_path: Path, stored: torch.
 
 
 def test_parameters_ask_for_no_gradients_and_the_model_is_in_eval_mode(tmp_path: Path) -> None:
-    """What is loaded is for inference."""
+    """A model is loaded for inference."""
     write(tmp_path, "0.8B")
     model = load(tmp_path)
     assert not model.training

@@ -165,7 +165,7 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
 
 
 def test_a_hub_model_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a network the line says why, and names what was asked for."""
+    """If there is no network, the line says why, and names what was asked for."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -316,7 +316,7 @@ def test_a_tensor_in_two_shards(sharded: Path) -> None:
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:
-    """As after a download that stopped."""
+    """A download that stopped leaves such a folder."""
     (sharded / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(InputError, match=r"model-00002-of-00002\.safetensors: no such file"):
         load(sharded)

@@ -217,7 +217,8 @@ def test_mxfp4_of_compressed_tensors(
 def test_packed_weights_are_converted(
     packed: tuple[Path, dict[str, Tensor]], tmp_path: Path, to: Any
 ) -> None:
-    """To AMD's names with the same bytes, with more of the model in MXFP4; and back to BF16."""
+    """They get AMD's names and keep their bytes, and more of the model is MXFP4. They are converted
+    back to BF16, too."""
     folder, expected = packed
     convert(folder, tmp_path / "out", Options(to, what="all-linear"))
     converted = Checkpoint(tmp_path / "out")

@@ -239,7 +239,7 @@ def test_options_that_do_not_fit(tmp_path: Path, options: list[str], words: str)
 
 
 def test_the_embedded_model_in_fp8(tmp_path: Path) -> None:
-    """From the command line; sizes below a block have one scale."""
+    """The command line converts it. A matrix smaller than a block has one scale."""
     command = [sys.executable, "-m", "tools.convert", "tiny", str(tmp_path / "out"), "--to", "fp8"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

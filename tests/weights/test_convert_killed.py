@@ -194,7 +194,7 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Children]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder can be read as a checkpoint; all else is one line."""
+    """Return whether a folder can be read as a checkpoint. If not, the error must be one line."""
     try:
         Checkpoint(folder)
     except InputError:
@@ -204,8 +204,8 @@ def is_complete(folder: Path) -> bool:
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_killed_at_every_step(tmp_path: Path, children: Children, size: int) -> None:
-    """Before each write, fsync, rename and removal: what is there is no checkpoint unless it is whole,
-    and the next run makes the same bytes of it."""
+    """It is killed before each write, fsync, rename and removal. The folder is no checkpoint unless
+    it is whole, and the next run makes the same bytes of it."""
     source, alone, target = (tmp_path / name for name in ("in", "alone", "out"))
     write(source, MEMBER, replace(QWEN3_5, mtp=False, visual=False), tokenizer=True, **LITTLE,
           moe_intermediate_size=64)  # fmt: skip

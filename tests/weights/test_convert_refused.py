@@ -261,7 +261,8 @@ def test_a_source_that_is_no_model(little: Path, capsys: pytest.CaptureFixture[s
 def test_folders_made_for_a_target_go_again(
     little: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those above it too; one that was there stays, and so does what a link points to."""
+    """The folders above it go, too. One that was there before stays, and so does what a link points
+    to."""
     edit_tensors(little, lambda tensors: tensors[FUSED][1, 40, 3].fill_(math.nan))
     check_refused(capsys, little, little.parent / "a/b/c", words=[FUSED])
     assert not (little.parent / "a").exists()
@@ -286,7 +287,7 @@ def test_folders_beside_the_weights_are_left_out(little: Path) -> None:
 
 
 def test_traces_of_another_conversion(little: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What was killed while it cleared up is finished by the same command only."""
+    """If a conversion was killed while it cleared up, only the same command finishes it."""
     target = little.parent / "out"
     convert(little, target, TO_MXFP4)
     (target / FINISHED).mkdir()

@@ -127,7 +127,8 @@ def test_a_dialect_is_the_model_of_its_decoded_values(
 
 @pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS.keys())
 def test_entries_are_the_parameters(written: Written, dialect: Dialect) -> None:
-    """Without a model: names, shapes, formats and values, in each dtype and in the default one."""
+    """No model is built: names, shapes, formats and values are compared, in each dtype and in the
+    default one."""
     folder, expected = written(dialect)
     checkpoint = Checkpoint(folder)
     assert checkpoint.problems == []
@@ -181,7 +182,8 @@ def test_the_claim_may_stand_in_the_text_config(written: Written, copied: Any) -
 
 @pytest.mark.parametrize("dialect", [MXFP4_MTP, QWEN3_5_FP8], ids=["mxfp4", "fp8"])
 def test_drafting_changes_nothing(written: Written, tmp_path: Path, dialect: Dialect) -> None:
-    """With and without drafts, quantised or decoded beforehand: the same tokens and logits."""
+    """Tokens and logits are the same with and without drafts, whether weights are quantised or
+    decoded beforehand."""
     folder, expected = written(dialect)
     write_plain(tmp_path, expected, torch.bfloat16, SIZES)
     prompt = list(range(3, 70))

@@ -209,18 +209,18 @@ BAD_FP8: dict[str, tuple[Change, list[str]]] = {
 
 @pytest.mark.parametrize(("change", "words"), BAD_MXFP4.values(), ids=BAD_MXFP4.keys())
 def test_bad_mxfp4_is_named(copied: Callable[..., Path], change: Change, words: list[str]) -> None:
-    """At load: the tensor, and both values where there are two."""
+    """The error at load names the tensor, and both values if there are two."""
     check_bad(copied(MXFP4_SHARED), change, words)
 
 
 @pytest.mark.parametrize(("change", "words"), BAD_FP8.values(), ids=BAD_FP8.keys())
 def test_bad_fp8_is_named(copied: Callable[..., Path], change: Change, words: list[str]) -> None:
-    """At load: the tensor, and both values where there are two."""
+    """The error at load names the tensor, and both values if there are two."""
     check_bad(copied(QWEN3_5_FP8), change, words)
 
 
 def check_bad(folder: Path, change: Change, words: list[str]) -> None:
-    """After `change`, loading is an error that holds the words."""
+    """Assert that loading after `change` is an error with these words."""
     edit_tensors(folder, change)
     with pytest.raises(InputError) as caught:
         load(folder)

@@ -350,7 +350,7 @@ def stretched(scale: Tensor, width: int) -> Tensor:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen(fault: str) -> None:
-    """By the check that the real one passes."""
+    """The check that the healthy decoder passes sees it."""
     weight, scale = random_bytes(150, 150), random_scale("block", 150, 150, torch.float32)
     with pytest.raises(AssertionError):
         check_decoded(FAULTS[fault](weight, scale), weight, scale, "block")
@@ -381,7 +381,7 @@ def whole(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("fault", ENCODER_FAULTS)
 def test_a_fault_of_an_encoder_is_seen(fault: str) -> None:
-    """By the check that the real one passes."""
+    """The check that the healthy encoder passes sees it."""
     weight = random_weight(5, 60)
     check_blocks(weight, *quantize_channels(weight), (1, 60))
     with pytest.raises(AssertionError):

@@ -188,7 +188,7 @@ Written = tuple[Path, dict[str, Tensor]]
 
 
 def test_entries_are_the_decoded_values(folder: Written) -> None:
-    """In each dtype, and of the shapes and formats that they have."""
+    """Each dtype is tried. Shapes and formats are those of the parameters."""
     path, expected = folder
     checkpoint = Checkpoint(path)
     assert checkpoint.entries.keys() == expected.keys()
@@ -237,7 +237,7 @@ def test_a_conversion_has_the_same_values(folder: Written, tmp_path: Path, to: A
 def test_inspect_counts_every_byte_once(
     folder: Written, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the weights and of the scales, however experts share them."""
+    """It counts those of the weights and of the scales, however experts share scales."""
     path, _ = folder
     status, out = inspected(path, capsys)
     assert status == 0, out
@@ -346,7 +346,7 @@ def test_both_kinds_of_scales_are_too_many(tmp_path: Path) -> None:
 
 
 def test_a_fused_scale_without_experts(tmp_path: Path) -> None:
-    """Of a layer that is not there."""
+    """The scale is that of a layer that is not there."""
     write(tmp_path, MEMBER)
     orphan = {f"{PREFIX}layers.99.mlp.experts.down_proj_scale_inv": torch.ones(8, 2, 2)}
     edit_tensors(tmp_path, lambda t: t.update(orphan))
@@ -414,7 +414,7 @@ def test_scales_that_are_powers_of_two(
 
 
 def test_one_scale_a_matrix_in_two_axes(tmp_path: Path) -> None:
-    """Without blocks (`weight_block_size` null) transformers writes [1, 1]."""
+    """transformers writes shape [1, 1] if there are no blocks (`weight_block_size` null)."""
     write(tmp_path, MEMBER, ONE_FILE, **QUANTIZED_SIZES)
     claim = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     edit_json(tmp_path / "config.json", quantization_config=claim | {"weight_block_size": None})

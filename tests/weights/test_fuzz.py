@@ -105,7 +105,7 @@ def fuzz(examples: int) -> Callable[[Any], Any]:
 
 
 def described(folder: Path) -> Header:
-    """Of each tensor in a folder its dtype, shape and bytes, for files whose headers can be read."""
+    """The dtype, shape and bytes of each tensor in a folder, for files whose headers can be read."""
     found: Header = {}
     for file in sorted(folder.glob("*.safetensors")):
         raw = file.read_bytes()

@@ -243,7 +243,7 @@ def test_the_walk(layout: str, shape: Place) -> None:
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_there_and_back(layout: str, data: st.DataObject, seed: int) -> None:
-    """For any shape: every byte comes back, the formula finds each, and the rest is filled with 0."""
+    """Every byte of any shape comes back, the formula finds each, and the rest is filled with 0."""
     shape = data.draw(shapes(layout))
     x = random_bytes(*shape, seed=seed)
     packed = pack(x, layout)
@@ -271,7 +271,8 @@ def test_leading_axes_are_matrices_apart(layout: str) -> None:
 
 @pytest.mark.parametrize("name", ["weight", "scale"])
 def test_a_chain_is_one_layout_after_the_other(name: str) -> None:
-    """From the left: the rows are interleaved first, and the other order gives other bytes."""
+    """The chain is read from the left: the rows are interleaved first. The other order gives other
+    bytes."""
     x = random_bytes(2, 64, 96)
     chained = pack(x, f"interleaved+aiter_{name}").data
     assert torch.equal(chained, pack(pack(x, "interleaved").data, f"aiter_{name}").data)

@@ -115,7 +115,7 @@ def as_bytes(groups: list[tuple[list[int], int]], rows: torch.Size) -> tuple[Ten
 
 
 def stated(weight: Tensor, **rule: object) -> tuple[Tensor, Tensor]:
-    """What `encoded` makes of weight [..., K]."""
+    """The weight that `encoded` makes of a weight [..., K]."""
     groups = weight.double().reshape(-1, GROUP).tolist()
     return as_bytes([encoded(group, **rule) for group in groups], weight.shape[:-1])  # type: ignore[arg-type]
 
@@ -190,7 +190,8 @@ def test_every_byte_with_every_scale(dtype: torch.dtype) -> None:
 
 
 def test_the_order_of_elements() -> None:
-    """By hand: low nibble first, and the second scale serves from element 32 on."""
+    """The example is made by hand: the low nibble comes first, and the second scale serves from
+    element 32 on."""
     packed = torch.tensor([[0x21, 0x43, 0x65, 0x97, *[0] * 12, 0xF1, *[0] * 14, 0x80]]).byte()
     scale = torch.tensor([[127, 129]]).byte()
     values = dequantize(packed, scale)
@@ -317,7 +318,8 @@ def test_chunks_do_not_show(groups: int, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("more", [-GROUP, 0, GROUP])
 def test_around_a_chunk(more: int) -> None:
-    """As many elements as a chunk, a group fewer, a group more: the parts give the whole."""
+    """There are as many elements as in a chunk, a group fewer, or a group more. The parts give the
+    whole."""
     weight = random_weight(6, CHUNK + more)
     middle = CHUNK // 2 + GROUP
     parts = zip(quantize(weight[:middle]), quantize(weight[middle:]), strict=True)
@@ -327,7 +329,7 @@ def test_around_a_chunk(more: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_inputs_are_left_as_they_were(dtype: torch.dtype) -> None:
-    """Of both directions, also with a group that is not finite."""
+    """Both directions leave them so, also with a group that is not finite."""
     weight = random_weight(7, 4, GROUP).to(dtype)
     weight[2, 2] = math.nan
     before = weight.clone()
@@ -383,7 +385,7 @@ def test_shapes_that_do_not_belong_together(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int32])
 def test_a_dtype_that_is_not_exact(dtype: torch.dtype) -> None:
-    """What was asked for, and what there is."""
+    """The error names the dtype that was asked for, and the one that there is."""
     packed, scale = quantize(torch.zeros(GROUP))
     text = message(lambda: dequantize(packed, scale, dtype))
     assert str(dtype) in text
@@ -440,7 +442,7 @@ def nibbles(packed: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("fault", DECODER_FAULTS)
 def test_a_fault_of_a_decoder_is_seen(fault: str) -> None:
-    """By the check that the real one passes."""
+    """The check that the healthy decoder passes sees it."""
     packed, scale = every_byte_and_scale()
     with pytest.raises(AssertionError):
         check_decoded(DECODER_FAULTS[fault](packed, scale), packed, scale)
@@ -491,7 +493,7 @@ def zeros(weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("fault", ENCODER_FAULTS)
 def test_a_fault_of_an_encoder_is_seen(fault: str) -> None:
-    """By the check that the real one passes."""
+    """The check that the healthy encoder passes sees it."""
     weight = adversarial()
     with pytest.raises(AssertionError):
         check_encoded(weight, *ENCODER_FAULTS[fault](weight))

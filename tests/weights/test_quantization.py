@@ -1,4 +1,4 @@
-"""What a `quantization_config` claims, and how it is compared with the tensors that are there."""
+"""The claims of a `quantization_config`, and how they are compared with the tensors that are there."""
 
 from typing import Any
 

@@ -101,7 +101,7 @@ def no_gradients():
 
 @functools.cache
 def whole_model(name: str) -> Model:
-    """In float64; nobody alters it."""
+    """The whole model in float64. Nobody alters it."""
     model = Model(Config.from_dict((WIDE | FAMILY)[name]))
     randomise(model, seed=5)
     return model.double().eval().requires_grad_(False)
@@ -125,8 +125,8 @@ def rank_model(whole: Model, plan: Plan, rank: int) -> Model:
 
 
 def contributions(model: Model) -> dict[str, Tensor]:
-    """What each module that is cut gives for the same random input: prefill and decode passes of every
-    mixer, every feed-forward and its two parts, in the trunk and in the MTP head."""
+    """The outputs of each module that is cut, for the same random input: prefill and decode passes
+    of every mixer, every feed-forward and its two parts, in the trunk and in the MTP head."""
     D = model.config.hidden_size
     passes = [noise(2, T, D, seed=T) for T in STEPS]
     cache = model.new_cache(batch=2)
@@ -269,7 +269,7 @@ def test_a_sound_plan_has_no_fault() -> None:
 
 @pytest.mark.parametrize("fault", WRONG_LINES)
 def test_a_wrong_line_is_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And at the module that is cut wrong, nowhere else."""
+    """It is seen at the module that is cut wrong, and nowhere else."""
     lines, module = WRONG_LINES[fault]
     monkeypatch.setattr(weights.shard, "TABLE", (*lines, *TABLE))
     assert kinds_of(red(whole_model(FAULTED), Plan(whole_model(FAULTED).config, 4))) == {module}
@@ -342,7 +342,7 @@ def with_experts(name: str, experts: int) -> Config:
 
 
 def kind_of(name: str) -> str:
-    """Without its numbers; a layer of the MTP head is a layer."""
+    """A module's name without its numbers. A layer of the MTP head counts as a layer."""
     return re.sub(r"\.\d+\.", ".N.", re.sub(r"^mtp\.layers", "layers", name))
 
 

@@ -81,7 +81,7 @@ def test_any_dtype_is_cut(dtype: torch.dtype) -> None:
 
 
 def test_one_range_is_cut_without_a_copy() -> None:
-    """Of a mapped checkpoint only the pages of a rank are read."""
+    """If the checkpoint is mapped, only the pages of a rank are read."""
     tensor = noise(8, 4)
     assert Shard(0, ((2, 4),)).cut(tensor).data_ptr() == tensor[2:].data_ptr()
     assert Shard(None).cut(tensor) is tensor

@@ -1,4 +1,4 @@
-"""What is written of a weight has the same bytes with any number of threads."""
+"""A written weight has the same bytes with any number of threads."""
 
 import pytest
 import torch

@@ -232,7 +232,7 @@ def test_the_first_difference_is_named(little: Path, capsys: pytest.CaptureFixtu
 
 
 def test_damage_is_no_difference(little: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What cannot be read, is missing or unfinished: one line and status 2."""
+    """A file that cannot be read, is missing or unfinished gives one line and status 2."""
     target = little.parent / "out"
     args = (little, target, "--to", "mxfp4", "--shard-bytes", 20_000, "--verify")
     stop_at(little, target, Options("mxfp4", shard_bytes=20_000), 0.5)

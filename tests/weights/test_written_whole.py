@@ -63,7 +63,7 @@ def is_write(call: ast.Call) -> bool:
 
 
 def test_every_file_goes_through_the_helper() -> None:
-    """Or stands in the list above, with its reason; the list holds nothing else."""
+    """A writer that does not is in the list above, with its reason. The list holds nothing else."""
     found: dict[tuple[str, str], list[int]] = {}
     for package in ("qwen35", "weights", "reference", "fast", "tools"):
         for file in sorted((ROOT / package).rglob("*.py")):
@@ -87,7 +87,8 @@ def full(*_: object, **__: object) -> None:
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its name in the error, and nothing beside it; the same for a file that is new."""
+    """The error names the file, and nothing is left beside it. A new file is treated in the same
+    way."""
     file = tmp_path / "report.json"
     write_whole(file, "old")
     with monkeypatch.context() as patch:

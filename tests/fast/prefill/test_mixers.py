@@ -52,7 +52,8 @@ def test_attentions_bits_are_the_same_in_one_pass_and_in_several():
 
 
 def test_attention_over_a_cache_in_e4m3_reads_what_the_cache_holds():
-    """Also of the pass's own rows, so that its bits do not depend on where a prompt is cut."""
+    """The pass reads its own rows from the cache too, so that its bits do not depend on where a
+    prompt is cut."""
     assert not cut_findings(a_pass("self_attn", 140, length=64, fp8=True), (64,))
 
 

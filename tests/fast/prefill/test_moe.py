@@ -88,7 +88,7 @@ def test_a_sort_finds_each_pair_and_asks_for_no_more_tiles_than_there_are():
 
 @pytest.mark.parametrize("linear", [True, False])
 def test_a_layer_of_one_expert(linear: bool):
-    """With several a row may choose otherwise than in float64."""
+    """The layer has a single expert, because of several a row may choose others than in float64."""
     sizes = {"num_experts": 1, "num_experts_per_tok": 1}
     assert not prefill_findings(a_pass("layer", 70, linear=linear, length=64, **sizes))
 

@@ -92,7 +92,7 @@ def test_a_fault_is_placed_among_all_stages(name: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(BY_PHASE))
 def test_a_state_fault_shows_after_the_first_pass(name: str, folder: Path) -> None:
-    """With a short prompt prefill is one pass: its rows pass, those of decode do not."""
+    """A short prompt is prefilled in one pass, whose rows are right. The rows of decode are not."""
     node, forward = FAULTS[name]
     report = diff(folder, IDS[:30], swaps=[(node, standing_in(forward))], dtype=torch.float32)
     assert report.rows[0].node == node
@@ -329,7 +329,8 @@ def test_a_better_node_passes_free(member: str, seed: int, pattern: str, members
 
 @pytest.mark.parametrize("name", list(FAULTS)[::3])
 def test_a_fault_is_seen_free(name: str, folder: Path) -> None:
-    """Not placed: it goes on. But the node is among those that fail."""
+    """In mode "free" the error goes on to later nodes, so the first row may be another node. The
+    faulty one is among those that fail."""
     node, forward = FAULTS[name]
     swaps = [(node, standing_in(forward))]
     report = diff(folder, IDS, swaps=swaps, dtype=torch.bfloat16, mode="free")

@@ -80,7 +80,7 @@ def scales_of(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
 
 
 def names_changed(change: Callable[[str], str]) -> Callable[[Any], Any]:
-    """Of what a fused tensor is split into."""
+    """Change the names of the parts that a fused tensor is split into."""
 
     def wrong(healthy: Any) -> Any:
         def split(*arguments: Any) -> Iterable[tuple[str, Any]]:
@@ -97,7 +97,7 @@ def gate_for_up(name: str) -> str:
 
 
 def next_expert(name: str) -> str:
-    """Of 12, or of 8."""
+    """Exchange the names of experts 0 and 1."""
     return re.sub(r"(?<=experts\.)\d", lambda m: {"0": "1", "1": "0"}.get(m[0], m[0]), name)
 
 

@@ -1,4 +1,4 @@
-"""What a row of a diff says of shapes, places and counts."""
+"""The shapes, places and counts in a row of a diff."""
 
 import math
 import re
@@ -135,7 +135,7 @@ def test_a_place_in_a_state(folder: Path) -> None:
 
 
 def test_a_place_in_a_decode_pass(folder: Path) -> None:
-    """Of one token, and of the last four."""
+    """One pass has one token, the other has the last four."""
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         out = type(self).forward(self, x).clone()
@@ -152,7 +152,7 @@ def test_a_place_in_a_decode_pass(folder: Path) -> None:
 
 
 def test_another_shape_stays_a_failure() -> None:
-    """Also when a later pass has the right one."""
+    """It stays one if a later pass has the right shape."""
     judge = Judge()
     for tested in (torch.ones(1, 3, 4), torch.ones(1, 2, 4), torch.ones(1, 3, 4)):
         judge.add("a", "output", "prefill", [torch.ones(1, 3, 4), torch.ones(1, 3, 4), tested])
@@ -181,7 +181,7 @@ def test_a_report_is_short() -> None:
 
 
 def test_nan_is_counted(folder: Path) -> None:
-    """In finite numbers, as JSON wants them."""
+    """All numbers of the row are finite, because JSON knows no others."""
     swaps = [("layers.1.input_layernorm", standing_in(with_element((0, 3, 5), math.nan)))]
     report = diff(folder, IDS[:20], swaps=swaps)
     row = row_of(report, "layers.1.input_layernorm")
@@ -246,7 +246,8 @@ def test_experts_that_rounding_may_flip(tmp_path: Path) -> None:
 
 
 def test_state_rows(folder: Path) -> None:
-    """Of each mixer, where it is: local by phase, free at the end and by stage."""
+    """Each mixer has rows for its state: one a phase in local mode, one at the end in free mode and
+    by stage."""
     local, free = (diff(folder, IDS, mode=mode) for mode in ("local", "free"))
     for node, tensors in ((DELTA, ("conv", "recurrent")), (ATTENTION, ("k", "v"))):
         for tensor in tensors:
@@ -306,7 +307,8 @@ def test_order_of_rows() -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 5, 63, 64, 65, 70, 130, 198, 1000])
 @pytest.mark.parametrize("decode", [0, 1, 4, 5, 6])
 def test_passes_take_each_token_once(tokens: int, decode: int) -> None:
-    """In order; prefill starts on the grid, decode takes at most four."""
+    """The tokens come in order. Prefill passes start on the grid; decode passes have at most four
+    tokens."""
     plan = passes(tokens, min(decode, tokens - 1))
     assert [t for _, first, end in plan for t in range(first, end)] == list(range(tokens))
     for phase, first, end in plan:
@@ -314,7 +316,7 @@ def test_passes_take_each_token_once(tokens: int, decode: int) -> None:
 
 
 def test_a_report_is_true_if_it_has_passed() -> None:
-    """So that `assert diff(...)` is a check."""
+    """Therefore `assert diff(...)` is a check."""
     good, bad = Row("a", "output", "prefill"), Row("b", "output", "prefill", passed=False)
     assert Report([good], Tokens(), [])
     assert not Report([good, bad], Tokens(), [])

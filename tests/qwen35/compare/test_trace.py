@@ -86,7 +86,7 @@ def test_what_is_no_prompt_is_named() -> None:
 
 
 def test_code_without_a_module_is_no_hindrance() -> None:
-    """Such as what `eval` runs in a node of somebody else's."""
+    """A node may run such code with `eval`."""
     model = small_model("397B-A17B")
     model.norm.register_forward_hook(lambda *_: eval("None", {}))
     assert "norm:x" in trace(model, IDS, "norm", named_locals=True)
@@ -94,7 +94,7 @@ def test_code_without_a_module_is_no_hindrance() -> None:
 
 @pytest.mark.parametrize("named_locals", [False, True])
 def test_the_callers_profiler_stays(named_locals: bool) -> None:
-    """Such as that of a tool that measures coverage."""
+    """A tool that measures coverage has one, for example."""
 
     def profiler(*_: object) -> None: ...
 

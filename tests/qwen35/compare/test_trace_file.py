@@ -106,7 +106,7 @@ def test_any_names_are_sorted(tmp_path: Path) -> None:
 
 
 def test_a_trace_is_read_with_its_ids(tmp_path: Path) -> None:
-    """By somebody who has the same config."""
+    """The reader has the same config."""
     file, model = tmp_path / "t", load(TINY)
     save_trace(file, {"a": X.T, "b": X.T}, model, [1, 2, 3])
     outputs, ids = read_trace(file, TINY)

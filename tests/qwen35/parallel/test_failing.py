@@ -1,4 +1,5 @@
-"""What ends all ranks: each with one status, with one line from rank 0, and soon."""
+"""Every event that ends all ranks. Each rank ends soon and with the same status, and rank 0 prints
+one line."""
 
 import argparse
 import os
@@ -75,7 +76,7 @@ NO_SIGN = "rank 1 has ended or hangs: no sign of life from it"
     ("do", "on", "line"), [("die", 0, "rank 0 has ended"), ("hang", 1, NO_SIGN)]
 )
 def test_a_rank_that_is_gone_is_noticed(tmp_path: Path, do: str, on: int, line: str) -> None:
-    """Also the one that keeps the store, and one that lives and does nothing."""
+    """The rank may be the one that keeps the store. It is also gone if it lives and does nothing."""
     processes = start(2, program(tmp_path, do, on))
     while processes[on].poll() is None and not is_stopped(processes[on].pid):
         time.sleep(0.05)
@@ -88,7 +89,7 @@ def is_stopped(process: int) -> bool:
 
 
 def test_a_rank_that_is_killed_in_the_middle_of_a_text() -> None:
-    """What rank 0 has printed stays; then there is its one line."""
+    """The text that rank 0 has printed stays, and its one line follows."""
     processes = start(2, generate("--tp", 2, "--ignore-eos", "--max-new-tokens", 20_000))
     shown = processes[0].stdout
     assert shown is not None and shown.read(4)
@@ -103,7 +104,7 @@ def generate(*arguments: object) -> list[object]:
 
 
 def test_ranks_that_disagree(tmp_path: Path) -> None:
-    """On the checkpoint, on arguments, on the program itself, on the number of ranks."""
+    """They disagree on the checkpoint, the arguments, the program itself, or the number of ranks."""
     other = tmp_path / "other"
     shutil.copytree(TINY, other)
     edit_tensors(other, lambda tensors: next(iter(tensors.values())).view(-1)[:1].add_(1))

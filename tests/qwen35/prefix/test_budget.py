@@ -62,7 +62,7 @@ class Kept:
         return sum(t.nbytes for _, tensors in self.store.held.values() for t in tensors.values())
 
     def size(self, ids: list[int], *, draft: bool = False, behind: list[int] = EMPTY) -> "Size":
-        """Of the segment of a prompt behind another one, in an empty store that has room."""
+        """The bytes of a prompt's segment behind another one, in an empty store that has room."""
         other = Kept(self.empty(), self.empty)
         if behind:
             other.keep(behind)
@@ -74,7 +74,7 @@ class Kept:
         return Size(other.store.size(segment), other.store.size(replace(segment, nbytes=nbytes)))
 
     def holds(self, ids: list[int], *, draft: bool = False) -> bool:
-        """Whether all of a prompt is there."""
+        """Return whether the store has all of a prompt."""
         cache = PrefixCache(small(0), budget=self.budget, store=self.store)
         reuse = cache.begin(ids, draft=draft)
         cache.release(reuse)
@@ -114,7 +114,8 @@ def test_a_single_segment(kept: Kept, less: int) -> None:
 
 @pytest.mark.parametrize("less", [0, 1])
 def test_replaced_by_a_larger_one(kept: Kept, less: int) -> None:
-    """With the drafting head's keys, beside another segment; what it replaces does not count."""
+    """The new segment has the drafting head's keys. The one that it replaces does not count,
+    another one does."""
     assert kept.size(A).there < kept.size(A, draft=True).there
     kept.budget = kept.size(B).there + kept.size(A, draft=True).coming - less
     kept.keep(A)
@@ -126,7 +127,7 @@ def test_replaced_by_a_larger_one(kept: Kept, less: int) -> None:
 
 
 def test_replaced_by_one_that_is_larger_than_all(kept: Kept) -> None:
-    """What was there stays."""
+    """The segment that was there stays."""
     kept.budget = kept.size(A, draft=True).coming - 1
     kept.keep(A)
     kept.keep(A, draft=True)
@@ -156,7 +157,7 @@ def test_continued_beside_another(kept: Kept, less: int) -> None:
 
 @pytest.mark.parametrize("less", [0, 1])
 def test_a_budget_that_is_smaller_than_before(kept: Kept, less: int) -> None:
-    """With the next segment as many go as have to, the oldest first, and not one more."""
+    """The next segment evicts as many as it has to, the oldest first, and not one more."""
     for ids in (A, B, C):
         kept.keep(ids)
     kept.budget = kept.size(C).there + kept.size(A, draft=True).coming - less

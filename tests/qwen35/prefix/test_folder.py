@@ -168,7 +168,7 @@ def test_damage(damage: Callable[[bytes], bytes], which: int, place: Path, model
 def test_damage_under_an_open_cache(
     damage: Callable[[bytes], bytes], place: Path, model: Model
 ) -> None:
-    """In place, in a file that this process has looked at before."""
+    """The damage is done in place, in a file that this process has looked at before."""
     kept = opened(place, model)
     assert ran(model, PROMPT, kept).cached_tokens == 320
     file = files(place)[1]
@@ -235,7 +235,7 @@ def test_a_dtype_that_is_not_its_own(place: Path, model: Model) -> None:
 
 
 def test_an_identity_that_is_not_its_own(place: Path, model: Model) -> None:
-    """Of a segment that is not the first one: no hash covers it."""
+    """The segment is not the first one, so that no hash covers its identity."""
     claimed = identity(model, "a") | {"dtype": "float16"}
     edit_metadata(files(place)[1], identity=json.dumps(claimed))
     assert_same(ran(model, PROMPT, opened(place, model)), model)
@@ -299,7 +299,7 @@ def test_another_file_in_the_place_of_one(place: Path, model: Model) -> None:
 def test_two_files_change_places(
     looked_at: bool, in_place: bool, tmp_path: Path, model: Model
 ) -> None:
-    """Of the same size and shapes, each whole."""
+    """Both are whole, and have the same size and shapes."""
     place = tmp_path / "prefixes"
     prompts = [PROMPT[:128] + [100 + id % 60 for id in random_ids(128, seed)] for seed in (1, 2)]
     kept = opened(place, model)
@@ -320,7 +320,7 @@ def test_two_files_change_places(
 
 
 def test_a_segment_that_others_continue_is_lost(tmp_path: Path, model: Model) -> None:
-    """What remains of the chain is of use again once the lost part is computed, wherever it ended."""
+    """The rest of the chain is used again once the lost part is computed, wherever that part ended."""
     place, ids = tmp_path / "prefixes", PROMPT
     assert ran(model, ids[:192], opened(place, model, interval=32)).cached_tokens == 0
     assert ran(model, ids, opened(place, model, interval=32)).cached_tokens == 192

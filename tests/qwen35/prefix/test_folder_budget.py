@@ -94,7 +94,7 @@ def test_the_longest_unused_goes_first(tmp_path: Path, model: Model) -> None:
 
 
 def test_the_end_goes_before_the_beginning(place: Path, model: Model) -> None:
-    """Of one chain, even where its beginning was used the longest ago."""
+    """The end of a chain is evicted first, even if its beginning was used the longest ago."""
     first, middle, last = files(place)
     for age, file in enumerate((last, middle, first)):
         os.utime(file, (1000 - age, 1000 - age))
@@ -227,7 +227,8 @@ def workers(tmp_path: Path, checkpoint: Path) -> Iterator[Callable[[], Worker]]:
 def test_two_processes_write_the_same(
     tmp_path: Path, model: Model, workers: Callable[[], Worker]
 ) -> None:
-    """At once, several times: both come to their ends, with the same bits, and the folder is whole."""
+    """They write at the same time, again and again. Both finish with the same bits, and the folder
+    is whole."""
     place, pair = tmp_path / "prefixes", [workers(), workers()]
     for worker in pair:
         assert "pid" not in worker.ask("run", 0, [1, 2, 3])  # both have started
@@ -262,7 +263,8 @@ def test_a_write_is_alone_and_whole(
 
 
 def test_a_writer_is_killed(tmp_path: Path, model: Model, workers: Callable[[], Worker]) -> None:
-    """At any moment: its locks go with it, what it left half-written is never used and goes too."""
+    """It is killed at any moment. Its locks go with it, and what it left half-written is never used
+    and is removed."""
     place, worker, chosen = tmp_path / "prefixes", workers(), random.Random(17)
     ids = random_ids(700, seed=3)
     for _ in range(6):

@@ -89,7 +89,7 @@ def test_another_swap(place: Path, model: Model) -> None:
 
 
 def test_an_identity_of_a_later_program(place: Path, model: Model) -> None:
-    """With a field that this one does not know: other bits, and a line that says so."""
+    """It has a field that this program does not know, which may mean other bits. One line says so."""
     later = identity(model, "a") | {"kernel": "2"}
     store = Folder(place, later)
     cache = PrefixCache(model, budget=PLENTY, store=store, checkpoint="a")
@@ -155,7 +155,7 @@ FAILURES: dict[str, Exception] = {
 def test_nothing_can_be_written(
     error: Exception, begun: bool, place: Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is there is used; of the rest one line says that it is not kept."""
+    """Segments that are there are used, and one line says that new ones are not kept."""
 
     def fail(tensors: Any, file: Path, claimed: Any) -> None:
         if begun:
@@ -184,7 +184,8 @@ def test_nothing_can_be_written(
 def test_damage_that_cannot_be_removed(
     place: Path, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a read-only folder: what is whole before it is used, and let go of afterwards."""
+    """The folder is read-only. The whole segments before the damage are used, and let go of
+    afterwards."""
     healthy = Path.unlink
 
     def unlink(self: Path, missing_ok: bool = False) -> None:
@@ -240,7 +241,8 @@ def test_the_folder_goes_in_mid_run(again: bool, place: Path, model: Model) -> N
 
 
 def test_the_fingerprint_tells_checkpoints_apart(tmp_path: Path, checkpoint: Path) -> None:
-    """By any weight near an end of a file, by the config, by when a file was changed."""
+    """They differ in a weight near an end of a file, in the config, or in the time of a file's last
+    change."""
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint, copy)  # with their times
     mark = fingerprint(checkpoint)

@@ -18,7 +18,8 @@ from tests.support.prefix_machine import small
 
 
 def test_a_block_is_hashed_with_the_hash_before_it() -> None:
-    """As 64 integers of 8 bytes, the lowest byte first; what follows the last whole block is not."""
+    """Its 64 ids are integers of 8 bytes, the lowest byte first. Ids behind the last whole block
+    are not hashed."""
     ids = [*range(1000, 1130)]
     expected = ["ab" * 32]
     for first in (0, 64):

@@ -57,7 +57,7 @@ def fault(machine: type[Machine]) -> Callable[[Plant], Plant]:
 
 
 def changed_tensor(name: str, change: Callable[[Tensor], Tensor]) -> Plant:
-    """What `keep` notes, with one tensor changed."""
+    """Change one of the tensors that `keep` notes."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
         healthy = PrefixCache.keep
@@ -129,7 +129,7 @@ def snapshot_shared_with_a_run_that_writes_into_it(patch: pytest.MonkeyPatch) ->
 
 @fault(InMemory)
 def an_answers_decode_state_published(patch: pytest.MonkeyPatch) -> None:
-    """At the end of a generation whose length is whole blocks."""
+    """The state is kept at the end of a generation whose length is whole blocks."""
     healthy = Decoder.round
 
     def round(self: Decoder, limit: int) -> list[tuple[int, Tensor]]:
@@ -247,7 +247,7 @@ def another_checkpoints_entries_used(patch: pytest.MonkeyPatch) -> None:
 
 @fault(InFolder)
 def bytes_not_checked(patch: pytest.MonkeyPatch) -> None:
-    """Of a file that says the right things about itself."""
+    """The file says the right things about itself, and nobody computes its checksum."""
     patch.setattr(prefix_files, "checksum", lambda said, tensors: said.get("sha256", "written"))
 
 

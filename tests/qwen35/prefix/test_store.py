@@ -17,7 +17,7 @@ def segment(key: str, nbytes: int = 12) -> Segment:
 
 
 def test_the_least_recently_used_comes_first() -> None:
-    """What is written once more, or pinned, is the newest."""
+    """A segment that is written once more, or pinned, becomes the newest."""
     store, x = Memory(), {"x": torch.zeros(3)}
     for key in "abca":
         assert store.write(segment(key), [], x) is None
@@ -57,7 +57,8 @@ def test_tensors_are_copied_when_they_are_stored() -> None:
 
 
 def test_a_folders_file_is_free_when_nobody_uses_it(tmp_path: Path) -> None:
-    """As another store of the folder sees it; what is gone is free, and may be discarded again."""
+    """Another store of the folder sees it so. A file that is gone is free, and may be discarded
+    again."""
     mine, theirs = Folder(tmp_path, {"a": "b"}), Folder(tmp_path, {"a": "b"})
     root, key = chained(root_of({"a": "b"}), [1] * 64)
     one = Segment(root, 0, 64, (key,), False, 12)

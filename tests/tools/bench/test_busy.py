@@ -14,7 +14,7 @@ from tools.bench import busy
 
 
 def test_the_loops_end_with_the_block() -> None:
-    """Also when it fails."""
+    """They end if it fails, too."""
     started: list[Any] = []
     popen = subprocess.Popen
 

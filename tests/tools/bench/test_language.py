@@ -1,4 +1,4 @@
-"""What MXFP4 costs the embedded model, in perplexity on text that it was not trained on."""
+"""The perplexity of the embedded model in MXFP4, on text that it was not trained on."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from weights.output import Options
 
 
 def perplexity(folder: Path, documents: list[str]) -> float:
-    """Of a token, over documents that each start anew."""
+    """The perplexity of a token, over documents that each start anew."""
     model, tokenizer = load(folder), Tokenizer(folder)
     start = tokenizer.encode(SEPARATOR)
     total = tokens = 0.0

@@ -90,7 +90,7 @@ def test_the_yardstick_errs_as_the_reference_in_bfloat16(
 
 
 def right(weights: Weights) -> mixture.Run:
-    """Without most of the roundings that the yardstick has."""
+    """The block without most of the roundings that the yardstick has."""
     return lambda case: mixture.mixture(weights, case, torch.float32).bfloat16()
 
 
@@ -118,7 +118,7 @@ def test_the_check_sees_a_wrong_result(
 
 
 def test_the_check_sees_other_bits(weights: Weights, generator: torch.Generator) -> None:
-    """In the last place, at every second launch; or of a row that is not alone."""
+    """The last place differs at every second launch, or in a row that is not alone."""
     cases = mixture.check_cases(2, 128, 8, 2, generator)[:1]
     launches = 0
 
@@ -243,7 +243,8 @@ SIZES = router.Sizes(16, 4, 32)
 def test_our_router_passes_the_check_in_the_emulator_of_gfx950(
     generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, sizes: router.Sizes
 ) -> None:
-    """With a shared expert and without; what is timed is the one launch that is checked."""
+    """It passes with a shared expert and without. The one launch that is checked is the one that is
+    timed."""
     pytest.importorskip("triton")
     monkeypatch.setattr(router, "run", emulate)
     weight = router.random_weight(sizes, 256, generator)
@@ -267,7 +268,7 @@ def test_router_peers_are_right(generator: torch.Generator) -> None:
 
 
 def test_the_router_alone(generator: torch.Generator) -> None:
-    """Without a shared expert there is nothing but ids and weights; `reference.moe` chooses the same."""
+    """Without a shared expert there are only ids and weights. `reference.moe` chooses the same."""
     sizes = router.Sizes(8, 2, 0)
     weight = router.random_weight(sizes, 128, generator)
     reference = Router(tiny()).bfloat16()
@@ -425,7 +426,7 @@ def command(
 def test_bad_input_is_one_line(
     capsys: pytest.CaptureFixture[str], op: ModuleType, arguments: tuple[Any, ...], words: list[str]
 ) -> None:
-    """Before anything is measured; so is a missing GPU."""
+    """It is refused before anything is measured, and so is a missing GPU."""
     status, out, err = command(capsys, op, *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1), err
     assert not [word for word in words if word not in err], err

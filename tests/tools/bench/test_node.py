@@ -129,7 +129,7 @@ def test_what_stays_in_the_cache_has_no_share_of_memory(
 def test_a_node_with_routed_experts_is_not_timed_itself(
     card: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nor are bytes told: a pass reads some of its weights."""
+    """Its bytes are not told either, because a pass reads only some of its weights."""
     _, out, _ = command(capsys, "--swap", f"layers.1.mlp={HERE}:Same", "--json")
     ours, reference = json.loads(out)["rows"]
     assert ours["us"] == 2.0 and ours["read_bytes"] is None and "floor_us" not in ours
@@ -176,7 +176,7 @@ def test_copies_exceed_the_cache_or_reach_the_most() -> None:
 
 
 def test_replacements_are_made_from_copies() -> None:
-    """What `from_reference` does to the node that it is given is not seen in the reference."""
+    """The reference does not see what `from_reference` does to its node."""
     norm = RMSNorm(8, 1e-6)
 
     class Greedy(Same):

@@ -1,4 +1,4 @@
-"""What `tools.bench prefill --peers` compares: the same operation, and the launches that belong to it."""
+"""`tools.bench prefill --peers` compares the same operation, and the launches that belong to it."""
 
 import pytest
 import torch

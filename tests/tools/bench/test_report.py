@@ -1,4 +1,4 @@
-"""What a benchmark prints: a table, or with --json one document."""
+"""A benchmark prints a table, or one document with --json."""
 
 import json
 

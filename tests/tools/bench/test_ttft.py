@@ -154,7 +154,7 @@ def test_what_the_cache_goes_on_without_ends_it(model: Model) -> None:
 def test_bad_input_is_one_line(
     capsys: pytest.CaptureFixture[str], arguments: tuple[Any, ...], words: list[str]
 ) -> None:
-    """Before anything is measured."""
+    """It is refused before anything is measured."""
     status, out, err = command(capsys, *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1), err
     assert not [word for word in words if word not in err], err

@@ -100,7 +100,7 @@ class Anywhere:
 
 @cache
 def lines() -> tuple[str, ...]:
-    """Those by hand, and one of each form in the compiled samples."""
+    """The lines that are written by hand, and one of each form in the compiled samples."""
     found = {line: line for line in BY_HAND.strip().splitlines()}
     for make in SAMPLES.values():
         compiled = target.compile_launch(make(np.random.default_rng(0)).launch, "gfx950")

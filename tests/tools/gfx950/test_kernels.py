@@ -59,7 +59,7 @@ def test_compiling_needs_no_data_and_leaves_the_driver(name: str):
 
 
 def test_launches_run_one_after_the_other_and_count_together():
-    """As `fast.launch.run` takes them: the second one reads what the first one wrote."""
+    """`fast.launch.run` runs them so, too: the second one reads what the first one wrote."""
     sample = SAMPLES["softmax"](np.random.default_rng(0))
     first, between = sample.launch, sample.output
     out = torch.empty_like(between)

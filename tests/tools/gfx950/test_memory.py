@@ -51,7 +51,7 @@ def test_write_after_read() -> None:
 
 
 def test_write_after_write() -> None:
-    """Of another value: copies of one value may come from all waves."""
+    """The second write has another value; copies of one value may come from all waves."""
     lds = Lds(1, 64, races=True)
     write(lds, 0, 7)
     write(lds, 1, 7)
@@ -61,7 +61,7 @@ def test_write_after_write() -> None:
 
 @pytest.mark.parametrize("wave", [1, 31])
 def test_a_barrier_parts_them(wave: int) -> None:
-    """In its own workgroup, and in no other."""
+    """A barrier parts the accesses of its own workgroup, and of no other."""
     lds = filled(2)
     for workgroup in (0, 1):
         read(lds, 0, workgroup=workgroup)
@@ -117,7 +117,7 @@ UNSIGNED = {"umin": 3, "umax": 2**32 - 5, "inc": 0, "dec": 3}
 @pytest.mark.parametrize("name", [*SIGNED, *UNSIGNED])
 @pytest.mark.parametrize("bits", [32, 64])
 def test_an_atomic_of_a_negative_number(name: str, bits: int) -> None:
-    """As an unsigned number it is among the largest."""
+    """Taken as unsigned, it is among the largest numbers."""
     operation, kind = INTEGER_ATOMICS[name]
     dtype = np.dtype(f"{kind}{bits // 8}")
     old, operand = (np.array([value]).astype(dtype) for value in (OLD, OPERAND))
