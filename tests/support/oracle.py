@@ -78,8 +78,13 @@ def within_twice(ours: Tensor, yardstick: Tensor, truth: Tensor) -> tuple[float,
     computations has the larger error (measured ratios for single rows are 0.2 to 10). float64
     comparisons check the formula in every row. This rule checks that float32 loses no more
     precision than necessary.
+
+    AssertionError if our dtype is narrower than that of `yardstick`: its epsilon would allow the
+    rounding.
     """
-    return row_error(ours, truth), 2 * row_error(yardstick, truth) + torch.finfo(ours.dtype).eps
+    eps = torch.finfo(ours.dtype).eps
+    assert eps <= torch.finfo(yardstick.dtype).eps, f"{ours.dtype} against {yardstick.dtype}"
+    return row_error(ours, truth), 2 * row_error(yardstick, truth) + eps
 
 
 # --- transformers' model with our weights
