@@ -22,11 +22,11 @@ from tests.support.fast_cases import (
 from tests.support.fast_faults import Check, Faults
 from tests.support.hip_cases import (
     as_hip_tests,
+    epochs_of,
     fences,
     hip_case,
     hip_kernels,
     persistent,
-    uneven,
 )
 from tools.gfx950.emulator import EmulatorError
 
@@ -90,7 +90,7 @@ def again() -> list[str]:
     """Several launches, with fewer and with more experts than the one before."""
     scratch, launches = Scratch(CPU), []
     for kind, rows in (("random", 3), ("ends", 2), ("different", 4)):
-        chosen = hip_case(routing(kind, rows, 3, 24))
+        chosen = hip_case(routing(kind, rows, 3, 24), D=384)
         launches, out = launches_of(chosen, scratch)
         try:
             emulated(launches)
@@ -99,7 +99,7 @@ def again() -> list[str]:
         if found := too_far(out, *expected(chosen)):
             return found
     try:
-        return [] if uneven(launches[0]) == 3 else ["arrived: other epochs"]
+        return [] if epochs_of(launches[0], blocks=3) == 3 else ["arrived: other epochs"]
     except AssertionError:
         return ["arrived: counters of one kind differ"]
 

@@ -71,14 +71,6 @@ def plant(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
             patch.delitem(sys.modules, module.__name__)
 
 
-def assert_found(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Plant a fault, and assert that its check has a finding of its kind."""
-    plant(what, folder, patch)
-    found = what.check()
-    assert found, "nothing was found"
-    assert {line.split(":")[0] for line in found} & set(what.kind.split()), found[0]
-
-
 def thirds(names: Iterable[str]) -> list[Any]:
     """Parameters of a test: every third name, and the others marked as slow.
 
@@ -90,12 +82,21 @@ def thirds(names: Iterable[str]) -> list[Any]:
     ]
 
 
-def as_tests(faults: Faults) -> tuple[Callable[..., None], Callable[..., None]]:
-    """The two tests of a file of faults: each fault is found, and without a fault nothing is found."""
+def as_tests(
+    faults: Faults, plant: Callable[[Fault, Path, pytest.MonkeyPatch], None] = plant
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The two tests of a file of faults: each fault is found, and without a fault nothing is found.
+
+    plant: plants a fault with files in a folder.
+    """
 
     @pytest.mark.parametrize("name", thirds(faults))
     def test_a_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        assert_found(faults[name], tmp_path, monkeypatch)
+        what = faults[name]
+        plant(what, tmp_path, monkeypatch)
+        found = what.check()
+        assert found, "nothing was found"
+        assert {line.split(":")[0] for line in found} & set(what.kind.split()), found[0]
 
     @pytest.mark.parametrize("check", faults.checks)
     def test_without_a_fault_nothing_is_found(check: Check):

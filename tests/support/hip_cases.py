@@ -1,7 +1,7 @@
 """Checks of the HIP kernels: what their counters hold, what their code waits for; and planted faults."""
 
 import re
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from fast.catalogue import hip_launches
 from fast.hip import HipLaunch
 from fast.launch import Launch
 from tests.support.fast_cases import TARGET, Case, case, launches_of
-from tests.support.fast_faults import Fault, Faults, thirds
+from tests.support.fast_faults import Fault, as_tests
 from tools.cards import workgroups_of_a_unit
 from tools.gfx950.assembly import Program, hot_cycle, parse
 from tools.gfx950.target import compile_launch
@@ -32,19 +32,22 @@ def hip_case(experts: Tensor, **arguments: Any) -> Case:
     return case(experts, kernel="hip", **arguments)
 
 
-def uneven(launch: Launch) -> int:
-    """The epochs that the launch's counters have counted. AssertionError unless all counters of a kind
-    stand at the same multiple of it."""
+def epochs_of(launch: Launch, blocks: int) -> int:
+    """The number of launches that the launch's counters have counted. AssertionError unless all counters
+    of a kind have the same value.
+
+    blocks: how many blocks of the output's columns the kernel computes (DOWN_BLOCKS in the source).
+    """
     counters = launch.arguments["counters"][:, 0]
-    groups = moe_hip.MAX_PAIRS, -launch.arguments["workgroups"]
-    arrived, stored, epochs = counters[: groups[0]], counters[groups[0] : groups[1]], None
-    epochs = counters[groups[0] :]
-    epochs, stored = epochs[epochs > 0], stored[stored > 0]
-    assert len(arrived.unique()) == 1, arrived
-    last = int(epochs[-1])
-    assert int(arrived[0]) % last == 0 and (stored[:1] == moe_hip.MAX_PAIRS * last).all()
-    assert (epochs[-launch.arguments["workgroups"] :] == last).all(), epochs
-    return last
+    sizes = [moe_hip.MAX_PAIRS, blocks, launch.arguments["workgroups"]]
+    arrived, stored, epochs, unused = counters.split([*sizes, len(counters) - sum(sizes)])
+    count = int(epochs[0])
+    assert (epochs == count).all(), epochs
+    assert (arrived == arrived[0]).all() and arrived[0] > 0, arrived
+    assert int(arrived[0]) % count == 0, arrived
+    assert (stored == moe_hip.MAX_PAIRS * count).all(), stored
+    assert not unused.any(), unused
+    return count
 
 
 def fences(chosen: Case) -> list[str]:
@@ -155,18 +158,4 @@ def plant(what: Fault, folder: Path, patch: pytest.MonkeyPatch) -> None:
     patch.setenv("XDG_CACHE_HOME", str(folder))
 
 
-def as_hip_tests(faults: Faults) -> tuple[Callable[..., None], Callable[..., None]]:
-    """The two tests of a file of faults: each fault is found, and without a fault nothing is found."""
-
-    @pytest.mark.parametrize("name", thirds(faults))
-    def test_a_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        plant(faults[name], tmp_path, monkeypatch)
-        found = faults[name].check()
-        assert found, "nothing was found"
-        assert {line.split(":")[0] for line in found} & set(faults[name].kind.split()), found[0]
-
-    @pytest.mark.parametrize("check", faults.checks, ids=lambda check: check.__name__)
-    def test_without_a_fault_nothing_is_found(check: Callable[[], list[str]]):
-        assert not check()
-
-    return test_a_fault_is_found, test_without_a_fault_nothing_is_found
+as_hip_tests = partial(as_tests, plant=plant)
