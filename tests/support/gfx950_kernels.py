@@ -245,12 +245,13 @@ def make_softmax(rng: np.random.Generator) -> Sample:
 def make_top_k(rng: np.random.Generator) -> Sample:
     N, K = 200, 4
     x = torch.from_numpy(rng.integers(0, 50, (3, N)).astype(np.float32))  # with many ties
-    value, index = empty(3, K), torch.full((3, K), -1, dtype=torch.int32)
-    expected = np.argsort(-x.numpy(), axis=1, kind="stable")[:, :K]
+    both = torch.full((2, 3, K), -1, dtype=torch.int32)
+    value, index = both[0].view(torch.float32), both[1]
+    places = np.argsort(-x.numpy(), axis=1, kind="stable")[:, :K]
+    largest = np.take_along_axis(x.numpy(), places, 1)
+    expected = np.stack([largest.view(np.int32), places])
     arguments = {"x": x, "value": value, "index": index, "N": N, "K": K, "B": 256}
-    return Sample(
-        Launch("top_k", top_k, (3, 1, 1), arguments, {"num_warps": 4}), index, expected, 0
-    )
+    return Sample(Launch("top_k", top_k, (3, 1, 1), arguments, {"num_warps": 4}), both, expected, 0)
 
 
 def make_sort(rng: np.random.Generator) -> Sample:
