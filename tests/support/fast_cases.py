@@ -231,8 +231,8 @@ def counters(launches: Iterable[Launch]) -> list[str]:
 
 
 def waits_for_stores(compiled: CompiledKernel) -> bool:
-    """Whether each wave of a kernel waits for its stores to global memory before the barrier that
-    precedes the increment of the arrival counter. A single wave needs no barrier."""
+    """Return whether each wave of a kernel waits for its stores to global memory before the barrier
+    that precedes the increment of the arrival counter. A single wave needs no barrier."""
     lines = compiled.text.splitlines()
     names = [line.split()[0] if line.split() else "" for line in lines]
     raised = names.index("global_atomic_add")
@@ -250,19 +250,24 @@ def output(chosen: Case, *, seed: int | None = None, batch: int = 32) -> Tensor:
     return out.fill_(torch.nan) if counters(launches) else out
 
 
-def too_far(got: Tensor, yardstick: Tensor, truth: Tensor) -> list[str]:
-    """Findings of the two-times rule, row by row, on the largest errors of ours and of the
-    reference."""
-    assert got.dtype == yardstick.dtype == torch.bfloat16
+def judged(name: str, got: Tensor, yardstick: Tensor, truth: Tensor) -> list[str]:
+    """Findings of the two-times rule, row by row, on the largest errors of ours and of the bf16
+    reference, which `yardstick` is. All have the rows first."""
+    assert got.dtype == yardstick.dtype, f"{name}: {got.dtype} against {yardstick.dtype}"
     if got.isnan().any():
-        return [f"unwritten: {int(got.isnan().sum())} of {got.numel()}"]
-    ours, theirs = ((x.double() - truth).abs().amax(-1) for x in (got, yardstick))
-    most = 2 * theirs + HALF_STEP * truth.abs().amax(-1)
+        return [f"unwritten: {name}, {int(got.isnan().sum())} of {got.numel()}"]
+    ours, theirs = ((x.double() - truth).flatten(1).abs().amax(1) for x in (got, yardstick))
+    most = 2 * theirs + HALF_STEP * truth.flatten(1).abs().amax(1)
     return [
-        f"numbers: row {row} is off by {error:.2e}, allowed {limit:.2e}"
+        f"numbers: {name}, row {row} is off by {error:.2e}, allowed {limit:.2e}"
         for row, (error, limit) in enumerate(zip(ours.tolist(), most.tolist(), strict=True))
         if not error <= limit
     ]
+
+
+def too_far(got: Tensor, yardstick: Tensor, truth: Tensor) -> list[str]:
+    """The findings of `judged` on the rows of an output."""
+    return judged("out", got, yardstick, truth)
 
 
 def expected(chosen: Case) -> tuple[Tensor, Tensor]:
@@ -370,8 +375,7 @@ def choice_findings(
     """Findings on the fast router: ids have to be equal and in the same order, weights up to
     float32 rounding.
 
-    The rounding error of exp grows with its argument. For tiny weights it is measured relative to
-    1.
+    The rounding error of exp grows with its argument, so weights may also differ by 1e-12.
     """
     ids, weights = gate(x)
     with warnings.catch_warnings():

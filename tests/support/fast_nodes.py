@@ -22,7 +22,7 @@ from qwen35.cache import DeltaState, FP8KVCache, KVCache, from_e4m3, to_e4m3
 from qwen35.config import Config
 from reference.model import Model
 from tests.support.family import FAMILY, randomise
-from tests.support.fast_cases import CPU, HALF_STEP, TARGET, counters, emulated, random
+from tests.support.fast_cases import CPU, TARGET, counters, emulated, judged, random
 from tools.gfx950.emulator import EmulatorError
 
 SIZES = {"linear_key_head_dim": 16, "linear_value_head_dim": 32, "num_hidden_layers": 4}
@@ -190,20 +190,6 @@ def fast(
             "recurrent": own.states[[p % len(own.states) for p in places]],
         }
     return Outcome(out.clone(), {key: tensor.clone() for key, tensor in left.items()})
-
-
-def judged(name: str, got: Tensor, yardstick: Tensor, truth: Tensor) -> list[str]:
-    """Findings of the two-times rule, row by row, on the largest errors of ours and of the bf16
-    reference."""
-    if got.isnan().any():
-        return [f"unwritten: {name}, {int(got.isnan().sum())} of {got.numel()}"]
-    ours, theirs = ((x.double() - truth).flatten(1).abs().amax(1) for x in (got, yardstick))
-    most = 2 * theirs + HALF_STEP * truth.flatten(1).abs().amax(1)
-    return [
-        f"numbers: {name}, row {row} is off by {error:.2e}, allowed {limit:.2e}"
-        for row, (error, limit) in enumerate(zip(ours.tolist(), most.tolist(), strict=True))
-        if not error <= limit
-    ]
 
 
 def node_findings(what: Pass, **settings: Any) -> list[str]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from fast.launch import Scratch, Work
 from fast.prefill import attention, deltanet, layer
 from qwen35.cache import DeltaState, FP8KVCache, KVCache
-from tests.support.fast_cases import CPU, NOWHERE
-from tests.support.fast_nodes import Outcome, Pass, fast_node, judged, numbers
+from tests.support.fast_cases import CPU, NOWHERE, judged
+from tests.support.fast_nodes import Outcome, Pass, fast_node, numbers
 from tools.gfx950.emulator import EmulatorError
 from tools.gfx950.target import emulate
 

@@ -1,7 +1,5 @@
 """Planted faults in the kernels for a prompt's rows: the checks must find each."""
 
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
@@ -18,14 +16,9 @@ from tests.support.fast_cases import (
     too_far,
     wide_block,
 )
-from tests.support.fast_faults import Check, Faults, assert_found, thirds
+from tests.support.fast_faults import Faults, as_tests
 from tests.support.fast_nodes import a_pass
-from tests.support.prefill_nodes import (
-    CPU,
-    Poisoned,
-    cut_findings,
-    prefill_findings,
-)
+from tests.support.prefill_nodes import CPU, Poisoned, cut_findings, prefill_findings
 from tools.gfx950.emulator import EmulatorError
 from tools.gfx950.target import emulate
 
@@ -139,11 +132,4 @@ fault("blocks of columns beyond the last one", LINEAR, delta_net, "memory",
       ("inside = (line < rows) & (n[None, :] < N)", "inside = line < rows"))  # fmt: skip
 
 
-@pytest.mark.parametrize("check", FAULTS.checks, ids=lambda check: check.__name__)
-def test_without_a_fault_nothing_is_found(check: Check):
-    assert not check()
-
-
-@pytest.mark.parametrize("name", thirds(FAULTS))
-def test_a_planted_fault_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert_found(FAULTS[name], tmp_path, monkeypatch)
+test_a_fault_is_found, test_without_a_fault_nothing_is_found = as_tests(FAULTS)

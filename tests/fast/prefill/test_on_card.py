@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 from fast.attention import GatedAttention
 from fast.deltanet import GatedDeltaNet
 from fast.layer import DecoderLayer
-from tests.support.fast_nodes import Pass, a_pass, judged
+from tests.support.fast_cases import judged
+from tests.support.fast_nodes import Pass, a_pass
 from tests.support.prefill_nodes import slow, state_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no card")
