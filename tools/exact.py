@@ -342,6 +342,9 @@ def main(args: argparse.Namespace) -> int:
     vocab = Tokenizer(folder).size if (folder / "tokenizer.json").exists() else None
     lengths, ways = walk(args)
     prompts = [prompt_of(length, vocabulary) for length in lengths]
+    for prompt, (depth, chunk) in product(prompts, ways):
+        # It refuses what is bad about any of them before the first one runs.
+        Generation(model, prompt, args.new_tokens, Sampling(), frozenset(), depth, chunk)
     found: list[Cell] = []
     of_a_way = sum(len(SAMPLINGS) * (states(length, args.hits) + 2) for length in lengths)
     with Progress("continuations", len(ways) * of_a_way) as progress:

@@ -14,6 +14,7 @@ from qwen35.load import TINY, load
 from qwen35.prefix.cache import PrefixCache
 from qwen35.sampling import Sampling
 from reference.model import Model
+from tests.support.command import in_process
 from tools import exact
 from tools.exact import build_parser, cells, differing, hit_lengths, main, prompt_of
 
@@ -71,6 +72,32 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["pass"] and not document["differ"]
     # Of each prompt: none, miss, hits, evicted, refilled, and two processes.
     assert document["cells"] == 2 * ((4 + 1 + 2) + (4 + 2 + 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--lengths", "65", "40000"), "the prompt has 40000 tokens, the context 32768"),
+        (("--lengths", "65", "-3"), "argument --lengths: '-3'; expected a number of at least 1"),
+        (("--depths", "3", "-1"), "argument --depths: '-1'; expected a number of at least 0"),
+        (("--chunks", "64", "100"), "prefill_chunk = 100; expected a multiple of 64, the grid"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_runs(
+    arguments: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The first of the two values is good, and would be computed for minutes."""
+    monkeypatch.setattr(Generation, "__iter__", lambda self: pytest.fail("a prompt was continued"))
+    status, out, err = in_process(build_parser, main, capsys)(*arguments)
+    assert (status, out, err) == (2, "", f"python -m tools.exact: {line}\n")
+
+
+def test_a_prompt_has_as_many_ids_as_are_asked_for() -> None:
+    """A longer one begins with the shorter one, beyond 65,536 ids too."""
+    longer = prompt_of(70_000, 2000)
+    assert len(longer) == 70_000 and max(longer) == 1999
+    assert longer[:3000] == prompt_of(3000, 2000)
 
 
 @pytest.mark.parametrize("length, hits, expected", [
