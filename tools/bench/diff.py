@@ -23,7 +23,7 @@ from tools.bench.mapped import write_sparse
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--lengths", type=at_least_one, nargs="+", default=[4, 64, 512, 2048])
-    parser.add_argument("--layers", type=int, nargs="*", default=[4, 40])
+    parser.add_argument("--layers", type=at_least_one, nargs="*", default=[4, 40])
     parser.add_argument("--intermediate", type=at_least_one, default=8192)
     parser.add_argument("--repeats", type=at_least_one, default=21)
     parser.set_defaults(threads=1)

@@ -26,7 +26,9 @@ from tools.bench import report
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="of routed experts")
+    parser.add_argument(
+        "--gigabytes", type=float, default=8.0, help="of routed experts, 0.1 to 500"
+    )
     parser.add_argument("--repeats", type=at_least_one, default=3)
 
 
@@ -100,6 +102,8 @@ def evict(file: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    if not 0.1 <= args.gigabytes <= 500:
+        raise InputError(f"--gigabytes {args.gigabytes:g}; expected 0.1 to 500")
     config = large_config(args.gigabytes)
     with tempfile.TemporaryDirectory() as folder:
         large = Path(folder)
