@@ -1,6 +1,7 @@
 """The planted faults of kernels, assembly and emulator, by kind, and the table of docs/trust.md."""
 
 import re
+import sys
 from collections import Counter
 
 import pytest
@@ -19,6 +20,14 @@ def test_a_fault_has_one_kind() -> None:
     assert set(names) <= {what.name for what in planted() if what.place != "assembly"}
     assert len({what.test for what in planted()}) == len(list(planted()))
     assert {what.kind for what in planted()} == {*KINDS, COMPUTED}
+
+
+def test_each_check_runs_without_a_fault() -> None:
+    """It does so in the file that it is of, if faults are planted for it there."""
+    for modules in (PLACES["Triton"], PLACES["HIP"]):
+        for check in (check for module in modules for check in module.FAULTS.checks):
+            home = sys.modules[check.__module__]
+            assert check in home.FAULTS.checks and home in modules, check
 
 
 def test_the_page_has_the_table() -> None:

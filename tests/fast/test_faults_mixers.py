@@ -4,22 +4,15 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.support.fast_cases import slow_block
+from tests.fast.test_faults import block_in_a_stream
 from tests.support.fast_faults import Faults, as_tests
 from tests.support.fast_nodes import a_pass, node_findings, rounding_findings, row_findings
-from tests.support.fast_streams import clear_rows, norm, stream_findings
 
 FAULTS = Faults()
 fault = FAULTS.add
 
 
 # ---- the checks
-
-
-def block_in_a_stream() -> list[str]:
-    slow = slow_block(16, 1024, 128, 4, 256)
-    before = norm(1, 1024)
-    return stream_findings(slow, before, norm(2, 1024), clear_rows(slow, before, 3))
 
 
 def delta_net() -> list[str]:
@@ -244,4 +237,4 @@ fault("new values without their scale", "attention", attention_in_e4m3, "numbers
     ("small = wide * _power_of_two(254 - exponent)", "small = wide"))  # fmt: skip
 
 
-test_a_fault_is_found, test_without_a_fault_nothing_is_found = as_tests(FAULTS)
+test_a_fault_is_found, test_without_a_fault_nothing_is_found = as_tests(FAULTS, __name__)

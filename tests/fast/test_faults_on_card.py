@@ -90,4 +90,4 @@ fault(
     ),
 )
 
-test_a_fault_is_found, test_without_a_fault_nothing_is_found = as_tests(FAULTS)
+test_a_fault_is_found, test_without_a_fault_nothing_is_found = as_tests(FAULTS, __name__)

@@ -132,4 +132,4 @@ fault("blocks of columns beyond the last one", LINEAR, delta_net, "memory",
       ("inside = (line < rows) & (n[None, :] < N)", "inside = line < rows"))  # fmt: skip
 
 
-test_a_fault_is_found, test_without_a_fault_nothing_is_found = as_tests(FAULTS)
+test_a_fault_is_found, test_without_a_fault_nothing_is_found = as_tests(FAULTS, __name__)
