@@ -44,6 +44,17 @@ def test_a_package_that_fails_is_one_line(
     assert err == "python -m tools.corpus: dict-devil: apt-get download: E: no such package\n"
 
 
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_file_in_the_place_of_the_folder(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is downloaded."""
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(corpus, "extract", lambda source: pytest.fail("a package was fetched"))
+    status, out, err = in_process(build_parser, main, capsys)(tmp_path / place)
+    assert (status, out, err.count("\n")) == (2, "", 1) and str(tmp_path / place) in err
+
+
 def test_the_version_is_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bin").mkdir()
     program(tmp_path / "bin", "apt-get", ': > "${3}_1_all.deb"')

@@ -64,6 +64,10 @@ def test_a_text_of_hip_kernels_is_the_references_too(cli: Cli, tmp_path: Path):
     ("arguments", "message"),
     [
         (("", "--max-new-tokens", 1), "the prompt is empty"),
+        (
+            ("In the", "--max-new-tokens", 32767),
+            "the prompt has 2 tokens, the context 32768; 32767 are to follow",
+        ),
         (("In", "--max-new-tokens", 0), "max_new_tokens = 0; expected at least 1"),
         (("In", "--max-new-tokens", 10**9), "the context 32768; 1000000000 are to follow"),
         (("In", "--draft-tokens", 9), "9 drafts a round; the fast path verifies 0 to 7"),
