@@ -2,8 +2,7 @@
 
 import json
 import re
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qwen35.cli import run
 from qwen35.config import Config
 from qwen35.errors import InputError
-from qwen35.load import load
-from reference.model import Model
 from tests.support.checkpoints import (
     INDEX,
     MXFP4_ATTENTION,
@@ -34,6 +30,8 @@ from tests.support.checkpoints import (
     group_projections,
     write,
 )
+from tests.support.command import outcome
+from tests.support.dialects import MEMBER
 from tests.support.family import FAMILY
 from tools.convert import build_parser, main
 from weights import mxfp4
@@ -42,20 +40,13 @@ from weights.convert import convert
 from weights.output import Options
 from weights.quantization import PREFIX
 
-MEMBER = "397B-A17B"
-
-
 SIZES = FAMILY[MEMBER] | QUANTIZED_SIZES
-
 
 CONFIG = Config.from_dict(SIZES)
 
-
 BF16, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
 
-
 TO_MXFP4, TO_BF16 = Options("mxfp4"), Options("bf16")
-
 
 ALL_LINEAR = Options("mxfp4", "all-linear")
 
@@ -98,13 +89,6 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert tensor.flatten().view(U8).equal(other.contiguous().flatten().view(U8)), name
 
 
-def quiet_load(folder: Path, dtype: torch.dtype | None = None) -> Model:
-    """Load a model; a warning is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        return load(folder, dtype=dtype)
-
-
 @contextmanager
 def untouched(folder: Path) -> Iterator[None]:
     """Assert that the block does not write, create, rename or remove anything in the folder."""
@@ -120,12 +104,10 @@ def untouched(folder: Path) -> Iterator[None]:
 
 EXPERTS_CHOSEN = r"layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj\.weight"
 
-
 LINEAR_CHOSEN = (
     r"(mtp\.)?layers\.\d+\.(mlp\.((shared_expert|experts\.\d+)\.)?(gate|up|down)_proj"
     r"|self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkvz?|in_proj_z|out_proj))\.weight"
 )
-
 
 CHOSEN = {"experts": EXPERTS_CHOSEN, "all-linear": LINEAR_CHOSEN}
 
@@ -184,42 +166,18 @@ SOURCES = {
     "qwen3-next fp8": QWEN3_NEXT_FP8,
 }
 
-
 MIXED = {
     "mxfp4, mixers fp8": MXFP4_ATTENTION,
     "mxfp4, mtp experts too": MXFP4_MTP,
     "mxfp4, shared expert too": MXFP4_SHARED,
 }
 
-
-@pytest.fixture(scope="module")
-def written(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[Dialect], tuple[Path, dict[str, Tensor]]]:
-    """A function that gives the folder of a dialect, which is written once, and its parameters."""
-    known: dict[Dialect, tuple[Path, dict[str, Tensor]]] = {}
-
-    def folder(dialect: Dialect) -> tuple[Path, dict[str, Tensor]]:
-        if dialect not in known:
-            path = tmp_path_factory.mktemp("source")
-            known[dialect] = path, write(path, MEMBER, dialect, **QUANTIZED_SIZES)
-        return known[dialect]
-
-    return folder
-
-
-Written = Callable[[Dialect], tuple[Path, dict[str, Tensor]]]
-
-
 MANY_SOURCES = {**SOURCES, **MIXED}
 
 
 def cli(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
     """Run `python -m tools.convert` in this process. Returns status, stdout and stderr."""
-    with pytest.raises(SystemExit) as left:
-        run(build_parser(), main, [str(argument) for argument in args])
-    out, err = capsys.readouterr()
-    return int(left.value.code or 0), out, err
+    return outcome(build_parser, main, capsys, *args)
 
 
 def check_refused(

@@ -5,22 +5,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from qwen35.cli import run
 from qwen35.generate import build_parser, main
 from qwen35.load import load
 from reference.model import Model
-from tests.support.checkpoints import (
-    QUANTIZED_SIZES,
-    Dialect,
-    Packing,
-    write,
-)
+from tests.support.checkpoints import QUANTIZED_SIZES, Dialect, Packing, write
+from tests.support.command import outcome
 
 MEMBER = "397B-A17B"
 
@@ -34,9 +28,9 @@ def repacked(dialect: Dialect, **packings: Packing) -> Dialect:
 @pytest.fixture(scope="module")
 def written(
     tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[..., tuple[Path, dict[str, Tensor]]]:
+) -> Callable[[Dialect], tuple[Path, dict[str, Tensor]]]:
     """A function that gives the folder of a dialect, which is written once, and its parameters."""
-    known: dict[Any, tuple[Path, dict[str, Tensor]]] = {}
+    known: dict[Dialect, tuple[Path, dict[str, Tensor]]] = {}
 
     def folder(dialect: Dialect) -> tuple[Path, dict[str, Tensor]]:
         if dialect not in known:
@@ -47,7 +41,7 @@ def written(
     return folder
 
 
-Written = Callable[..., tuple[Path, dict[str, Tensor]]]
+Written = Callable[[Dialect], tuple[Path, dict[str, Tensor]]]
 
 
 @pytest.fixture
@@ -70,10 +64,7 @@ def quiet_load(folder: Path, dtype: torch.dtype | None = None) -> Model:
 
 def cli(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
     """Run `python -m qwen35.generate` in this process. Returns status, stdout and stderr."""
-    with pytest.raises(SystemExit) as left:
-        run(build_parser(), main, [str(argument) for argument in args])
-    out, err = capsys.readouterr()
-    return int(left.value.code or 0), out, err
+    return outcome(build_parser, main, capsys, *args)
 
 
 RUN = ("--prompt-ids", "5,6,7", "--max-new-tokens", 6, "--ignore-eos")

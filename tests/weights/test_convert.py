@@ -22,7 +22,7 @@ from tests.support.checkpoints import (
     write,
     write_plain,
 )
-from tests.support.conversions import (  # noqa: F401
+from tests.support.conversions import (
     ALL_LINEAR,
     BF16,
     CHOSEN,
@@ -34,15 +34,13 @@ from tests.support.conversions import (  # noqa: F401
     SIZES,
     TO_MXFP4,
     U8,
-    Written,
     assert_same,
     contents,
-    quiet_load,
     tensors_of,
     untouched,
     wanted_of,
-    written,
 )
+from tests.support.dialects import Written, quiet_load, written  # noqa: F401
 from tests.support.family import FAMILY
 from weights import mxfp4
 from weights.checkpoint import Checkpoint
@@ -199,7 +197,7 @@ def test_all_linear_chooses_these_modules(written: Written, tmp_path: Path) -> N
 
 
 def test_all_linear_of_a_dense_model(tmp_path: Path) -> None:
-    """Of a model without experts there is something to quantise too, the MTP layer included."""
+    """A model without experts has something to quantise too, the MTP layer included."""
     values = write(tmp_path / "in", "27B")
     convert(tmp_path / "in", tmp_path / "out", ALL_LINEAR)
     config = Config.from_dict(FAMILY["27B"])

@@ -26,7 +26,7 @@ from tests.support.checkpoints import (
     logits_of,
     write,
 )
-from tests.support.conversions import (  # noqa: F401
+from tests.support.conversions import (
     CONFIG,
     F32,
     LITTLE,
@@ -35,17 +35,15 @@ from tests.support.conversions import (  # noqa: F401
     TO_BF16,
     TO_MXFP4,
     U8,
-    Written,
     assert_same,
     check_refused,
     cli,
     contents,
-    quiet_load,
     stop_at,
     tensors_of,
     wanted_of,
-    written,
 )
+from tests.support.dialects import Written, quiet_load, written  # noqa: F401
 from tests.support.family import FAMILY
 from tests.support.oracle import within_twice
 from weights.checkpoint import Checkpoint

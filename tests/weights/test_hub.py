@@ -29,7 +29,8 @@ from tests.support.checkpoints import (
     write,
     write_index,
 )
-from tests.support.conversions import contents, quiet_load
+from tests.support.conversions import contents
+from tests.support.dialects import quiet_load
 from tests.support.hub_server import HubServer
 from tests.weights.test_convert_killed import Children, is_complete
 from tools.inspect import describe, open_model
@@ -189,7 +190,7 @@ def test_room_for_what_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_source_can_be_kept(
     hub: HubServer, children: Children, place: Path, tmp_path: Path
 ) -> None:
-    """In the hub's own cache, where the next run finds it; the target holds no copy."""
+    """It is kept in the hub's own cache, where the next run finds it. The target holds no copy."""
     for target in (tmp_path / "a", tmp_path / "b"):
         status, _, err = children.run(NAME, target, *TO_MXFP4, "--keep-source")
         assert status == 0, err
@@ -204,7 +205,7 @@ def test_the_source_can_be_kept(
 def test_a_connection_that_breaks_once(
     hub: HubServer, children: Children, place: Path, tmp_path: Path
 ) -> None:
-    """In the middle of a shard's tensors: the client takes it up again."""
+    """It breaks in the middle of a shard's tensors, and the client takes it up again."""
     assert sum(r.method == "GET" for r in hub.log) == 0
     hub.faults.after = PROBABLY + 50_000  # beyond what is asked for as a header
     hub.faults.breaks = {}
@@ -273,7 +274,7 @@ def test_killed_in_a_shard(hub: HubServer, children: Children, place: Path, tmp_
 def test_killed_among_the_headers(
     hub: HubServer, children: Children, place: Path, tmp_path: Path
 ) -> None:
-    """Before anything is converted: the commit is settled already."""
+    """The process is killed before anything is converted. The commit is settled already."""
     target = tmp_path / "out"
     hub.faults.hold, hub.faults.after = SHARDS[3], 10
     pid = children.start(NAME, target, *TO_MXFP4)
@@ -425,7 +426,7 @@ def test_files_that_would_leave_the_folder(
 def test_a_disk_without_room_for_a_header_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its file; an error without a name is taken for one of standard output."""
+    """The line names its file. An error without a name would be taken for one of standard output."""
     repository = object.__new__(Repository)
     repository.name, repository.sizes = "a/b", {"x.safetensors": 1 << 62}
     monkeypatch.setattr(repository, "_first_bytes", lambda *_: (2).to_bytes(8, "little") + b"{}")

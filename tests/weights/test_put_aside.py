@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from qwen35.errors import InputError
 from qwen35.load import load
 from tests.support.checkpoints import QWEN3_5, edit_json, edit_tensors, logits_of, write
-from tests.support.conversions import quiet_load
+from tests.support.dialects import quiet_load
 from tools.convert import check
 from tools.inspect import describe, open_model
 from weights.checkpoint import Checkpoint
@@ -74,7 +74,8 @@ def test_a_head_of_another_dtype_is_compared_by_its_numbers(tmp_path: Path) -> N
 
 
 def test_a_head_alone_is_the_embedding_too(tmp_path: Path) -> None:
-    """As transformers ties them: the one that is there stands for both. A conversion keeps it so."""
+    """transformers ties them in the same way: the one that is there stands for both. A conversion
+    keeps it so."""
     write(tmp_path / "a", "0.8B")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     name = f"{PREFIX}embed_tokens.weight"
@@ -236,7 +237,7 @@ def test_other_frequencies_are_named(
 
 
 def test_every_tensor_that_is_not_used_is_named(tmp_path: Path) -> None:
-    """By its reason, in `tools.inspect`."""
+    """`tools.inspect` names it with its reason."""
     write(tmp_path, "35B-A3B", mtp_num_hidden_layers=0)
     buffer = f"{PREFIX}rotary_emb.inv_freq"
     edit_tensors(

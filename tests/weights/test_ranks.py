@@ -28,11 +28,11 @@ from tests.support.conversions import (
     assert_same,
     cli,
     contents,
-    quiet_load,
     stop_at,
     tensors_of,
     untouched,
 )
+from tests.support.dialects import quiet_load
 from tools.inspect import describe, open_model
 from tools.inspect_ranks import describe_rank, is_rank_folder
 from weights.checkpoint import Checkpoint
@@ -77,7 +77,7 @@ def without_order(document: dict[str, Any]) -> dict[str, Any]:
 def test_joined_ranks_are_the_conversion_that_was_never_cut(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dialect: Any, options: Options
 ) -> None:
-    """By the command that inspect names: every tensor, config.json and the small files."""
+    """The command that inspect names joins every tensor, config.json and the small files."""
     write(tmp_path / "in", MEMBER, replace(dialect, shards=2), **SIZES)
     convert(tmp_path / "in", tmp_path / "never-cut", options)
     cut = replace(options, tp=2, shard_bytes=200_000)
@@ -161,7 +161,8 @@ def test_loading_ranks_names_the_way_on(ranks: Path) -> None:
 
 
 def test_ranks_that_do_not_belong_together(ranks: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is missing, swapped, of another size or of other numbers is named, and nothing is written."""
+    """A rank is missing or swapped, or has another size or other numbers. The line names it, and
+    nothing is written."""
     one, two = ranks / "rank-0-of-2", ranks / "rank-1-of-2"
 
     def refused(*words: str) -> None:
@@ -213,7 +214,7 @@ def test_a_head_that_neighbours_share_has_to_be_the_same(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("size", ["3", "9999999999"])
 def test_a_group_of_an_unknown_size(size: str, tmp_path: Path) -> None:
-    """At once, however many folders that would be."""
+    """The answer comes at once, however many folders the group would have."""
     (tmp_path / f"rank-0-of-{size}").mkdir()
     with pytest.raises(
         InputError, match=f"holds a rank of {size}; known sizes of a group are 1, 2"

@@ -23,7 +23,8 @@ from tests.support.checkpoints import (
     logits_of,
     write,
 )
-from tests.support.conversions import cli, quiet_load
+from tests.support.conversions import cli
+from tests.support.dialects import quiet_load
 from tools.convert import check
 from tools.inspect import describe, inspect_checkpoint, open_model
 from weights.checkpoint import Checkpoint
@@ -170,7 +171,7 @@ def test_two_files_that_are_not_needed(parts: Path) -> None:
 
 
 def test_two_files_of_which_only_headers_are_there(parts: Path) -> None:
-    """Of a hub repository: the choice is said, with both files."""
+    """The repository is on a hub. The line gives the choice, with both files."""
     second(parts, lambda tensors: tensors["mtp.fc.weight"].mul_(2))
     checkpoint = Checkpoint(parts, is_hollow=True)
     check(checkpoint)

@@ -24,8 +24,8 @@ from qwen35.prefix.keys import identity
 from qwen35.sampling import Sampling
 from qwen35.swap import matching
 from reference.model import Model
-from tests.support.checkpoints import QWEN3_5_FP8, QWEN3_6, write
-from tests.support.conversions import QUANTIZED_SIZES, quiet_load
+from tests.support.checkpoints import QUANTIZED_SIZES, QWEN3_5_FP8, QWEN3_6, write
+from tests.support.dialects import quiet_load
 from tests.support.family import FAMILY
 from tests.support.oracle import relative, within_twice
 from tests.support.ranks import on_threads
@@ -97,8 +97,8 @@ def continued(ranks: Ranks, depth: int, dtype: torch.dtype) -> list[tuple[list[i
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_tokens_are_the_references_but_for_near_ties(size: int) -> None:
-    """Up to where a text leaves the reference's, if it does, its logits err at most twice as much: so the
-    two tokens nearly tie. On every rank they are the same bits."""
+    """If a text leaves the reference's, its logits up to there err at most twice as much, so that
+    the two tokens nearly tie. All ranks have the same bits."""
     everyone = on_threads(size, partial(continued, depth=3, dtype=torch.bfloat16))
     with torch.inference_mode():
         exact = load(TINY, dtype=torch.float64)
@@ -147,7 +147,7 @@ def test_a_row_has_the_same_bits_at_every_row_count(dtype: torch.dtype) -> None:
 
 
 def test_names_stay_those_of_the_checkpoint() -> None:
-    """So a pattern, a trace and a swap know no other, and what runs can be read."""
+    """Patterns, traces and swaps need no other names, and the repr shows what runs."""
     whole = load(TINY)
     for model in on_threads(2, lambda r: loaded(TINY, None, r)):
         own, theirs = (dict(m.named_parameters()) for m in (model, whole))
@@ -183,7 +183,7 @@ class Doubled(torch.nn.Module):
 
 
 def test_a_swap_inside_of_a_part_is_summed_too() -> None:
-    """At load, and of a built model."""
+    """The swap is made at load, or later in the loaded model."""
     swaps = [("layers.1.mlp.experts", Doubled)]
     with torch.inference_mode():
         truth = passes(load(TINY, dtype=torch.float64, swaps=swaps), IDS, 64)
