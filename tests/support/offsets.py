@@ -22,8 +22,7 @@ EXACT: dict[str, Callable[[int, int], int]] = {
     "arith.addi": lambda x, y: x + y,
     "arith.subi": lambda x, y: x - y,
     "arith.muli": lambda x, y: x * y,
-    "arith.divsi": lambda x, y: int(x / y) if x < 0 else x // y,
-    "arith.remsi": lambda x, y: x,
+    "arith.divsi": lambda x, y: -(-x // y) if x < 0 else x // y,
     "arith.minsi": min,
     "arith.maxsi": max,
     "arith.select": lambda x, y: x,
@@ -138,7 +137,7 @@ def _bound(operation: str, rest: str, of: list[Interval], grid: tuple[int, int, 
     sides = [one for one in of if one]
     if operation in COPIES:
         return sides[0]
-    if len(sides) != 2 or operation not in EXACT:
+    if len(sides) != 2 or operation not in (*EXACT, "arith.remsi"):
         return None
     (a, b), (c, d) = sides
     if operation in ("arith.divsi", "arith.remsi") and not (c == d > 0):
