@@ -22,19 +22,11 @@ from reference.layer import DecoderLayer
 from reference.moe import MLP, Experts, Router, SparseMoeBlock
 from reference.mtp import MTP
 from reference.norm import RMSNorm, RMSNormGated
-from tests.support.checkpoints import (
-    QWEN3_5,
-    QWEN3_NEXT,
-    Dialect,
-    write,
-)
+from tests.support.checkpoints import QWEN3_5, QWEN3_NEXT, Dialect, write
 from tests.support.faults import delta_rule_with_late_decay
 
 LAYERS = {"num_hidden_layers": 2, "full_attention_interval": 2}  # a delta net, then attention
-
-
 SIZES = LAYERS | {"num_experts": 12, "num_experts_per_tok": 3}
-
 
 MEMBERS: dict[str, tuple[str, Dialect, dict[str, int]]] = {
     "moe": ("397B-A17B", QWEN3_5, SIZES),
@@ -42,10 +34,7 @@ MEMBERS: dict[str, tuple[str, Dialect, dict[str, int]]] = {
     "next": ("Qwen3-Next", QWEN3_NEXT, SIZES),
 }
 
-
 VOCABULARY = 160
-
-
 DELTA, ATTENTION = "layers.0.linear_attn", "layers.1.self_attn"
 
 
@@ -71,8 +60,6 @@ def failing(report: Report) -> list[Row]:
 
 
 Forward = Callable[..., Any]
-
-
 FAULTS: dict[str, tuple[str, Forward]] = {}
 
 
@@ -205,12 +192,10 @@ def rope_on_interleaved_pairs(self: GatedAttention, x: Tensor, cache: KVCache) -
     return with_attention(self, x, cache, apply_rope=wrong)
 
 
+@fault(ATTENTION)
 def positions_start_anew_each_pass(self: GatedAttention, x: Tensor, cache: KVCache) -> Tensor:
     healthy = reference.attention.rope_table
     return with_attention(self, x, cache, rope_table=lambda p, *rest: healthy(p - p[0], *rest))
-
-
-FAULTS["positions_start_anew_each_pass"] = (ATTENTION, positions_start_anew_each_pass)
 
 
 @fault(ATTENTION)

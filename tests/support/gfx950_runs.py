@@ -17,8 +17,6 @@ from tools.gfx950.registry import BUILDERS
 from tools.gfx950.waves import EXEC, VCC, Waves, lanes_of, mask_of
 
 WAVES = 2
-
-
 U32 = np.uint32
 
 
@@ -60,23 +58,12 @@ EDGE_INTEGERS = [
     0xFFFF,
 ]
 EDGE_INTEGERS += [0xFFFFFF, 0x7FFFFF, 0x800000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFF8000]
-
-
 EDGE_FLOATS = [0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, -2.5, np.inf, -np.inf, np.nan, 1e-40, -1e-45]
 EDGE_FLOATS += [3e38, -3e38, 65504.0, 65520.0, 1e-8, 2.0**31, -(2.0**31), 2.0**32, 448.0, 500.0]
-
-
 # NaNs of both signs, quiet and signaling, with payloads that every width keeps apart.
 EDGE_NANS = {
     "f32": [0x7FC00000, 0xFFC00000, 0x7FD55000, 0xFFEAA000, 0x7FA06000, 0xFF90A000],
-    "f64": [
-        0x7FF8 << 48,
-        0xFFF8 << 48,
-        0x7FFAAA << 40,
-        0xFFFD55 << 40,
-        0x7FF40C << 40,
-        0xFFF214 << 40,
-    ],
+    "f64": [x << 40 for x in (0x7FF800, 0xFFF800, 0x7FFAAA, 0xFFFD55, 0x7FF40C, 0xFFF214)],
     "f16": [0x7E00, 0xFE00, 0x7EAA, 0xFF55, 0x7D03, 0xFC85],
     "bf16": [0x7FC0, 0xFFC0, 0x7FD5, 0xFFEA, 0x7FA0, 0xFF90],
 }
@@ -121,7 +108,8 @@ def _samples(rng: np.random.Generator, kind: str, count: int) -> NDArray[np.uint
 
 
 def shape_of(text: str) -> tuple[list[tuple[str, bool]], bool]:
-    """From a pseudocode, the sources as (kind, has 64 bits), and whether the result has 64 bits."""
+    """Read the sources, as (kind, has 64 bits), from a pseudocode, and whether the result has 64
+    bits."""
     sources: list[tuple[str, bool]] = []
     if not re.search(r"\bS[01]\b|SRC0", text):  # comparisons that are always true or false
         return [("int", "64" in text), ("int", "64" in text)], False
@@ -159,7 +147,8 @@ def vector_line(mnemonic: str, text: str, sources: list, wide: bool) -> str:
 
 
 def same(got: int, want: int, kind: str, approximate: bool) -> bool:
-    """Whether the bits are equal, or the values close if the GPU's result is only approximate."""
+    """Return whether the bits are equal, or the values are close where the GPU's result is only
+    approximate."""
     if got == want:
         return True
     width = {"f16": 16, "f32": 32, "f64": 64}.get(kind)

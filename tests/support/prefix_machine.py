@@ -115,7 +115,11 @@ def warm_state(
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
-    wrong = [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])]
+    wrong = [
+        name
+        for name, tensor in found.items()
+        if tensor.dtype != expected[name].dtype or not torch.equal(tensor, expected[name])
+    ]
     assert not wrong, wrong
 
 
