@@ -257,7 +257,7 @@ def judged(name: str, got: Tensor, yardstick: Tensor, truth: Tensor) -> list[str
     if got.isnan().any():
         return [f"unwritten: {name}, {int(got.isnan().sum())} of {got.numel()}"]
     ours, theirs = ((x.double() - truth).flatten(1).abs().amax(1) for x in (got, yardstick))
-    most = 2 * theirs + HALF_STEP * truth.flatten(1).abs().amax(1)
+    most = 2 * theirs + torch.finfo(got.dtype).eps / 2 * truth.flatten(1).abs().amax(1)
     return [
         f"numbers: {name}, row {row} is off by {error:.2e}, allowed {limit:.2e}"
         for row, (error, limit) in enumerate(zip(ours.tolist(), most.tolist(), strict=True))
