@@ -20,7 +20,7 @@ Config = dict[str, int]
 USUAL: dict[str, dict[str, Config]] = {
     "gfx950": {
         "linear": {"BLOCK_N": 16, "BLOCK_K": 512, "num_warps": 1, "num_stages": 2},
-        "route": {"BLOCK_N": 16, "BLOCK_K": 512, "SPLITS": 4, "num_warps": 4, "num_stages": 2},
+        "route": {"BLOCK_N": 16, "BLOCK_K": 1024, "SPLITS": 2, "num_warps": 4, "num_stages": 1},
         "head": {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
         "attend": {"GROUP": 2, "TILE": 32, "num_warps": 4, "num_stages": 2},
         "attend_fp8": {"GROUP": 2, "TILE": 32, "num_warps": 4, "num_stages": 2},

@@ -39,6 +39,11 @@ class On:
         return self.kind.from_reference(module, TARGET)
 
 
+@pytest.fixture
+def small_blocks() -> None:
+    """Whole rounds run with the blocks that are shipped."""
+
+
 @pytest.fixture(scope="module")
 def slow() -> Model:
     return load("tiny")
