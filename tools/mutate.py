@@ -254,7 +254,8 @@ def prepare(module: str, folder: Path) -> None:
         "process_isolation": "forkserver",
     }
     lines = "\n".join(f"{name} = {json.dumps(value)}" for name, value in settings.items())
-    text = text.replace(json.dumps(options), json.dumps(options.replace("-n 2 ", "")))
+    alone = options.replace("-n 2 --dist worksteal ", "")
+    text = text.replace(json.dumps(options), json.dumps(alone))
     project.write_text(f"{text}\n[tool.mutmut]\n{lines}\n", encoding="utf-8")
 
 

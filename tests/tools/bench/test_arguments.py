@@ -13,7 +13,7 @@ from tools.bench import diff, mapped
     ("op", "arguments", "line"),
     [
         (diff, ("--layers", "4", "-1"), "argument --layers: '-1'; expected a number of at least 1"),
-        *((mapped, ("--gigabytes", size), f"--gigabytes {size}; expected 0.1 to 500")
+        *((mapped, ("--gigabytes", size), f"--gigabytes {size}; expected 0.101 to 500")
           for size in ("nan", "inf", "-1", "0", "0.05", "501")),
     ],
 )  # fmt: skip

@@ -25,9 +25,6 @@ ROOT = Path(__file__).parents[3]
         (["language", "--text", "empty"], "empty: no text; expected documents with <|endoftext|>"),
         (["language", "--text", "nowhere"], "nowhere: No such file or directory"),
         (["language", "--prompt-tokens", "63"], "--prompt-tokens 63; expected at least 64"),
-        (["mapped", "--gigabytes", "nan"], "--gigabytes nan; expected at least 0.101"),
-        (["mapped", "--gigabytes", "inf"], "--gigabytes inf; expected at least 0.101"),
-        (["mapped", "--gigabytes", "0.05"], "--gigabytes 0.05; expected at least 0.101"),
         (["quantize", "--columns", "-32"], "--columns: '-32'; expected a number of at least 1"),
         (["step", "--plot", "x.svg", "--no-nodes"], "--plot x.svg draws the times of nodes"),
         (
