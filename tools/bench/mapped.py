@@ -23,7 +23,6 @@ from qwen35.progress import steps
 from reference.model import Model
 from tools.bench import report
 
-
 MOST = 500  # gigabytes
 
 
