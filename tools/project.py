@@ -40,7 +40,7 @@ from qwen35.load import lay_out
 from qwen35.paths import unfit_triton
 from qwen35.progress import steps
 from qwen35.terminal import say
-from tools.bench.step import TOKENS_A_ROUND, moved, place
+from tools.bench.step import SIZES, TOKENS_A_ROUND, begin_at, moved
 from tools.gfx950.timeline import H200, MI355X, Card, Executed, execute, launch_time
 from tools.table import aligned
 
@@ -105,8 +105,7 @@ def kinds_of(step: Step, context: int, experts: int) -> Iterator[tuple[Launch, i
     """Each launch of a round that differs from the others, with memory, and how often it runs."""
     names = [one.name for one in step.work if isinstance(one, Launch)]
     fill = Filled()
-    fill(step.fresh).fill_(1)
-    place(fill(step.state.starts), context)
+    begin_at(fill(step.state.starts), fill(step.fresh), context)
     for launch in {one.name: one for one in step.work if isinstance(one, Launch)}.values():
         filled = fill.launch(launch)
         if (chosen := filled.arguments.get("experts")) is not None:
@@ -131,11 +130,12 @@ def measured(path: Path, args: argparse.Namespace) -> dict[str, float]:
         told = json.loads(path.read_text(encoding="utf-8"))
         ran, rows = told["config"], told["rows"]
         found = {r["name"]: r["us"] / r["launches"] for r in rows if r["name"].count(" ") == 0}
+        ran = ran | {"config": SIZES.get(ran["config"], ran["config"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: no result of tools.bench step --json ({error})") from None
-    if "H200" not in told.get("device", ""):
+    if "H200" not in str(told.get("device")):
         raise InputError(f"{path}: measured on {told.get('device')!r}; the model knows an H200")
-    for name in ("tp", "drafts", "context", "kv_cache_dtype"):
+    for name in ("config", "tp", "drafts", "context", "kv_cache_dtype"):
         if ran.get(name) != getattr(args, name):
             raise InputError(
                 f"{path}: {name} = {ran.get(name)}; this is a round of {getattr(args, name)}"

@@ -32,15 +32,15 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 def result(tmp_path: Path, **changes: object) -> Path:
     """A file as tools.bench step --json prints it."""
-    config = {"tp": 1, "drafts": 3, "context": 300, "kv_cache_dtype": "auto"}
+    config = {"config": "397b", "tp": 1, "drafts": 3, "context": 300, "kv_cache_dtype": "auto"}
     rows = [
         {"name": "round", "launches": 60, "us": 900.0},
         {"name": "round of all layers, by proportion", "us": 900.0},
         {"name": "delta", "launches": 3, "us": 30.0},
     ]
     told = {"config": config, "device": "NVIDIA H200", "rows": rows}
-    told["config"] |= {name: value for name, value in changes.items() if name in config}
-    told |= {name: value for name, value in changes.items() if name in told}
+    config |= {name: value for name, value in changes.items() if name in config}
+    told |= {n: value for n, value in changes.items() if n in told and n not in config}
     path = tmp_path / "step.json"
     path.write_text(json.dumps(told))
     return path
@@ -122,6 +122,8 @@ def test_bad_input_is_one_line(cli: Cli, arguments: tuple[str, ...], message: st
     ("changes", "message"),
     [
         ({"device": "NVIDIA H100"}, "measured on 'NVIDIA H100'; the model knows an H200"),
+        ({"device": None}, "measured on None; the model knows an H200"),
+        ({"config": "35b"}, "config = 35B-A3B; this is a round of 397B-A17B"),
         ({"tp": 8}, "tp = 8; this is a round of 1"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype = fp8; this is a round of auto"),
         ({"rows": None}, "no result of tools.bench step --json"),

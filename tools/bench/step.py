@@ -102,8 +102,7 @@ def begun(step: Step, context: int) -> Step:
     step.hidden.normal_(generator=generator)
     for ids in (step.rows_ids, step.picked):
         ids.random_(0, step.vocab, generator=generator)
-    place(step.state.starts, context)
-    step.fresh.fill_(1)
+    begin_at(step.state.starts, step.fresh, context)
     return step
 
 
@@ -199,16 +198,17 @@ def passes(step: Step, work: Sequence[Work], repeats: int, context: int) -> tupl
     graph = gpu.Graph([lambda: [one() for one in work]])
     both = []
     for _ in range(2):
-        place(step.state.starts, context)
-        step.fresh.fill_(1)
+        begin_at(step.state.starts, step.fresh, context)
         both.append(graph.microseconds(repeats))
     return both[0], both[1]
 
 
-def place(starts: Tensor, context: int) -> None:
-    """Make the next round begin at position `context`. starts: those of `fast.state.State`."""
+def begin_at(starts: Tensor, fresh: Tensor, context: int) -> None:
+    """Make the next round begin at position `context`, behind one new token. starts, fresh: a state's and
+    its step's."""
     begin = [context, context - 1, *range(context, context + len(starts))]
     starts.copy_(torch.tensor(begin[: len(starts)], dtype=torch.int32))
+    fresh.fill_(1)
 
 
 def kinds(work: Sequence[Work]) -> dict[str, list[int]]:
