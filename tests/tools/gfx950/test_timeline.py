@@ -109,3 +109,14 @@ def test_samples_are_spread_from_the_first_to_the_last():
     assert spread(3, 6) == [0, 1, 2]
     assert spread(101, 3) == [0, 50, 100]
     assert np.diff(spread(1000, 6)).min() > 190
+
+
+def test_the_work_of_the_last_workgroup_is_done_once():
+    """Of the others there are as many as the grid has, in four rounds."""
+    lines = [LOAD, "s_waitcnt vmcnt(0)", END]
+    usual, longer = [[0, 1, 2]], [[0, 1, 0, 1, 2]]
+    done = executed(lines, usual, 2048, 2)
+    alone = launch_time(done, 0, CARD).latency
+    assert launch_time(replace(done, waves=[usual, longer]), 0, CARD).latency == alone
+    few = replace(done, count=2, waves=[usual, longer])
+    assert launch_time(few, 0, CARD).latency == pytest.approx(latency(lines, longer) * 1e-3)
