@@ -36,8 +36,12 @@ class KVCache:
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v [B, G, T, K]. Returns all keys and values, [B, G, P, K] each (views)."""
-        self.take(k, v)
+        self.take(*self.rounded(k, v))
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+    def rounded(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """What this cache holds of k, v [B, G, T, K]: rows of every tensor, as `take` wants them."""
+        return k, v
 
     def take(self, *rows: Tensor) -> None:
         """Append T positions of every tensor, in the order of `tensors`. They may be on any
@@ -131,13 +135,17 @@ class FP8KVCache(KVCache):
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Round and append k, v [B, G, T, K]. Returns all keys and values, [B, G, P, K] each, in
         k's dtype."""
-        (k8, k_scale), (v8, v_scale) = to_e4m3(k), to_e4m3(v)
-        self.take(k8, v8, k_scale, v_scale)
+        self.take(*self.rounded(k, v))
         held = self.tensors()
         return (
             from_e4m3(held["k"], held["k_scale"], k.dtype),
             from_e4m3(held["v"], held["v_scale"], v.dtype),
         )
+
+    def rounded(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """k, v [B, G, T, K] in e4m3, then their scales [B, G, T, 1]."""
+        (k8, k_scale), (v8, v_scale) = to_e4m3(k), to_e4m3(v)
+        return k8, v8, k_scale, v_scale
 
 
 E4M3 = torch.float8_e4m3fn  # largest number 448 = 1.75 * 2^8

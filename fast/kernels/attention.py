@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_hip
 
-from fast.kernels.common import stored
+from fast.kernels.common import from_e8m0, stored
 
 SHORT = tl.constexpr(128)  # pieces of NEAR positions each, before those of FAR
 ALL = tl.constexpr(512)  # pieces whose peaks `combine` compares at a time
@@ -52,12 +52,6 @@ def turned(
 
 
 @triton.jit
-def _power_of_two(exponent):
-    """2^(exponent - 127) in fp32."""
-    return (exponent << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _keep(x, numbers, scales, place, there, k, K: tl.constexpr, FP8: tl.constexpr):
     """Write positions x [n, K] bf16 to the cache, those that are `there`, as `qwen35.cache.to_e4m3`
     rounds them."""
@@ -67,7 +61,7 @@ def _keep(x, numbers, scales, place, there, k, K: tl.constexpr, FP8: tl.constexp
         # It belongs to the smallest power of two by which no quotient exceeds e4m3's 448 = 1.75 * 2^8.
         exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
         exponent = tl.minimum(tl.maximum(exponent, 1), 253)
-        small = wide * _power_of_two(254 - exponent)
+        small = wide * from_e8m0(254 - exponent)
         # The conversion would turn infinity into a number.
         small = tl.where(tl.abs(small) == float("inf"), float("nan"), small)
         tl.store(numbers + place * K + k, small.to(tl.float8e4nv), mask=there)
@@ -186,7 +180,7 @@ def attend(
                 place = (held + p[:, None]) * WORDS + word
                 key = tl.load(key_words + place, mask=there, other=0)  # [TILE, K/2]
                 value = tl.load(value_words + place, mask=there, other=0)
-                key_scale = _power_of_two(next_key_scale.to(tl.int32))
+                key_scale = from_e8m0(next_key_scale.to(tl.int32))
                 below = next_value_scale.to(tl.int32) - largest
                 after = p + TILE
                 next_key_scale = tl.load(key_scales + held + after, mask=after < end, other=0)
@@ -209,14 +203,14 @@ def attend(
             total = total * fade + share
             peak = higher
             if FP8:
-                share = (share * _power_of_two(tl.maximum(below + 127, 0))[None, :]).to(tl.float16)
+                share = (share * from_e8m0(tl.maximum(below + 127, 0))[None, :]).to(tl.float16)
                 even_value, odd_value = _pairs(value)
                 even = tl.dot(share, even_value, even * fade)
                 odd = tl.dot(share, odd_value, odd * fade)
             else:
                 acc = tl.dot(share.to(tl.bfloat16), value, acc * fade)
         if FP8:
-            acc = tl.join(even, odd).reshape(BLOCK, K) * _power_of_two(largest)
+            acc = tl.join(even, odd).reshape(BLOCK, K) * from_e8m0(largest)
         place = (piece * rows + row) * H + query_head
         tl.store(partial + place * K + k, acc, mask=valid)
         tl.store(peaks + place, peak, mask=valid)

@@ -1,4 +1,4 @@
-"""Functions of several kernels: safe indices, stores that other programs may read, sums of parts."""
+"""Functions of several kernels: safe indices, powers of two, stores for other programs, sums of parts."""
 
 import triton
 import triton.language as tl
@@ -9,6 +9,12 @@ from triton.language.target_info import is_hip
 def bounded(index, count):
     """An index from memory, limited to 0 .. count - 1, so that no address leaves an array."""
     return tl.minimum(tl.maximum(index, 0), count - 1)
+
+
+@triton.jit
+def from_e8m0(exponent):
+    """2^(exponent - 127) in fp32. exponent: uint8 or int32, 1 to 254."""
+    return (exponent.to(tl.int32) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from fast.prefill.tiles import tiles
 from fast.state import rope_table
 from qwen35.cache import FP8KVCache, KVCache
 
-TOKENS = 16  # rows for which one program rotates one head
+TOKENS = 16  # rows for which one program rotates one head, or decodes keys and values
 
 
 def work(
@@ -30,22 +30,32 @@ def work(
     q, k = scratch("attention q", N, H, K), scratch("attention k", N, G, K)
     read = scratch("attention read", N, H * K)
     cache.grow(start + N)  # before the launches use the addresses of its buffers
-    is_fp8 = isinstance(cache, FP8KVCache)
     keys, values = cache.k[0], cache.v[0]  # [G, capacity, K]
-    if is_fp8:  # all cached tokens are decoded once per pass
+    decode: list[Work] = []
+    if isinstance(cache, FP8KVCache):  # all cached tokens are decoded once per pass
         keys, values = (
             scratch(f"attention {name}", G, start + N, K) for name in ("keys", "values")
         )
+        decode = [
+            Launch(
+                f"prefill decode G={G} K={K}",
+                kernels.decode,
+                (math.ceil((start + N) / TOKENS), G, 1),
+                {
+                    "k": cache.k[0], "v": cache.v[0], "k_scale": cache.k_scale[0],
+                    "v_scale": cache.v_scale[0], "keys": keys, "values": values,
+                    "tokens": start + N, "capacity": cache.capacity, "K": K, "TOKENS": TOKENS,
+                },
+                {"num_warps": 4},
+            )
+        ]  # fmt: skip
     cosine, sine = rope_table(node.rotary, node.rope_theta, N, x.device, first=start)
     sizes = {"H": H, "G": G, "K": K}
     shape = f"H={H} G={G} K={K}"
 
     def append() -> None:
         v = projected[:, (2 * H + G) * K :].view(N, G, K)
-        held = cache.append(k.transpose(0, 1)[None], v.transpose(0, 1)[None])
-        if is_fp8:
-            keys.copy_(held[0][0])
-            values.copy_(held[1][0])
+        cache.take(*cache.rounded(k.transpose(0, 1)[None], v.transpose(0, 1)[None]))
 
     turn = Launch(
         f"prefill turn {shape}",
@@ -72,4 +82,4 @@ def work(
     last, out = product(
         read, node.out_proj, target, scratch, name="attention_out", residual=residual
     )
-    return [first, turn, append, attend, last], out
+    return [first, turn, append, *decode, attend, last], out

@@ -1,4 +1,5 @@
-"""Causal attention for the rows of a prompt: RoPE (`turn`), then one pass over the keys (`attend`).
+"""Causal attention for the rows of a prompt: RoPE (`turn`), then one pass over the keys (`attend`). A
+cache in e4m3 is decoded before (`decode`).
 
 Each program of `attend` reads the keys from position 0 on, in tiles of a fixed size. A tile that is
 fully masked for a row changes no bit of its result. Therefore the bits of a row depend neither on
@@ -9,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fast.kernels.attention import turned
+from fast.kernels.common import from_e8m0
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -36,6 +38,25 @@ def turn(
         source = projected + line * M + H * K + head * K
         new = turned(source, k_gain, cosine, sine, token, valid, channel, eps, K, ROTARY)
         tl.store(k + (line * G + head - H) * K + channel, new.to(tl.bfloat16), mask=valid)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def decode(
+    k, v, k_scale, v_scale, keys, values, tokens, capacity, K: tl.constexpr, TOKENS: tl.constexpr
+):  # fmt: skip
+    """Decode k, v [G, capacity, K] e4m3, with exponents k_scale, v_scale [G, capacity] uint8, as
+    `from_e4m3` of qwen35/cache.py does. Writes keys, values [G, tokens, K] bf16. Grid (tokens / TOKENS
+    rounded up, G).
+    """
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    head, channel, there = tl.program_id(1).to(tl.int64), tl.arange(0, K)[None, :], token < tokens
+    line, place = head * capacity + token, (head * tokens + token) * K + channel
+    key = tl.load(k + line * K + channel, mask=there).to(tl.float32)
+    value = tl.load(v + line * K + channel, mask=there).to(tl.float32)
+    key *= from_e8m0(tl.load(k_scale + line, mask=there))
+    value *= from_e8m0(tl.load(v_scale + line, mask=there))
+    tl.store(keys + place, key.to(tl.bfloat16), mask=there)
+    tl.store(values + place, value.to(tl.bfloat16), mask=there)
 
 
 @triton.jit(do_not_specialize=["start", "rows"])
