@@ -4,8 +4,8 @@ First the terms inside a chunk are computed for all chunks in parallel (`mix`, `
 Then the state is passed from chunk to chunk (`scan`). Then the outputs of all chunks are computed
 in parallel (`read`). "Memory" is the recurrent state [K, V] of a value head.
 
-Matrix products have fp16 inputs and fp32 accumulators. The triangular system of a chunk is solved
-in fp32, and its inverse is stored in fp16. The state that is carried from chunk to chunk is fp32.
+Matrix products have fp16 inputs and fp32 accumulators. The inverse of a chunk's triangular system has
+the precision of fp32, and is stored in fp16. The state that is carried from chunk to chunk is fp32.
 fp16 is sufficient because queries and keys have length one, and values come from a normalised row.
 Its rounding error is an eighth of that of bf16. With bf16 the seven roundings between the
 projections would add up to twice the reference's error. A number beyond 65,504 becomes infinite,
@@ -87,15 +87,20 @@ def _inverse(lower, i, j):
 
     i [CHUNK, 1] and j [1, CHUNK] are its indices. The inverses of the diagonal blocks are known for
     blocks of one row. Each step doubles the blocks: the inverse of ((A, 0), (C, B)) is ((A', 0),
-    (-B' C A', B')) with the inverses A' and B'.
+    (-B' C A', B')) with the inverses A' and B'. The products of the steps have fp16 inputs. Therefore
+    one step of Newton's method follows: X + X (1 - (1 + lower) X), where the bracket is small, and needs
+    fp32 precision only inside.
     """
-    inverse = tl.where(i == j, 1.0, 0.0)
+    one = tl.where(i == j, 1.0, 0.0)
+    inverse = one
     for doubling in tl.range(0, DOUBLINGS):  # pyright: ignore
         # The part C of the doubled blocks. There the highest bit in which i and j differ is
         # `doubling`.
-        between = tl.where((i > j) & ((i ^ j) >> doubling == 1), lower, 0.0)
-        inverse -= _product(inverse, _product(between, inverse))
-    return inverse
+        between = tl.where((i ^ j) >> doubling == 1, lower, 0.0).to(tl.float16)
+        known = inverse.to(tl.float16)
+        inverse -= tl.dot(known, tl.dot(between, known).to(tl.float16))
+    left = one - inverse - _product(lower, inverse)
+    return inverse + tl.dot(inverse.to(tl.float16), left.to(tl.float16))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -132,8 +137,8 @@ def solve(
     line = (chunk * CHUNK + i).to(tl.int64)
     key = tl.load(qk + (line * (2 * H) + H + key_head) * K + tl.arange(0, K)[None, :])  # [CHUNK, K]
     strong = tl.sum(tl.where(i == j, strength[None, :], 0.0), 1)[:, None]  # [CHUNK, 1]
-    # exp could overflow above the diagonal, so the exponents there are 0.
-    since = tl.where(i > j, along_i[:, None] - along_j[None, :], 0.0)
+    # exp could overflow above the diagonal, where the exponents are not negative.
+    since = tl.minimum(along_i[:, None] - along_j[None, :], 0.0)
     overlap = tl.where(i > j, strong * tl.dot(key, tl.trans(key)) * tl.exp(since), 0.0)
     tl.store(solved + (total + line) * CHUNK + j, _inverse(overlap, i, j).to(tl.float16))
 

@@ -33,6 +33,14 @@ def delta_net() -> list[str]:
     return prefill_findings(a_pass("linear_attn", 70, linear_num_value_heads=4))
 
 
+def equal_rows() -> list[str]:
+    """A delta net without decay whose keys are all alike: far tokens of a chunk depend on each other."""
+    what = a_pass("linear_attn", 70, linear_num_value_heads=4)
+    what.x[:] = what.x[:1]
+    what.node.A_log.fill_(-20)
+    return prefill_findings(what)
+
+
 def attention() -> list[str]:
     return prefill_findings(a_pass("self_attn", 70, length=64))
 
@@ -67,8 +75,10 @@ fault("a tap too late", DELTA, delta_net, "numbers",
 fault("rows before the pass left out", DELTA, delta_net, "numbers",
       ("tl.where(at < 0, earlier, raw)", "tl.where(at < 0, 0.0, raw)"))  # fmt: skip
 fault("queries not scaled", DELTA, delta_net, "numbers", ("K**-0.5, 1.0)", "1.0, 1.0)"))
-fault("a triangular system solved in blocks alone", DELTA, delta_net, "numbers",
-      ("tl.range(0, DOUBLINGS)", "tl.range(0, DOUBLINGS - 1)"))  # fmt: skip
+fault("a triangular system solved in blocks alone", DELTA, equal_rows, "numbers",
+      ("tl.range(0, DOUBLINGS)", "tl.range(0, DOUBLINGS - 2)"))  # fmt: skip
+fault("a Newton step from a wrong residual", DELTA, equal_rows, "numbers",
+      ("left = one - inverse - ", "left = one - "))  # fmt: skip
 fault("a system without the decay between its tokens", DELTA, delta_net, "numbers",
       (" * tl.exp(since), 0.0)\n    tl.store", ", 0.0)\n    tl.store"))  # fmt: skip
 fault(
