@@ -64,8 +64,9 @@ def experts(
     E, D, I, target = node.E, node.D, node.I, node.target
     check_width("experts", x, D)
     pairs = N * k
-    first = tiles(target, "grouped", BLOCK_N=2 * I, BLOCK_K=D if node.fp4 else math.gcd(D, 64))
-    second = tiles(target, "grouped", BLOCK_N=D, BLOCK_K=I if node.fp4 else math.gcd(I, 64))
+    kind = "grouped" if node.fp4 else "grouped bf16"
+    first = tiles(target, kind, BLOCK_N=2 * I, BLOCK_K=D)
+    second = tiles(target, kind, BLOCK_N=D, BLOCK_K=I)
     sort = Sort(pairs, E, first["BLOCK_M"], chosen, scratch)
     hidden = scratch("pairs hidden", pairs, I)
     by_pair = scratch("pairs down", pairs, D)
@@ -88,15 +89,28 @@ def experts(
             options(config),
         )  # fmt: skip
 
+    source, arrange = x, []
+    if node.fp4 and target == "sm_90":  # see kernels/mxfp4.py
+        source = scratch("arranged", N, D)
+        block = min(ROW_BLOCK, power_of_two(D))
+        arrange = [
+            Launch(
+                f"prefill arrange D={D}",
+                kernels.arrange,
+                (N, math.ceil(D / block), 1),
+                {"x": x, "out": source, "D": D, "BLOCK": block},
+                {"num_warps": 4},
+            )
+        ]
     gate_up = grouped(
-        "gate_up", first, x, node.gate_up, node.gate_up_scale, hidden,
+        "gate_up", first, source, node.gate_up, node.gate_up_scale, hidden,
         N=2 * I, K=D, TOP_K=k, ACTIVATED=True, TILE_N=node.tile_n, TILE_K=node.tile_k,
     )  # fmt: skip
     down = grouped(
         "down", second, hidden, node.down, node.down_scale, by_pair,
         N=D, K=I, TOP_K=0, ACTIVATED=False, TILE_N=1, TILE_K=I,
     )  # fmt: skip
-    work: list[Work] = [sort, gate_up, down]
+    work: list[Work] = [sort, *arrange, gate_up, down]
     own, logits = x, weights
     if shared is not None:
         activated, down_weight, logits = shared
@@ -140,11 +154,11 @@ class Sort:
 
     def __call__(self) -> None:
         device = self.order.device
-        ranked, order = self.experts.flatten().sort(stable=True)
+        ranked, order = self.experts.flatten().short().sort(stable=True)  # 16 bits sort faster
         self.order.copy_(order)
         places = torch.arange(len(order), device=device)
         self.place_of_pair.scatter_(0, order, places)
-        ids = torch.arange(self.E + 1, dtype=torch.int32, device=device)
+        ids = torch.arange(self.E + 1, dtype=ranked.dtype, device=device)
         first = torch.searchsorted(ranked, ids)  # [E + 1]
         self.expert_first.copy_(first)
         tiles = (first.diff() + self.block - 1) // self.block  # [E]

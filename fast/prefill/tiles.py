@@ -8,6 +8,13 @@ TILES: dict[str, dict[str, Tiles]] = {
     "gfx950": {
         "linear": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
         "grouped": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
+        "grouped bf16": {
+            "BLOCK_M": 64,
+            "BLOCK_N": 64,
+            "BLOCK_K": 64,
+            "num_warps": 4,
+            "num_stages": 2,
+        },
         "attend": {"BLOCK_M": 64, "TILE": 32, "num_warps": 4, "num_stages": 1},
         "solve": {"num_warps": 8, "num_stages": 1},
         "write": {"num_warps": 4, "num_stages": 1},
@@ -16,10 +23,12 @@ TILES: dict[str, dict[str, Tiles]] = {
     },
     "sm_90": {
         "linear": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
-        "grouped": {
+        # BLOCK_N is 16 times num_warps: see kernels/mxfp4.py.
+        "grouped": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
+        "grouped bf16": {
             "BLOCK_M": 128,
             "BLOCK_N": 128,
-            "BLOCK_K": 128,
+            "BLOCK_K": 64,
             "num_warps": 8,
             "num_stages": 3,
         },

@@ -28,10 +28,10 @@ def codes_of(seed: int, *shape: int) -> Tensor:
 
 def instructions() -> list[list[str]]:
     """The lines of the kernel's inline assembly, as words without commas."""
-    block = re.search(r'"""\n\s*\{\n(.*?)\}\n\s*"""', KERNEL.read_text(), re.DOTALL)
+    block = re.search(r'_DECODE = """\n(.*?)"""', KERNEL.read_text(), re.DOTALL)
     assert block, "the kernel has no inline assembly"
     lines = [line.strip().rstrip(";") for line in block[1].strip().splitlines()]
-    return [line.replace(",", "").split() for line in lines if not line.startswith(".reg")]
+    return [line.replace(",", "").split() for line in lines]
 
 
 def product(pair: NDArray[np.uint32], multiplier: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -48,8 +48,8 @@ def product(pair: NDArray[np.uint32], multiplier: NDArray[np.uint32]) -> NDArray
 
 
 def executed(words: NDArray[np.uint32], multiplier: NDArray[np.uint32]) -> list[NDArray[np.uint32]]:
-    """The four results of the inline assembly, $0 to $3, for $4 words and $5 multipliers."""
-    registers = {"$4": words, "$5": multiplier}
+    """The four results of the inline assembly, {1} to {4}, for words {0} and multipliers {5}."""
+    registers = {"{0}": words, "{5}": multiplier}
     for name, target, *sources in instructions():
         a, *more = (registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources)
         match name, more:
@@ -67,7 +67,7 @@ def executed(words: NDArray[np.uint32], multiplier: NDArray[np.uint32]) -> list[
             case _:
                 raise AssertionError(f"{name} is not modelled")
         registers[target] = result
-    return [registers[f"${i}"] for i in range(4)]
+    return [registers[f"{{{i}}}"] for i in range(1, 5)]
 
 
 def as_kernel(encoded: Tensor, scale: Tensor) -> Tensor:
@@ -85,10 +85,24 @@ def as_kernel(encoded: Tensor, scale: Tensor) -> Tensor:
     k = byte // 64 * SPAN + byte // 8 % 2 * 64 + byte // 16 % 4 * 16 + byte % 8
     values = np.zeros((N, SPAN), np.uint16)
     for first, second, add in ((0, 1, 0), (2, 3, 8)):
-        # Of a word elements 0 to 3 are results $0, $1, and 4 to 7 are $2, $3; each low half first.
+        # Of a word elements 0 to 3 are the first two results, and 4 to 7 the others; low halves first.
         pairs = np.stack([results[first], results[second]], -1)  # [N, 16, 2]
         values[:, k + add] = np.ascontiguousarray(pairs).view(np.uint16).reshape(N, 64)
     return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+
+
+def as_left_matrix(encoded: Tensor, scale: Tensor) -> Tensor:
+    """As `as_kernel`, but in the order of the places of `product_of_tiles`: word 4 q + 2 b + j gives its
+    pairs to the tensors 4 j to 4 j + 3, at their columns 8 b + 2 q and one further."""
+    N = len(encoded)
+    words = encoded.numpy().view(np.uint32)  # [N, 16]
+    q, b, j = (np.arange(16) // d % n for d, n in ((4, 4), (2, 2), (1, 2)))
+    multiplier = (scale.numpy().astype(np.uint32) + 126) * 0x00800080
+    values = np.zeros((N, 8, 16), np.uint16)
+    for r, pairs in enumerate(executed(words, multiplier[:, 2 * b + q // 2])):
+        for half in range(2):
+            values[:, 4 * j + r, 8 * b + 2 * q + half] = pairs >> 16 * half & 0xFFFF
+    return torch.from_numpy(values.reshape(N, SPAN).view(np.int16)).view(torch.bfloat16)
 
 
 # ---- there and back
@@ -226,3 +240,16 @@ def test_codes_that_are_no_spans_of_bytes_are_refused(function, codes: Tensor, w
     assert str(caught.value) == (
         f"MXFP4 codes of shape {what}; expected [..., K/2] torch.uint8 with K a multiple of 128"
     )
+
+
+def test_the_left_matrix_of_a_prompts_product_has_each_element_where_its_activation_is_put():
+    pytest.importorskip("triton")
+    from triton.language import constexpr
+
+    from fast.kernels.mxfp4 import arranged
+
+    codes, scale = codes_of(6, 16, 64), (codes_of(7, 16, 4) % 19 + 110).byte()
+    places = [arranged.fn(constexpr(k)).value for k in range(2 * SPAN)]  # pyright: ignore
+    assert sorted(places) == list(range(2 * SPAN)) and max(places[:SPAN]) == SPAN - 1
+    got = as_left_matrix(encode(codes), scale)[:, places[:SPAN]]
+    assert torch.equal(got, mxfp4.dequantize(codes, scale))

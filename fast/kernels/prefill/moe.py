@@ -7,9 +7,10 @@ other pair affects its bits.
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip_cdna4
 
 from fast.kernels.common import bounded
-from fast.kernels.mxfp4 import dot_many, place
+from fast.kernels.mxfp4 import arranged, product_of_tiles
 from fast.kernels.router import TOGETHER, choose_rows
 
 
@@ -45,6 +46,17 @@ def activate(logits, out, rows, N, FIRST: tl.constexpr, I: tl.constexpr, BLOCK: 
         tl.store(out + line * I + i, activated.to(tl.bfloat16), mask=i < I)
 
 
+@triton.jit
+def arrange(x, out, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Write out [rows, D] bf16, which is x [rows, D] bf16 with its columns `arranged`. Grid (rows, D /
+    BLOCK rounded up)."""
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    line = tl.program_id(0).to(tl.int64) * D
+    tl.store(
+        out + line + arranged(column), tl.load(x + line + column, mask=column < D), mask=column < D
+    )
+
+
 @triton.jit(do_not_specialize=["pairs"])
 def grouped(
     x, order, tile_expert, tile_first, expert_first, weight, scale, out, pairs,
@@ -61,6 +73,8 @@ def grouped(
     uint8, in tiles of TILE_N rows by TILE_K elements; otherwise weight [E, N, K] bf16. Writes out
     [pairs, N] bf16. ACTIVATED: rows 2 i and 2 i + 1 of weight are a gate and an up, and out [pairs,
     N / 2] is silu(gate) * up. Grid (N / BLOCK_N, tiles).
+
+    On Hopper the columns of x are `arranged` for FP4 weights, and so are those of out if ACTIVATED.
     """
     expert = tl.load(tile_expert + tl.program_id(1))
     if (expert >= 0) & (expert < E):
@@ -73,18 +87,12 @@ def grouped(
             source = bounded(tl.load(order + line) // TOP_K, pairs // TOP_K)
         rows = x + source[:, None] * K  # [BLOCK_M, 1]; rows without a pair are not stored
         n = expert.to(tl.int64) * N + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if FP4:
-            run, byte = tl.arange(0, BLOCK_K // 16)[None, :, None], tl.arange(0, 8)[None, None, :]
-            group = tl.arange(0, BLOCK_K // 32)[None, :]
-            codes = weight + place(n[:, :, None], run * 8 + byte, K // 2, TILE_K // 2, TILE_N)
-            scales = scale + place(n, group, K // 32, TILE_K // 32, TILE_N)
-            for k in tl.range(0, K, BLOCK_K):
-                beyond = k // TILE_K * (TILE_N * TILE_K) + k % TILE_K  # a multiple of BLOCK_K
-                w = tl.load(codes + tl.multiple_of(beyond // 2, BLOCK_K // 2))
-                s = tl.load(scales + tl.multiple_of(beyond // 32, BLOCK_K // 32))
-                acc = dot_many(w, s, rows + k, acc, BLOCK_N, BLOCK_K)
+            acc = product_of_tiles(
+                rows, weight, scale, n, K, TILE_N, TILE_K, BLOCK_M, BLOCK_N, BLOCK_K
+            )
         else:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             along = tl.arange(0, BLOCK_K)
             for k in tl.range(0, K, BLOCK_K):
                 columns = tl.load(weight + n * K + k + along[None, :])  # [BLOCK_N, BLOCK_K]
@@ -93,6 +101,8 @@ def grouped(
             gate, up = acc.reshape(BLOCK_M, BLOCK_N // 2, 2).split()
             hidden = gate / (1 + tl.exp(-gate)) * up  # [BLOCK_M, BLOCK_N/2]
             i = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            if FP4 and not is_hip_cdna4():
+                i = arranged(i)
             places = out + line[:, None] * (N // 2) + i[None, :]
             tl.store(places, hidden.to(tl.bfloat16), mask=inside[:, None])
         else:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from fast.launch import Launch
 from fast.prefill import moe
 from tests.support.fast_cases import (
     Case,
@@ -58,6 +59,22 @@ def test_the_rows_beside_a_row_decide_none_of_its_bits():
     assert torch.equal(output(chosen.rows(some)), whole[some])
     back = list(reversed(range(90)))
     assert torch.equal(output(chosen.rows(back)), whole[back])
+
+
+@pytest.mark.parametrize("D, block", [(256, 256), (384, 256)])
+def test_hoppers_activations_are_arranged_span_by_span(D: int, block: int):
+    from triton.language import constexpr
+
+    from fast.kernels.mxfp4 import arranged
+    from fast.kernels.prefill.moe import arrange
+
+    x, out = exact_rows(5, 3, D), torch.full((3, D), float("nan"), dtype=torch.bfloat16)
+    sizes = {"D": D, "BLOCK": block}
+    emulate(
+        [Launch("arrange", arrange, (3, 2, 1), {"x": x, "out": out, **sizes}, {"num_warps": 4})]
+    )
+    places = [arranged.fn(constexpr(k)).value for k in range(D)]  # pyright: ignore
+    assert torch.equal(out[:, places], x)
 
 
 @pytest.mark.parametrize("shared", [0, 256])

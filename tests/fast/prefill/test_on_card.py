@@ -4,6 +4,7 @@ Every pair of head sizes runs, since it was such a pair that Triton compiled wro
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ pytest.importorskip("triton")
 
 from fast.attention import GatedAttention
 from fast.deltanet import GatedDeltaNet
+from fast.launch import Scratch
 from fast.layer import DecoderLayer
-from tests.support.fast_cases import judged
+from fast.moe import Experts
+from fast.prefill import moe
+from tests.support.fast_cases import Case, case, expected, judged, routing, slow_experts, too_far
 from tests.support.fast_nodes import Pass, a_pass
 from tests.support.prefill_nodes import slow, state_of
 
@@ -54,3 +58,33 @@ def test_attention_of_any_head_size(K: int):
 def test_a_layer(linear: bool):
     sizes = {"num_experts": 1, "num_experts_per_tok": 1}
     assert not findings(a_pass("layer", 130, linear=linear, length=64, **sizes))
+
+
+def on_card(node: Experts, chosen: Case) -> torch.Tensor:
+    x, ids, weights = (t.cuda() for t in (chosen.x, chosen.experts.int(), chosen.weights))
+    scratch = Scratch(x.device)
+    work, out = moe.experts(node, x, ids, weights, scratch)
+    for name in ("arranged", "pairs hidden", "pairs down", "feed-forward"):
+        for key, held in scratch._held.items():  # pyright: ignore[reportPrivateUsage]
+            if key[0] == name:
+                held.fill_(float("nan"))
+    for one in work:
+        one()
+    return out.cpu()
+
+
+@pytest.mark.parametrize("D, I", [(128, 128), (256, 96), (384, 256), (1024, 384)])
+def test_experts_in_mxfp4(D: int, I: int):
+    """Alone, with few others and with more rows than a tile has, a row has the same bits."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no configurations for these sizes
+        node = Experts.from_reference(slow_experts(24, D, I), "sm_90").cuda()
+    for kind, rows in (("random", 40), ("same", 150), ("ends", 300)):
+        chosen = case(routing(kind, rows, 4, 24), D=D, I=I)
+        out = on_card(node, chosen)
+        assert not too_far(out, *expected(chosen)), kind
+        for _ in range(20):
+            assert torch.equal(on_card(node, chosen), out), kind
+        some = list(range(rows - 9, rows))
+        assert torch.equal(on_card(node, chosen.rows(some)), out[some]), kind
+        assert torch.equal(on_card(node, chosen.rows([3])), out[[3]]), kind
