@@ -13,6 +13,7 @@ from fast.target import GRID
 from qwen35.cache import DeltaState
 
 TOKENS = 16  # tokens that one program convolves
+FEW = 2048  # columns of all value heads' memories
 
 
 def work(
@@ -46,8 +47,11 @@ def work(
     sizes = {"H": H, "HV": HV, "K": K, "V": V}
     shape = " ".join(f"{name}={size}" for name, size in sizes.items())
 
+    # Few columns of memory would keep few processors busy, so that each program takes fewer of them.
+    scanning = tiles(target, "scan few" if HV * V <= FEW else "scan", BLOCK_V=V)
+
     def launch(name: str, grid: tuple[int, int], arguments: dict[str, Any]) -> Launch:
-        config = tiles(target, name, **({"BLOCK_V": V} if name == "scan" else {}))
+        config = scanning if name == "scan" else tiles(target, name)
         return Launch(
             f"prefill {name} {shape}",
             getattr(kernels, name),
@@ -92,7 +96,7 @@ def work(
         )
     )  # fmt: skip
     scan = launch(
-        "scan", (HV, V // tiles(target, "scan", BLOCK_V=V)["BLOCK_V"]),
+        "scan", (HV, V // scanning["BLOCK_V"]),
         {
             "qk": qk, "decays": decays, "wanted": wanted, "erased": erased, "before": memory,
             "memories": memories, "after": after, "chunks": chunks,

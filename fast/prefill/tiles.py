@@ -19,6 +19,7 @@ TILES: dict[str, dict[str, Tiles]] = {
         "solve": {"num_warps": 8, "num_stages": 1},
         "write": {"num_warps": 4, "num_stages": 1},
         "scan": {"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
+        "scan few": {"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
         "read": {"num_warps": 4, "num_stages": 1},
     },
     "sm_90": {
@@ -36,6 +37,7 @@ TILES: dict[str, dict[str, Tiles]] = {
         "solve": {"num_warps": 4, "num_stages": 1},
         "write": {"num_warps": 4, "num_stages": 1},
         "scan": {"BLOCK_V": 32, "num_warps": 4, "num_stages": 3},
+        "scan few": {"BLOCK_V": 16, "num_warps": 4, "num_stages": 4},
         "read": {"num_warps": 4, "num_stages": 1},
     },
 }

@@ -13,7 +13,8 @@ matrices of 8,192 rows in the same run. `torch_us` is the time of the same opera
 --peers adds a row for each node of one layer that another library has too: the time of all its
 launches together, and the time of the library's call. The calls are `fla`'s chunked delta rule, the
 routed experts of `triton_kernels` from the chosen ids, and `scaled_dot_product_attention` with the
-context. A library that is not installed has no row.
+context. A whole model on one rank without context is also compared with the transformers library's, in
+bf16. A library that is not installed has no row.
 """
 
 import argparse
@@ -187,7 +188,10 @@ def _measured(
         layer: Any = model.layers[0]
         node = getattr(layer.feed_forward, "experts", None)
         top_k = whole.num_experts_per_tok
-        rows += prefill_peers.rows(*works, node, args.tokens, top_k, args.repeats)
+        rows += prefill_peers.rows_of_nodes(*works, node, args.tokens, top_k, args.repeats)
+        is_whole = args.tp == 1 and layers == whole.num_hidden_layers and not args.context
+        if is_whole and args.config in SIZES:
+            rows += prefill_peers.row_of_model(SIZES[args.config], us, ids, args.repeats)
     return rows
 
 

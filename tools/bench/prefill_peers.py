@@ -17,6 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from fast.launch import Launch, Scratch, Work
 from fast.prefill import moe
+from qwen35.config import FAMILY, PUBLISHED
 from tools.bench import gpu, mixture, report
 from tools.bench.moe import guarded
 
@@ -85,6 +86,30 @@ def attention(work: Sequence[Work]) -> tuple[Call, Call]:
     return lambda: [one() for one in launches], theirs
 
 
+def in_transformers(name: str, device: torch.device) -> Any:
+    """A published model of that size in the transformers library, with random weights in bf16."""
+    import transformers
+
+    made = dict(FAMILY | PUBLISHED[name])
+    config = transformers.AutoConfig.for_model(made.pop("model_type"), **made)
+    with device:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def whole_model(name: str, ours_us: float, ids: Tensor, repeats: int) -> report.Row:
+    """The row of a whole pass with an empty cache. ours_us: our time. Theirs also includes the head, for
+    the last row alone."""
+    model = in_transformers(name, ids.device)
+    first, second = (
+        statistics.median(gpu.events(lambda: model(ids, use_cache=True, logits_to_keep=1), repeats))
+        for _ in range(2)
+    )
+    return {
+        "name": "whole model", "us": ours_us, "peer": "transformers", "peer_us": first,
+        "peer_us_again": second, "peer_over_ours": first / ours_us,
+    }  # fmt: skip
+
+
 def compared(name: str, peer: str, pair: tuple[Call, Call], repeats: int) -> report.Row:
     """The row of two calls: medians in microseconds, two passes in turns."""
     graphs = [gpu.Graph([call]) for call in pair]
@@ -95,11 +120,11 @@ def compared(name: str, peer: str, pair: tuple[Call, Call], repeats: int) -> rep
     }  # fmt: skip
 
 
-def rows(
+def rows_of_nodes(
     linear: Sequence[Work], full: Sequence[Work], node: Any, tokens: int, top_k: int, repeats: int
 ) -> list[report.Row]:
-    """The rows of all peers that can be built here. linear, full: the work of a layer of each kind.
-    node: its `fast.moe.Experts`, or None."""
+    """The rows of all nodes' peers that can be built here. linear, full: the work of a layer of each
+    kind. node: its `fast.moe.Experts`, or None."""
     found: list[report.Row] = []
 
     def add(name: str, peer: str, pair: Callable[[], tuple[Call, Call]]) -> None:
@@ -110,4 +135,12 @@ def rows(
     if node is not None and node.fp4 and importlib.util.find_spec("triton_kernels") is not None:
         add("routed experts", "triton_kernels", lambda: experts(node, tokens, top_k))
     add("attend", "scaled_dot_product_attention", lambda: attention(full))
+    return found
+
+
+def row_of_model(name: str, us: float, ids: Tensor, repeats: int) -> list[report.Row]:
+    """The row of `whole_model`, if the transformers library is installed and builds the model."""
+    found: list[report.Row] = []
+    if importlib.util.find_spec("transformers") is not None:
+        guarded("transformers", lambda: found.append(whole_model(name, us, ids, repeats)))
     return found
