@@ -356,6 +356,8 @@ def plot(rows: list[report.Row], file: Path, model: str, tail: int = TAIL) -> No
     }
     for name, (look, color, label) in looks.items():
         points = [row for row in rows if row["name"] == name]
+        if not points:
+            continue  # such as a folder with --no-folder
         middle = [row["median_ms"] for row in points]
         low = [row["median_ms"] - row.get("min_ms", row["median_ms"]) for row in points]
         high = [row.get("max_ms", row["median_ms"]) - row["median_ms"] for row in points]
