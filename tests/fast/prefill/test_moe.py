@@ -1,5 +1,7 @@
 """The feed-forward of a prompt's rows as gfx950 code in the emulator, beside the reference."""
 
+import re
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fast.launch import Launch
+from fast.moe import Experts
 from fast.prefill import moe
 from tests.support.fast_cases import (
     Case,
@@ -24,7 +27,7 @@ from tests.support.fast_cases import (
 )
 from tests.support.fast_nodes import a_pass
 from tests.support.prefill_nodes import CPU, Poisoned, cut_findings, prefill_findings
-from tools.gfx950.target import emulate
+from tools.gfx950.target import compile_launch, emulate
 
 
 def output(chosen: Case) -> Tensor:
@@ -75,6 +78,22 @@ def test_hoppers_activations_are_arranged_span_by_span(D: int, block: int):
     )
     places = [arranged.fn(constexpr(k)).value for k in range(D)]  # pyright: ignore
     assert torch.equal(out[:, places], x)
+
+
+def test_hoppers_products_are_done_before_their_registers_are_written_again():
+    """They read the decoded weights from registers while the program goes on. Without a wait behind the
+    last of them the next weights overwrite those."""
+    x, ids = exact_rows(6, 12, 256), routing("random", 12, 4, 24).int()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no configuration for these sizes
+        node = Experts(24, 256, 128, "sm_90", CPU)
+    work, _ = moe.experts(node, x, ids, torch.ones(12, 4), Poisoned(CPU))
+    (launch,) = (one for one in work if isinstance(one, Launch) and "gate_up" in one.name)
+    text = compile_launch(launch, "sm_90").text
+    (label,) = re.findall(r"(\$\w+):\s+// =>This Inner Loop Header", text)
+    loop = text[text.index(f"{label}:") : text.index(f"bra \t{label};")]
+    assert loop.count("wgmma.mma_async") == 8
+    assert "wgmma.wait_group.sync.aligned 0" in loop[loop.rindex("wgmma.mma_async") :]
 
 
 @pytest.mark.parametrize("shared", [0, 256])
