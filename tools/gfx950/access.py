@@ -18,7 +18,7 @@ from tools.gfx950.operands import (
     source,
 )
 from tools.gfx950.registry import Action, instruction
-from tools.gfx950.waves import LANES, M0, Waves
+from tools.gfx950.waves import LANES, M0, Waves, spread
 
 U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
 # These have no effect here, except that sc0 makes an atomic return the old value.
@@ -46,6 +46,11 @@ Addresses = Callable[[Waves], tuple[NDArray[np.uint64], NDArray[np.bool_]]]
 # ---- registers <-> bytes of the active lanes
 
 
+def chosen_lanes(values: NDArray, waves: Waves, lanes: NDArray) -> NDArray:
+    """The values [n] of the n lanes that are True in lanes, both [W, 64]. It may be a view."""
+    return values.reshape(-1) if lanes is waves.active and waves.all_active else values[lanes]
+
+
 def to_registers(
     waves: Waves, destination: Operand, data: NDArray, lanes: NDArray, first: int = 0
 ) -> None:
@@ -68,7 +73,8 @@ def from_registers(waves: Waves, operand: Operand, size: int, lanes: NDArray) ->
     """The first `size` bytes of an operand's registers, uint8 [n, size]."""
     bank = waves.agpr if operand.kind == "a" else waves.vgpr
     count = (size + 3) // 4
-    dwords = np.stack([bank[operand.index + i][lanes] for i in range(count)], axis=1)
+    parts = [chosen_lanes(bank[operand.index + i], waves, lanes) for i in range(count)]
+    dwords = np.stack(parts, axis=1)
     return dwords.view(U8)[:, :size]
 
 
@@ -116,12 +122,12 @@ def buffer_addresses(
         if (second >> U32(16) & U32(0x3FFF)).any():
             raise EmulatorError("a buffer with a stride is not emulated")
         base = first.astype(U64) | (second & U32(0xFFFF)).astype(U64) << U64(32)
-        offset = np.full((len(waves), LANES), immediate, U64)
+        offset = read_scalar(waves).astype(U64) + immediate  # of 33 bits at most
         if by_lane is not None:
-            offset += by_lane(waves).astype(U64)
-        scalar_offset = read_scalar(waves).astype(U64)
-        within = offset + scalar_offset < size.astype(U64)[:, None]
-        return base[:, None] + offset + scalar_offset, within
+            offset = offset + by_lane(waves)
+        offset = spread(offset, waves)
+        within = offset < size.astype(U64)[:, None]
+        return base[:, None] + offset, within
 
     return compute
 
@@ -137,7 +143,7 @@ def global_addresses(ins: Instruction, address: Operand, base: Operand) -> Addre
             start = wide(waves)
         else:
             start = waves.read_s64(base.index)[:, None] + narrow(waves).astype(U64)
-        addresses = np.broadcast_to(start + immediate, (len(waves), LANES))
+        addresses = spread(start + immediate, waves)
         return addresses, np.ones((len(waves), LANES), bool)
 
     return compute
@@ -202,9 +208,9 @@ def _fetch(waves: Waves, addresses: Addresses, size: int) -> tuple[NDArray, NDAr
     that is outside of its buffer loads 0."""
     where, within = addresses(waves)
     lanes = waves.active
-    reads = within[lanes]
+    reads = chosen_lanes(within, waves, lanes)
     if reads.all():
-        return waves.memory.read(where[lanes], size), lanes
+        return waves.memory.read(chosen_lanes(where, waves, lanes), size), lanes
     data = np.zeros((len(reads), size), U8)
     data[reads] = waves.memory.read(where[lanes][reads], size)
     return data, lanes
@@ -347,6 +353,8 @@ PARTS = ("u8", "i8", "u16", "i16")
 
 def _owners(waves: Waves, lanes: NDArray) -> tuple[NDArray, NDArray]:
     """Workgroup and wave of each of the lanes that are True in lanes [W, 64]."""
+    if lanes is waves.active and waves.all_active:
+        return np.repeat(waves.workgroup, LANES), np.repeat(waves.wave, LANES)
     rows = np.nonzero(lanes)[0]
     return waves.workgroup[rows], waves.wave[rows]
 
@@ -375,7 +383,7 @@ def lds_read(ins: Instruction) -> Action:
 
     def run(waves: Waves) -> None:
         lanes = waves.active
-        where = np.broadcast_to(read_address(waves), lanes.shape)[lanes]
+        where = chosen_lanes(spread(read_address(waves), waves), waves, lanes)
         owners = _owners(waves, lanes)
         found = [waves.lds.read(*owners, where + offset, size) for offset in offsets]
         if size < 4:
@@ -400,7 +408,7 @@ def lds_write(ins: Instruction) -> Action:
 
     def run(waves: Waves) -> None:
         lanes = waves.active
-        where = np.broadcast_to(read_address(waves), lanes.shape)[lanes]
+        where = chosen_lanes(spread(read_address(waves), waves), waves, lanes)
         owners = _owners(waves, lanes)
         for value, offset in zip(values, offsets, strict=True):
             data = from_registers(waves, value, skip + size, lanes)[:, skip:]
@@ -425,7 +433,7 @@ def lds_read_transposed(ins: Instruction) -> Action:
     def run(waves: Waves) -> None:
         if not waves.all_active:
             raise EmulatorError("a transposing load with inactive lanes is not emulated")
-        where = np.broadcast_to(read_address(waves), waves.active.shape).reshape(-1)
+        where = spread(read_address(waves), waves).reshape(-1)
         data = waves.lds.read(*_owners(waves, waves.active), where + offset, 8)
         rows = data.view(dtype).reshape(-1, count, 16)  # (16 lanes of a wave), row, column
         columns = np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(-1, count)

@@ -42,21 +42,19 @@ def widen_pair(ins: Instruction) -> Action:
     # A pair of fp4 is one of four bytes, which two bits choose; a pair of fp8 is one of two words.
     shift = 8 * (select[0] + 2 * select[1]) if bits == 4 else 16 * select[0]
     mask = U32((1 << bits) - 1)
+    shifts = np.array([shift, shift + bits], U32)[:, None, None]
     read_packed, read_scale = register(packed), source(scale, "b32")
 
     def run(waves: Waves) -> None:
-        codes = read_packed(waves) >> U32(shift)
+        codes = (read_packed(waves) >> shifts) & mask  # [2, W, 64]
         factor = e8m0(f32_exponent(read_scale(waves)))
-        low, high = (
-            (MINIFLOATS[small].decode((codes >> U32(place)) & mask) * factor).astype(np.float32)
-            for place in (0, bits)
-        )
+        pair = (MINIFLOATS[small].decode(codes) * factor).astype(np.float32)
         if wide == "f32":
-            waves.write_v(destination.index, low.view(U32))
-            waves.write_v(destination.index + 1, high.view(U32))
+            for i, value in enumerate(pair):
+                waves.write_v(destination.index + i, value.view(U32))
             return
-        _, convert = PAIRS_TO_F16[wide]
-        waves.write_v(destination.index, convert(low) | (convert(high) << U32(16)))
+        low, high = PAIRS_TO_F16[wide][1](pair)
+        waves.write_v(destination.index, low | (high << U32(16)))
 
     return run
 

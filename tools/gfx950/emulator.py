@@ -32,7 +32,7 @@ from tools.gfx950 import (
 from tools.gfx950.arrivals import Arrivals
 from tools.gfx950.assembly import EmulatorError, Instruction, parse
 from tools.gfx950.effects import BANKS, effects
-from tools.gfx950.memory import Lds, Memory
+from tools.gfx950.memory import Lds, Memory, lds_pitch
 from tools.gfx950.operands import parse_operand
 from tools.gfx950.registry import BUILDERS, Action, plain
 from tools.gfx950.waves import EXEC, LANES, VCC, Waves, mask_of
@@ -112,6 +112,7 @@ class Kernel:
             self.program, self.effects, self._actions, first
         )
         self._vgprs, self._agprs = self._registers()
+        self._mnemonics = [plain(i.mnemonic) for i in self.program.instructions]
 
     def run(
         self,
@@ -167,14 +168,15 @@ class Kernel:
         with np.errstate(all="ignore"):
             pointer = np.array([memory.address(len(arrays))], np.uint64)  # to the arguments
             while workgroups := list(islice(order, batch)):
-                arrivals = Arrivals(len(workgroups), size) if self._loads_to_lds else None
+                pitch = lds_pitch(size)
+                arrivals = Arrivals(len(workgroups), pitch) if self._loads_to_lds else None
                 lds = Lds(len(workgroups), size, races=races, arrivals=arrivals)
                 waves = self._start(workgroups, num_warps, memory, lds)
                 waves.write_s64(self._pointer_register(), pointer)
                 run.batch(waves, num_warps)
         by_mnemonic: Counter[str] = Counter()
-        for instruction, count in zip(self.program.instructions, counts.tolist(), strict=True):
-            by_mnemonic[plain(instruction.mnemonic)] += count
+        for mnemonic, count in zip(self._mnemonics, counts.tolist(), strict=True):
+            by_mnemonic[mnemonic] += count
         by_mnemonic = +by_mnemonic  # drops zeros
         return Statistics(int(counts.sum()), memory.bytes_read, memory.bytes_written, by_mnemonic)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tools.gfx950.nans import quiet
 
 U32 = np.uint32
+_POWERS = np.append(np.ldexp(1.0, np.arange(255) - 127), np.nan)  # of e8m0, by code
 
 
 def bf16_to_f32(codes: NDArray) -> NDArray[np.float32]:
@@ -44,8 +45,7 @@ def f32_exponent(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 def e8m0(codes: NDArray) -> NDArray[np.float64]:
     """2 ** (code - 127); NaN for code 255."""
-    exponents = codes.astype(np.int32)
-    return np.where(exponents == 255, np.nan, np.ldexp(1.0, exponents - 127))
+    return _POWERS[codes]
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,8 @@ def mfma(ins: Instruction) -> Action:
         result = (
             (product + start).astype(np.int64).astype(np.int32) if integers else product + start
         )
-        if not integers:  # which NaN the card gives is not known
-            result = np.where(np.isnan(result), no_value(result.dtype), result)
+        if not integers and (wrong := np.isnan(result)).any():  # the card's NaN is not known
+            result = np.where(wrong, no_value(result.dtype), result)
         bits = result.view(U32) if integers else result.astype(np.float32).view(U32)
         _bank(waves, destination)[destination.index : destination.index + count] = bits
 
@@ -102,18 +102,22 @@ def _bank(waves: Waves, operand: Operand) -> NDArray[np.uint32]:
 
 def _values(registers: NDArray[np.uint32], kind: str) -> NDArray[np.float64]:
     """Registers [n, W, 64] -> their elements, float64 [W, 64, count], those in low bits first."""
-    words = np.moveaxis(registers, 0, -1)
+    words = np.ascontiguousarray(np.moveaxis(registers, 0, -1))
     if kind == "f32":
         return words.view(np.float32).astype(np.float64)
     bits = {"bf16": 16, "f16": 16, "i8": 8}.get(kind) or MINIFLOATS[kind].bits
-    shifts = np.arange(0, 32, bits, dtype=U32)
-    codes = ((words[..., None] >> shifts) & U32((1 << bits) - 1)).reshape(*words.shape[:2], -1)
+    if bits in (8, 16):
+        codes = words.view(f"<u{bits // 8}")
+    else:
+        shifts = np.arange(0, 32, bits, dtype=U32)
+        codes = (words[..., None] >> shifts) & U32((1 << bits) - 1)
+        codes = codes.reshape(*words.shape[:2], -1)
     if kind == "bf16":
         values = bf16_to_f32(codes)
     elif kind == "f16":
         values = f16_to_f32(codes)
     elif kind == "i8":
-        values = codes.astype(np.uint8).view(np.int8)
+        values = codes.view(np.int8)
     else:
         values = MINIFLOATS[kind].decode(codes)
     return values.astype(np.float64)

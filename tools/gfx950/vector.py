@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.gfx950.assembly import EmulatorError, Instruction
-from tools.gfx950.nans import passing_on
+from tools.gfx950.nans import LAYOUTS, passing_on
 from tools.gfx950.operands import (
     TYPES,
     Operand,
@@ -56,7 +56,9 @@ def define(
     float result is limited to 0 .. 1 without it.
     own_nans: the function gives the right NaN by itself; otherwise `nans.passing_on` does.
     """
-    whole = function if own_nans else passing_on(function)
+    first = parse_signature(signature)[0][0]
+    is_float = np.dtype(TYPES[first][0]) in LAYOUTS
+    whole = function if own_nans or not is_float else passing_on(function)
     for mnemonic in mnemonics.split():
         SIGNATURES[mnemonic] = signature
         BUILDERS[mnemonic] = _builder(
@@ -119,6 +121,10 @@ def _builder(
         finish = _output_modifiers(instruction, results[0], clamp=not saturates)
         also_exec = compares and instruction.mnemonic.startswith("v_cmpx")
 
+        def run_plain(waves: Waves) -> None:
+            value = apply(*[read(waves) for read in readers])
+            write_first(waves, bits_of(finish(value), results[0]), None)  # pyright: ignore
+
         def run(waves: Waves) -> None:
             values = apply(*[read(waves) for read in readers])
             if not isinstance(values, tuple):
@@ -127,9 +133,11 @@ def _builder(
             for i, (write, kind, value) in enumerate(zip(outputs, results, values, strict=True)):
                 write(waves, bits_of(finish(value) if i == 0 else value, kind), mask)
             if also_exec:
-                waves.write_s64(EXEC, mask_of(_all_lanes(values[0], waves) & waves.active))
+                waves.write_s64(EXEC, mask_of(values[0] & waves.active))
 
-        return run
+        write_first = outputs[0]
+        simple = len(results) == 1 and permutation is None and not also_exec
+        return run_plain if simple else run
 
     return build
 
@@ -216,8 +224,7 @@ def _destination(instruction: Instruction, operand: Operand, kind: str, word: in
             raise EmulatorError(f"operand {operand.text!r}: a mask must go to SGPRs")
 
         def write(waves: Waves, bits: NDArray, mask: NDArray | None) -> None:
-            lanes = _all_lanes(bits, waves)
-            waves.write_s64(index, mask_of(lanes & waves.active))
+            waves.write_s64(index, mask_of(bits & waves.active))
 
         return write
     if operand.kind == "a" and kind == "u32":
@@ -249,10 +256,6 @@ def _destination(instruction: Instruction, operand: Operand, kind: str, word: in
         waves.write_v(index, inserted | (waves.vgpr[index] & kept), mask)
 
     return write
-
-
-def _all_lanes(values: NDArray, waves: Waves) -> NDArray:
-    return np.broadcast_to(values, (len(waves), LANES))
 
 
 # ---- SDWA: sub-dword addressing

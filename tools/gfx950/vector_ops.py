@@ -329,12 +329,16 @@ def div_scale(x: NDArray, denominator: NDArray, numerator: NDArray) -> tuple[NDA
     range of f32; and whether div_fmas has to scale back."""
     inverse = 1 / denominator.astype(F64)
     quotient = numerator / denominator
-    apart = f32_exponents(numerator) - f32_exponents(denominator)
-    up, down = scale_by_power(x, np.asarray(64)), scale_by_power(x, np.asarray(-64))
+    numerator_exponents = f32_exponents(numerator)
     zero = (numerator == 0) | (denominator == 0)
-    far = apart >= 96
+    far = numerator_exponents - f32_exponents(denominator) >= 96
     small = is_denormal(denominator)
     inverse_small, quotient_small = is_denormal(inverse), is_denormal(quotient)
+    low = numerator_exponents <= 23
+    special = zero | far | small | inverse_small | quotient_small | low
+    if not special.any():
+        return x, special
+    up, down = scale_by_power(x, np.asarray(64)), scale_by_power(x, np.asarray(-64))
     if_denominator = np.where(x == denominator, up, x)
     cases = [  # the first case that holds counts
         (zero, F32(np.nan)),
@@ -343,7 +347,7 @@ def div_scale(x: NDArray, denominator: NDArray, numerator: NDArray) -> tuple[NDA
         (inverse_small & quotient_small, if_denominator),
         (inverse_small, down),
         (quotient_small, np.where(x == numerator, up, x)),
-        (f32_exponents(numerator) <= 23, up),
+        (low, up),
     ]
     scaled = np.select([case for case, _ in cases], [value for _, value in cases], x)
     back = ~zero & (far | (~small & quotient_small))
@@ -364,6 +368,9 @@ def div_fixup(quotient: NDArray, denominator: NDArray, numerator: NDArray) -> ND
     infinite = (denominator == 0) | np.isinf(numerator)
     zero = np.isinf(denominator) | (numerator == 0)
     tiny = f32_exponents(numerator) - f32_exponents(denominator) < -150
+    nan = np.isnan(denominator) | np.isnan(numerator)
+    if not (infinite | zero | tiny | nan).any():
+        return np.where(negative, -np.abs(quotient), np.abs(quotient))
     size = np.select([infinite, zero | tiny], [F32(np.inf), F32(0)], np.abs(quotient))
     result = np.where(negative, -size, size)
     result = np.where(infinite & zero, no_value(result.dtype), result)  # 0/0 and inf/inf

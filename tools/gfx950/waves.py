@@ -114,6 +114,12 @@ class Waves:
         self.all_active = bool(self.active.all())
 
 
+def spread(values: NDArray, waves: Waves) -> NDArray:
+    """Values that broadcast to [W, 64], as such an array, which is not to be written."""
+    shape = len(waves), LANES
+    return values if values.shape == shape else np.broadcast_to(values, shape)
+
+
 def lanes_of(mask: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """[W] masks -> [W, 64] lanes; lane i is bit i."""
     octets = np.ascontiguousarray(mask).astype("<u8").view(np.uint8).reshape(-1, 8)

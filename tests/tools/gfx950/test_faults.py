@@ -63,8 +63,8 @@ FAULTS = {
     "nibbles swapped": (
         converts,
         "widen_pair",
-        "in (0, bits)",
-        "in (bits, 0)",
+        "[shift, shift + bits]",
+        "[shift + bits, shift]",
         "v_cvt_scalef32_pk_bf16_fp4",
     ),
     "op_sel ignored": (converts, "widen_pair", "(select[0] + 2 * select[1])", "0", "bf16_fp4_16"),
@@ -98,12 +98,12 @@ FAULTS = {
     "buffer bounds ignored": (
         access,
         "buffer_addresses",
-        "scalar_offset, within",
-        "scalar_offset, within | True",
+        "offset, within",
+        "offset, within | True",
         "softmax",
     ),
     "exec ignored": (waves, "Waves.write_v", "elif self.all_active", "elif True", "check_exec"),
-    "barrier releases nothing": (memory, "Lds.barrier", "if self._races", "if False", "softmax"),
+    "barrier releases nothing": (memory, "Lds.barrier", "if not self._races", "if True", "softmax"),
     "carry ignored": (
         vector_ops,
         "",

@@ -1,4 +1,8 @@
-"""The LDS's three races, each alone, and the integer atomics where signs decide."""
+"""Races in the LDS, each alone and among random accesses; integer atomics where signs decide."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,6 +103,83 @@ def test_an_access_that_is_not_aligned(size: int, address: int) -> None:
     ):
         lds.write(zero, zero, where, np.zeros((1, size), np.uint8))
     lds.read(zero, zero, where // unit * unit, size)
+
+
+class Plain:
+    """The rules of `Lds` for each byte of one workgroup, lane by lane."""
+
+    def __init__(self, size: int) -> None:
+        self.bytes, self.written = [0xCC] * size, [False] * size
+        self.barrier()
+
+    def barrier(self) -> None:
+        self.readers: list[set[int]] = [set() for _ in self.bytes]
+        self.writers: list[set[int]] = [set() for _ in self.bytes]
+
+    def read(self, lanes: list[tuple[int, range]]) -> list[list[int]]:
+        for wave, span in lanes:
+            assert not any(self.writers[i] - {wave} for i in span), "race"
+        for wave, span in lanes:
+            assert all(self.written[i] for i in span), "unwritten"
+            for i in span:
+                self.readers[i].add(wave)
+        return [[self.bytes[i] for i in span] for _, span in lanes]
+
+    def write(self, lanes: list[tuple[int, range]], values: list[int]) -> None:
+        given = list(zip(lanes, values, strict=True))
+        for wave in sorted({wave for wave, _ in lanes}):
+            mine = [(i, value) for (other, span), value in given if other == wave for i in span]
+            assert not any(self.readers[i] - {wave} for i, _ in mine), "race"
+            before = self.bytes.copy()
+            assert all(before[i] == v for i, v in mine if self.writers[i] - {wave}), "race"
+            for i, value in mine:
+                self.writers[i].add(wave)
+                self.bytes[i], self.written[i] = value, True
+        for (_, span), value in given:
+            for i in span:
+                self.bytes[i] = value
+
+
+def outcome(access: Callable[..., Any], *arguments: Any) -> Any:
+    """What an access returns, else the kind of its error."""
+    try:
+        return access(*arguments)
+    except (AssertionError, EmulatorError) as error:
+        return "race" if "race" in str(error) else "unwritten"
+
+
+def test_random_accesses_keep_the_rules_of_each_byte() -> None:
+    """Sizes that overlap each other in part, bytes that several waves store at once, two workgroups of a
+    size that no access of 16 bytes divides."""
+    random = np.random.default_rng(0)
+    seen: Counter[str] = Counter()
+    for _ in range(1000):
+        lds, plain = Lds(2, 24, races=True), [Plain(24), Plain(24)]
+        waves_of = int(random.integers(1, 4))
+        for _ in range(12):
+            size, count = int(random.choice([1, 2, 4, 8, 12, 16])), int(random.integers(1, 4))
+            unit, owner = 4 if size == 12 else size, int(random.integers(2))
+            first = (random.integers(0, (24 - size) // unit + 1, count) * unit).astype(np.uint32)
+            waves, owners = random.integers(0, waves_of, count), np.full(count, owner)
+            values = random.integers(0, 1 + int(random.random() < 0.3), count).astype(np.uint8)
+            lanes = [(int(w), range(f, f + size)) for w, f in zip(waves, first, strict=True)]
+            kind = random.choice(["load", "store", "barrier"], p=[0.3, 0.4, 0.3])
+            if kind == "barrier":
+                lds.barrier(owners)
+                plain[owner].barrier()
+                continue
+            if kind == "load":
+                found = outcome(lds.read, owners, waves, first, size)
+                expected = outcome(plain[owner].read, lanes)
+            else:
+                data = np.repeat(values[:, None], size, axis=1)
+                found = outcome(lds.write, owners, waves, first, data)
+                expected = outcome(plain[owner].write, lanes, values.tolist())
+            assert (found.tolist() if isinstance(found, np.ndarray) else found) == expected
+            seen[found if isinstance(found, str) else kind] += 1
+            if isinstance(found, str):
+                break
+    assert min(seen[kind] for kind in ("load", "store", "race", "unwritten")) > 30, seen
 
 
 def test_nothing_is_watched_where_nobody_asks() -> None:
