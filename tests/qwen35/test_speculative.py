@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def run(
     depth: int,
     sampling: Sampling = GREEDY,
     *,
-    tokens: int = 24,
+    tokens: int = 16,
     stop: frozenset[int] = frozenset(),
     chunk: int = 2048,
 ) -> tuple[Steps, Generation]:
@@ -104,12 +105,17 @@ def assert_same(found: Steps, expected: Steps) -> None:
         assert torch.equal(a, b), f"logits of token {i}: {(a - b).abs().max()} apart"
 
 
+@cache
+def embedded_text(which: int, sampling: Sampling) -> Steps:
+    """What the embedded model says to a prompt without drafting."""
+    return run(embedded(), embedded_prompts()[which], 0, sampling)[0]
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, HOT], ids=["greedy", "sampled", "hot"])
 @pytest.mark.parametrize("which", range(len(TEXTS)))
 def test_depths_agree_on_the_embedded_model(which: int, sampling: Sampling) -> None:
     """A trained head, with long and short runs of accepted drafts."""
-    prompt = embedded_prompts()[which]
-    expected, _ = run(embedded(), prompt, 0, sampling)
+    prompt, expected = embedded_prompts()[which], embedded_text(which, sampling)
     for depth in DEPTHS:
         assert_same(run(embedded(), prompt, depth, sampling)[0], expected)
 
@@ -142,8 +148,7 @@ def test_depths_agree_on_a_random_model(
 @pytest.mark.parametrize("tokens", [1, 2, 3, 7])
 def test_limits_cut_the_same_text(tokens: int) -> None:
     """A limit ends a round early; it never changes or adds a token."""
-    prompt = embedded_prompts()[1]
-    whole, _ = run(embedded(), prompt, 0, SAMPLED, tokens=12)
+    prompt, whole = embedded_prompts()[1], embedded_text(1, SAMPLED)
     for depth in (0, *DEPTHS):
         found, generation = run(embedded(), prompt, depth, SAMPLED, tokens=tokens)
         assert_same(found, whole[:tokens])
@@ -154,8 +159,7 @@ def test_limits_cut_the_same_text(tokens: int) -> None:
 @pytest.mark.parametrize("at", [0, 1, 2, 4, 7])
 def test_a_stop_token_ends_the_text_at_any_depth(at: int) -> None:
     """It may be in the middle of accepted drafts: it is the last token given."""
-    prompt = embedded_prompts()[2]
-    whole, _ = run(embedded(), prompt, 0, HOT, tokens=16)
+    prompt, whole = embedded_prompts()[2], embedded_text(2, HOT)
     ids = [token for token, _ in whole]
     stop = frozenset([ids[at]])
     for depth in (0, *DEPTHS):
@@ -349,7 +353,8 @@ def test_two_sampled_tokens_follow_the_models_distribution() -> None:
     pairs: Counter[tuple[int, int]] = Counter()
     for seed in range(count):
         seeded = replace(sampling, seed=seed)
-        first, second, *_ = (t for t, _ in Generation(model, prompt, 4, seeded, frozenset(), 3))
+        steps = Generation(model, prompt, 4, seeded, frozenset(), 3)
+        first, second = (token for token, _ in islice(steps, 2))
         pairs[first, second] += 1
     chances = {
         (first, second): p * q

@@ -31,7 +31,7 @@ from reference.model import Model
 from tests.support.family import FAMILY, randomise
 
 VOCABULARY = 16
-TOKENS = 4  # new tokens of an answer
+TOKENS = 3  # new tokens of an answer
 SAMPLING = Sampling(temperature=1.0, seed=3)
 SIZES = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "full_attention_interval": 2}
 
@@ -123,7 +123,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert not wrong, wrong
 
 
-LETTERS = st.lists(st.integers(0, 2), max_size=4)
+LETTERS = st.lists(st.integers(0, 2), max_size=3)
 TAILS = st.sampled_from([0, 1, 4, 30, 61, 62, 63])
 DEPTHS = st.integers(0, 3)
 CHUNKS = st.sampled_from([GRID, 2 * GRID, 8 * GRID])
