@@ -210,6 +210,8 @@ def source(operand: Operand, kind: str, base: Reader | None = None, word: int = 
         return read_mask
     read_bits = _unsigned(operand, bits, base, word)
     signed = with_signs(read_bits, operand, bits)
+    if kind in ("u16", "u32", "b32", "u64"):  # unsigned already
+        return signed
 
     def read(waves: Waves) -> NDArray:
         return signed(waves).view(dtype)
@@ -251,7 +253,7 @@ def bits_of(values: NDArray, kind: str) -> NDArray:
     """The bits of results of a type: uint64 for types of 64 bits, bool for a mask, otherwise uint32."""
     dtype, bits = TYPES[kind]
     exact = np.asarray(values).astype(dtype, copy=False)
-    if kind == "mask":
+    if kind in ("mask", "u32", "b32"):
         return exact
     if bits == 64:
         return exact.view(np.uint64)

@@ -6,6 +6,7 @@ words of sources and result) are handled here, so that a definition does not kno
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,8 +123,10 @@ def _builder(
         also_exec = compares and instruction.mnemonic.startswith("v_cmpx")
 
         def run_plain(waves: Waves) -> None:
-            value = apply(*[read(waves) for read in readers])
-            write_first(waves, bits_of(finish(value), results[0]), None)  # pyright: ignore
+            value: Any = apply(*[read(waves) for read in readers])
+            write_first(
+                waves, bits_of(value if finish is None else finish(value), results[0]), None
+            )
 
         def run(waves: Waves) -> None:
             values = apply(*[read(waves) for read in readers])
@@ -131,7 +134,8 @@ def _builder(
                 values = (values,)
             mask = None if permutation is None else permutation.writes(waves)
             for i, (write, kind, value) in enumerate(zip(outputs, results, values, strict=True)):
-                write(waves, bits_of(finish(value) if i == 0 else value, kind), mask)
+                finished = value if i or finish is None else finish(value)
+                write(waves, bits_of(finished, kind), mask)
             if also_exec:
                 waves.write_s64(EXEC, mask_of(values[0] & waves.active))
 
@@ -199,12 +203,15 @@ def _half(operand: Operand, kind: str, word: int, negate: bool, wide: bool) -> R
 
 def _output_modifiers(
     instruction: Instruction, kind: str, *, clamp: bool
-) -> Callable[[NDArray], NDArray]:
-    """Applies mul:2, mul:4, div:2 and, if `clamp`, the modifier clamp to a float result."""
+) -> Callable[[NDArray], NDArray] | None:
+    """Applies mul:2, mul:4, div:2 and, if `clamp`, the modifier clamp to a float result. None if the
+    instruction has none of them."""
     factor = number(instruction, "mul", 1) / number(instruction, "div", 1)
     clamp = clamp and "clamp" in instruction.modifiers
     if (factor != 1 or clamp) and kind not in ("f16", "f32", "f64"):
         raise EmulatorError("an integer result with mul, div or clamp is not emulated")
+    if factor == 1 and not clamp:
+        return None
 
     def finish(value: NDArray) -> NDArray:
         if factor != 1:
