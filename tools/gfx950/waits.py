@@ -12,8 +12,8 @@ s_barrier does not wait for the wave's own accesses of the LDS, so an access mus
 barrier that separates it from the accesses of other waves.
 
 buffer_wbl2 makes earlier stores visible outside the cache. It must have ended before an atomic or a store
-that tells others about these stores. (LLVM leaves out this wait if it knows of no access that has not
-ended.)
+that tells others about these stores. (LLVM before its pull request 178316, and so Triton 3.7, does not
+count a write-back, and leaves out this wait where no other access has yet to end.)
 
 The check reads the text once, when a kernel is loaded. It follows all paths through the branches, also
 those that no input takes.
