@@ -36,7 +36,7 @@ def life(machine: type[Machine], examples: int) -> None:
 
 @pytest.mark.parametrize("machine", [InMemory, InFolder])
 def test_a_long_life(machine: type[Machine]) -> None:
-    """Twice 1,000 steps."""
+    """About 900 steps each."""
     life(machine, EXAMPLES)
 
 
