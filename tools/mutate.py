@@ -166,16 +166,18 @@ MODULES = {
         " -k 'test_assembly or hot_loop_has or hot_loop_is_the_longest or parsing or arguments_lie"
         " or three_axes'"
     ),
-    "tools/gfx950/converts.py": "test_instructions -k op_sel",
+    "tools/gfx950/converts.py": "test_converts",
     "tools/gfx950/effects.py": "test_effects -k 'not touches'",
     "tools/gfx950/emulator.py": (
         "test_emulator test_unwritten test_waits test_kernels"
         " -k 'test_emulator or test_unwritten or test_waits or quotes or without_end or sleep"
         " or not_known'"
     ),
-    "tools/gfx950/flow.py": "test_waits test_unwritten",
+    "tools/gfx950/flow.py": "test_flow test_waits test_unwritten",
     "tools/gfx950/formats.py": "test_formats",
-    "tools/gfx950/lanes.py": "test_instructions -k 'vector_instructions or by_hand'",
+    "tools/gfx950/lanes.py": (
+        "test_lanes test_instructions -k 'test_lanes or vector_instructions or by_hand'"
+    ),
     "tools/gfx950/matrix.py": "test_matrix",
     "tools/gfx950/memory.py": (
         "test_memory test_access test_kernels -k 'not test_kernels or overlapping or quotes'"

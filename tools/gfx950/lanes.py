@@ -274,7 +274,11 @@ def _swizzled(pattern: str) -> NDArray[np.int64]:
     for."""
     if not pattern.startswith("swizzle("):
         code = int(pattern, 0)
-        if code & 0x8000:  # a permutation of four
+        if code >> 15 and code >> 8 != 0x80:
+            raise EmulatorError(
+                f"offset:{pattern} is not known"
+            )  # a rotation, or the order of an FFT
+        if code >> 15:  # a permutation of four
             return LANE - LANE % 4 + ((code >> (2 * (LANE % 4))) & 3)
         and_mask, or_mask, xor_mask = code & 31, (code >> 5) & 31, (code >> 10) & 31
         return (LANE & 32) | ((((LANE & 31) & and_mask) | or_mask) ^ xor_mask)

@@ -3,6 +3,7 @@
 import re
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,15 @@ pytest.importorskip("triton")
 from tests.support.gfx950_kernels import SAMPLES
 from tools.gfx950 import target
 from tools.gfx950.assembly import EmulatorError, Instruction, parse
-from tools.gfx950.effects import SCC, counters_of, effects, names_of
+from tools.gfx950.effects import (
+    LDS,
+    SCC,
+    WRITE_BACK,
+    Effects,
+    counters_of,
+    effects,
+    names_of,
+)
 from tools.gfx950.emulator import CONTROL
 from tools.gfx950.registry import BUILDERS, plain
 from tools.gfx950.waves import EXEC, Waves
@@ -179,29 +188,116 @@ def test_an_instruction_touches_only_its_registers(full: bool) -> None:
     assert checked > 150
 
 
+def registers(names: str) -> int:
+    """The set of registers with these names: v0, a0, s0, scc, or s8-11 for four of them."""
+    fixed = {"scc": SCC, "vcc": 3 << 1130, "m0": 1 << 1148, "exec": 3 << 1150}
+    banks = {"v": 0, "a": 512, "s": 1024}
+    found = 0
+    for name in names.split():
+        if name in fixed:
+            found |= fixed[name]
+            continue
+        first, _, last = name[1:].partition("-")
+        for number in range(int(first), int(last or first) + 1):
+            found |= 1 << (banks[name[0]] + number)
+    return found
+
+
+DPP = "v_mov_b32_dpp v0, v1 row_shr:1 row_mask:0xf bank_mask:0xf"
+SDWA = "v_add_u16_sdwa v0, v1, v2"
+VECTOR = {"unit": "vector"}
+SCALAR = {"unit": "scalar"}
+ATOMIC = {**VECTOR, "ended": WRITE_BACK}
+STORES = {**ATOMIC, "stores": True}
+PERMUTED = {"unit": "lds"}
+
+
 @pytest.mark.parametrize(
-    ("line", "reads", "writes", "kept", "unit"),
+    ("line", "reads", "writes", "rest"),
     [
-        ("v_pk_mul_f32 v[0:1], v[2:3], v[4:5] op_sel_hi:[1,0]", "v2 v3 v4", "v0 v1", "", ""),
-        ("v_cmp_gt_u32_e32 vcc, v1, v2", "v1 v2", "vcc_lo vcc_hi", "", ""),
-        ("s_addc_u32 s0, s1, s2", "scc s1 s2", "scc s0", "", ""),
-        ("v_fmac_f32_e32 v0, v1, v2", "v0 v1 v2", "v0", "", ""),
-        ("global_load_short_d16 v4, v[2:3], off", "v2 v3", "v4", "v4", "vector"),
-        ("buffer_load_dword v1, s[8:11], 0 offen lds", "v1 s8 s9 s10 s11 m0", "", "", "vector"),
-        ("ds_write_b32 v1, v2", "v1 v2", "", "", "lds"),
-        ("s_load_dwordx2 s[4:5], s[0:1], 0x0", "s0 s1", "s4 s5", "", "scalar"),
-        ("s_cbranch_vccz .L1", "vcc_lo vcc_hi", "", "", ""),
+        # A half of a pair, which op_sel and op_sel_hi choose.
+        ("v_pk_mul_f32 v[0:1], v[2:3], v[4:5] op_sel_hi:[1,0]", "v2-4", "v0-1", {}),
+        ("v_pk_add_f32 v[0:1], v[2:3], v[4:5]", "v2-5", "v0-1", {}),
+        ("v_pk_fma_f32 v[0:1], v[2:3], v[4:5], v[6:7] op_sel:[1,0,0] op_sel_hi:[1,1,0]", "v3-6", "v0-1",
+         {}),
+        ("v_pk_mul_f32 v[0:1], s[2:3], 1.0", "s2-3", "v0-1", {}),
+        ("v_pk_mov_b32 v[0:1], v[2:3], v[4:5] op_sel:[1,0]", "v3-4", "v0-1", {}),
+        ("v_pk_mov_b32 v[0:1], v[2:3], v[4:5]", "v2 v4", "v0-1", {}),
+        # SCC, VCC and EXEC, named or not.
+        ("v_cmp_gt_u32_e32 vcc, v1, v2", "v1-2", "vcc", {}),
+        ("v_cmpx_gt_u32_e32 vcc, v1, v2", "v1-2", "vcc exec", {}),
+        ("v_addc_co_u32_e32 v1, vcc, v2, v3, vcc", "v2-3 vcc", "v1 vcc", {}),
+        ("v_div_fmas_f32 v5, v6, v4, v5", "v4-6 vcc", "v5", {}),
+        ("s_and_saveexec_b64 s[2:3], s[4:5]", "s4-5 exec", "s2-3 exec scc", {}),
+        ("s_addc_u32 s0, s1, s2", "scc s1-2", "scc s0", {}),
+        ("s_cmov_b32 s0, s1", "scc s0-1", "s0", {}),
+        ("s_cmp_lt_u32 s0, s1", "s0-1", "scc", {}),
+        ("s_cbranch_vccz .L1", "vcc", "", {}),
+        ("s_cbranch_scc1 .L1", "scc", "", {}),
+        ("v_fmac_f32_e32 v0, v1, v2", "v0-2", "v0", {}),
+        ("v_mad_u64_u32 v[2:3], s[4:5], v6, v7, v[8:9]", "v6-9", "v2-3 s4-5",
+         {"passed": "v9", "onto": "v3 s4-5"}),
+        ("v_mad_i64_i32 v[2:3], s[4:5], v9, v7, v[8:9]", "v7-9", "v2-3 s4-5", {}),
+        ("v_mad_u64_u32 v[2:3], s[4:5], v6, v7, 0", "v6-7", "v2-3 s4-5", {}),
+        # What keeps a part.
+        ("v_add_f16_e64 v0, v1, v2 op_sel:[0,1,1]", "v1-2", "v0", {"kept": "v0"}),
+        ("v_add_f16_e64 v0, v1, v2 op_sel:[1,1,0]", "v1-2", "v0", {}),
+        ("v_fma_mixhi_f16 v0, v1, v2, v3", "v1-3", "v0", {"kept": "v0"}),
+        ("v_cvt_pk_fp8_f32 v0, v1, v2", "v1-2", "v0", {"kept": "v0"}),
+        (SDWA + " dst_sel:WORD_1 dst_unused:UNUSED_PRESERVE", "v1-2", "v0", {"kept": "v0"}),
+        (SDWA + " dst_sel:WORD_1 dst_unused:UNUSED_PAD", "v1-2", "v0", {}),
+        (SDWA + " dst_sel:DWORD dst_unused:UNUSED_PRESERVE", "v1-2", "v0", {}),
+        (SDWA + " dst_unused:UNUSED_PRESERVE", "v1-2", "v0", {}),
+        (DPP, "v1", "v0", {"kept": "v0"}),
+        (DPP + " bound_ctrl:0", "v1", "v0", {}),
+        (DPP.replace("row_mask:0xf", "row_mask:0xa") + " bound_ctrl:0", "v1", "v0", {"kept": "v0"}),
+        # Lanes.
+        ("v_swap_b32 v0, v1", "v0-1", "v0-1", {}),
+        ("v_permlane32_swap_b32 v0, v1", "v0-1", "v0-1", {"lanes": "all"}),
+        ("v_readfirstlane_b32 s4, v1", "v1", "s4", {"lanes": "first"}),
+        ("v_readlane_b32 s4, v1, s5", "v1 s5", "s4", {"lanes": "one"}),
+        ("v_writelane_b32 v1, s4, s5", "s4-5", "v1", {"lanes": "one", "kept": "v1"}),
+        ("v_accvgpr_write_b32 a1, v2", "v2", "a1", {}),
+        ("v_mfma_f32_16x16x32_bf16 a[0:3], v[4:7], v[8:11], a[4:7]", "v4-11 a4-7", "a0-3",
+         {"lanes": "all"}),
+        # Memory.
+        ("s_load_dwordx2 s[4:5], s[0:1], 0x0", "s0-1", "s4-5", SCALAR),
+        ("s_buffer_load_dwordx2 s[8:9], s[4:7], 0x4", "s4-7", "s8-9", SCALAR),
+        ("s_dcache_inv", "", "", SCALAR),
+        ("global_load_dword v2, v1, s[4:5]", "v1 s4-5", "v2", VECTOR),
+        ("global_load_short_d16 v4, v[2:3], off", "v2-3", "v4", {**VECTOR, "kept": "v4"}),
+        ("global_load_lds_dwordx4 v[2:3], off", "v2-3 m0", "", {**VECTOR, "lds": "load"}),
+        ("buffer_load_dword v1, s[8:11], 0 offen lds", "v1 s8-11 m0", "", {**VECTOR, "lds": "load"}),
+        ("buffer_inv sc1", "", "", {}),
+        ("buffer_wbl2 sc1", "", "", {**VECTOR, "starts": WRITE_BACK}),
+        ("global_store_dwordx2 v1, v[2:3], s[4:5]", "v1-3 s4-5", "", STORES),
+        ("buffer_store_short_d16_hi v3, v1, s[8:11], 0 offen", "v1 v3 s8-11", "", STORES),
+        ("global_atomic_add v0, v1, v2, s[4:5] sc0", "v1-2 s4-5", "v0", ATOMIC),
+        ("global_atomic_add v1, v2, s[4:5]", "v1-2 s4-5", "", ATOMIC),
+        ("buffer_atomic_add_f32 v2, v1, s[8:11], 0 offen", "v1-2 s8-11", "", ATOMIC),
+        ("buffer_atomic_add_f32 v2, v1, s[8:11], 0 offen sc0", "v1-2 s8-11", "v2", ATOMIC),
+        ("buffer_atomic_cmpswap v[2:3], v1, s[8:11], 0 offen sc0", "v1-3 s8-11", "v2", ATOMIC),
+        ("buffer_atomic_cmpswap_x2 a[2:5], v1, s[8:11], 0 offen sc0", "v1 a2-5 s8-11", "a2-3", ATOMIC),
+        ("ds_write_b32 v1, v2", "v1-2", "", {**PERMUTED, "starts": LDS, "lds": "write"}),
+        ("ds_read_u16_d16 v4, v1", "v1", "v4",
+         {**PERMUTED, "starts": LDS, "lds": "read", "kept": "v4"}),
+        ("ds_bpermute_b32 v0, v1, v2", "v1-2", "v0", PERMUTED),
+        ("s_barrier", "", "", {"ended": LDS}),
     ],
-)
-def test_what_an_instruction_reads(
-    line: str, reads: str, writes: str, kept: str, unit: str
-) -> None:
+)  # fmt: skip
+def test_what_an_instruction_does(line: str, reads: str, writes: str, rest: dict[str, Any]) -> None:
     (instruction,) = parse(f"k:\n\t{line}\n", "k").instructions
-    what = effects(instruction)
-    assert [sorted(names_of(r)) for r in (what.reads, what.writes, what.kept)] == [
-        sorted(names.split()) for names in (reads, writes, kept)
-    ]
-    assert what.unit == unit
+    sets = {name: registers(rest.get(name, "")) for name in ("kept", "passed", "onto")}
+    expected = Effects(registers(reads), registers(writes), **{**rest, **sets})
+    assert effects(instruction) == expected
+
+
+def test_registers_are_named_as_the_assembler_names_them() -> None:
+    every = registers("v0 v511 a0 a511 s0-105 vcc m0 exec scc")
+    names = ["vcc_lo", "vcc_hi", "m0", "exec_lo", "exec_hi"]
+    assert names_of(every) == (
+        ["scc", "v0", "v511", "a0", "a511", *(f"s{i}" for i in range(106)), *names]
+    )
 
 
 def test_counters_are_read_as_names_or_as_a_number() -> None:

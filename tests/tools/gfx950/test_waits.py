@@ -116,6 +116,15 @@ def test_what_has_waited_runs(body: str) -> None:
     assert run(body) == list(range(64))
 
 
+def test_of_two_errors_the_first_one_in_the_text_is_named() -> None:
+    """Even if all ways through the code come to the other one first."""
+    with pytest.raises(EmulatorError, match="reads v2"):
+        kernel(
+            "s_branch .L2\n.L1:\nv_mov_b32_e32 v4, v2\ns_endpgm\n"
+            ".L2:\n" + TWO_LOADS + "v_mov_b32_e32 v5, v3\ns_branch .L1"
+        )
+
+
 def test_a_counter_goes_no_further_than_its_bits() -> None:
     """Of 70 loads, vmcnt(62) leaves the first eight ended, and vmcnt(63) does not wait."""
     loads = [f"global_load_dword v{i}, v1, s[4:5]\n" for i in range(2, 72)]
