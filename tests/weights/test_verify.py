@@ -264,3 +264,13 @@ def test_a_source_that_changed_is_a_difference(little: Path) -> None:
     assert found.difference is not None and "lm_head.weight[5, 3]" in found.difference
     with pytest.raises(InputError, match="no such folder"):
         verify(little.parent / "absent", little.parent / "out", Options("bf16"))
+
+
+def test_a_head_that_is_tied_stays_so(tmp_path: Path) -> None:
+    """And config.json says it, or differs."""
+    write(tmp_path / "in", "0.8B")
+    convert(tmp_path / "in", tmp_path / "out", Options("bf16"))
+    assert verify(tmp_path / "in", tmp_path / "out", Options("bf16")).difference is None
+    edit_json(tmp_path / "out" / "config.json", tie_word_embeddings=False)
+    found = verify(tmp_path / "in", tmp_path / "out", Options("bf16"))
+    assert found.difference is not None and "tie_word_embeddings" in found.difference

@@ -1,4 +1,5 @@
-"""Races in the LDS, each alone and among random accesses; integer atomics where signs decide."""
+"""Races in the LDS, each alone and among random accesses; the host's addresses; integer atomics where
+signs decide."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import pytest
 
 from tools.gfx950.access import INTEGER_ATOMICS
 from tools.gfx950.assembly import EmulatorError
-from tools.gfx950.memory import Lds
+from tools.gfx950.memory import Lds, Memory
 
 
 def read(lds: Lds, wave: int, address: int = 8, workgroup: int = 0) -> None:
@@ -188,6 +189,20 @@ def test_nothing_is_watched_where_nobody_asks() -> None:
     write(lds, 1, 1)
     write(lds, 0, 2)
     read(lds, 1)
+
+
+def test_an_address_of_the_host() -> None:
+    """Within an array, and together with addresses of the device."""
+    arrays = [np.arange(16, dtype=np.uint8) + 16 * i for i in range(2)]
+    memory = Memory(arrays)
+    first, second = (array.__array_interface__["data"][0] for array in arrays)
+    places = [first + 8, second + 4, memory.address(1) + 12, memory.address(0)]
+    found = memory.read(np.array(places, np.uint64), 4)
+    assert found[:, 0].tolist() == [8, 20, 28, 0]
+    memory.write(np.array([second + 4], np.uint64), np.array([[9, 9]], np.uint8))
+    assert arrays[1][3:7].tolist() == [19, 9, 9, 22]
+    with pytest.raises(EmulatorError, match="load of 4 bytes outside of every array by 1 lanes"):
+        memory.read(np.array([first + 13], np.uint64), 4)
 
 
 OLD, OPERAND = -5, 3

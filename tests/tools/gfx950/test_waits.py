@@ -180,3 +180,27 @@ def test_another_wave_needs_a_barrier_after_the_wait() -> None:
         EmulatorError, match=r"LDS load of byte 0.*has yet to write.*at: ds_read_b32"
     ):
         run(FIRST_LOADS + ".L1:\ns_barrier\n" + SECOND_READS, num_warps=2, lds=256)
+
+
+def test_a_wait_between_two_barriers() -> None:
+    """The second barrier parts the accesses, the first one does not yet."""
+    waits = ".L1:\ns_barrier\ns_waitcnt vmcnt(0)\ns_barrier\n"
+    assert run(FIRST_LOADS + waits + SECOND_READS, num_warps=2, lds=256) == list(range(64))
+
+
+def test_a_wave_waits_for_its_own_loads() -> None:
+    """A wait of the wave that loads nothing does not help."""
+    waits = "s_branch .L3\n.L1:\ns_nop 0\ns_nop 0\ns_waitcnt vmcnt(0)\n.L3:\ns_barrier\n"
+    with pytest.raises(EmulatorError, match=r"LDS load of byte 0.*has yet to write"):
+        run(FIRST_LOADS + waits + SECOND_READS, num_warps=2, lds=256)
+
+
+def test_loads_to_the_lds_end_one_after_the_other() -> None:
+    """vmcnt(2) after three instructions: only the first load has ended."""
+    second = "s_mov_b32 m0, 0x100\nglobal_load_lds_dword v1, s[4:5]\n"
+    loads = TO_LDS + second + "global_store_dword v1, v0, s[6:7]\n"
+    assert run(loads + "s_waitcnt vmcnt(2)\n" + FROM_LDS + STORE, lds=512) == list(range(64))
+    later = FROM_LDS.replace("v1", "v1 offset:256")
+    assert run(loads + "s_waitcnt vmcnt(1)\n" + later + STORE, lds=512) == list(range(64))
+    with pytest.raises(EmulatorError, match=r"LDS load of byte 256.*of line 8 has yet to write"):
+        run(loads + "s_waitcnt vmcnt(2)\n" + later, lds=512)
