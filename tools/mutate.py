@@ -194,9 +194,15 @@ MODULES = {
     "tools/gfx950/scalar.py": "test_instructions -k 'scalar_instructions or scalar_sources'",
     "tools/gfx950/target.py": "test_kernels",
     "tools/gfx950/unwritten.py": "test_unwritten",
-    "tools/gfx950/vector.py": "test_instructions -k 'by_hand or amd_publishes and 3'",
-    "tools/gfx950/vector_converts.py": "test_instructions -k 'vector_instructions or by_hand'",
-    "tools/gfx950/vector_ops.py": "test_instructions -k 'vector_instructions or by_hand'",
+    "tools/gfx950/vector.py": (
+        "test_vector test_instructions -k 'test_vector.py or vector_instructions or by_hand'"
+    ),
+    "tools/gfx950/vector_converts.py": (
+        "test_vector test_instructions -k 'test_vector.py or vector_instructions or by_hand'"
+    ),
+    "tools/gfx950/vector_ops.py": (
+        "test_vector test_instructions -k 'test_vector.py or vector_instructions or by_hand'"
+    ),
     "tools/gfx950/waits.py": "test_waits",
     "tools/gfx950/waves.py": "test_waves",
 }

@@ -95,6 +95,8 @@ def _builder(
         destination, given = operands[0], operands[len(results) :]
         if dpp and not given[0].kind == "v":
             raise EmulatorError("DPP permutes a VGPR")
+        if dpp and TYPES[read_operands[0]][1] == 64:
+            raise EmulatorError("DPP of a pair of VGPRs is not emulated")
         permutation = dpp_permutation(instruction) if dpp else None
         words = bits_list(instruction, "op_sel", [0] * (len(sources) + 1))
         if any(words) and not any(TYPES[kind.lstrip("+")][1] == 16 for kind in sources + results):
