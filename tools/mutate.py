@@ -147,19 +147,28 @@ MODULES = {
     ),
     "weights/words.py": "test_words",
     "fast/allreduce.py": "test_allreduce",
-    "fast/attention.py": "test_attention",
+    "fast/attention.py": (
+        "test_attention -k 'other_head_counts or refused or parts3 or e4m3 and 0.01-8'"
+    ),
     "fast/catalogue.py": "test_step qwen35/test_paths",
     "fast/configs.py": "test_configs",
-    "fast/deltanet.py": "test_deltanet",
-    "fast/hip.py": "test_hip",
-    "fast/hip_compiler.py": "test_hip",
+    "fast/deltanet.py": "test_deltanet -k 'other_sizes or other_head or published or rejected or slots'",
+    "fast/hip.py": "test_hip -k 'not sources_compile'",
+    "fast/hip_compiler.py": "test_hip -k 'not sources_compile'",
     "fast/launch.py": "test_launch",
     "fast/layer.py": "test_layer",
-    "fast/linear.py": "test_block_sizes test_attention",
-    "fast/moe.py": "test_moe",
-    "fast/moe_hip.py": "test_moe_hip",
+    "fast/linear.py": "test_layer test_block_sizes -k 'product_with or picked'",
+    "fast/moe.py": (
+        "test_moe -k 'refused or swapp or device_decides or kept or codes or padded or shuffled"
+        " or nearest or not_in_the_table or limits or twice and 0.01 or divide and 384 or bf16_and'"
+    ),
+    "fast/moe_hip.py": (
+        "test_moe_hip -k 'refused or sizes_of_slices or whole_block and not 1024-1024 or bytes_that'"
+    ),
     "fast/mtp.py": "test_step",
-    "fast/router.py": "test_router",
+    "fast/router.py": (
+        "test_router -k 'renormalised or ties_go or splits_do_not or all_of_them or stream and not bits'"
+    ),
     "fast/shapes.py": "test_shapes",
     "fast/state.py": "test_state",
     "fast/step.py": "test_step",
@@ -192,7 +201,10 @@ MODULES = {
     "tools/gfx950/operands.py": "test_operands",
     "tools/gfx950/registry.py": "test_registry",
     "tools/gfx950/scalar.py": "test_instructions -k 'scalar_instructions or scalar_sources'",
-    "tools/gfx950/target.py": "test_kernels",
+    "tools/gfx950/target.py": (
+        "test_target test_kernels"
+        " -k 'test_target.py or needs_no_data or count_together or names_the_launch'"
+    ),
     "tools/gfx950/unwritten.py": "test_unwritten",
     "tools/gfx950/vector.py": (
         "test_vector test_instructions -k 'test_vector.py or vector_instructions or by_hand'"

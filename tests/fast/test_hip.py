@@ -315,10 +315,12 @@ def test_a_launch_whose_workgroups_are_independent_may_have_any_grid(kernel: Ker
 
 
 def test_a_grid_that_does_not_run_at_once_is_refused(kernel: Kernel, card: StandIn):
-    launch = replace(launch_of(kernel, together=True), grid=(3, 1, 1))
-    assert refused(launch) == (
-        "scale: 3 workgroups wait for each other; this card runs 2 of them at once"
-    )
+    """Along any of its axes."""
+    for grid in ((1, 3, 1), (1, 1, 3), (3, 1, 1)):
+        launch = replace(launch_of(kernel, together=True), grid=grid)
+        assert refused(launch) == (
+            "scale: 3 workgroups wait for each other; this card runs 2 of them at once"
+        )
     card.fitting = 2
     launch()
     assert card.calls[-1] == "launch"
@@ -332,6 +334,10 @@ def test_a_code_object_for_another_card_is_refused(kernel: Kernel, card: StandIn
 
 
 def test_another_error_of_the_runtime_is_named(kernel: Kernel, card: StandIn):
+    card.status = 719
+    message = "scale: hipModuleLoadData returned 719 (some other error)"
+    assert refused(launch_of(kernel)) == message
+    card.status = 0
     launch_of(kernel)()
     card.status = 719
     message = "scale: hipModuleLaunchKernel returned 719 (some other error)"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from qwen35.errors import InputError
 from qwen35.generation import Generation
@@ -225,6 +226,29 @@ def test_a_rank_holds_its_share_and_maps_its_experts() -> None:
         ):
             weight = model.get_parameter(f"{name}.weight")
             assert weight.untyped_storage().nbytes() > 20e6, name  # the file's own mapping
+
+
+def test_a_rank_casts_its_share_alone() -> None:
+    """To another dtype; what it does not hold is not read."""
+    largest = load(TINY).embed_tokens.weight.numel()
+
+    class Casts(TorchFunctionMode):
+        most = 0
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            found = func(*args, **kwargs or {})
+            if func is Tensor.to and found.dtype != args[0].dtype:
+                self.most = max(self.most, args[0].numel())
+            return found
+
+    def most(ranks: Ranks) -> int:
+        with Casts() as casts:
+            loaded(TINY, torch.float32, ranks)
+        return casts.most
+
+    assert on_threads(2, most) == [largest // 2] * 2
 
 
 SIZES = QUANTIZED_SIZES | {

@@ -150,6 +150,7 @@ def open_reads(body: str) -> dict[str, list[str]]:
         REST + STORE,
         # On one way all lanes, on the other one those that are active.
         IF + "v_mov_b32_e32 v2, 5\ns_branch .L2\n.L1:\n" + LOW + ".L2:\n" + STORE,
+        IF + LOW + "s_branch .L2\n.L1:\nv_mov_b32_e32 v2, 5\n.L2:\n" + STORE,
         # All lanes are active where two ways meet.
         IF + "s_nop 0\n.L1:\nv_mov_b32_e32 v2, 0\n" + LOW + EXEC_ALL + STORE,
         # A matrix instruction writes all lanes.

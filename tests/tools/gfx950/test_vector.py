@@ -75,6 +75,7 @@ def test_what_becomes_of_an_integer_result() -> None:
 
 def test_operands_that_are_refused() -> None:
     refused("v_add_u32_e64 v10, v0, v1 op_sel:[0,1,0]", "^op_sel on operands of 32 bits$")
+    refused("v_fmac_f32_e64 v10, v0, v1 op_sel:[0,1,0,0]", "^op_sel on operands of 32 bits$")
     refused("v_add_u32_e32 v10, sext(v0), v1", r"^sext\(\) without a selected byte or word$")
     refused("v_cmp_eq_u32_e64 v10, v0, v1", "operand 'v10': a mask must go to SGPRs")
     refused("v_add_u32_e32 s10, v0, v1", "operand 's10': the result must go to VGPRs")
@@ -168,6 +169,7 @@ def test_halves_of_16_bits() -> None:
     line = "v_add_u16_e64 v10, v0, v1"
     assert result(line, 0x00020001, 0x00200010) == 0x11
     assert result(f"{line} op_sel:[1,0,0]", 0x00020001, 0x00200010) == 0x12
+    assert result(f"{line} op_sel:[0,1,0]", 0x00020001, 0x00200010) == 0x21
     assert result(f"{line} op_sel:[0,1,1]", 0x00020001, 0x00200010) == 0x00210000 | OLD
 
 
