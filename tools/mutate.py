@@ -148,26 +148,37 @@ MODULES = {
     "weights/words.py": "test_words",
     "fast/allreduce.py": "test_allreduce",
     "fast/attention.py": (
-        "test_attention -k 'other_head_counts or refused or parts3 or e4m3 and 0.01-8'"
+        "test_attention test_forward test_layer"
+        " -k 'other_head_counts or refused or parts3 or e4m3 and 0.01-8 or self_attn or six'"
     ),
     "fast/catalogue.py": "test_step qwen35/test_paths",
     "fast/configs.py": "test_configs",
-    "fast/deltanet.py": "test_deltanet -k 'other_sizes or other_head or published or rejected or slots'",
+    "fast/deltanet.py": (
+        "test_deltanet test_forward test_layer -k 'other_sizes or other_head or published or rejected"
+        " or slots or gradients or refused or linear_attn or six'"
+    ),
     "fast/hip.py": "test_hip -k 'not sources_compile'",
     "fast/hip_compiler.py": "test_hip -k 'not sources_compile'",
     "fast/launch.py": "test_launch",
-    "fast/layer.py": "test_layer",
-    "fast/linear.py": "test_layer test_block_sizes -k 'product_with or picked'",
+    "fast/layer.py": (
+        "test_layer test_forward test_allreduce -k 'test_layer or test_forward or looked_up'"
+    ),
+    "fast/linear.py": (
+        "test_layer test_deltanet test_block_sizes"
+        " -k 'product_with or six or picked or four_projections or gradients or test_deltanet and 27B'"
+    ),
     "fast/moe.py": (
-        "test_moe -k 'refused or swapp or device_decides or kept or codes or padded or shuffled"
-        " or nearest or not_in_the_table or limits or twice and 0.01 or divide and 384 or bf16_and'"
+        "test_moe test_layer fast/prefill/test_moe -k 'refused or swapp or device_decides or kept"
+        " or codes or padded or shuffled or nearest or not_in_the_table or limits or twice and 0.01"
+        " or divide and 384 or bf16_and or test_layer and (27B or six) or dense_layer or block_chooses'"
     ),
     "fast/moe_hip.py": (
         "test_moe_hip -k 'refused or sizes_of_slices or whole_block and not 1024-1024 or bytes_that'"
     ),
     "fast/mtp.py": "test_step",
     "fast/router.py": (
-        "test_router -k 'renormalised or ties_go or splits_do_not or all_of_them or stream and not bits'"
+        "test_router test_router_hip test_moe test_layer -k 'renormalised or ties_go or splits_do_not"
+        " or called_as or itself or powers or (stream and not bits and 5) or refuse or six'"
     ),
     "fast/shapes.py": "test_shapes",
     "fast/state.py": "test_state",

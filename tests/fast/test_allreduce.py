@@ -12,9 +12,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fast.allreduce import GATHER_PACKETS, AllReduce, Gathered, OneShot, Slots
+from fast.allreduce import GATHER_PACKETS, AllReduce, Gathered, OneShot, Slots, exchange_of
 from fast.kernels import embedding, head
 from fast.launch import Launch, Scratch, Work
+from fast.layer import embedded_part
 from fast.linear import Norm
 from fast.prefill.layer import added_over_ranks
 from qwen35.errors import InputError
@@ -142,6 +143,7 @@ def test_a_prompts_rows_are_summed_and_then_get_the_residual():
         return [], parts[2]
 
     work, out = added_over_ranks(layer, own, residual, Scratch(CPU))
+    assert out.shape == residual.shape and out.dtype == residual.dtype
     for one in work:
         one()
     assert torch.equal(out, ordered_sum(parts) + residual)
@@ -207,7 +209,84 @@ def test_rows_that_no_kernel_takes_are_refused():
             summed(one_shot(0, 2), torch.zeros(1, D).bfloat16(), None, None)
 
 
+# ---- the group's exchange
+
+
+def test_a_launch_is_named_by_its_sizes():
+    (one,), _ = summed(one_shot(0, 2), torch.zeros(1, 256).bfloat16(), None, None)
+    parts = torch.zeros(2, 1, 256).bfloat16()
+    (_, other), _ = summed(Gathered(Group(0, 2, parts)), parts[0], None, None)
+    assert isinstance(one, Launch) and isinstance(other, Launch)
+    assert (one.name, other.name) == ("allreduce D=256 RANKS=2", "add D=256 RANKS=2")
+
+
+def sizes(exchange: OneShot) -> list[list[tuple[int, ...]]]:
+    return [[tuple(s.shape) for s in slots.of_ranks] for slots in (exchange.sums, exchange.gathers)]
+
+
+WHOLE = [[(1024, 2, 3, 64)] * 3, [(128, 2, 3, 512)] * 3]  # slots of three ranks
+
+
+def test_slots_without_memory():
+    exchange = OneShot.alone(Group(1, 3), torch.device("meta"))
+    assert sizes(exchange) == WHOLE
+    for slots in (exchange.sums, exchange.gathers):
+        assert slots.epochs.device.type == "meta" and slots.epochs.dtype == torch.int32
+        assert slots.epochs.shape == slots.of_ranks[0].shape[:1]
+
+
+def test_slots_that_cards_share(monkeypatch: pytest.MonkeyPatch):
+    """This rank's are its own memory, cleared before any rank sends."""
+    happened: list[str] = []
+
+    class Shared:
+        """The slots of every rank as this one addresses them."""
+
+        def __init__(self, own: Tensor, group: Any) -> None:
+            self.dtype = own.dtype
+
+        def get_buffer(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            assert dtype == self.dtype
+            return torch.full(shape, rank, dtype=dtype)
+
+    class Counting(Group):
+        def exchange(self, value: Any) -> list[Any]:
+            happened.append("all ranks")
+            return super().exchange(value)
+
+    def empty(*shape: int, **settings: Any) -> Tensor:
+        return torch.full(shape, -1, **settings)
+
+    monkeypatch.setattr("torch.distributed._symmetric_memory.empty", empty)
+    monkeypatch.setattr("torch.distributed._symmetric_memory.rendezvous", Shared)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append("cleared"))
+    exchange = OneShot.connected(Counting(1, 3), CPU)
+    assert sizes(exchange) == WHOLE and happened == ["cleared", "all ranks"]
+    for slots in (exchange.sums, exchange.gathers):
+        assert [int(one.unique()) for one in slots.of_ranks] == [0, 0, 2]
+
+
+def test_a_group_has_one_exchange():
+    """Cards that do not share memory, such as the CPU, gather."""
+    first, second, alone = (torch.nn.Linear(2, 2) for _ in range(3))
+    first.ranks = second.ranks = Group(0, 2)  # pyright: ignore
+    exchange = exchange_of(first)
+    assert isinstance(exchange, Gathered) and exchange_of(second) is exchange
+    assert exchange_of(alone) is None
+
+
 # ---- parts of the vocabulary
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ids_are_looked_up_in_the_parts_of_all_ranks(rank: int):
+    table, ids = random(1, 20, 48).bfloat16(), torch.tensor([3, 19, 10, 9]).int()
+    found = torch.stack([table[ids] * (ids // 10 == part)[:, None] for part in range(2)])
+    exchange = Gathered(Group(rank, 2, found))
+    own = table[10 * rank : 10 * rank + 10].clone()
+    work, out = embedded_part(own, ids, exchange, TARGET, Scratch(CPU), out="embeds")
+    run(work)
+    assert torch.equal(out, table[ids])
 
 
 def test_a_rank_looks_up_its_own_ids_and_zeros_for_others():

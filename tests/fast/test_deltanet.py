@@ -102,9 +102,17 @@ def test_the_four_projections_become_parts_of_one_matrix_and_exist_once():
     assert all(part.untyped_storage().data_ptr() == held for part in parts)
 
 
-def test_head_sizes_that_are_no_power_of_two_are_refused():
-    with pytest.raises(InputError, match="a delta net of value head size 24; expected a power of"):
-        fast_node(a_pass("linear_attn", 1, linear_value_head_dim=24).node)
+def test_its_weights_take_no_gradients():
+    node = fast_node(a_pass("linear_attn", 1).node)
+    assert not [name for name, weight in node.named_parameters() if weight.requires_grad]
+
+
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_head_sizes_that_are_no_power_of_two_are_refused(name: str):
+    with pytest.raises(
+        InputError, match=f"a delta net of {name} head size 24; expected a power of"
+    ):
+        fast_node(a_pass("linear_attn", 1, **{f"linear_{name}_head_dim": 24}).node)
 
 
 def test_several_sequences_go_through_the_reference_over_the_same_weights():

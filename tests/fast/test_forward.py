@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from qwen35.cache import KVCache
+from qwen35.cache import DeltaState, KVCache
 from tests.support.fast_cases import emulated
 from tests.support.fast_nodes import a_pass, fast, fast_node, numbers
 
@@ -36,3 +36,20 @@ def test_two_passes_through_forward_are_one_pass_of_launches(
         left = state.tensors()
         assert torch.equal(left["conv"][0], expected.state["conv"])
         assert torch.equal(left["recurrent"][0], expected.state["recurrent"][-1])
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_two_sequences_are_two_rows_of_the_batch(linear: bool, monkeypatch: pytest.MonkeyPatch):
+    """A layer's launches take one sequence, so that several go through its nodes."""
+    for module in ("attention", "deltanet", "layer", "linear", "moe", "router"):
+        monkeypatch.setattr(
+            f"fast.{module}.run", lambda work, device: emulated(work), raising=False
+        )
+    what = a_pass("layer", 3, name="27B", linear=linear)
+    node, state = fast_node(what.node), what.state.copy()
+    if isinstance(state, KVCache):
+        both = KVCache(*(x.repeat(2, 1, 1, 1) for x in (state.k, state.v)), length=state.length)
+    else:
+        both = DeltaState(state.conv.repeat(2, 1, 1), state.recurrent.repeat(2, 1, 1, 1))
+    out = node(what.x.repeat(2, 1, 1), both)
+    assert out.shape == (2, 3, what.x.shape[1]) and torch.equal(out[0], out[1])

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from fast.launch import Scratch
 from fast.linear import Norm, Stream, product
 from tests.support.fast_cases import CPU, TARGET, emulated, random, too_far
-from tests.support.fast_nodes import a_pass, fast, node_findings, row_findings
+from tests.support.fast_nodes import a_pass, fast, fast_node, node_findings, row_findings
 
 
 @pytest.mark.filterwarnings("ignore:.*is not in configs.json")
@@ -48,11 +48,25 @@ def test_six_launches_with_a_delta_net_seven_with_attention():
 
     for i, layer in enumerate(model.layers):
         model.layers[i] = DecoderLayer.from_reference(layer, TARGET)
-    names = [work.name.split()[0] for work in Step(model, 32, 0).work]  # pyright: ignore
-    assert names[1:7] == ["delta_in", "delta", "delta_out", "route", "gate_up", "down"]
-    assert names[19:26] == [
-        "attention_in", "attend", "combine", "attention_out", "route", "gate_up", "down",
+    names = [work.name for work in Step(model, 32, 0).work]  # pyright: ignore
+    experts = ["route N=121 K=64 E=24", "gate_up D=64 I=32 bf16", "down D=64 I=32 bf16"]
+    delta = ["delta_in N=592 K=64", "delta H=2 HV=8 K=16 V=32", "delta_out N=64 K=256", *experts]
+    attention = [
+        "attention_in N=640 K=64", "attend H=8 G=2 K=32", "combine H=8 G=2 K=32",
+        "attention_out N=64 K=256", *experts,
     ]  # fmt: skip
+    assert names == [
+        "embed D=64", *delta, *delta, *delta, *attention,
+        "norm D=64", "head N=160 K=64", "pick N=160", "accept DRAFTS=0",
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
+@pytest.mark.parametrize("name", ["27B", "397B-A17B"])
+def test_its_weights_take_no_gradients(name: str):
+    for linear in (True, False):
+        node = fast_node(a_pass("layer", 1, name=name, linear=linear).node)
+        assert not [weight for weight, p in node.named_parameters() if p.requires_grad]
 
 
 # ---- the product by itself

@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("triton")
 
 from fast.launch import Scratch
+from fast.router import Router, power_of_two
 from fast.target import KERNELS
 from tests.support.fast_cases import (
     CPU,
@@ -99,6 +100,28 @@ def test_probabilities_that_underflow_tie_at_zero(kernel: str):
 def test_subnormal_probabilities_keep_their_order(kernel: str):
     logits = torch.cat([torch.zeros(1), -torch.arange(80.0, 103.0)])[None].bfloat16()
     assert not choice_findings(exact_router(logits, 16), picks(1), kernel=kernel)
+
+
+def test_a_router_called_as_a_module(monkeypatch: pytest.MonkeyPatch):
+    """Its launch runs on the rows; the indices are int64."""
+    monkeypatch.setattr("fast.router.run", lambda work, device: emulated(work))
+    gate = exact_router((random(8, 3, 24) * 4).bfloat16(), 5)
+    experts, weights = Router.from_reference(gate, TARGET)(picks(3))
+    theirs, their_weights = gate(picks(3))
+    assert experts.dtype == torch.int64 and torch.equal(experts, theirs)
+    assert torch.allclose(weights, their_weights.float(), atol=1e-6)
+
+
+def test_what_a_router_says_of_itself():
+    rows = torch.zeros(24 + 1 + 2 * 32, 1024).bfloat16()
+    assert Router(rows[:24], 24, 5, True, TARGET).extra_repr() == "1024 -> top 5 of 24, gfx950"
+    shared = "1024 -> top 5 of 24, and a shared expert of 32"
+    assert Router(rows, 24, 5, True, TARGET).extra_repr() == f"{shared}, gfx950"
+    assert Router(rows, 24, 5, True, TARGET, "hip").extra_repr() == f"{shared}, HIP, gfx950"
+
+
+def test_blocks_are_powers_of_two():
+    assert [power_of_two(n) for n in (1, 2, 3, 4, 5, 256, 257)] == [1, 2, 4, 4, 8, 256, 512]
 
 
 @pytest.mark.parametrize("rows", [1, 8])
