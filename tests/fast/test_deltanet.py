@@ -102,6 +102,14 @@ def test_the_four_projections_become_parts_of_one_matrix_and_exist_once():
     assert all(part.untyped_storage().data_ptr() == held for part in parts)
 
 
+def test_a_pass_begins_where_all_rows_that_it_reads_exist():
+    """At the position that the kernels read, an int32."""
+    what = a_pass("linear_attn", 1, linear_conv_kernel_dim=3)
+    own, start, rope = fast_node(what.node).begin(what.x[None], what.state)
+    assert start.dtype == torch.int32 and start.tolist() == [2] and rope is None
+    assert own.projected.shape == (RING, len(fast_node(what.node).in_proj))
+
+
 def test_its_weights_take_no_gradients():
     node = fast_node(a_pass("linear_attn", 1).node)
     assert not [name for name, weight in node.named_parameters() if weight.requires_grad]

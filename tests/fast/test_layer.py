@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from fast import configs
 from fast.launch import Scratch
-from fast.linear import Norm, Stream, product
+from fast.linear import Norm, Stream, interleaved, product
 from tests.support.fast_cases import CPU, TARGET, emulated, random, too_far
 from tests.support.fast_nodes import a_pass, fast, fast_node, node_findings, row_findings
 
@@ -70,6 +71,25 @@ def test_its_weights_take_no_gradients(name: str):
 
 
 # ---- the product by itself
+
+
+def test_a_product_takes_the_tables_row_of_its_own_shape(monkeypatch: pytest.MonkeyPatch):
+    own = {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 2, "num_stages": 1}
+    monkeypatch.setitem(configs.table()[TARGET], "linear", {"N=96 K=128": own})
+    x, weight = torch.zeros(2, 128).bfloat16(), torch.zeros(96, 128).bfloat16()
+    launch, _ = product(x, weight, TARGET, Scratch(CPU))
+    assert launch.grid == (3, 1, 1) and launch.options["num_warps"] == 2
+
+
+def test_gate_and_up_rows_take_turns():
+    """The layers' own weights are views of the matrix."""
+    gate, up = (torch.nn.Linear(8, 3, dtype=torch.bfloat16) for _ in range(2))
+    both = gate.weight.clone(), up.weight.clone()
+    whole = interleaved(gate, up)
+    assert whole.shape == (6, 8) and not whole.requires_grad
+    assert torch.equal(whole[0::2], both[0]) and torch.equal(whole[1::2], both[1])
+    whole[1], whole[2] = 7, 8
+    assert (up.weight[0] == 7).all() and (gate.weight[1] == 8).all()
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8])

@@ -323,6 +323,19 @@ def test_finished_files_are_not_written_again(little: Path) -> None:
         assert (now.st_ino, now.st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
 
 
+@pytest.mark.parametrize("gone", ["model-*.safetensors", f"{UNFINISHED}/0*.json"])
+def test_a_file_is_finished_with_its_errors_or_not_at_all(little: Path, gone: str) -> None:
+    """If either of the two is missing, both are written again."""
+    target, alone = little.parent / "out", little.parent / "alone"
+    options = replace(TO_MXFP4, shard_bytes=20_000)
+    stop_at(little, target, options, 0.6)
+    first = min(target.glob(gone))
+    first.unlink()
+    convert(little, target, options)
+    convert(little, alone, options)
+    assert contents(target) == contents(alone)
+
+
 def test_a_lock_that_outlived_its_process_is_none(little: Path) -> None:
     """A kill leaves the file behind, not the lock; while it is held, nobody else gets in."""
     target = little.parent / "out"

@@ -1,9 +1,10 @@
 """Conversions that are refused: one line, and nothing half-written."""
 
+import json
 import math
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ from tests.support.conversions import (  # noqa: F401
     stop_at,
     untouched,
 )
+from weights.command import TASK
 from weights.convert import FINISHED, REPORT, convert
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def test_a_disk_that_is_too_small(
             tmp_path / "out",
             "--tp",
             size,
-            words=["1234", "needed", "free"],
+            words=["1234", "needed", "free on the disk; nothing is written"],
         )
 
 
@@ -297,6 +299,29 @@ def test_traces_of_another_conversion(little: Path, capsys: pytest.CaptureFixtur
     (target / FINISHED).mkdir()
     (target / REPORT).unlink()
     check_refused(capsys, little, target, words=[FINISHED, REPORT], left=True)
+
+
+def test_traces_of_a_conversion_from_the_hub(little: Path) -> None:
+    """The same repository finishes it, whatever its newest commit is by now."""
+    target = little.parent / "out"
+    report = convert(little, target, TO_MXFP4)
+    traces = target / FINISHED
+
+    def finish(source: str, record: object) -> object:
+        traces.mkdir(exist_ok=True)
+        (traces / TASK).write_text(json.dumps(record))
+        return convert(source, target, TO_MXFP4)
+
+    task = {"source": {"repository": "a/b", "commit": "c0ffee"}, "options": asdict(TO_MXFP4)}
+    with pytest.raises(InputError, match="source had repository = a/b; now it is a/c"):
+        finish("a/c", task)
+    other = task | {"options": asdict(replace(TO_MXFP4, tp=2))}
+    with pytest.raises(InputError, match="options had tp = 2; now it is 1"):
+        finish("a/b", other)
+    with pytest.raises(InputError, match=f"{TASK}: not what a conversion writes"):
+        finish("a/b", {"options": {}})
+    assert finish("a/b", task) == report
+    assert not traces.exists()
 
 
 def test_the_name_of_the_embedded_model_is_no_target(
