@@ -1,13 +1,18 @@
 """Nodes called as modules, over the reference's own caches: in a pass of a few rows, and in the next."""
 
+import copy
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from fast.launch import Scratch
+from fast.linear import Norm, Stream
 from qwen35.cache import DeltaState, KVCache
-from tests.support.fast_cases import emulated
+from tests.support.fast_cases import CPU, emulated, too_far
 from tests.support.fast_nodes import a_pass, fast, fast_node, numbers
+from tools.gfx950.target import emulate
 
 
 @pytest.mark.parametrize(("kind", "linear", "fp8"), [
@@ -53,3 +58,19 @@ def test_two_sequences_are_two_rows_of_the_batch(linear: bool, monkeypatch: pyte
         both = DeltaState(state.conv.repeat(2, 1, 1), state.recurrent.repeat(2, 1, 1, 1))
     out = node(what.x.repeat(2, 1, 1), both)
     assert out.shape == (2, 3, what.x.shape[1]) and torch.equal(out[0], out[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
+@pytest.mark.parametrize("rows", [3, 9])
+@pytest.mark.parametrize("name", ["27B", "397B-A17B"])
+def test_a_feed_forward_called_as_a_module(name: str, rows: int, monkeypatch: pytest.MonkeyPatch):
+    """Of a few rows, and of so many that a prompt's kernels take them. What follows may be a norm."""
+    monkeypatch.setattr("fast.moe.run", emulate)
+    sizes = {"num_experts": 1, "num_experts_per_tok": 1} if name != "27B" else {}
+    what = a_pass("layer", rows, name=name, **sizes)
+    mlp, x = what.node.mlp, what.x[None]
+    node = fast_node(what.node).feed_forward
+    assert not too_far(node(x), mlp(x), copy.deepcopy(mlp).double()(x.double()))
+    norm = Norm(torch.ones(x.shape[-1]).bfloat16(), 1e-6)
+    _, after = node.launches(x[0, :3], Scratch(CPU), residual=x[0, :3], then=norm)
+    assert isinstance(after, Stream) and after.eps == 1e-6

@@ -343,6 +343,17 @@ def test_the_largest_scales_that_a_target_decodes_are_taken():
 # ---- bad input: one line that names the thing and both values
 
 
+@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
+@pytest.mark.parametrize(("fp4", "bits"), [(True, 4), (False, 16)])
+def test_a_program_reads_one_block_of_weights_in_each_pass(fp4: bool, bits: int):
+    experts = Experts(2, 256, 128, TARGET, CPU, fp4=fp4)
+    x, ids = torch.zeros(1, 256).bfloat16(), torch.zeros(1, 1, dtype=torch.int32)
+    work, _ = experts.launches(x, ids, torch.ones(1, 1), Scratch(CPU))
+    for launch in work:
+        sizes = launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_K"]
+        assert launch.weight_bytes == sizes * bits // 8
+
+
 def test_a_hidden_size_that_is_no_multiple_is_refused(refused: Refused):
     message = "experts of hidden size {} and intermediate size 128; both must be multiples of {}"
     assert refused(lambda: Experts(2, 192, 128, TARGET, CPU)) == message.format(192, 128)

@@ -1,16 +1,20 @@
 """The routed experts as one HIP kernel, as gfx950 code in the emulator, beside the reference."""
 
+import subprocess
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fast import hip_compiler
 from fast.hip import HipLaunch
 from fast.launch import Scratch
 from fast.linear import Norm, Stream
 from fast.moe import Experts
+from fast.moe_hip import loads
 from qwen35.errors import InputError
 from tests.support.fast_cases import (
     CPU,
@@ -230,6 +234,28 @@ def test_weights_of_the_next_tasks_stay_on_their_way(launch: HipLaunch):
     """No wait of the loop over tasks waits for the loads of the last two tasks. The loop stores nothing
     to memory. The registers suffice for nine waves."""
     assert not persistent(launch)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not in configs.json")
+@pytest.mark.parametrize(
+    ("D", "I"), [(4096, 128), (4096, 1024), (1024, 512), (512, 640), (256, 768)]
+)
+def test_the_bytes_of_a_pass_are_those_of_the_kernels_plan(D: int, I: int, tmp_path: Path):
+    """A wave computes one task while the loads of the next ones are on their way."""
+    packed = Experts(2, D, I, TARGET, META, kernel="hip")
+    x, ids = torch.empty(1, D, device=META).bfloat16(), torch.empty(1, 1, device=META).int()
+    (launch,), _ = packed.launches(x, ids, torch.empty(1, 1, device=META), Scratch(META))
+    assert launch.weight_bytes and launch.arguments["splits"] == 0
+    source = tmp_path / "plan.hip"
+    source.write_text(
+        f'#include "moe_plan.h"\nstatic_assert(LOADS == {loads(D, I)}, "");\n'
+        f'static_assert((AHEAD + 1) * STREAMERS * 64 * 16 * LOADS == {launch.weight_bytes}, "");\n'
+    )
+    compiler, folder = hip_compiler.find(), Path(hip_compiler.__file__).parent / "kernels"
+    sizes = [f"-D{name}={size}" for name, size in launch.kernel.sizes]
+    command = *compiler.clang, *compiler.flags, *sizes, "-fsyntax-only", f"-I{folder}", str(source)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 
 # ---- bad input
