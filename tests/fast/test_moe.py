@@ -17,7 +17,7 @@ import fast.moe
 import reference.moe
 from fast import configs
 from fast.launch import Scratch
-from fast.moe import Experts, SparseMoeBlock
+from fast.moe import MLP, Experts, SparseMoeBlock
 from fast.router import Router
 from qwen35.errors import InputError
 from qwen35.swap import swap, swapped
@@ -352,6 +352,11 @@ def test_a_program_reads_one_block_of_weights_in_each_pass(fp4: bool, bits: int)
     for launch in work:
         sizes = launch.arguments["BLOCK_N"] * launch.arguments["BLOCK_K"]
         assert launch.weight_bytes == sizes * bits // 8
+
+
+def test_a_dense_layers_weights_take_no_gradients():
+    node = MLP(torch.zeros(64, 32).bfloat16(), torch.zeros(32, 32).bfloat16(), TARGET)
+    assert [p.requires_grad for p in node.parameters()] == [False, False]
 
 
 def test_a_hidden_size_that_is_no_multiple_is_refused(refused: Refused):

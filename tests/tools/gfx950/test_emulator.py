@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from tools.gfx950.assembly import EmulatorError
 from tools.gfx950.emulator import Kernel, Statistics
+from tools.gfx950.waves import Waves
 
 ARGUMENTS = "\ts_load_dwordx2 s[20:21], s[{0}:{1}], 0x0\n\ts_waitcnt lgkmcnt(0)\n"
 
@@ -245,3 +246,24 @@ def test_registers_that_only_the_code_names() -> None:
     out = np.zeros((1, 64), np.int32)
     whole(code(body + number_of(1)), out)
     assert (out == 3).all()
+
+
+def test_a_trace_sees_each_instruction_of_each_wave() -> None:
+    """Its place in the program, and the waves that are about to execute it."""
+    seen: list[tuple[int, list[int]]] = []
+
+    def trace(place: int, waves: Waves) -> None:
+        seen.append((place, waves.wave.tolist()))
+
+    found = whole(code("s_nop 0\ns_nop 1"), np.zeros(1, np.int32), warps=2, trace=trace)
+    assert seen == [(place, [0, 1]) for place in range(5)]
+    assert found.instructions == 10
+
+
+def test_waves_may_sleep_for_a_while() -> None:
+    """Each so many times as one alone."""
+    text = "s_mov_b32 s7, 15\n.L1:\ns_sleep 1\ns_sub_u32 s7, s7, 1\ns_cmp_lg_u32 s7, 0\n"
+    kernel = code(text + "s_cbranch_scc1 .L1")
+    for seed in (None, 0):
+        found = whole(kernel, np.zeros(1, np.int32), warps=2, seed=seed)
+        assert found.by_mnemonic["s_sleep"] == 30
