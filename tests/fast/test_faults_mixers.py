@@ -213,11 +213,11 @@ fault("the softmax not rescaled between tiles", "attention", attention, "numbers
 fault("keys without their scales", "attention", attention_in_e4m3, "numbers",
     (" * key_scale[None, :]", ""))  # fmt: skip
 fault("values without their scales", "attention", attention_in_e4m3, "numbers",
-    ("share * _power_of_two(tl.maximum(below + 127, 0))[None, :]", "share"))  # fmt: skip
+    ("share * from_e8m0(tl.maximum(below + 127, 0))[None, :]", "share"))  # fmt: skip
 fault("the scale of another position", "attention", attention_in_e4m3, "numbers unwritten",
     ("tl.load(value_scales + held + after, ", "tl.load(value_scales + held + lane, "))  # fmt: skip
 fault("values without the piece's largest scale", "attention", attention_in_e4m3, "numbers",
-    (".reshape(BLOCK, K) * _power_of_two(largest)", ".reshape(BLOCK, K)"))  # fmt: skip
+    (".reshape(BLOCK, K) * from_e8m0(largest)", ".reshape(BLOCK, K)"))  # fmt: skip
 fault("even and odd channels swapped", "attention", attention_in_e4m3, "numbers",
     ("tl.join(even, odd)", "tl.join(odd, even)"))  # fmt: skip
 fault("odd channels of the keys left out", "attention", attention_in_e4m3, "numbers",
@@ -234,7 +234,7 @@ fault("a scale so large that small numbers lose bits", "attention", attention_in
 fault("a scale so small that large numbers have no e4m3", "attention", attention_in_e4m3,
     "numbers unwritten", (" + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)", " - 1"))  # fmt: skip
 fault("new values without their scale", "attention", attention_in_e4m3, "numbers",
-    ("small = wide * _power_of_two(254 - exponent)", "small = wide"))  # fmt: skip
+    ("small = wide * from_e8m0(254 - exponent)", "small = wide"))  # fmt: skip
 
 
 test_a_fault_is_found, test_without_a_fault_nothing_is_found = as_tests(FAULTS, __name__)
