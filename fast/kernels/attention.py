@@ -180,7 +180,7 @@ def attend(
                 place = (held + p[:, None]) * WORDS + word
                 key = tl.load(key_words + place, mask=there, other=0)  # [TILE, K/2]
                 value = tl.load(value_words + place, mask=there, other=0)
-                key_scale = from_e8m0(next_key_scale.to(tl.int32))
+                key_scale = from_e8m0(next_key_scale)
                 below = next_value_scale.to(tl.int32) - largest
                 after = p + TILE
                 next_key_scale = tl.load(key_scales + held + after, mask=after < end, other=0)

@@ -118,6 +118,13 @@ def arranged(k):
 
 
 @triton.jit
+def scale_shift(word):
+    """Where the bits of a word's scale begin in the four scales of its span. Word 4 q + 2 b + j of a
+    row has elements of the group 2 b + q / 2."""
+    return word // 2 % 2 * 16 + word // 8 * 8
+
+
+@triton.jit
 def _left_half(pairs, BLOCK_N: tl.constexpr):
     """Tensors of `_decode_two_words`, joined to [BLOCK_N, 16, 2, 2] with the bits r1 and r0 last -> the
     left matrix [BLOCK_N, 64] of a product over 64 places. `_left` tells the order of its rows."""
@@ -137,9 +144,7 @@ def _left(words, scales, BLOCK_N: tl.constexpr):
     4 q + 2 b + j, and row 16 w + 8 u + i of the product is row 8 WARPS u + 8 w + i of the weights.
     """
     word = tl.arange(0, 16)[None, :]
-    # Word 4 q + 2 b + j has elements of the span's group 2 b + q / 2.
-    shift = word // 2 % 2 * 16 + word // 8 * 8
-    multiplier = ((scales >> shift & 255) + 126) * 0x00800080
+    multiplier = ((scales >> scale_shift(word) & 255) + 126) * 0x00800080
     t0, t1, t2, t3, t4, t5, t6, t7 = _decode_two_words(words, multiplier)  # pyright: ignore
     low = tl.join(tl.join(t0, t2), tl.join(t1, t3))
     high = tl.join(tl.join(t4, t6), tl.join(t5, t7))

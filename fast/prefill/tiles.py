@@ -1,4 +1,5 @@
-"""Block sizes of the prefill kernels, by target. They are the same for every shape."""
+"""Block sizes of the prefill kernels, by target. They are the same for every shape, but for a `scan`
+of few heads."""
 
 from math import gcd
 

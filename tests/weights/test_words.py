@@ -91,15 +91,16 @@ def as_kernel(encoded: Tensor, scale: Tensor) -> Tensor:
     return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
 
 
-def as_left_matrix(encoded: Tensor, scale: Tensor) -> Tensor:
+def as_left_matrix(encoded: Tensor, scale: Tensor, groups: list[int]) -> Tensor:
     """As `as_kernel`, but in the order of the places of `product_of_tiles`: word 4 q + 2 b + j gives its
-    pairs to the tensors 4 j to 4 j + 3, at their columns 8 b + 2 q and one further."""
+    pairs to the tensors 4 j to 4 j + 3, at their columns 8 b + 2 q and one further. groups: the scale of
+    each word."""
     N = len(encoded)
     words = encoded.numpy().view(np.uint32)  # [N, 16]
     q, b, j = (np.arange(16) // d % n for d, n in ((4, 4), (2, 2), (1, 2)))
     multiplier = (scale.numpy().astype(np.uint32) + 126) * 0x00800080
     values = np.zeros((N, 8, 16), np.uint16)
-    for r, pairs in enumerate(executed(words, multiplier[:, 2 * b + q // 2])):
+    for r, pairs in enumerate(executed(words, multiplier[:, groups])):
         for half in range(2):
             values[:, 4 * j + r, 8 * b + 2 * q + half] = pairs >> 16 * half & 0xFFFF
     return torch.from_numpy(values.reshape(N, SPAN).view(np.int16)).view(torch.bfloat16)
@@ -246,10 +247,11 @@ def test_the_left_matrix_of_a_prompts_product_has_each_element_where_its_activat
     pytest.importorskip("triton")
     from triton.language import constexpr
 
-    from fast.kernels.mxfp4 import arranged
+    from fast.kernels.mxfp4 import arranged, scale_shift
 
     codes, scale = codes_of(6, 16, 64), (codes_of(7, 16, 4) % 19 + 110).byte()
     places = [arranged.fn(constexpr(k)).value for k in range(2 * SPAN)]  # pyright: ignore
     assert sorted(places) == list(range(2 * SPAN)) and max(places[:SPAN]) == SPAN - 1
-    got = as_left_matrix(encode(codes), scale)[:, places[:SPAN]]
+    groups = [scale_shift.fn(constexpr(word)).value // 8 for word in range(16)]  # pyright: ignore
+    got = as_left_matrix(encode(codes), scale, groups)[:, places[:SPAN]]
     assert torch.equal(got, mxfp4.dequantize(codes, scale))
