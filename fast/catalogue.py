@@ -16,7 +16,7 @@ from fast.mtp import MTP
 from fast.prefill import layer as prefill
 from fast.router import Router
 from fast.step import Step
-from qwen35.cache import KV_CACHE_DTYPES, Cache
+from qwen35.cache import KV_CACHE_DTYPES, Cache, KVCache
 from qwen35.config import Config
 from qwen35.errors import InputError
 
@@ -114,10 +114,14 @@ def _works(model: Any, config: Config, ranks: int, device: torch.device) -> Iter
         yield from Step(model, CAPACITY, DRAFTS).work
     if ranks not in (RANKS[0], RANKS[-1]):
         return  # a prompt's kernels have the same blocks on any number of ranks
-    cache = Cache.empty(config, torch.bfloat16, device)
     x = torch.empty(PREFILL_ROWS, config.hidden_size, dtype=torch.bfloat16, device=device)
-    for layer, state in zip(model.layers, cache.layers, strict=True):
-        yield from prefill.work(layer, x, state, Scratch(device))[0]
+    for before in (0, CAPACITY - PREFILL_ROWS):  # the keys are one piece, or several
+        cache = Cache.empty(config, torch.bfloat16, device)
+        cache.reserve(before + PREFILL_ROWS)
+        for layer, state in zip(model.layers, cache.layers, strict=True):
+            if isinstance(state, KVCache):
+                state.length = before
+            yield from prefill.work(layer, x, state, Scratch(device))[0]
 
 
 def fast(model: Any, config: Config, target: str, device: torch.device) -> None:

@@ -4,6 +4,7 @@ Triton's; `hip.HipLaunch` is that of a HIP kernel."""
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ OPTIONS = ("num_warps", "num_stages", "waves_per_eu")
 # of parameters. Offsets into all others have 32 bits, which no kernel checks.
 WIDE = frozenset((
     "weight", "scale", "table", "x", "out", "projected", "q", "qk", "v", "source", "solved", "wanted",
-    "erased", "memories", "corrections", "by_pair", "shared", "residual",
+    "erased", "memories", "corrections", "by_pair", "by_piece", "shared", "residual",
 ))  # fmt: skip
 NARROW = 2**31 - 1
 
@@ -60,16 +61,55 @@ class Launch:
         """The part of `weight_bytes` that a wave reads."""
         return self.weight_bytes / num_warps
 
+    def specialisation(self) -> tuple[tuple[Any, ...], list[Any]]:
+        """What the compiled code depends on, and the arguments in the order of the parameters."""
+        parameters = _parameters(self.kernel)
+        values = [self.arguments[name] for name, _ in parameters]
+        kinds = (is_constexpr for _, is_constexpr in parameters)
+        device = next(value.device for value in values if isinstance(value, torch.Tensor))
+        return (
+            self.kernel,
+            device,
+            *self.options.items(),
+            *map(_specialised, values, kinds),
+        ), values
+
     def __call__(self) -> None:
+        key, values = self.specialisation()
+        if key in _compiled:  # quicker for the host than Triton's own search
+            _compiled[key][self.grid](*values)
+            return
         compiled = self.kernel[self.grid](**self.arguments, **self.options)
-        if compiled.hash not in _checked:
-            check_packing(self.name, compiled.asm["ttgir"])
-            _checked.add(compiled.hash)
+        check_packing(self.name, compiled.asm["ttgir"])
+        _compiled[key] = compiled
 
 
 Work = Launch | Callable[[], None]  # a kernel's launch, or operations of torch on fixed buffers
 
-_checked: set[str] = set()  # hashes of compiled kernels
+_compiled: dict[tuple[Any, ...], Any] = {}  # compiled kernels by all that their code depends on
+
+
+@cache
+def _parameters(kernel: Any) -> tuple[tuple[str, bool], ...]:
+    """The name of each parameter of a Triton kernel, and whether it is a constexpr."""
+    return tuple((one.name, one.is_constexpr) for one in kernel.params)
+
+
+def _specialised(value: Any, is_constexpr: bool) -> Any:
+    """What the compiled code depends on of an argument, or more than that. Triton specialises pointers
+    and integers that are a multiple of 16, integers that are 1 or need 64 bits, and (AMD) tensors below
+    2 GiB."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0, value.numel() * value.itemsize < 2**31
+    if isinstance(value, tuple):
+        return tuple(_specialised(one, is_constexpr) for one in value)
+    if is_constexpr or value is None:
+        return value
+    if isinstance(value, int):
+        return type(value), value == 1, value % 16 == 0, -(2**31) <= value < 2**31, value < 2**63
+    return type(value)
+
+
 # How many elements inline assembly takes at once, and the layout of its first operand.
 _PACKED = re.compile(r"packed_element = (\d+) : .*? : tensor<\w+, (#ttg\.\w+<\{.*?\}>|#\w+)>")
 

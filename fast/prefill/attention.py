@@ -3,14 +3,18 @@
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fast.launch import Launch, Scratch, Work, constants, options
 from fast.prefill.linear import product
-from fast.prefill.tiles import tiles
+from fast.prefill.tiles import Tiles, tiles
 from fast.state import rope_table
 from qwen35.cache import FP8KVCache, KVCache
 
+PIECE = 8192  # positions of a piece; the bits of a row depend on it
+ROOM = 1 << 28  # bytes for the results of pieces that are read at the same time
+FEW = 256  # rows of a pass that has smaller blocks
 TOKENS = 16  # rows for which one program rotates one head, or decodes keys and values
 
 
@@ -68,18 +72,53 @@ def work(
         },
         {"num_warps": 4},
     )  # fmt: skip
-    config = tiles(target, "attend")
-    attend = Launch(
-        f"prefill attend {shape}",
-        kernels.attend,
-        (H, math.ceil(N / config["BLOCK_M"]), 1),
-        {
-            "projected": projected, "q": q, "keys": keys, "values": values, "out": read,
-            "start": start, "rows": N, "capacity": keys.shape[1], **sizes, **constants(config),
-        },
-        options(config),
-    )  # fmt: skip
+    config = tiles(target, "attend few" if N <= FEW else "attend")
+    reading = reads(node, projected, q, keys, values, read, start, config, scratch)
     last, out = product(
         read, node.out_proj, target, scratch, name="attention_out", residual=residual
     )
-    return [first, turn, append, *decode, attend, last], out
+    return [first, turn, append, *decode, *reading, last], out
+
+
+def reads(
+    node: Any, projected: Tensor, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, start: int,
+    config: Tiles, scratch: Scratch,
+) -> list[Work]:  # fmt: skip
+    """The launches of `attend`, and of `join` if there are several pieces. They take turns where the
+    results of all pieces would need more than ROOM bytes. The tensors are those of the kernel."""
+    from fast.kernels.prefill import attention as kernels  # Triton is needed from here on
+
+    (N, H, K), G = q.shape, node.G
+    pieces = math.ceil((start + N) / PIECE)
+    together = min(pieces, max(1, ROOM // (4 * q.numel())))  # pieces that are read at the same time
+    held = (1 + together if pieces > 1 else 0, N, H)
+    common = {
+        "projected": projected, "out": out, "start": start, "rows": N, "H": H, "G": G, "K": K,
+        "by_piece": scratch("attention by piece", *held, K, dtype=torch.float32),
+        "peaks": scratch("attention peaks", *held, dtype=torch.float32),
+        "totals": scratch("attention totals", *held, dtype=torch.float32), "PIECE": PIECE,
+    }  # fmt: skip
+    shape = f"H={H} G={G} K={K}"
+    launches: list[Work] = []
+    for first in range(0, pieces, together):
+        count = min(together, pieces - first)
+        attend = Launch(
+            f"prefill attend {shape}{' split' if pieces > 1 else ''}",
+            kernels.attend,
+            (H, math.ceil(N / config["BLOCK_M"]), count),
+            {
+                **common, "q": q, "keys": keys, "values": values, "first": first,
+                "capacity": keys.shape[1], "SPLIT": pieces > 1, **constants(config),
+            },
+            options(config),
+        )  # fmt: skip
+        is_last = first + count == pieces
+        join = Launch(
+            f"prefill join {shape}{' last' if is_last else ''}",
+            kernels.join,
+            (math.ceil(N / TOKENS), H, 1),
+            {**common, "first": first, "pieces": count, "LAST": is_last, "BLOCK": TOKENS},
+            {"num_warps": 4},
+        )
+        launches += [attend, join] if pieces > 1 else [attend]
+    return launches

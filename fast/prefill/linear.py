@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fast.launch import Launch, Scratch, constants, options
 from fast.linear import Norm
-from fast.prefill.tiles import tiles
+from fast.prefill.tiles import product_tiles
 from fast.router import power_of_two
 from fast.target import check_width
 
@@ -36,7 +36,7 @@ def product(
 
     M, K = weight.shape
     check_width(name, x, K)
-    config = tiles(target, "linear")
+    config = product_tiles(target, len(x), M)
     out = scratch(name, len(x), M // 2 if activated else M, dtype=dtype)
     blocks = math.ceil(len(x) / config["BLOCK_M"]) * math.ceil(M / config["BLOCK_N"])
     launch = Launch(

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from fast.launch import Launch, Scratch, Work, constants, options
 from fast.prefill.linear import product
-from fast.prefill.tiles import tiles
+from fast.prefill.tiles import expert_rows, tiles
 from fast.router import Choice, power_of_two
 from fast.target import check_width
 
 ROW_BLOCK = 1024  # columns of a row that one program handles
+SORT_BLOCK = 256  # pairs of a row and a slot that one program sorts
 
 
 def route(router: Any, x: Tensor, scratch: Scratch) -> tuple[list[Work], Choice]:
@@ -65,9 +66,10 @@ def experts(
     check_width("experts", x, D)
     pairs = N * k
     kind = "grouped" if node.fp4 else "grouped bf16"
-    first = tiles(target, kind, BLOCK_N=2 * I, BLOCK_K=D)
-    second = tiles(target, kind, BLOCK_N=D, BLOCK_K=I)
-    sort = Sort(pairs, E, first["BLOCK_M"], chosen, scratch)
+    few = {"BLOCK_M": expert_rows(target, pairs / E)} if node.fp4 else {}
+    first = tiles(target, kind, BLOCK_N=2 * I, BLOCK_K=D) | few
+    second = tiles(target, kind, BLOCK_N=D, BLOCK_K=I) | few
+    sort = Sort(chosen, E, first["BLOCK_M"], scratch)
     hidden = scratch("pairs hidden", pairs, I)
     by_pair = scratch("pairs down", pairs, D)
     shape = f"D={D} I={I}" + ("" if node.fp4 else " bf16")
@@ -110,7 +112,7 @@ def experts(
         "down", second, hidden, node.down, node.down_scale, by_pair,
         N=D, K=I, TOP_K=0, ACTIVATED=False, TILE_N=1, TILE_K=I,
     )  # fmt: skip
-    work: list[Work] = [sort, *arrange, gate_up, down]
+    work: list[Work] = [*sort.work, *arrange, gate_up, down]
     own, logits = x, weights
     if shared is not None:
         activated, down_weight, logits = shared
@@ -134,40 +136,52 @@ def experts(
 
 
 class Sort:
-    """Sorts the pairs (row, slot) by expert with torch operations on fixed buffers, without a host
-    sync.
+    """Sorts the pairs (row, slot) by expert.
 
-    order [pairs] int64: the pair at each place. place_of_pair [pairs] int64: the place of each
-    pair. expert_first [E + 1] int32: the first place of each expert. A tile is up to `block` pairs
-    of one expert. tile_expert [tiles] int32: its expert, or E for an unused tile. tile_first
-    [tiles] int32: its first place.
+    work: the launches that do it. chosen [N, k] int32. order [pairs] int32: the pair at each place.
+    place_of_pair [pairs] int32: the place of each pair. expert_first [E + 1] int32: the first place of
+    each expert. A tile is up to `block` pairs of one expert. tile_expert [tiles] int32: its expert, or
+    E for an unused tile. tile_first [tiles] int32: its first place. The order of an expert's pairs is
+    not always the same, which changes no bits of their results.
     """
 
-    def __init__(self, pairs: int, E: int, block: int, experts: Tensor, scratch: Scratch) -> None:
-        self.experts, self.E, self.block = experts, E, block
-        tiles = min(pairs, pairs // block + E)  # the last tile of an expert may be partial
-        self.order = scratch("pair order", pairs, dtype=torch.int64)
-        self.place_of_pair = scratch("pair places", pairs, dtype=torch.int64)
-        self.expert_first = scratch("expert first", E + 1, dtype=torch.int32)
-        self.tile_expert = scratch("tile expert", tiles, dtype=torch.int32)
-        self.tile_first = scratch("tile first", tiles, dtype=torch.int32)
+    def __init__(self, chosen: Tensor, E: int, block: int, scratch: Scratch) -> None:
+        from fast.kernels.prefill import moe as kernels  # Triton is needed from here on
 
-    def __call__(self) -> None:
-        device = self.order.device
-        ranked, order = self.experts.flatten().short().sort(stable=True)  # 16 bits sort faster
-        self.order.copy_(order)
-        places = torch.arange(len(order), device=device)
-        self.place_of_pair.scatter_(0, order, places)
-        ids = torch.arange(self.E + 1, dtype=ranked.dtype, device=device)
-        first = torch.searchsorted(ranked, ids)  # [E + 1]
-        self.expert_first.copy_(first)
-        tiles = (first.diff() + self.block - 1) // self.block  # [E]
-        ends = tiles.cumsum(0)
-        tile = torch.arange(len(self.tile_expert), device=device)
-        expert = torch.searchsorted(ends, tile, right=True)  # [tiles]
-        self.tile_expert.copy_(expert)
-        known = expert.clamp(max=self.E - 1)
-        self.tile_first.copy_(first[known] + (tile - (ends - tiles)[known]) * self.block)
+        pairs = chosen.numel()
+        tiles = min(pairs, pairs // block + E)  # the last tile of an expert may be partial
+
+        def integers(name: str, count: int) -> Tensor:
+            return scratch(name, count, dtype=torch.int32)
+
+        self.order, self.place_of_pair = integers("pair order", pairs), integers("places", pairs)
+        self.expert_first = integers("expert first", E + 1)
+        self.tile_expert = integers("tile expert", tiles)
+        self.tile_first = integers("tile first", tiles)
+        counts = integers("expert counts", E + 1)
+        common = {
+            "chosen": chosen, "ranks": integers("pair ranks", pairs), "expert_first": self.expert_first,
+            "pairs": pairs, "E": E, "BLOCK": SORT_BLOCK,
+        }  # fmt: skip
+        grid = math.ceil(pairs / SORT_BLOCK), 1, 1
+        count = Launch(
+            f"prefill count E={E}",
+            kernels.count,
+            grid,
+            {
+                **common, "counts": counts, "tile_expert": self.tile_expert, "tiles": tiles,
+                "tile_first": self.tile_first, "BLOCK_E": power_of_two(E), "TILE": block,
+            },
+            {"num_warps": 4},
+        )  # fmt: skip
+        place = Launch(
+            f"prefill place E={E}",
+            kernels.place,
+            grid,
+            {**common, "order": self.order, "place_of_pair": self.place_of_pair},
+            {"num_warps": 4},
+        )
+        self.work: list[Work] = [counts.zero_, count, place]
 
 
 def block(

@@ -1,13 +1,17 @@
-"""Block sizes of the prefill kernels, by target. They are the same for every shape, but for a `scan`
-of few heads."""
+"""Block sizes of the prefill kernels, by target.
 
-from math import gcd
+They change no bits, except for BLOCK_K and TILE, the steps of sums. These are the same for every number
+of rows.
+"""
+
+from math import ceil, gcd
 
 Tiles = dict[str, int]
 
+BUSY = 80  # programs of a product that keep most of a GPU's processors busy
+
 TILES: dict[str, dict[str, Tiles]] = {
     "gfx950": {
-        "linear": {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
         "grouped": {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2},
         "grouped bf16": {
             "BLOCK_M": 64,
@@ -17,6 +21,7 @@ TILES: dict[str, dict[str, Tiles]] = {
             "num_stages": 2,
         },
         "attend": {"BLOCK_M": 64, "TILE": 32, "num_warps": 4, "num_stages": 1},
+        "attend few": {"BLOCK_M": 64, "TILE": 32, "num_warps": 4, "num_stages": 1},
         "solve": {"num_warps": 8, "num_stages": 1},
         "write": {"num_warps": 4, "num_stages": 1},
         "scan": {"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
@@ -24,7 +29,6 @@ TILES: dict[str, dict[str, Tiles]] = {
         "read": {"num_warps": 4, "num_stages": 1},
     },
     "sm_90": {
-        "linear": {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
         # BLOCK_N is 16 times num_warps: see kernels/mxfp4.py.
         "grouped": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 3},
         "grouped bf16": {
@@ -35,6 +39,7 @@ TILES: dict[str, dict[str, Tiles]] = {
             "num_stages": 3,
         },
         "attend": {"BLOCK_M": 128, "TILE": 64, "num_warps": 8, "num_stages": 2},
+        "attend few": {"BLOCK_M": 64, "TILE": 64, "num_warps": 4, "num_stages": 3},
         "solve": {"num_warps": 4, "num_stages": 1},
         "write": {"num_warps": 4, "num_stages": 1},
         "scan": {"BLOCK_V": 32, "num_warps": 4, "num_stages": 3},
@@ -44,8 +49,44 @@ TILES: dict[str, dict[str, Tiles]] = {
 }
 
 
+# Of a product: the largest blocks first.
+PRODUCTS: dict[str, list[Tiles]] = {
+    "gfx950": [
+        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
+    ],
+    "sm_90": [
+        {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
+        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4},
+        {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6},
+        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6},
+    ],
+}
+# Rows of a tile of MXFP4 experts, by the least number of pairs that an expert has on average.
+EXPERT_ROWS: dict[str, dict[int, int]] = {
+    "gfx950": {0: 64},
+    "sm_90": {0: 16, 12: 32, 24: 64, 256: 128},
+}
+
+
 def tiles(target: str, kernel: str, **sizes: int) -> Tiles:
     """Block sizes of a kernel. For each name in `sizes` (as in BLOCK_K=4096), the gcd with that
     size."""
     known = TILES[target][kernel]
     return known | {name: gcd(known[name], size) for name, size in sizes.items()}
+
+
+def product_tiles(target: str, rows: int, columns: int) -> Tiles:
+    """Block sizes of a product of so many rows and columns: the largest that give BUSY programs, or the
+    smallest."""
+    known = PRODUCTS[target]
+
+    def programs(one: Tiles) -> int:
+        return ceil(rows / one["BLOCK_M"]) * ceil(columns / one["BLOCK_N"])
+
+    return next((one for one in known if programs(one) >= BUSY), known[-1])
+
+
+def expert_rows(target: str, pairs: float) -> int:
+    """BLOCK_M of MXFP4 experts that have so many pairs on average."""
+    return max((least, rows) for least, rows in EXPERT_ROWS[target].items() if least <= pairs)[1]

@@ -13,6 +13,7 @@ from fast.attention import SHORT, piece_sizes, pieces
 from fast.launch import Launch
 from fast.moe import Experts
 from fast.prefill.moe import Sort
+from fast.prefill.tiles import PRODUCTS, expert_rows, product_tiles
 from tests.support.fast_cases import CPU
 from tests.support.prefill_nodes import Poisoned
 from tools.gfx950.target import emulate
@@ -181,7 +182,7 @@ def test_a_token_is_picked_from_any_number_of_blocks(blocks: int) -> None:
 # --- pairs of rows and experts in tiles
 
 
-@pytest.mark.parametrize("pairs", [1, 3, 4, 5, 8, 9, 23])
+@pytest.mark.parametrize("pairs", [1, 3, 4, 5, 8, 9, 600])
 @pytest.mark.parametrize("experts", [1, 2, 7])
 def test_tiles_hold_every_pair_once(pairs: int, experts: int) -> None:
     """A tile has at most four pairs, all of one expert. All pairs choose one expert, or several."""
@@ -193,8 +194,8 @@ def test_tiles_hold_every_pair_once(pairs: int, experts: int) -> None:
         random(pairs, pairs).abs() * 2 % experts,
     ):
         chosen = ids.int()[:, None]
-        sort = Sort(pairs, experts, block, chosen, Poisoned(CPU))
-        sort()
+        sort = Sort(chosen, experts, block, Poisoned(CPU))
+        emulate(sort.work)
         found: list[int] = []
         for expert, first in zip(sort.tile_expert.tolist(), sort.tile_first.tolist(), strict=True):
             if expert == experts:  # no tile
@@ -205,6 +206,29 @@ def test_tiles_hold_every_pair_once(pairs: int, experts: int) -> None:
             assert (chosen.flatten()[held] == expert).all()
             found += held.tolist()
         assert sorted(found) == list(range(pairs))
+
+
+@pytest.mark.parametrize("rows, columns, blocks", [
+    (64, 769, (64, 32)), (64, 2576, (64, 32)), (256, 769, (64, 32)), (256, 2576, (64, 128)),
+    (512, 769, (64, 64)), (512, 2576, (128, 128)), (2048, 769, (128, 128)), (2048, 2576, (128, 256)),
+])  # fmt: skip
+def test_a_product_has_the_largest_blocks_that_keep_a_gpu_busy(
+    rows: int, columns: int, blocks: tuple[int, int]
+) -> None:
+    found = product_tiles("sm_90", rows, columns)
+    assert (found["BLOCK_M"], found["BLOCK_N"]) == blocks
+
+
+@pytest.mark.parametrize(
+    "pairs, rows", [(0, 16), (11.9, 16), (12, 32), (23, 32), (24, 64), (256, 128)]
+)
+def test_an_experts_tiles_have_as_many_rows_as_it_has_pairs(pairs: float, rows: int) -> None:
+    assert expert_rows("sm_90", pairs) == rows
+
+
+def test_the_steps_of_sums_are_the_same_for_all_numbers_of_rows() -> None:
+    for known in PRODUCTS.values():
+        assert len({one["BLOCK_K"] for one in known}) == 1
 
 
 # --- columns of a row

@@ -14,9 +14,9 @@ from qwen35.errors import InputError
 pytest.importorskip("triton")
 
 from fast.moe import Experts
-from tools.gfx950.target import compile_launch
+from tools.gfx950.target import TARGETS, compile_launch, stand_in_driver
 
-META = torch.device("meta")
+META, CPU = torch.device("meta"), torch.device("cpu")
 TORN = "down D=4096 I=512: Triton gives an instruction 4 elements that are not neighbours"
 
 IR = """
@@ -87,27 +87,60 @@ def test_a_shape_whose_blocks_become_shorter_gets_a_layout_that_decodes():
 
 def test_a_launch_on_the_card_is_checked_too_and_once():
     class Compiled:
-        asked = 0
-        hash = "of a kernel that only this test has"
+        asked, launched = 0, list[tuple[Any, ...]]()
 
         @property
         def asm(self) -> dict[str, str]:
             self.asked += 1
             return {"ttgir": IR.replace("LAYOUT", layout)}
 
-    compiled = Compiled()
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            return lambda *arguments: self.launched.append((grid, arguments))  # pyright: ignore
+
+    compiled, whole = Compiled(), down(512)
 
     class Kernel:
+        params = whole.kernel.params
+
         def __getitem__(self, grid: tuple[int, int, int]) -> Any:
             return lambda **arguments: compiled  # pyright: ignore
 
-    launch = replace(down(512), name="on a card", kernel=Kernel())
+    launch = replace(whole, name="on a card", kernel=Kernel())
     layout = "#torn"
     for _ in range(2):
         with pytest.raises(InputError, match="on a card: Triton gives an instruction 4 elements"):
             launch()
-    assert compiled.asked == 2
+    assert (compiled.asked, compiled.launched) == (2, [])
     layout = "#run"
-    for _ in range(2):
+    for _ in range(3):
         launch()
     assert compiled.asked == 3
+    (grid, values), again = compiled.launched
+    assert grid == launch.grid and again[0] == grid
+    names = [one.name for one in launch.kernel.params]
+    assert all(one is launch.arguments[name] for name, one in zip(names, values, strict=True))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_launches_that_share_a_compiled_kernel_are_specialised_alike(target: str):
+    """Triton would compile no other kernel for any of them."""
+    from fast.kernels.prefill.moe import activate
+
+    x = torch.empty(4096)
+    wide = torch.empty(1, device=META).expand(2**30)
+    plain = {"logits": x, "out": x, "rows": 40, "N": 64, "FIRST": 8, "I": 16, "BLOCK": 16}
+    changes: list[dict[str, Any]] = [
+        {}, {"logits": x[4:]}, {"logits": x[1:]}, {"logits": x.double()}, {"logits": wide},
+        {"rows": 48}, {"rows": 1}, {"rows": 2**31}, {"N": 65}, {"N": 67}, {"N": 1}, {"N": 80},
+        {"N": 2**31}, {"N": 2**31 + 16}, {"N": 2**63}, {"FIRST": 9}, {"I": 17}, {"num_warps": 8},
+    ]  # fmt: skip
+    by_key: dict[Any, set[str]] = {}
+    with stand_in_driver(target):
+        for change in changes:
+            warps = {"num_warps": change.pop("num_warps", 4)}
+            launch = Launch("activate", activate, (1, 1, 1), plain | change, warps)
+            compiled = activate.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+            key = tuple(one for one in launch.specialisation()[0] if one not in (META, CPU))
+            by_key.setdefault(key, set()).add(compiled.hash)
+    assert all(len(hashes) == 1 for hashes in by_key.values())
+    assert 10 < len(by_key) < len(changes)

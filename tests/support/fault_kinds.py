@@ -139,6 +139,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "only the first 64 pairs get their shares",
     ),
     "counters": (
+        "experts counted before all programs are done",
         "the counter not set back",
         "added up too early",
         "the router chooses too early",

@@ -86,7 +86,9 @@ def operations(launch: Launch, context: int) -> float:
     if kind == "grouped":
         return 2.0 * a["pairs"] * a["N"] * a["K"]
     if kind == "attend":
-        seen = a["rows"] * (context + (a["rows"] + 1) / 2)
+        skipped = a["first"] * a["PIECE"]
+        room = launch.grid[2] * a["PIECE"]
+        seen = sum(min(max(context + row + 1 - skipped, 0), room) for row in range(a["rows"]))
         return 4.0 * a["H"] * a["K"] * seen
     if kind == "write":
         return 2.0 * a["solved"].numel() * a["WIDTH"]
@@ -106,7 +108,7 @@ def peer(launch: Launch, context: int) -> Callable[[], Tensor] | None:
     a, kind = launch.arguments, launch.kernel.__name__
     if kind == "linear" and not a["ACTIVATED"]:
         return lambda: F.linear(a["x"], a["weight"])
-    if kind == "attend" and not context:
+    if kind == "attend" and not context and a["rows"] <= a["PIECE"]:
         q = a["q"].transpose(0, 1)[None]
         k, v = (a[name][None, :, : a["rows"]] for name in ("keys", "values"))
         return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -196,13 +198,10 @@ def _measured(
 
 
 def _timed(one: Work, times: int, args: argparse.Namespace, rate: float) -> report.Row | None:
-    """The row of a launch in its own graph, counted for `times` layers. None for work that only
-    moves a state."""
+    """The row of a launch in its own graph, counted for `times` layers. None for torch's operations,
+    which move a state or fill a buffer."""
     if not isinstance(one, Launch):
-        if not hasattr(one, "tile_expert"):
-            return None
-        us = statistics.median(gpu.Graph([one]).microseconds(args.repeats))
-        return {"name": "sort by expert", "layers": times, "us": us * times, "operations": 0.0}
+        return None
     us = statistics.median(gpu.Graph([one]).microseconds(args.repeats))
     done = operations(one, args.context)
     row: report.Row = {

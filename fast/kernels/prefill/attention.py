@@ -1,9 +1,10 @@
 """Causal attention for the rows of a prompt: RoPE (`turn`), then one pass over the keys (`attend`). A
 cache in e4m3 is decoded before (`decode`).
 
-Each program of `attend` reads the keys from position 0 on, in tiles of a fixed size. A tile that is
-fully masked for a row changes no bit of its result. Therefore the bits of a row depend neither on
-the other rows nor on how the prompt is cut into passes.
+`attend` reads the keys from position 0 on, in tiles of a fixed size. A tile that is fully masked for a
+row changes no bit of its result. If there are many keys, they are read in pieces of a fixed size, many of
+them at the same time, and `join` joins the results in order. Therefore the bits of a row depend neither
+on the other rows nor on how the prompt is cut into passes.
 """
 
 import triton
@@ -59,36 +60,69 @@ def decode(
     tl.store(values + place, value.to(tl.bfloat16), mask=there)
 
 
-@triton.jit(do_not_specialize=["start", "rows"])
+LOWEST = tl.constexpr(-1e38)  # in the place of -inf, whose difference with itself is NaN
+
+
+@triton.jit
+def _joined(acc, peak, total, more, more_peak, more_total):
+    """The results of two sets of keys as one result.
+
+    acc [rows, K] fp32 is the sum of the values, each times 2^(its score - peak); peak [rows] is the
+    highest score, and total [rows] the sum of the powers. Without a key they are 0, LOWEST and 0, which
+    changes no bit of the others.
+    """
+    higher = tl.maximum(peak, more_peak)
+    fade, share = tl.exp2(peak - higher), tl.exp2(more_peak - higher)
+    return acc * fade[:, None] + more * share[:, None], higher, total * fade + more_total * share
+
+
+@triton.jit
+def _opened(read, gate):
+    """read times sigmoid(gate), both bf16, in fp32."""
+    return read.to(tl.float32) / (1 + tl.exp(-gate.to(tl.float32)))
+
+
+@triton.jit(do_not_specialize=["start", "rows", "first"])
 def attend(
-    projected, q, keys, values, out, start, rows, capacity, H: tl.constexpr, G: tl.constexpr,
-    K: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr,
+    projected, q, keys, values, out, by_piece, peaks, totals, start, rows, first, capacity,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, PIECE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """out[row, head] = sigmoid(gate) * attention of the query at position start + row, bf16.
 
     projected is that of `turn`; only its gates are read. q [rows, H, K]; keys, values [G, capacity,
     K] bf16, which hold the positions below start + rows. Writes out [rows, H * K]. Grid (H, rows /
-    BLOCK_M rounded up).
+    BLOCK_M rounded up, 1).
+
+    SPLIT: each program reads one piece of PIECE positions, from piece `first` on, and leaves the rest
+    to `join`. Indices from 1 on of by_piece [1 + pieces, rows, H, K], peaks and totals [1 + pieces,
+    rows, H] fp32 get the results. Then the grid is (H, rows / BLOCK_M rounded up, pieces).
     """
     head = tl.program_id(0)
     # The last rows see the most keys, so their programs start first.
     block = tl.num_programs(1) - 1 - tl.program_id(1)
+    end = tl.minimum(start + (block + 1) * BLOCK_M, start + rows)
+    begin, stop = 0, end
+    if SPLIT:
+        begin = (first + tl.program_id(2)) * PIECE
+        stop = tl.minimum(begin + PIECE, end)
+        if begin >= end:
+            return
     m = tl.arange(0, BLOCK_M)[:, None]
     row = block * BLOCK_M + m
     channel = tl.arange(0, K)[None, :]
     # Scalar offsets are int64 and blocks of offsets int32, because int64 blocks need too many
     # registers.
-    first = (block * BLOCK_M).to(tl.int64)
-    own = (first * H + head) * K
+    top = (block * BLOCK_M).to(tl.int64)
+    own = (top * H + head) * K
     query = tl.load(q + own + (m * (H * K) + channel), mask=row < rows, other=0.0)
     position = start + row  # [BLOCK_M, 1]
     held = (head // (H // G)).to(tl.int64) * capacity * K
     tile = tl.arange(0, TILE)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, K), tl.float32)
-    end = tl.minimum(start + (block + 1) * BLOCK_M, start + rows)
-    for at in tl.range(0, end, TILE):
+    for at in tl.range(begin, stop, TILE):
         p = at + tile
         lines = tl.minimum(p, end - 1) * K  # positions from `end` on are masked below
         key = tl.load(keys + held + (lines[:, None] + channel))  # [TILE, K]
@@ -97,20 +131,66 @@ def attend(
         score = tl.dot(query, tl.trans(key)) * (K**-0.5 * 1.4426950408889634)  # [BLOCK_M, TILE]
         score = tl.where(p[None, :] <= position, score, float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
-        share = tl.exp2(score - higher[:, None])  # finite, as all rows see position 0
+        share = tl.exp2(score - higher[:, None])
         fade = tl.exp2(peak - higher)
         total = total * fade + tl.sum(share, 1)
         acc = tl.dot(share.to(tl.bfloat16), value, acc * fade[:, None])
         peak = higher
-    M: tl.constexpr = 2 * H * K + 2 * G * K
-    gates = projected + first * M + head * 2 * K + K + m * M
-    read = (acc / total[:, None]).to(tl.bfloat16).reshape(BLOCK_M, 2, K // 2).permute(0, 2, 1)
-    low, high = read.split()  # halves, so that gates and rows fit into registers
-    column = tl.arange(0, K // 2)[None, :]
-    lines = out + own + m * (H * K)
-    gate = tl.load(gates + column, mask=row < rows, other=0.0).to(tl.float32)
-    low = low.to(tl.float32) / (1 + tl.exp(-gate))
-    tl.store(lines + column, low.to(tl.bfloat16), mask=row < rows)
-    gate = tl.load(gates + K // 2 + column, mask=row < rows, other=0.0).to(tl.float32)
-    high = high.to(tl.float32) / (1 + tl.exp(-gate))
-    tl.store(lines + K // 2 + column, high.to(tl.bfloat16), mask=row < rows)
+    if SPLIT:
+        place = (1 + tl.program_id(2)).to(tl.int64) * rows * H
+        line = place + top * H + head + tl.arange(0, BLOCK_M) * H
+        inside = block * BLOCK_M + tl.arange(0, BLOCK_M) < rows
+        tl.store(by_piece + place * K + own + (m * (H * K) + channel), acc, mask=row < rows)
+        tl.store(peaks + line, peak, mask=inside)
+        tl.store(totals + line, total, mask=inside)
+    else:
+        M: tl.constexpr = 2 * H * K + 2 * G * K
+        gates = projected + top * M + head * 2 * K + K + m * M
+        read = (acc / total[:, None]).to(tl.bfloat16).reshape(BLOCK_M, 2, K // 2).permute(0, 2, 1)
+        low, high = read.split()  # halves, so that gates and rows fit into registers
+        column = tl.arange(0, K // 2)[None, :]
+        lines = out + own + m * (H * K)
+        gate = tl.load(gates + column, mask=row < rows, other=0.0)
+        tl.store(lines + column, _opened(low, gate).to(tl.bfloat16), mask=row < rows)
+        gate = tl.load(gates + K // 2 + column, mask=row < rows, other=0.0)
+        tl.store(lines + K // 2 + column, _opened(high, gate).to(tl.bfloat16), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["start", "rows", "first", "pieces"])
+def join(
+    projected, out, by_piece, peaks, totals, start, rows, first, pieces, H: tl.constexpr, G: tl.constexpr,
+    K: tl.constexpr, PIECE: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Join the results of `pieces` pieces, from piece `first` on, with those of the pieces before.
+
+    The arguments are those of a split `attend`. Index 0 of by_piece, peaks and totals is the result so
+    far. LAST: there are no more pieces, so out [rows, H * K] is written. Grid (rows / BLOCK rounded up,
+    H).
+    """
+    block, head = tl.program_id(0), tl.program_id(1)
+    row, channel = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, K)[None, :]
+    inside = row < rows
+    line = row.to(tl.int64) * H + head
+    end = tl.minimum(start + (block + 1) * BLOCK, start + rows)
+    # The first piece is taken as it is.
+    fresh = tl.where(first == 0, 1, 0)
+    held = fresh.to(tl.int64) * rows * H + line
+    acc = tl.load(by_piece + held[:, None] * K + channel, mask=inside[:, None], other=0.0)
+    peak = tl.load(peaks + held, mask=inside, other=0.0)
+    total = tl.load(totals + held, mask=inside, other=1.0)
+    for piece in tl.range(fresh, tl.minimum(tl.cdiv(end, PIECE) - first, pieces)):  # pyright: ignore
+        held = (1 + piece).to(tl.int64) * rows * H + line
+        more = tl.load(by_piece + held[:, None] * K + channel, mask=inside[:, None], other=0.0)
+        more_peak = tl.load(peaks + held, mask=inside, other=0.0)
+        more_total = tl.load(totals + held, mask=inside, other=1.0)
+        acc, peak, total = _joined(acc, peak, total, more, more_peak, more_total)
+    if LAST:
+        M: tl.constexpr = 2 * H * K + 2 * G * K
+        gates = projected + row.to(tl.int64)[:, None] * M + head * 2 * K + K + channel
+        gate = tl.load(gates, mask=inside[:, None], other=0.0)
+        read = _opened((acc / total[:, None]).to(tl.bfloat16), gate)
+        tl.store(out + line[:, None] * K + channel, read.to(tl.bfloat16), mask=inside[:, None])
+    else:
+        tl.store(by_piece + line[:, None] * K + channel, acc, mask=inside[:, None])
+        tl.store(peaks + line, peak, mask=inside)
+        tl.store(totals + line, total, mask=inside)

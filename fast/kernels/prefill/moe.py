@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_hip_cdna4
 
-from fast.kernels.common import bounded
+from fast.kernels.common import bounded, stored
 from fast.kernels.mxfp4 import arranged, product_of_tiles
 from fast.kernels.router import TOGETHER, choose_rows
 
@@ -57,6 +57,60 @@ def arrange(x, out, D: tl.constexpr, BLOCK: tl.constexpr):
     )
 
 
+@triton.jit(do_not_specialize=["pairs", "tiles"])
+def count(
+    chosen, ranks, counts, expert_first, tile_expert, tile_first, pairs, tiles,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Count the pairs of each expert, and cut them into tiles of up to TILE pairs of one expert.
+
+    chosen [pairs] int32, the expert of each pair. Writes ranks [pairs] int32: how many pairs of the same
+    expert were counted before, in any order. counts [E + 1] int32 has to be zero; the last element counts
+    the programs that are done. The last program writes expert_first [E + 1] int32, the first place of
+    each expert, and of each tile the expert and the first place: tile_expert and tile_first [tiles]
+    int32. An unused tile has the expert E. A pair whose choice is no expert has no place. Grid (pairs /
+    BLOCK rounded up).
+    """
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(chosen + pair, mask=pair < pairs, other=E)
+    is_expert = (expert >= 0) & (expert < E)
+    own = counts + bounded(expert, E)
+    rank = tl.atomic_add(own, 1, mask=is_expert, sem="relaxed", scope="gpu")
+    tl.store(ranks + pair, rank, mask=is_expert)
+    stored()
+    before = tl.atomic_add(counts + E, 1, sem="acq_rel", scope="gpu")
+    if before == tl.num_programs(0) - 1:
+        e = tl.arange(0, BLOCK_E)
+        held = tl.load(counts + e, mask=e < E, other=0, cache_modifier=".cg")
+        first = tl.cumsum(held) - held
+        tl.store(expert_first + e, first, mask=e < E)
+        tl.store(expert_first + E, tl.sum(held))
+        needed = (held + TILE - 1) // TILE
+        tile = tl.cumsum(needed) - needed
+        for i in tl.range(0, tl.max(needed)):  # pyright: ignore
+            at, there = tile + i, (i < needed) & (tile + i < tiles)
+            tl.store(tile_expert + bounded(at, tiles), e, mask=there)
+            tl.store(tile_first + bounded(at, tiles), first + i * TILE, mask=there)
+        for unused in tl.range(bounded(tl.sum(needed), tiles + 1), tiles, BLOCK):  # pyright: ignore
+            at = unused + tl.arange(0, BLOCK)
+            tl.store(tile_expert + at, E, mask=at < tiles)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def place(
+    chosen, ranks, expert_first, order, place_of_pair, pairs, E: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Give each pair its place: order [pairs] int32 has the pair at each place, and place_of_pair [pairs]
+    int32 the place of each pair. The others are those of `count`. Grid (pairs / BLOCK rounded up)."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(chosen + pair, mask=pair < pairs, other=E)
+    is_expert = (expert >= 0) & (expert < E)
+    first = tl.load(expert_first + bounded(expert, E), mask=is_expert, other=0)
+    at = bounded(first + tl.load(ranks + pair, mask=is_expert, other=0), pairs)
+    tl.store(order + at, pair, mask=is_expert)
+    tl.store(place_of_pair + pair, at, mask=pair < pairs)
+
+
 @triton.jit(do_not_specialize=["pairs"])
 def grouped(
     x, order, tile_expert, tile_first, expert_first, weight, scale, out, pairs,
@@ -67,7 +121,7 @@ def grouped(
     """out[p] = weight[expert of p] @ x of p, for the pairs p in the order of their experts.
 
     TOP_K > 0: x is [rows, K] bf16, and pair p reads row order[p] // TOP_K, with order [pairs]
-    int64. TOP_K = 0: x is [pairs, K] bf16. tile_expert [tiles] int32: the expert of each tile of
+    int32. TOP_K = 0: x is [pairs, K] bf16. tile_expert [tiles] int32: the expert of each tile of
     BLOCK_M pairs, or E for an unused tile. tile_first [tiles] int32: its first pair. expert_first
     [E + 1] int32: the first pair of each expert. FP4: weight [E, N, K/2] and scale [E, N, K/32]
     uint8, in tiles of TILE_N rows by TILE_K elements; otherwise weight [E, N, K] bf16. Writes out
@@ -84,7 +138,7 @@ def grouped(
         line = bounded(pair, pairs).to(tl.int64)
         source = line
         if TOP_K:
-            source = bounded(tl.load(order + line) // TOP_K, pairs // TOP_K)
+            source = bounded(tl.load(order + line) // TOP_K, pairs // TOP_K).to(tl.int64)
         rows = x + source[:, None] * K  # [BLOCK_M, 1]; rows without a pair are not stored
         n = expert.to(tl.int64) * N + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
         if FP4:
@@ -121,7 +175,7 @@ def combine(
     D] bf16.
 
     The shared expert, times its sigmoid gate, and the residual are added if they are there. by_pair
-    [rows * TOP_K, D] bf16 is sorted by expert. place_of_pair [rows * TOP_K] int64 is the place of
+    [rows * TOP_K, D] bf16 is sorted by expert. place_of_pair [rows * TOP_K] int32 is the place of
     each pair in it. weights [rows, TOP_K] fp32; shared, residual [rows, D] bf16; logits [rows, N]
     fp32, whose column GATE is the shared expert's gate. Grid (rows, D / BLOCK rounded up).
     """

@@ -3,11 +3,14 @@
 import copy
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
+from fast.prefill import attention as attention_work
 from fast.prefill import moe
 from tests.fast.prefill.test_moe import output
 from tests.support.fast_cases import (
@@ -59,12 +62,60 @@ def attention_in_parts() -> list[str]:
     return cut_findings(a_pass("self_attn", 140, length=64), (64,))
 
 
+def attention_in_pieces() -> list[str]:
+    """The keys are read in pieces of 64, first all at the same time, then one after the other."""
+    held = attention_work.PIECE, attention_work.ROOM
+    try:
+        attention_work.PIECE = 64
+        found = prefill_findings(a_pass("self_attn", 70, length=128))
+        attention_work.ROOM = 0
+        return found or prefill_findings(a_pass("self_attn", 70, length=128))
+    finally:
+        attention_work.PIECE, attention_work.ROOM = held
+
+
 def experts() -> list[str]:
     chosen = case(routing("random", 40, 4, 24), residual=True)
     try:
         return too_far(output(chosen), *expected(chosen))
     except EmulatorError as error:
         return [f"memory: {error}"]
+
+
+def sorting() -> list[str]:
+    """The places of 600 pairs, which three programs count, one after the other, and their tiles."""
+    ids = exact_rows(9, 600, 7).abs().argmax(1).int()
+    ids[100:400] = 3
+    sort = moe.Sort(ids, 7, 64, Poisoned(CPU))
+    try:
+        emulate(sort.work, batch=1)
+    except EmulatorError as error:
+        return [f"memory: {error}"]
+    counts = ids.long().bincount(minlength=7)
+    ends = [*counts.cumsum(0).tolist()]
+    tiles = [
+        (expert, first)
+        for expert, (begin, end) in enumerate(pairwise([0, *ends]))
+        for first in range(begin, end, 64)
+    ]
+    found: list[str] = []
+    pairs = torch.arange(600, dtype=torch.int32)
+    if sort.expert_first.tolist() != [0, *ends]:
+        found.append("numbers: expert_first")
+    if (
+        list(zip(sort.tile_expert.tolist(), sort.tile_first.tolist(), strict=True))[: len(tiles)]
+        != tiles
+    ):
+        found.append("numbers: tiles")
+    if not sort.tile_expert[len(tiles) :].eq(7).all():
+        found.append("numbers: unused tiles")
+    if not torch.equal(sort.order.sort().values, pairs):
+        found.append("numbers: order")
+    elif not torch.equal(sort.order[sort.place_of_pair], pairs):
+        found.append("numbers: places")
+    elif not torch.equal(ids[sort.order], ids.sort().values):
+        found.append("numbers: an expert's pairs")
+    return found
 
 
 def block() -> list[str]:
@@ -121,11 +172,21 @@ fault("a sum that does not fade", ATTENTION, attention, "numbers",
       ("total * fade + tl.sum", "total + tl.sum"))  # fmt: skip
 fault("another head's keys", ATTENTION, attention, "numbers", ("(head // (H // G))", "(head % G)"))
 fault("keys from the block's own first tile", ATTENTION, attention, "numbers",
-      ("tl.range(0, end, TILE)", "tl.range(TILE, end, TILE)"))  # fmt: skip
+      ("tl.range(begin, stop, TILE)", "tl.range(begin + TILE, stop, TILE)"))  # fmt: skip
 fault("a tile's edge at the pass's first row", ATTENTION, attention_in_parts, "bits",
-      ("for at in tl.range(0, end, TILE):\n        p = at + tile\n",
-       "for at in tl.range(start % TILE - TILE + 8 * (start == 64), end, TILE):\n"
+      ("for at in tl.range(begin, stop, TILE):\n        p = at + tile\n",
+       "for at in tl.range(start % TILE - TILE + 8 * (start == 64), stop, TILE):\n"
        "        p = tl.maximum(at + tile, 0)\n"))  # fmt: skip
+fault("a piece joined without its weight", ATTENTION, attention_in_pieces, "numbers",
+      ("more * share[:, None]", "more"))  # fmt: skip
+fault("a sum of powers joined without its weight", ATTENTION, attention_in_pieces, "numbers",
+      ("total * fade + more_total * share", "total + more_total"))  # fmt: skip
+fault("the first piece joined with what was there before", ATTENTION, attention_in_pieces, "unwritten",
+      ("fresh = tl.where(first == 0, 1, 0)", "fresh = tl.where(first < 0, 1, 0)"))  # fmt: skip
+fault("pieces behind a row's last one joined", ATTENTION, attention_in_pieces, "numbers unwritten",
+      ("tl.minimum(tl.cdiv(end, PIECE) - first, pieces)", "pieces"))  # fmt: skip
+fault("a piece with the next one's first keys", ATTENTION, attention_in_pieces, "numbers",
+      ("tl.minimum(begin + PIECE, end)", "tl.minimum(begin + PIECE + TILE, end)"))  # fmt: skip
 
 MOE = "prefill/moe"
 fault("the next expert's weights", MOE, experts, "numbers",
@@ -137,6 +198,18 @@ fault("gate and up exchanged", MOE, experts, "numbers",
        "up, gate = acc.reshape(BLOCK_M, BLOCK_N // 2, 2).split()"))  # fmt: skip
 fault("the places of other slots", MOE, experts, "numbers",
       ("place_of_pair + line * TOP_K + slot", "place_of_pair + line * TOP_K + slot // 2"))  # fmt: skip
+fault("an expert's last tile forgotten", MOE, sorting, "numbers",
+      ("needed = (held + TILE - 1) // TILE", "needed = held // TILE"))  # fmt: skip
+fault("a tile that begins where the one before does", MOE, sorting, "numbers",
+      ("first + i * TILE, mask", "first, mask"))  # fmt: skip
+fault("tiles that nobody needs not marked", MOE, sorting, "numbers",
+      ("tl.store(tile_expert + at, E,", "tl.store(tile_expert + at, 0,"))  # fmt: skip
+fault("pairs placed without the experts before theirs", MOE, sorting, "numbers",
+      ("bounded(first + tl.load(ranks", "bounded(tl.load(ranks"))  # fmt: skip
+fault("pairs of one expert with the same rank", MOE, sorting, "numbers",
+      ("tl.store(ranks + pair, rank,", "tl.store(ranks + pair, rank // 2,"))  # fmt: skip
+fault("experts counted before all programs are done", MOE, sorting, "numbers",
+      ("if before == tl.num_programs(0) - 1:", "if before == 0:"))  # fmt: skip
 fault("an expert's last row forgotten", MOE, experts, "unwritten",
       ("tl.load(expert_first + expert + 1)", "tl.load(expert_first + expert + 1) - 1"))  # fmt: skip
 fault("no residual", MOE, experts, "numbers", ("    if HAS_RESIDUAL:", "    if False:"))

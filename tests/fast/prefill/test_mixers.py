@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from fast.prefill import attention
 from tests.support.fast_nodes import a_pass
 from tests.support.prefill_nodes import cut_findings, prefill_findings, prefilled
 
@@ -49,6 +50,28 @@ def test_other_head_counts_of_attention(name: str):
 
 def test_attentions_bits_are_the_same_in_one_pass_and_in_several():
     assert not cut_findings(a_pass("self_attn", 200, length=64), (64, 128))
+
+
+@pytest.mark.parametrize("room", [0, 1 << 28])
+@pytest.mark.parametrize("rows, length", [(70, 128), (130, 64)])
+def test_attention_whose_keys_are_read_in_pieces(
+    room: int, rows: int, length: int, monkeypatch: pytest.MonkeyPatch
+):
+    """One after the other, or all at the same time."""
+    monkeypatch.setattr(attention, "PIECE", 64)
+    monkeypatch.setattr(attention, "ROOM", room)
+    assert not prefill_findings(a_pass("self_attn", rows, length=length))
+
+
+def test_pieces_give_the_same_bits_at_once_and_one_after_the_other(monkeypatch: pytest.MonkeyPatch):
+    """The whole pass reads two of its five pieces at the same time. Of its parts, the first has two
+    pieces, and the others read all of theirs at the same time."""
+    monkeypatch.setattr(attention, "PIECE", 64)
+    what = a_pass("self_attn", 200, length=64)
+    config = what.model.config
+    row = 4 * config.num_attention_heads * config.head_dim  # bytes
+    monkeypatch.setattr(attention, "ROOM", 2 * 200 * row)
+    assert not cut_findings(what, (64, 128))
 
 
 def test_attention_over_a_cache_in_e4m3_reads_what_the_cache_holds():

@@ -108,11 +108,11 @@ def test_a_block_chooses_and_adds_as_the_reference_does(shared: int):
 def test_a_sort_finds_each_pair_and_asks_for_no_more_tiles_than_there_are():
     E, block = 7, 4
     ids = torch.tensor([[3, 0], [3, 5], [3, 3], [6, 3], [5, 3]], dtype=torch.int32)
-    sort = moe.Sort(10, E, block, ids, Poisoned(CPU))
-    sort()
+    sort = moe.Sort(ids, E, block, Poisoned(CPU))
+    emulate(sort.work)
     by_expert = ids.flatten()[sort.order]
     assert by_expert.tolist() == sorted(ids.flatten().tolist())
-    assert torch.equal(sort.order[sort.place_of_pair], torch.arange(10))
+    assert torch.equal(sort.order[sort.place_of_pair], torch.arange(10, dtype=torch.int32))
     tiles = [
         (expert, first)
         for expert, first in zip(sort.tile_expert.tolist(), sort.tile_first.tolist(), strict=True)

@@ -5,6 +5,7 @@ Every pair of head sizes runs, since it was such a pair that Triton compiled wro
 
 import copy
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from fast.deltanet import GatedDeltaNet
 from fast.launch import Scratch
 from fast.layer import DecoderLayer
 from fast.moe import Experts
-from fast.prefill import moe
+from fast.prefill import attention, moe, tiles
+from fast.prefill.linear import product
 from tests.support.fast_cases import Case, case, expected, judged, routing, slow_experts, too_far
 from tests.support.fast_nodes import Pass, a_pass
 from tests.support.prefill_nodes import slow, state_of
@@ -52,6 +54,48 @@ def test_a_delta_net_of_any_head_sizes(K: int, V: int):
 @pytest.mark.parametrize("K", [32, 64, 128, 256])
 def test_attention_of_any_head_size(K: int):
     assert not findings(a_pass("self_attn", 130, length=64, head_dim=K))
+
+
+def test_attention_in_pieces_has_the_same_bits_at_once_and_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Also with other rows in the pass."""
+    monkeypatch.setattr(attention, "PIECE", 64)
+    what = a_pass("self_attn", 300, length=192)
+    assert not findings(what)
+    once = on_this_card(what, (300,))
+    assert torch.equal(on_this_card(what, (64, 256, 300)), once)
+    monkeypatch.setattr(attention, "ROOM", 0)
+    assert not findings(what)
+    assert torch.equal(on_this_card(what, (300,)), once)
+    assert torch.equal(on_this_card(what, (128, 300)), once)
+
+
+def on_this_card(what: Pass, ends: tuple[int, ...]) -> torch.Tensor:
+    """The output of a node, in passes that end at these rows."""
+    node = KINDS[what.kind].from_reference(copy.deepcopy(what.node).cuda())
+    state = state_of(what, torch.bfloat16)
+    for name, tensor in state.buffers().items():
+        setattr(state, name, tensor.cuda())
+    x = what.x[None].cuda()
+    return torch.cat([node(x[:, a:b], state) for a, b in pairwise((0, *ends))], dim=1)[0].cpu()
+
+
+@pytest.mark.parametrize("K, N", [(256, 96), (4096, 769), (1024, 2560)])
+def test_a_product_has_the_same_bits_with_all_block_sizes(
+    K: int, N: int, monkeypatch: pytest.MonkeyPatch
+):
+    x, weight = (torch.randn(rows, K).bfloat16().cuda() for rows in (300, N))
+    monkeypatch.setattr(tiles, "BUSY", 0)
+    known = tiles.PRODUCTS["sm_90"]
+    outputs: list[torch.Tensor] = []
+    for one in known:
+        monkeypatch.setitem(tiles.PRODUCTS, "sm_90", [one])
+        launch, out = product(x, weight, "sm_90", Scratch(x.device), name="any")
+        launch()
+        outputs.append(out.clone())
+    assert len(outputs) == len(known) > 1
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
 
 
 @pytest.mark.parametrize("linear", [True, False])
