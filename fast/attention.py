@@ -147,10 +147,10 @@ class GatedAttention(nn.Module):
     def begin(self, x: Tensor, cache: KVCache) -> tuple[Keys, Tensor, tuple[Tensor, Tensor]]:
         """The reference's cache as this node's, the position that a pass then begins at, and RoPE's
         table."""
-        cache.reserve(cache.length + x.shape[1])
+        cache.grow(cache.length + x.shape[1])
         own = Keys.over(cache)
         rope = rope_table(self.rotary, self.rope_theta, own.keys.shape[1], x.device)
-        return own, torch.tensor([cache.length], dtype=torch.int32, device=x.device), rope
+        return own, torch.full((1,), cache.length, dtype=torch.int32, device=x.device), rope
 
     def end(self, own: Keys, cache: KVCache, T: int) -> None:
         """Count T rows that were written into the cache's own memory."""

@@ -121,7 +121,7 @@ def _works(model: Any, config: Config, ranks: int, device: torch.device) -> Iter
         for layer, state in zip(model.layers, cache.layers, strict=True):
             if isinstance(state, KVCache):
                 state.length = before
-            yield from prefill.work(layer, x, state, Scratch(device))[0]
+            yield from prefill.on_state(prefill.on_layer, layer, x, state, Scratch(device))[0]
 
 
 def fast(model: Any, config: Config, target: str, device: torch.device) -> None:

@@ -123,7 +123,7 @@ class GatedDeltaNet(nn.Module):
         )
         # The rule depends on no absolute position; at position `taps`, all rows that it reads exist.
         own.take(state, taps)
-        return own, torch.tensor([taps], dtype=torch.int32, device=x.device), None
+        return own, torch.full((1,), taps, dtype=torch.int32, device=x.device), None
 
     def end(self, own: Delta, state: DeltaState, T: int) -> None:
         """Advance the reference's state by a pass of T rows, which began where `begin` said."""

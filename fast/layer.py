@@ -19,13 +19,11 @@ from fast.deltanet import GatedDeltaNet
 from fast.launch import Launch, Scratch, Work, run
 from fast.linear import Norm, Stream, twin
 from fast.moe import MLP, SparseMoeBlock
-from fast.prefill.layer import prefilled, work
+from fast.prefill.layer import on_layer, prefilled
 from fast.router import power_of_two
-from fast.state import Delta, Keys
+from fast.state import Delta, Keys, Rope
 from fast.target import MAX_ROWS, ROWS, target_of
 from qwen35.cache import DeltaState, KVCache
-
-Rope = tuple[Tensor, Tensor]  # cosine and sine, as `fast.state.rope_table` gives them
 
 
 class DecoderLayer(nn.Module):
@@ -118,7 +116,7 @@ class DecoderLayer(nn.Module):
         if B > 1:
             return self.many(x, state)
         if T > MAX_ROWS:
-            return prefilled(work, self, x, state)
+            return prefilled(on_layer, self, x, state)
         own, start, rope = self.mixer.begin(x, state)  # pyright: ignore (of the same kind)
         scratch = Scratch(x.device)
         rows = torch.arange(T, dtype=torch.int32, device=x.device)

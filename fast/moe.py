@@ -11,6 +11,7 @@ from fast import configs, moe_hip
 from fast.launch import Launch, Scratch, constants, options, run
 from fast.linear import Norm, Stream, in_bf16, interleaved, product, read_normed, written
 from fast.prefill import moe as prefill
+from fast.prefill.span import number_of_rows
 from fast.router import Router
 from fast.target import MAX_ROWS, ROWS, check_kernel, check_rows, check_width, target_of
 from qwen35.errors import InputError
@@ -297,7 +298,7 @@ class Experts(nn.Module):
             check_experts(experts, self.E)
         chosen, scratch = (experts.int(), weights.float()), Scratch(x.device)
         if len(x) > MAX_ROWS:
-            work, out = prefill.experts(self, x, *chosen, scratch)
+            work, out = prefill.experts(self, x, *chosen, number_of_rows(x), scratch)
         else:
             work, out = self.launches(x, *chosen, scratch)
         run(work, x.device)
@@ -372,7 +373,7 @@ class SparseMoeBlock(nn.Module):
         rows = x.flatten(0, 1)
         scratch = Scratch(x.device)
         if len(rows) > MAX_ROWS:
-            work, out = prefill.block(self, rows, scratch)
+            work, out = prefill.block(self, rows, number_of_rows(rows), scratch)
         else:
             work, out = self.launches(rows, scratch)
         run(work, x.device)
@@ -424,7 +425,7 @@ class MLP(nn.Module):
         rows = x.flatten(0, 1)
         scratch = Scratch(x.device)
         if len(rows) > MAX_ROWS:
-            work, out = prefill.mlp(self, rows, scratch)
+            work, out = prefill.mlp(self, rows, number_of_rows(rows), scratch)
         else:
             work, out = self.launches(rows, scratch)
         run(work, x.device)

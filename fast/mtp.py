@@ -1,19 +1,21 @@
 """The multi-token-prediction head for 1 to 8 rows: a launch for its input, a product, and one layer."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from fast.attention import GatedAttention
 from fast.launch import Launch, Scratch, Work, run
-from fast.layer import DecoderLayer, Rope, embedded_part, inside
+from fast.layer import DecoderLayer, embedded_part, inside
 from fast.linear import Norm, in_bf16, product, twin
 from fast.moe import Experts
-from fast.prefill.layer import work
+from fast.prefill.layer import on_layer
 from fast.prefill.linear import normed
 from fast.prefill.linear import product as prefill_product
+from fast.prefill.span import Span
 from fast.router import power_of_two
-from fast.state import Keys
+from fast.state import Keys, Rope
 from fast.target import MAX_ROWS, target_of
 from qwen35.cache import KVCache
 
@@ -91,19 +93,34 @@ class MTP(nn.Module):
         rest, out = self.layer.launches(x, state, start, rope, scratch, None)
         return [*lookup, first, second, *rest], out
 
+    def prompt_work(
+        self, embeds: Tensor, hidden: Tensor, state: Keys, span: Span, rope: Rope, scratch: Scratch
+    ) -> tuple[list[Work], Tensor]:
+        """The work of a pass over the rows of a prompt, embeds and hidden [N, D] bf16, and its output
+        before the last norm, [N, D] bf16."""
+        N, D = embeds.shape
+        both = scratch("mtp both", N, 2 * D)
+        first, e = normed(embeds, self.embedding_norm, scratch, name="mtp embeds")
+        second, h = normed(hidden, self.hidden_norm, scratch, name="mtp hidden")
+
+        def join() -> None:
+            torch.cat((e, h), -1, out=both)
+
+        third, x = prefill_product(both, self.fc, self.target, scratch, span.filled, name="mtp_fc")
+        layer, out = on_layer(self.layer, x, state, span, rope, scratch)
+        return [first, second, join, third, *layer], out
+
     def forward(self, embeds: Tensor, hidden: Tensor, cache: KVCache) -> Tensor:
         B, T, _ = embeds.shape
         if B > 1 or T <= MAX_ROWS:
             return self.many(embeds, hidden, cache)
-        scratch = Scratch(embeds.device)
-        first, e = normed(embeds[0], self.embedding_norm, scratch, name="mtp embeds")
-        second, h = normed(hidden[0], self.hidden_norm, scratch, name="mtp hidden")
-        run([first, second], embeds.device)
-        both = torch.cat((e, h), -1)
-        third, x = prefill_product(both, self.fc, self.target, scratch, name="mtp_fc")
-        layer, out = work(self.layer, x, cache, scratch)
+        scratch, mixer = Scratch(embeds.device), cast(GatedAttention, self.layer.mixer)
+        own, start, rope = mixer.begin(embeds, cache)
+        span = Span.of(start, embeds[0], cache.length + T)
+        work, out = self.prompt_work(embeds[0], hidden[0], own, span, rope, scratch)
         last, out = normed(out, self.norm, scratch, name="mtp out")
-        run([third, *layer, last], embeds.device)
+        run([*work, last], embeds.device)
+        mixer.end(own, cache, T)
         return out[None]
 
 

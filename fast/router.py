@@ -135,8 +135,9 @@ class Router(nn.Module):
         scratch = Scratch(x.device)
         if len(x) > MAX_ROWS:
             from fast.prefill import moe as prefill  # which needs this file
+            from fast.prefill.span import number_of_rows
 
-            work, choice = prefill.route(self, x, scratch)
+            work, choice = prefill.route(self, x, number_of_rows(x), scratch)
         else:
             launch, choice = self.launch(x, scratch)
             work = [launch]

@@ -6,11 +6,12 @@ alone: what lies beyond the length is written again before it is read. A state t
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from fast.target import MAX_ROWS
+from fast.target import GRID, MAX_ROWS
 from qwen35.cache import E4M3, Cache, DeltaState, FP8KVCache, KVCache
 from qwen35.config import Config
 from qwen35.errors import InputError
@@ -18,6 +19,7 @@ from qwen35.errors import InputError
 # Positions of which a delta net's projections are kept: a pass's rows, and those that its convolution
 # reads before them.
 RING = 16
+Rope = tuple[Tensor, Tensor]  # cosine and sine, as `rope_table` gives them
 
 
 @dataclass
@@ -53,7 +55,9 @@ class Keys:
         return cls(k, v, none, none)
 
     def take(self, cache: KVCache, length: int) -> None:
-        """Copy the first `length` positions of the reference's cache."""
+        """Copy the first `length` positions of the reference's cache, if they are not in this memory."""
+        if cache.k.data_ptr() == self.keys.data_ptr():
+            return
         for held, given in zip(self._held(), cache.buffers().values(), strict=True):
             held[:, :length] = given[0, :, :length]
 
@@ -61,6 +65,12 @@ class Keys:
         """Replace the content of the reference's cache by the first `length` positions."""
         cache.length = 0
         cache.take(*(held[None, :, :length] for held in self._held()))
+
+    def cache(self) -> KVCache:
+        """A cache of the reference in this memory, without positions."""
+        if self.keys.dtype == E4M3:
+            return FP8KVCache(*(held[None] for held in self._held()))
+        return KVCache(self.keys[None], self.values[None])
 
     def take_over(self, other: "Keys") -> None:
         """Copy the content of another, which may have less room."""
@@ -98,14 +108,24 @@ class Delta:
     def take(self, state: DeltaState, length: int) -> None:
         """Copy the reference's state after `length` tokens."""
         taps, columns = state.conv.shape[1:]
-        self.projected[self._places(length, taps), :columns] = state.conv[0]
+        for place, row in zip(self._places(length, taps), state.conv[0], strict=True):
+            self.projected[place, :columns] = row
         self.states[(length - 1) % len(self.states)] = state.recurrent[0]
 
     def give(self, state: DeltaState, length: int) -> None:
         """Replace the reference's state by the state after `length` tokens."""
         taps, columns = state.conv.shape[1:]
-        conv = self.projected[self._places(length, taps), :columns]
+        rows = [self.projected[place, :columns] for place in self._places(length, taps)]
+        conv = torch.stack(rows)
         state.take(conv[None], self.states[None, (length - 1) % len(self.states)])
+
+    def cache(self, taps: int, columns: int) -> "HeldDelta":
+        """A state of the reference in this memory, before the first token. taps: the rows before a token
+        that its convolution reads, of which `columns` are kept."""
+        held = HeldDelta(self.projected[None, RING - taps :, :columns], self.states[-1:])
+        held.conv.zero_()
+        held.recurrent.zero_()
+        return held
 
     def take_over(self, other: "Delta") -> None:
         """Copy the content of another of the same size."""
@@ -114,8 +134,25 @@ class Delta:
 
     def _places(self, length: int, taps: int) -> list[int]:
         """The places in the ring of the `taps` rows before position `length`. Rows before position 0 are
-        read as zeros."""
+        read as zeros. (A tensor indexed by this list would wait for the GPU.)"""
         return [(length - taps + i) % RING for i in range(taps)]
+
+
+@dataclass(repr=False)
+class HeldDelta(DeltaState):
+    """A state of the reference in the memory of a `Delta`, as it is after a multiple of GRID tokens: then
+    the rows for the convolution, and the memory, lie at the end of their buffers."""
+
+    def __post_init__(self) -> None:
+        assert GRID % RING == 0 == GRID % MAX_ROWS
+
+    def take(self, conv: Tensor, recurrent: Tensor) -> None:
+        self.conv.copy_(conv)
+        self.recurrent.copy_(recurrent)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies, since the next pass overwrites the state itself."""
+        return {name: tensor.clone() for name, tensor in super().tensors().items()}
 
 
 @dataclass
@@ -181,6 +218,16 @@ class State:
             self.mtp.take(cache.mtp, cache.mtp.length)
         self.place(length)
 
+    def cache(self, config: Config) -> Cache:
+        """A cache of the reference in this state's own memory, for the whole blocks of a prompt. It is
+        empty. `take` copies nothing from it."""
+        taps = config.linear_conv_kernel_dim - 1
+        layers: list[DeltaState | KVCache] = [
+            own.cache(taps, config.conv_dim) if isinstance(own, Delta) else own.cache()
+            for own in self.layers
+        ]
+        return Cache(layers, None if self.mtp is None else self.mtp.cache())
+
     def place(self, length: int) -> None:
         """Let the next round begin after `length` tokens."""
         # The MTP head's first pass takes the newest token together with the hidden state of the token
@@ -206,16 +253,15 @@ class State:
         cache.length = length
 
 
-def rope_table(
-    rotary_dim: int, theta: float, count: int, device: torch.device, *, first: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of `count` positions from `first` on and every pair of channels,
-    [count, rotary_dim / 2] fp32 each.
+@lru_cache(maxsize=2)  # the attention layers of a model have the same one
+def rope_table(rotary_dim: int, theta: float, count: int, device: torch.device) -> Rope:
+    """Cosine and sine of `count` positions and every pair of channels, [count, rotary_dim / 2] fp32
+    each.
 
     The angles are rounded to float32, as in the reference; cosine and sine are not rounded to bf16.
     """
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
     frequencies = 1.0 / theta ** (exponents / rotary_dim)
-    positions = torch.arange(first, first + count, device=device)
+    positions = torch.arange(count, device=device)
     angles = positions.float()[:, None] * frequencies
     return angles.cos(), angles.sin()

@@ -4,7 +4,6 @@ The list is a plain value. It can be captured as a graph on a GPU, run launch by
 compiled for a card that is not here, or executed by the emulator (tools/gfx950).
 """
 
-import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,15 +11,19 @@ import torch
 from torch import Tensor
 
 from fast import configs
+from fast.graph import Pass, captured
 from fast.launch import Launch, Scratch, Work, constants, options, run
 from fast.layer import DecoderLayer, embedded, embedded_part, through
 from fast.linear import Norm, in_bf16
 from fast.mtp import MTP
+from fast.prompt import Prompt
 from fast.router import power_of_two
 from fast.state import State
 from fast.target import MAX_ROWS, ROWS
 from qwen35.cache import Cache
 from qwen35.errors import InputError
+
+FEW = 24  # tokens at the end of a prompt that are computed in passes of 8
 
 
 class Step:
@@ -68,6 +71,7 @@ class Step:
         self.work: list[Work] = self.launches()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.tail = Tail(self)
+        self.prompt = Prompt(model, self.table, self.state) if self.ranks is None else None
         self.length = 0
 
     def take(self, cache: Cache) -> None:
@@ -76,13 +80,15 @@ class Step:
         self.length = cache.length
 
     def extend(self, ids: Sequence[int], before: Tensor | None) -> Tensor:
-        """Compute more tokens of the prompt, in passes of 8 rows. Returns the trunk's hidden state of the
+        """Compute the last tokens of the prompt, fewer than 64. Returns the trunk's hidden state of the
         last one, [D].
 
-        before: that of the token before them, or None at the beginning of a prompt. There is room for 7
-        positions after them, which a last pass may overwrite.
+        More than FEW of them are a pass of `prompt`, where there is one; others are passes of 8 rows.
+        before: the hidden state of the token before them, or None at the beginning of a prompt. There is
+        room for 7 positions after them, which a last pass may overwrite.
         """
-        hidden = self.tail.run(ids, before, self.length)
+        way = self.tail if self.prompt is None or len(ids) <= FEW else self.prompt
+        hidden = way.extend(ids, before, self.length)
         self.length += len(ids)
         self.state.place(self.length)
         return hidden
@@ -119,6 +125,8 @@ class Step:
             run(self.work, self.table.device)
             self.graph = captured(self.work)
             self.tail.prepare()
+            if self.prompt is not None:
+                self.prompt.prepare()
 
     def round(self) -> list[int]:
         """Run one round, as the captured graph if there is one. Returns `report` as a list: the number of
@@ -286,8 +294,7 @@ class Tail:
     """The end of a prompt, behind its last whole block of 64 tokens, in passes of 8 rows. A pass has no
     decision on the host and is one graph, like a round.
 
-    A tail has too few rows for the kernels of whole blocks, which take 128 rows of an expert at a time. A
-    last pass that is not full computes rows beyond the prompt, which are written again before they are
+    A last pass that is not full computes rows beyond the prompt, which are written again before they are
     read.
     """
 
@@ -312,7 +319,7 @@ class Tail:
         if self.mtp is not None:
             self.mtp.prepare()
 
-    def run(self, ids: Sequence[int], before: Tensor | None, first: int) -> Tensor:
+    def extend(self, ids: Sequence[int], before: Tensor | None, first: int) -> Tensor:
         """`Step.extend` for tokens from position `first` on."""
         count = len(ids)
         padded = torch.tensor([*ids, *[0] * MAX_ROWS], dtype=torch.int32).to(self.ids.device)
@@ -335,45 +342,7 @@ class Tail:
         return hidden[count]
 
 
-class Pass:
-    """Work on fixed buffers, as a graph once it is prepared."""
-
-    def __init__(self, work: list[Work], device: torch.device) -> None:
-        self.work, self.device = work, device
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def prepare(self) -> None:
-        """Compile every launch by running it, and capture all."""
-        run(self.work, self.device)
-        self.graph = captured(self.work)
-
-    def run(self) -> None:
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            run(self.work, self.device)
-
-
 def is_fast(model: Any, drafts: int) -> bool:
     """Whether all layers are fast, and the MTP head too where there are drafts."""
     layers = all(isinstance(layer, DecoderLayer) for layer in model.layers)
     return layers and (not drafts or isinstance(model.mtp, MTP))
-
-
-def captured(work: Sequence[Work]) -> torch.cuda.CUDAGraph:
-    """A captured graph of some work. The work has to have run once, so that everything is compiled.
-
-    The garbage collector is off meanwhile: if it freed an older graph, the capture would fail.
-    """
-    graph = torch.cuda.CUDAGraph()
-    gc.collect()
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.cuda.graph(graph):
-            for one in work:
-                one()
-    finally:
-        if collects:
-            gc.enable()
-    return graph

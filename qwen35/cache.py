@@ -96,6 +96,11 @@ class KVCache:
     def __repr__(self) -> str:
         return described(self, f"length {self.length} of {self.capacity}")
 
+    @property
+    def names(self) -> list[str]:
+        """The names of `tensors`."""
+        return list(self.buffers())
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored positions by name, [B, G, length, ...] each (views)."""
         return {name: buffer[:, :, : self.length] for name, buffer in self.buffers().items()}
@@ -220,6 +225,11 @@ class DeltaState:
         more = [f"goes back {len(self.trail) - 1} tokens"] if self.trail else []
         return described(self, *more)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of `tensors`."""
+        return ["conv", "recurrent"]
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that the next pass starts from, by name."""
         return {"conv": self.conv, "recurrent": self.recurrent}
@@ -321,11 +331,11 @@ class Cache:
         """Copy consecutive snapshots into this empty cache. length: the tokens of all of them
         together."""
         for node, state in self._nodes(mtp).items():
-            held = [[part[f"{node}.{name}"] for name in state.tensors()] for part in parts]
+            names = [f"{node}.{name}" for name in state.names]
             if isinstance(state, KVCache):
-                state.take_all(held)
+                state.take_all([[part[name] for name in names] for part in parts])
             else:
-                state.take(*held[-1])
+                state.take(*(parts[-1][name] for name in names))
         self.length = length
 
     def _nodes(self, mtp: bool) -> dict[str, State]:

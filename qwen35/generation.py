@@ -23,7 +23,14 @@ from qwen35.node_error import blaming
 from qwen35.prefix.cache import PrefixCache
 from qwen35.sampling import Sampling, Seen, pick
 from qwen35.speculative import Decoder, DraftStats
-from qwen35.step_decoder import Rounds, StepDecoder, finish_prompt, prepared, runs_as_step
+from qwen35.step_decoder import (
+    Passes,
+    Rounds,
+    StepDecoder,
+    finish_prompt,
+    prepared,
+    runs_as_step,
+)
 from reference.linear import GRID
 from reference.model import Model
 
@@ -43,6 +50,7 @@ def prefill(
     stops: Sequence[int] = (),
     at_stop: Callable[[int, Tensor], object] = lambda end, hidden: None,
     progress: Callable[[int], object] = lambda tokens: None,
+    passes: Passes | None = None,
 ) -> Tensor:
     """Compute the part of a prompt that `cache` lacks. Returns the trunk's hidden state of the last
     token, [1, 1, D].
@@ -54,19 +62,19 @@ def prefill(
 
     hidden: the state of the last token that is in the cache, [1, 1, D]. stops: positions on the
     grid where a pass ends, whatever the chunk; `at_stop` gets each with the state of the token
-    before it. progress: called after each pass with the number of its tokens.
+    before it. progress: called after each pass with the number of its tokens. passes: how the passes run
+    (default: by the model itself).
     """
-    device = model.embed_tokens.weight.device
+    run = passes or Passes(model)
     start, whole = cache.length, len(ids) // GRID * GRID
     edges = sorted({start, *range(start, whole, chunk), *stops, max(start, whole), len(ids)})
     before = hidden
     for first, last in pairwise(edges):
-        computed = model(torch.tensor([ids[first:last]], device=device), cache)  # [1, T, D]
+        computed = run.trunk(ids[first:last], cache)  # [1, T, D]
         earlier = [] if before is None else [before]
         behind = torch.cat([*earlier, computed[:, :-1]], dim=1)
         if draft and behind.shape[1]:
-            following = torch.tensor([ids[last - behind.shape[1] : last]], device=device)
-            model.draft(following, behind, cache)
+            run.draft(ids[last - behind.shape[1] : last], behind, cache)
         before = computed[:, -1:].clone()  # a view would keep the whole pass alive
         if last in stops:
             at_stop(last, before)
@@ -215,7 +223,7 @@ class Generation:
         """
         length = len(self.prompt)
         whole = length if rounds is None else length // GRID * GRID
-        with self._reused(self.prompt[:whole]) as (cache, hidden):
+        with self._reused(self.prompt[:whole], rounds) as (cache, hidden):
             if rounds is not None:
                 hidden = finish_prompt(rounds, cache, self.prompt[whole:], hidden)
                 self.progress(length - whole)
@@ -223,17 +231,23 @@ class Generation:
             yield cache, hidden
 
     @contextmanager
-    def _reused(self, ids: list[int]) -> Iterator[tuple[Cache, Tensor | None]]:
+    def _reused(
+        self, ids: list[int], rounds: Rounds | None
+    ) -> Iterator[tuple[Cache, Tensor | None]]:
         """Yield the cache of the first tokens of the prompt and the hidden state of the last of them,
         [1, 1, D], or None if there are none. At the end of the block, new segments are stored in the
         prefix cache."""
-        cache, draft = self.model.new_cache(), self.draft_tokens > 0
-        room = len(ids)
-        if room == len(self.prompt):  # no rounds take over
+        draft, room = self.draft_tokens > 0, len(ids)
+        if rounds is not None:
+            cache, passes = rounds.cache(), rounds.passes()
+        else:
+            cache, passes = self.model.new_cache(), None
             room += min(self.max_new_tokens, AT_ONCE) + self.draft_tokens
         cache.reserve(room)  # at once, so that too little memory is an error before the start
         chunk = self.prefill_chunk or chosen_chunk(self.model, self.path)
-        settings: dict[str, Any] = {"chunk": chunk, "draft": draft, "progress": self.progress}
+        settings: dict[str, Any] = {
+            "chunk": chunk, "draft": draft, "progress": self.progress, "passes": passes,
+        }  # fmt: skip
         if self.prefix_cache is None:
             yield cache, prefill(self.model, ids, cache, **settings) if ids else None
             return

@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fast.prompt import ROOMS, Prompt
 from fast.step import Step, is_fast
 from fast.target import MAX_ROWS
-from qwen35.cache import Cache
+from qwen35.cache import Cache, KVCache
 from qwen35.finite import NotFiniteError
 from qwen35.sampling import Sampling, Seen, choose, penalized, uniform
 from qwen35.speculative import DraftStats
@@ -103,10 +104,11 @@ def prepared(model: Model, length: int, depth: int, sampling: Sampling, room: in
 def finish_prompt(
     rounds: "Rounds", cache: Cache, tail: Sequence[int], before: Tensor | None
 ) -> Tensor:
-    """Compute the end of a prompt, `tail`, after its whole blocks, which `cache` holds. Returns the
-    trunk's hidden state of the prompt's last token, [1, 1, D].
+    """Compute the end of a prompt, `tail`, after its whole blocks. Returns the trunk's hidden state of
+    the prompt's last token, [1, 1, D].
 
-    before: that of the last token in the cache, None if the cache is empty.
+    cache: that of the whole blocks, from `Rounds.cache`. before: the hidden state of the last token in
+    the cache, None if the cache is empty.
     """
     step = rounds.step
     step.take(cache)
@@ -114,6 +116,49 @@ def finish_prompt(
         assert before is not None, "a prompt has at least one token"
         return before
     return step.extend(tail, None if before is None else before[0, 0])[None, None]
+
+
+class Passes:
+    """How the passes of a prompt run: by the model itself."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.device = model, model.embed_tokens.weight.device
+
+    def trunk(self, ids: Sequence[int], cache: Cache) -> Tensor:
+        """Run the trunk over T tokens. Returns their hidden states [1, T, D], which the next pass may
+        overwrite."""
+        return self.model(torch.tensor([ids], device=self.device), cache)
+
+    def draft(self, ids: Sequence[int], hidden: Tensor, cache: Cache) -> None:
+        """Run the MTP head over hidden [1, T, D]. ids: the token after each of the T rows."""
+        self.model.draft(torch.tensor([ids], device=self.device), hidden, cache)
+
+
+class GraphPasses(Passes):
+    """Passes of few tokens are captured graphs, which compute on the memory of a step. The cache has to
+    be that of its state."""
+
+    def __init__(self, model: Model, prompt: Prompt) -> None:
+        super().__init__(model)
+        self.prompt = prompt
+
+    def trunk(self, ids: Sequence[int], cache: Cache) -> Tensor:
+        if len(ids) > ROOMS[-1]:
+            return super().trunk(ids, cache)
+        hidden = self.prompt.trunk(ids, cache.length)
+        for state in cache.layers:
+            if isinstance(state, KVCache):
+                state.length += len(ids)
+        cache.advance(len(ids))
+        return hidden[None]
+
+    def draft(self, ids: Sequence[int], hidden: Tensor, cache: Cache) -> None:
+        if len(ids) > ROOMS[-1]:
+            super().draft(ids, hidden, cache)
+            return
+        assert cache.mtp is not None, "the step was made without drafts"
+        self.prompt.draft(ids, hidden[0], cache.mtp.length)
+        cache.mtp.length += len(ids)
 
 
 class Rounds:
@@ -134,6 +179,17 @@ class Rounds:
         if sampling.temperature or sampling.has_penalties:
             after = [self._count] if sampling.has_penalties else []
             step.work = step.launches([self._choose], after)
+
+    def cache(self) -> Cache:
+        """An empty cache for the whole blocks of a prompt, in the step's own memory."""
+        return self.step.state.cache(self.step.model.config)
+
+    def passes(self) -> Passes:
+        """How the prompt's passes run."""
+        step = self.step
+        if step.prompt is None:  # a rank's part, whose sums are no graph
+            return Passes(step.model)
+        return GraphPasses(step.model, step.prompt)
 
     def begin(self, length: int, seed: int, seen: Seen | None) -> None:
         """Prepare for a sequence whose newest token is at position `length`."""

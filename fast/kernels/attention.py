@@ -52,7 +52,7 @@ def turned(
 
 
 @triton.jit
-def _keep(x, numbers, scales, place, there, k, K: tl.constexpr, FP8: tl.constexpr):
+def keep(x, numbers, scales, place, there, k, K: tl.constexpr, FP8: tl.constexpr):
     """Write positions x [n, K] bf16 to the cache, those that are `there`, as `qwen35.cache.to_e4m3`
     rounds them."""
     if FP8:
@@ -139,8 +139,8 @@ def attend(
             source = projected + (new - first) * M + 2 * H * K + head * K
             key = turned(source, k_gain, cosine, sine, new, there, k, eps, K, ROTARY)
             value = tl.load(source + G * K + k, mask=there, other=0.0)
-            _keep(key.to(tl.bfloat16), keys, key_scales, held + new, there, k, K, FP8)
-            _keep(value, values, value_scales, held + new, there, k, K, FP8)
+            keep(key.to(tl.bfloat16), keys, key_scales, held + new, there, k, K, FP8)
+            keep(value, values, value_scales, held + new, there, k, K, FP8)
         stored()
         m = tl.arange(0, BLOCK)[:, None]
         row = tl.program_id(2) * GROUP + m // SHARED  # [BLOCK, 1]

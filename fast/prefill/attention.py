@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fast.launch import Launch, Scratch, Work, constants, options
 from fast.prefill.linear import product
+from fast.prefill.span import Span
 from fast.prefill.tiles import Tiles, tiles
-from fast.state import rope_table
-from qwen35.cache import FP8KVCache, KVCache
+from fast.state import Keys, Rope
+from qwen35.cache import E4M3
 
 PIECE = 8192  # positions of a piece; the bits of a row depend on it
 ROOM = 1 << 28  # bytes for the results of pieces that are read at the same time
@@ -19,69 +20,63 @@ TOKENS = 16  # rows for which one program rotates one head, or decodes keys and 
 
 
 def work(
-    node: Any, x: Tensor, cache: KVCache, scratch: Scratch, *, residual: Tensor | None = None
-) -> tuple[list[Work], Tensor]:
+    node: Any, x: Tensor, state: Keys, span: Span, rope: Rope, scratch: Scratch, *,
+    residual: Tensor | None = None,
+) -> tuple[list[Work], Tensor]:  # fmt: skip
     """The work of a `fast.attention.GatedAttention` for x [N, D] bf16, and its output [N, D] bf16.
 
-    The output is filled when the work runs. The work also adds the rows' keys and values to
-    `cache`. residual [N, D] bf16 is added to the output.
+    The output is filled when the work runs. The work also writes the rows' keys and values to `state`.
+    rope: cosine and sine of `fast.state.rope_table`. residual [N, D] bf16 is added to the output.
     """
     from fast.kernels.prefill import attention as kernels  # Triton is needed from here on
 
-    N, start, target = len(x), cache.length, node.target
+    N, target = len(x), node.target
     H, G, K = node.H, node.G, node.K
-    first, projected = product(x, node.in_proj, target, scratch, name="attention_in")
-    q, k = scratch("attention q", N, H, K), scratch("attention k", N, G, K)
-    read = scratch("attention read", N, H * K)
-    cache.grow(start + N)  # before the launches use the addresses of its buffers
-    keys, values = cache.k[0], cache.v[0]  # [G, capacity, K]
+    where = {"start": span.start, "filled": span.filled}
+    first, projected = product(x, node.in_proj, target, scratch, span.filled, name="attention_in")
+    q, read = scratch("attention q", N, H, K), scratch("attention read", N, H * K)
+    keys, values, capacity = state.keys, state.values, state.keys.shape[1]
+    FP8 = keys.dtype == E4M3
     decode: list[Work] = []
-    if isinstance(cache, FP8KVCache):  # all cached tokens are decoded once per pass
-        keys, values = (
-            scratch(f"attention {name}", G, start + N, K) for name in ("keys", "values")
-        )
+    if FP8:  # all cached tokens are decoded once per pass
+        keys, values = (scratch(f"attention {name}", G, span.end, K) for name in ("keys", "values"))
         decode = [
             Launch(
                 f"prefill decode G={G} K={K}",
                 kernels.decode,
-                (math.ceil((start + N) / TOKENS), G, 1),
+                (math.ceil(span.end / TOKENS), G, 1),
                 {
-                    "k": cache.k[0], "v": cache.v[0], "k_scale": cache.k_scale[0],
-                    "v_scale": cache.v_scale[0], "keys": keys, "values": values,
-                    "tokens": start + N, "capacity": cache.capacity, "K": K, "TOKENS": TOKENS,
+                    "k": state.keys, "v": state.values, "k_scale": state.key_scales,
+                    "v_scale": state.value_scales, "keys": keys, "values": values, **where,
+                    "capacity": capacity, "room": span.end, "K": K, "TOKENS": TOKENS,
                 },
                 {"num_warps": 4},
             )
         ]  # fmt: skip
-    cosine, sine = rope_table(node.rotary, node.rope_theta, N, x.device, first=start)
-    sizes = {"H": H, "G": G, "K": K}
     shape = f"H={H} G={G} K={K}"
-
-    def append() -> None:
-        v = projected[:, (2 * H + G) * K :].view(N, G, K)
-        cache.take(*cache.rounded(k.transpose(0, 1)[None], v.transpose(0, 1)[None]))
-
     turn = Launch(
-        f"prefill turn {shape}",
+        f"prefill turn {shape}{' FP8' if FP8 else ''}",
         kernels.turn,
-        (math.ceil(N / TOKENS), H + G, 1),
+        (math.ceil(N / TOKENS), H + 2 * G, 1),
         {
-            "projected": projected, "q_gain": node.q_norm, "k_gain": node.k_norm, "cosine": cosine,
-            "sine": sine, "q": q, "k": k, "rows": N, "eps": node.eps, **sizes,
-            "ROTARY": node.rotary, "TOKENS": TOKENS,
+            "projected": projected, "q_gain": node.q_norm, "k_gain": node.k_norm, "cosine": rope[0],
+            "sine": rope[1], "q": q, "keys": state.keys, "values": state.values,
+            "key_scales": state.key_scales, "value_scales": state.value_scales, **where,
+            "eps": node.eps, "capacity": capacity, "H": H, "G": G, "K": K, "ROTARY": node.rotary,
+            "FP8": FP8, "TOKENS": TOKENS,
         },
         {"num_warps": 4},
     )  # fmt: skip
     config = tiles(target, "attend few" if N <= FEW else "attend")
-    reading = reads(node, projected, q, keys, values, read, start, config, scratch)
+    reading = reads(node, projected, q, keys, values, read, span, config, scratch)
     last, out = product(
-        read, node.out_proj, target, scratch, name="attention_out", residual=residual
+        read, node.out_proj, target, scratch, span.filled, name="attention_out", residual=residual
     )
-    return [first, turn, append, *decode, *reading, last], out
+    return [first, turn, *decode, *reading, last], out
 
 
 def reads(
-    node: Any, projected: Tensor, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, start: int,
+    node: Any, projected: Tensor, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, span: Span,
     config: Tiles, scratch: Scratch,
 ) -> list[Work]:  # fmt: skip
     """The launches of `attend`, and of `join` if there are several pieces. They take turns where the
@@ -89,11 +84,12 @@ def reads(
     from fast.kernels.prefill import attention as kernels  # Triton is needed from here on
 
     (N, H, K), G = q.shape, node.G
-    pieces = math.ceil((start + N) / PIECE)
+    pieces = math.ceil(span.end / PIECE)
     together = min(pieces, max(1, ROOM // (4 * q.numel())))  # pieces that are read at the same time
     held = (1 + together if pieces > 1 else 0, N, H)
     common = {
-        "projected": projected, "out": out, "start": start, "rows": N, "H": H, "G": G, "K": K,
+        "projected": projected, "out": out, "start": span.start, "filled": span.filled,
+        "H": H, "G": G, "K": K,
         "by_piece": scratch("attention by piece", *held, K, dtype=torch.float32),
         "peaks": scratch("attention peaks", *held, dtype=torch.float32),
         "totals": scratch("attention totals", *held, dtype=torch.float32), "PIECE": PIECE,

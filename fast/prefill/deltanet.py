@@ -8,17 +8,20 @@ from torch import Tensor
 
 from fast.launch import Launch, Scratch, Work, constants, options
 from fast.prefill.linear import product
+from fast.prefill.span import Span
 from fast.prefill.tiles import tiles
+from fast.state import RING, Delta
 from fast.target import GRID
-from qwen35.cache import DeltaState
 
 TOKENS = 16  # tokens that one program convolves
+COLUMNS = 1024  # columns of a row that one program writes to the ring
 FEW = 2048  # columns of all value heads' memories
 
 
 def work(
-    node: Any, x: Tensor, state: DeltaState, scratch: Scratch, *, residual: Tensor | None = None
-) -> tuple[list[Work], Tensor]:
+    node: Any, x: Tensor, state: Delta, span: Span, rope: None, scratch: Scratch, *,
+    residual: Tensor | None = None,
+) -> tuple[list[Work], Tensor]:  # fmt: skip
     """The work of a `fast.deltanet.GatedDeltaNet` for x [N, D] bf16, and its output [N, D] bf16.
 
     The output is filled when the work runs. The work also advances `state` past the rows. residual
@@ -29,7 +32,7 @@ def work(
     N, target = len(x), node.target
     H, HV, K, V = node.H, node.HV, node.K, node.V
     taps, chunks = node.taps.shape[1], math.ceil(N / GRID)
-    first, projected = product(x, node.in_proj, target, scratch, name="delta_in")
+    first, projected = product(x, node.in_proj, target, scratch, span.filled, name="delta_in")
     half = torch.float16
     qk = scratch("delta qk", chunks * GRID, 2, H, K, dtype=half)
     v = scratch("delta v", chunks * GRID, HV, V, dtype=half)
@@ -41,9 +44,7 @@ def work(
     wanted = scratch("delta wanted", HV, chunks * GRID, V, dtype=half)
     erased = scratch("delta erased", HV, chunks * GRID, K, dtype=half)
     memories = scratch("delta memories", HV, chunks, K, V, dtype=half)
-    after = scratch("delta memory", HV, K, V, dtype=torch.float32)
     read = scratch("delta read", N, HV * V)
-    before, memory = state.conv[0].contiguous(), state.recurrent[0].contiguous()
     sizes = {"H": H, "HV": HV, "K": K, "V": V}
     shape = " ".join(f"{name}={size}" for name, size in sizes.items())
 
@@ -60,19 +61,26 @@ def work(
             options(config),
         )
 
-    def end() -> None:
-        rows = torch.cat((before, projected[:, : before.shape[1]]))
-        state.take(rows[None, N:], after[None])
-
-    common = {"projected": projected, "rows": N, "M": projected.shape[1]}
+    common = {"projected": projected, "filled": span.filled, "M": projected.shape[1]}
+    ring = {
+        "ring": state.projected, "start": span.start, "WIDE": state.projected.shape[1], "TAPS": taps,
+        "RING": RING,
+    }  # fmt: skip
     mix = Launch(
         f"prefill mix {shape}",
         kernels.mix,
         (chunks * GRID // TOKENS, 2 * H + HV, 1),
-        {**common, "before": before, "taps": node.taps, "qk": qk, "v": v, **sizes, "TAPS": taps,
-         "TOKENS": TOKENS},
+        {**common, **ring, "taps": node.taps, "qk": qk, "v": v, **sizes, "TOKENS": TOKENS},
         {"num_warps": 4},
-    )  # fmt: skip
+    )
+    C = 2 * H * K + HV * V
+    carry = Launch(
+        f"prefill carry C={C}",
+        kernels.carry,
+        (taps - 1, math.ceil(C / COLUMNS), 1),
+        {**common, **ring, "C": C, "BLOCK": COLUMNS},
+        {"num_warps": 4},
+    )
     gates = {"decays": decays, "strengths": strengths, "solved": solved}
     solve = launch(
         "solve", (chunks, HV),
@@ -86,7 +94,10 @@ def work(
             f"prefill {name} {shape}",
             kernels.write,
             (chunks, HV, 1),
-            {"source": source, **gates, "out": out, **places, **constants(config)},
+            {
+                "source": source, **gates, "out": out, "filled": span.filled, **places,
+                **constants(config),
+            },
             options(config),
         )
         for name, source, out, places in (
@@ -98,8 +109,9 @@ def work(
     scan = launch(
         "scan", (HV, V // scanning["BLOCK_V"]),
         {
-            "qk": qk, "decays": decays, "wanted": wanted, "erased": erased, "before": memory,
-            "memories": memories, "after": after, "chunks": chunks,
+            "qk": qk, "decays": decays, "wanted": wanted, "erased": erased, "states": state.states,
+            "memories": memories, "start": span.start, "filled": span.filled, "chunks": chunks,
+            "slots": len(state.states),
         },
     )  # fmt: skip
     reading = launch(
@@ -109,5 +121,7 @@ def work(
             "norm": node.norm, "out": read, "eps": node.eps, "SIGMOID": node.sigmoid,
         },
     )  # fmt: skip
-    last, out = product(read, node.out_proj, target, scratch, name="delta_out", residual=residual)
-    return [first, mix, solve, write, erase, scan, reading, end, last], out
+    last, out = product(
+        read, node.out_proj, target, scratch, span.filled, name="delta_out", residual=residual
+    )
+    return [first, mix, carry, solve, write, erase, scan, reading, last], out

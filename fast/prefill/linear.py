@@ -19,6 +19,7 @@ def product(
     weight: Tensor,
     target: str,
     scratch: Scratch,
+    filled: Tensor,
     *,
     name: str,
     residual: Tensor | None = None,
@@ -28,6 +29,7 @@ def product(
     """The launch of x W^T (+ residual), and its output [N, M] in `dtype`. x [N, K], weight [M, K]
     bf16.
 
+    filled [1] int32, on the device: how many of the N rows there are; the others are not computed.
     residual [N, M] bf16. activated: rows 2 i and 2 i + 1 of weight are a gate and an up. The output
     is then silu(gate) * up, [N, M / 2], and there can be no residual.
     """
@@ -45,7 +47,7 @@ def product(
         (blocks, 1, 1),
         {
             "x": x, "weight": weight, "residual": x if residual is None else residual, "out": out,
-            "rows": len(x), "N": M, "K": K, "HAS_RESIDUAL": residual is not None,
+            "filled": filled, "N": M, "K": K, "HAS_RESIDUAL": residual is not None,
             "ACTIVATED": activated, "GROUP": GROUP, **constants(config),
         },
         options(config),

@@ -16,9 +16,9 @@ ROW_BLOCK = 1024  # columns of a row that one program handles
 SORT_BLOCK = 256  # pairs of a row and a slot that one program sorts
 
 
-def route(router: Any, x: Tensor, scratch: Scratch) -> tuple[list[Work], Choice]:
+def route(router: Any, x: Tensor, filled: Tensor, scratch: Scratch) -> tuple[list[Work], Choice]:
     """The work of a `fast.router.Router` for x [N, D] bf16, and the choice, which is filled when it
-    runs.
+    runs. filled [1] int32, here and below: the number of rows, as in `Span`.
 
     `parts` of the choice is the product with the router's whole matrix, [1, N, M] fp32.
     """
@@ -27,7 +27,7 @@ def route(router: Any, x: Tensor, scratch: Scratch) -> tuple[list[Work], Choice]
     N, k = len(x), router.top_k
     router.check()
     first, logits = product(
-        x, router.weight, router.target, scratch, name="router", dtype=torch.float32
+        x, router.weight, router.target, scratch, filled, name="router", dtype=torch.float32
     )
     choice = Choice(
         scratch("experts", N, k, dtype=torch.int32),
@@ -39,7 +39,7 @@ def route(router: Any, x: Tensor, scratch: Scratch) -> tuple[list[Work], Choice]
         kernels.choose,
         (math.ceil(N / kernels.TOGETHER.value), 1, 1),
         {
-            "logits": logits, "experts": choice.experts, "weights": choice.weights, "rows": N,
+            "logits": logits, "experts": choice.experts, "weights": choice.weights, "filled": filled,
             "N": logits.shape[1], "E": router.E, "TOP_K": k, "NORM": router.norm,
             "BLOCK_E": power_of_two(router.E),
         },
@@ -49,7 +49,7 @@ def route(router: Any, x: Tensor, scratch: Scratch) -> tuple[list[Work], Choice]
 
 
 def experts(
-    node: Any, x: Tensor, chosen: Tensor, weights: Tensor, scratch: Scratch, *,
+    node: Any, x: Tensor, chosen: Tensor, weights: Tensor, filled: Tensor, scratch: Scratch, *,
     shared: tuple[Tensor, Tensor, Tensor] | None = None, residual: Tensor | None = None,
 ) -> tuple[list[Work], Tensor]:  # fmt: skip
     """The work of a `fast.moe.Experts`: the weighted sum of each row's experts, [N, D] bf16. It is
@@ -69,7 +69,7 @@ def experts(
     few = {"BLOCK_M": expert_rows(target, pairs / E)} if node.fp4 else {}
     first = tiles(target, kind, BLOCK_N=2 * I, BLOCK_K=D) | few
     second = tiles(target, kind, BLOCK_N=D, BLOCK_K=I) | few
-    sort = Sort(chosen, E, first["BLOCK_M"], scratch)
+    sort = Sort(chosen, E, first["BLOCK_M"], filled, scratch)
     hidden = scratch("pairs hidden", pairs, I)
     by_pair = scratch("pairs down", pairs, D)
     shape = f"D={D} I={I}" + ("" if node.fp4 else " bf16")
@@ -116,7 +116,7 @@ def experts(
     own, logits = x, weights
     if shared is not None:
         activated, down_weight, logits = shared
-        last, own = product(activated, down_weight, target, scratch, name="shared_down")
+        last, own = product(activated, down_weight, target, scratch, filled, name="shared_down")
         work.append(last)
     out = scratch("feed-forward", N, D)
     total = Launch(
@@ -126,7 +126,7 @@ def experts(
         {
             "by_pair": by_pair, "place_of_pair": sort.place_of_pair, "weights": weights,
             "logits": logits, "shared": own, "residual": x if residual is None else residual,
-            "out": out, "rows": N, "N": logits.shape[1], "D": D, "TOP_K": k, "GATE": E,
+            "out": out, "filled": filled, "N": logits.shape[1], "D": D, "TOP_K": k, "GATE": E,
             "HAS_SHARED": shared is not None, "HAS_RESIDUAL": residual is not None,
             "BLOCK": min(ROW_BLOCK, power_of_two(D)),
         },
@@ -138,14 +138,16 @@ def experts(
 class Sort:
     """Sorts the pairs (row, slot) by expert.
 
-    work: the launches that do it. chosen [N, k] int32. order [pairs] int32: the pair at each place.
-    place_of_pair [pairs] int32: the place of each pair. expert_first [E + 1] int32: the first place of
-    each expert. A tile is up to `block` pairs of one expert. tile_expert [tiles] int32: its expert, or
-    E for an unused tile. tile_first [tiles] int32: its first place. The order of an expert's pairs is
-    not always the same, which changes no bits of their results.
+    work: the launches that do it. chosen [N, k] int32; pairs = N k. order [pairs] int32: the pair at
+    each place. place_of_pair [pairs] int32: the place of each pair. expert_first [E + 1] int32: the
+    first place of each expert. A tile is up to `block` pairs of one expert. tile_expert [tiles] int32:
+    its expert, or E for an unused tile. tile_first [tiles] int32: its first place. The order of an
+    expert's pairs is not always the same, which changes no bits of their results.
     """
 
-    def __init__(self, chosen: Tensor, E: int, block: int, scratch: Scratch) -> None:
+    def __init__(
+        self, chosen: Tensor, E: int, block: int, filled: Tensor, scratch: Scratch
+    ) -> None:
         from fast.kernels.prefill import moe as kernels  # Triton is needed from here on
 
         pairs = chosen.numel()
@@ -161,7 +163,7 @@ class Sort:
         counts = integers("expert counts", E + 1)
         common = {
             "chosen": chosen, "ranks": integers("pair ranks", pairs), "expert_first": self.expert_first,
-            "pairs": pairs, "E": E, "BLOCK": SORT_BLOCK,
+            "filled": filled, "E": E, "TOP_K": chosen.shape[1], "BLOCK": SORT_BLOCK,
         }  # fmt: skip
         grid = math.ceil(pairs / SORT_BLOCK), 1, 1
         count = Launch(
@@ -185,12 +187,12 @@ class Sort:
 
 
 def block(
-    node: Any, x: Tensor, scratch: Scratch, *, residual: Tensor | None = None
+    node: Any, x: Tensor, filled: Tensor, scratch: Scratch, *, residual: Tensor | None = None
 ) -> tuple[list[Work], Tensor]:
     """The work of a `fast.moe.SparseMoeBlock` for x [N, D] bf16, and its output [N, D] bf16."""
     from fast.kernels.prefill import moe as kernels  # Triton is needed from here on
 
-    work, choice = route(node.gate, x, scratch)
+    work, choice = route(node.gate, x, filled, scratch)
     shared = None
     if node.shared_down is not None:
         I, logits = node.shared_down.shape[1], choice.parts[0]
@@ -202,26 +204,27 @@ def block(
                 kernels.activate,
                 (len(x), 1, 1),
                 {
-                    "logits": logits, "out": hidden, "rows": len(x), "N": logits.shape[1],
+                    "logits": logits, "out": hidden, "filled": filled, "N": logits.shape[1],
                     "FIRST": node.gate.E + 1, "I": I, "BLOCK": min(ROW_BLOCK, power_of_two(I)),
                 },
                 {"num_warps": 4},
             )
         )  # fmt: skip
     routed, out = experts(
-        node.experts, x, choice.experts, choice.weights, scratch, shared=shared, residual=residual
-    )
+        node.experts, x, choice.experts, choice.weights, filled, scratch,
+        shared=shared, residual=residual,
+    )  # fmt: skip
     return [*work, *routed], out
 
 
 def mlp(
-    node: Any, x: Tensor, scratch: Scratch, *, residual: Tensor | None = None
+    node: Any, x: Tensor, filled: Tensor, scratch: Scratch, *, residual: Tensor | None = None
 ) -> tuple[list[Work], Tensor]:
     """The work of a `fast.moe.MLP` for x [N, D] bf16, and its output [N, D] bf16."""
     first, hidden = product(
-        x, node.gate_up, node.target, scratch, name="mlp_gate_up", activated=True
+        x, node.gate_up, node.target, scratch, filled, name="mlp_gate_up", activated=True
     )
     second, out = product(
-        hidden, node.down, node.target, scratch, name="mlp_down", residual=residual
+        hidden, node.down, node.target, scratch, filled, name="mlp_down", residual=residual
     )
     return [first, second], out

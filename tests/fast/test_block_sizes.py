@@ -13,6 +13,7 @@ from fast.attention import SHORT, piece_sizes, pieces
 from fast.launch import Launch
 from fast.moe import Experts
 from fast.prefill.moe import Sort
+from fast.prefill.span import number_of_rows
 from fast.prefill.tiles import PRODUCTS, expert_rows, product_tiles
 from tests.support.fast_cases import CPU
 from tests.support.prefill_nodes import Poisoned
@@ -194,7 +195,7 @@ def test_tiles_hold_every_pair_once(pairs: int, experts: int) -> None:
         random(pairs, pairs).abs() * 2 % experts,
     ):
         chosen = ids.int()[:, None]
-        sort = Sort(chosen, experts, block, Poisoned(CPU))
+        sort = Sort(chosen, experts, block, number_of_rows(chosen), Poisoned(CPU))
         emulate(sort.work)
         found: list[int] = []
         for expert, first in zip(sort.tile_expert.tolist(), sort.tile_first.tolist(), strict=True):

@@ -3,7 +3,7 @@ groups of scales, rows beyond the last one, and offsets of 32 bits. The checks m
 
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from fast.linear import product
 from fast.moe import Experts
 from fast.prefill import linear as prefill_linear
 from fast.prefill import moe as prefill_moe
+from fast.prefill.span import number_of_rows
 from tests.fast.prefill.test_faults import experts as prefill_experts
 from tests.fast.test_faults import (
     any_arrival,
@@ -108,7 +109,7 @@ def product_alone() -> list[str]:
 
 def offsets(work: list[Work]) -> list[str]:
     """Offsets of 32 bits that may wrap, in launches whose tensors have more than 2^31 elements."""
-    loaded = {"tile_expert": (0, EXPERTS), "tile_first": (0, 10 * ROWS)}
+    loaded = {"tile_expert": (0, EXPERTS), "tile_first": (0, 10 * ROWS), "filled": (0, WIDE)}
     return [
         f"offset: {one.name} {base}"
         for one in work
@@ -123,8 +124,10 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def many_experts(rows: int) -> list[Work]:
     node = Experts(EXPERTS, 4096, 1024, TARGET, META, fp4=True)
-    given = empty(rows, 4096), empty(rows, 10, dtype=torch.int32), empty(rows, 10), Scratch(META)
-    return (node.launches if rows <= 8 else partial(prefill_moe.experts, node))(*given)[0]
+    given = empty(rows, 4096), empty(rows, 10, dtype=torch.int32), empty(rows, 10)
+    if rows <= 8:
+        return [*node.launches(*given, Scratch(META))[0]]
+    return prefill_moe.experts(node, *given, number_of_rows(given[0]), Scratch(META))[0]
 
 
 def experts_offsets() -> list[str]:
@@ -142,10 +145,8 @@ def product_offsets() -> list[str]:
 
 def prefill_product_offsets() -> list[str]:
     x, weight, residual = empty(WIDE, 4096), empty(WIDE, 4096), empty(WIDE, WIDE)
-    scratch = Scratch(META)
-    return offsets(
-        [prefill_linear.product(x, weight, TARGET, scratch, name="wide", residual=residual)[0]]
-    )
+    given = x, weight, TARGET, Scratch(META), number_of_rows(x)
+    return offsets([prefill_linear.product(*given, name="wide", residual=residual)[0]])
 
 
 # ---- the faults

@@ -124,22 +124,22 @@ def test_a_launch_on_the_card_is_checked_too_and_once():
 @pytest.mark.parametrize("target", TARGETS)
 def test_launches_that_share_a_compiled_kernel_are_specialised_alike(target: str):
     """Triton would compile no other kernel for any of them."""
-    from fast.kernels.prefill.moe import activate
+    from tests.support.copy_kernel import copy
 
     x = torch.empty(4096)
     wide = torch.empty(1, device=META).expand(2**30)
-    plain = {"logits": x, "out": x, "rows": 40, "N": 64, "FIRST": 8, "I": 16, "BLOCK": 16}
+    plain = {"x": x, "out": x, "rows": 40, "N": 64, "factor": 0.5, "BLOCK": 16}
     changes: list[dict[str, Any]] = [
-        {}, {"logits": x[4:]}, {"logits": x[1:]}, {"logits": x.double()}, {"logits": wide},
-        {"rows": 48}, {"rows": 1}, {"rows": 2**31}, {"N": 65}, {"N": 67}, {"N": 1}, {"N": 80},
-        {"N": 2**31}, {"N": 2**31 + 16}, {"N": 2**63}, {"FIRST": 9}, {"I": 17}, {"num_warps": 8},
+        {}, {"x": x[4:]}, {"x": x[1:]}, {"x": x.double()}, {"x": wide}, {"rows": 48}, {"rows": 1},
+        {"rows": 2**31}, {"N": 65}, {"N": 67}, {"N": 1}, {"N": 80}, {"N": 2**31}, {"N": 2**31 + 16},
+        {"N": 2**63}, {"factor": 1.0}, {"BLOCK": 32}, {"num_warps": 8},
     ]  # fmt: skip
     by_key: dict[Any, set[str]] = {}
     with stand_in_driver(target):
         for change in changes:
             warps = {"num_warps": change.pop("num_warps", 4)}
-            launch = Launch("activate", activate, (1, 1, 1), plain | change, warps)
-            compiled = activate.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+            launch = Launch("copy", copy, (1, 1, 1), plain | change, warps)
+            compiled = copy.warmup(grid=launch.grid, **launch.arguments, **launch.options)
             key = tuple(one for one in launch.specialisation()[0] if one not in (META, CPU))
             by_key.setdefault(key, set()).add(compiled.hash)
     assert all(len(hashes) == 1 for hashes in by_key.values())

@@ -4,7 +4,6 @@ the tensors that may be so large, and launches refuse all others."""
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from fast.linear import product
 from fast.moe import Experts
 from fast.prefill import linear as prefill_linear
 from fast.prefill import moe as prefill_moe
+from fast.prefill.span import number_of_rows
 from fast.target import TARGETS
 from qwen35.config import Config
 from qwen35.errors import InputError
@@ -29,7 +29,7 @@ VOCABULARY, EXPERTS = 1 << 20, 1 << 14
 # What integers that a kernel reads and does not limit are at most; the pairs of a pass are 10 a row.
 LOADED = {
     "start": (0, CONTEXT - 8), "count": (1, 8), "tile_expert": (0, EXPERTS),
-    "tile_first": (0, 10 * CONTEXT),
+    "tile_first": (0, 10 * CONTEXT), "filled": (1, VOCABULARY),
 }  # fmt: skip
 # Not seen by bounds alone: only the difference of a position and the pass's first one counts; lanes
 # behind the first rows of a pass are off, so that nothing is read by their offsets.
@@ -52,19 +52,18 @@ def largest(target: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launch]:
     yield from catalogue.launches(target, lay_out)
     for node in (Experts(EXPERTS, 4096, 1024, target, META, fp4=fp4) for fp4 in (False, True)):
         for rows in (8, CONTEXT):
-            given = (
-                empty(rows, 4096),
-                empty(rows, 10, dtype=torch.int32),
-                empty(rows, 10),
-                Scratch(META),
-            )
-            build = node.launches if rows == 8 else partial(prefill_moe.experts, node)
-            yield from (one for one in build(*given)[0] if isinstance(one, Launch))
+            given = empty(rows, 4096), empty(rows, 10, dtype=torch.int32), empty(rows, 10)
+            if rows == 8:
+                work, _ = node.launches(*given, Scratch(META))
+            else:
+                filled = number_of_rows(given[0])
+                work, _ = prefill_moe.experts(node, *given, filled, Scratch(META))
+            yield from (one for one in work if isinstance(one, Launch))
     weight = empty(VOCABULARY, 4096)
     yield product(empty(8, 4096), weight, target, Scratch(META), name="wide")[0]
     x, residual = empty(VOCABULARY, 4096), empty(VOCABULARY, VOCABULARY)
     yield prefill_linear.product(
-        x, weight, target, Scratch(META), name="wide", residual=residual
+        x, weight, target, Scratch(META), number_of_rows(x), name="wide", residual=residual
     )[0]  # fmt: skip
 
 

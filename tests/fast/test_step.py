@@ -185,7 +185,7 @@ def extended(step: Step, parts: list[list[int]], cache: Cache, before: Tensor | 
         emulate(work)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fast.step.run", emulated_run)
+        patch.setattr("fast.graph.run", emulated_run)
         step.take(cache)
         for part in parts:
             before = step.extend(part, before)

@@ -20,7 +20,7 @@ from tools.gfx950.emulator import EmulatorError
 from tools.gfx950.target import emulate
 
 WORK: dict[str, Callable[..., tuple[list[Work], Tensor]]] = {
-    "linear_attn": deltanet.work, "self_attn": attention.work, "layer": layer.work,
+    "linear_attn": deltanet.work, "self_attn": attention.work, "layer": layer.on_layer,
 }  # fmt: skip
 
 
@@ -68,7 +68,8 @@ def prefilled(
     node, state = fast_node(what.node), state_of(what, torch.bfloat16)
     outputs: list[Tensor] = []
     for first, last in zip([0, *cuts], [*cuts, len(what.x)], strict=True):
-        work, out = WORK[what.kind](node, what.x[first:last], state, Poisoned(CPU))
+        rows = what.x[first:last]
+        work, out = layer.on_state(WORK[what.kind], node, rows, state, Poisoned(CPU))
         emulate(work, batch=batch, seed=seed)
         outputs.append(out)
     return Outcome(torch.cat(outputs), left(what, state))

@@ -82,13 +82,13 @@ def operations(launch: Launch, context: int) -> float:
     """The FLOPs of a launch's matrix products, with a multiplication and an addition as two."""
     a, kind = launch.arguments, launch.kernel.__name__
     if kind == "linear":
-        return 2.0 * a["rows"] * a["N"] * a["K"]
+        return 2.0 * len(a["x"]) * a["N"] * a["K"]
     if kind == "grouped":
         return 2.0 * a["pairs"] * a["N"] * a["K"]
     if kind == "attend":
         skipped = a["first"] * a["PIECE"]
         room = launch.grid[2] * a["PIECE"]
-        seen = sum(min(max(context + row + 1 - skipped, 0), room) for row in range(a["rows"]))
+        seen = sum(min(max(context + row + 1 - skipped, 0), room) for row in range(len(a["q"])))
         return 4.0 * a["H"] * a["K"] * seen
     if kind == "write":
         return 2.0 * a["solved"].numel() * a["WIDTH"]
@@ -108,9 +108,9 @@ def peer(launch: Launch, context: int) -> Callable[[], Tensor] | None:
     a, kind = launch.arguments, launch.kernel.__name__
     if kind == "linear" and not a["ACTIVATED"]:
         return lambda: F.linear(a["x"], a["weight"])
-    if kind == "attend" and not context and a["rows"] <= a["PIECE"]:
+    if kind == "attend" and not context and not a["SPLIT"]:
         q = a["q"].transpose(0, 1)[None]
-        k, v = (a[name][None, :, : a["rows"]] for name in ("keys", "values"))
+        k, v = (a[name][None, :, : len(a["q"])] for name in ("keys", "values"))
         return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return None
 
@@ -168,7 +168,9 @@ def _measured(
     for kind in ("linear_attention", "full_attention"):
         place = model.config.layer_types.index(kind)
         times = whole.layer_types.count(kind)
-        work, _ = prefill.work(model.layers[place], x, cache.layers[place], Scratch(device))
+        state: Any = cache.layers[place]
+        scratch = Scratch(device)
+        work, _ = prefill.on_state(prefill.on_layer, model.layers[place], x, state, scratch)
         for one in work:
             one()
         works.append(work)
@@ -178,7 +180,6 @@ def _measured(
                 summed += row["us"]
                 done += row.pop("operations")
                 rows.append(row)
-        state: Any = cache.layers[place]
         if isinstance(state, KVCache):
             state.rollback(args.tokens)
     if not args.no_nodes:

@@ -17,6 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from fast.launch import Launch, Scratch, Work
 from fast.prefill import moe
+from fast.prefill.span import number_of_rows
 from qwen35.config import FAMILY, PUBLISHED
 from tools.bench import gpu, mixture, report
 from tools.bench.moe import guarded
@@ -38,7 +39,7 @@ def delta_rule(work: Sequence[Work]) -> tuple[Call, Call]:
 
     launches = kernels_of(work, DELTA_RULE)
     a = next(one for one in launches if one.kernel.__name__ == "read").arguments
-    N, H, HV, K, V = (a[name] for name in ("rows", "H", "HV", "K", "V"))
+    N, H, HV, K, V = len(a["out"]), *(a[name] for name in ("H", "HV", "K", "V"))
     device = a["out"].device
     q, k = (
         F.normalize(torch.randn(1, N, H, K, device=device), dim=-1).bfloat16() for _ in range(2)
@@ -63,7 +64,8 @@ def experts(node: Any, tokens: int, top_k: int) -> tuple[Call, Call]:
     device = node.gate_up.device
     generator = torch.Generator(device).manual_seed(0)
     case = mixture.random_case(tokens, node.D, node.E, top_k, generator)
-    work, _ = moe.experts(node, case.x, case.experts, case.shares, Scratch(device))
+    rows = number_of_rows(case.x)
+    work, _ = moe.experts(node, case.x, case.experts, case.shares, rows, Scratch(device))
     theirs = TritonKernels(mixture.random_weights(node.E, node.D, node.I, generator))
     return lambda: [one() for one in work], theirs.from_ids(case)
 
@@ -73,12 +75,13 @@ def attention(work: Sequence[Work]) -> tuple[Call, Call]:
     decoding of a cache in e4m3."""
     launches = kernels_of(work, ["decode", "attend", "join"])
     a = kernels_of(work, ["attend"])[0].arguments
-    end = a["start"] + a["rows"]
+    rows = len(a["q"])
+    end = int(a["start"]) + rows
     q = a["q"].transpose(0, 1)[None]
     shared = a["H"] // a["G"]
     # Repeated beforehand, since the flash kernel does not take grouped heads with this mask.
     k, v = (a[name][None, :, :end].repeat_interleave(shared, 1) for name in ("keys", "values"))
-    mask = causal_lower_right(a["rows"], end)
+    mask = causal_lower_right(rows, end)
 
     def theirs() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

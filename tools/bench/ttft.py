@@ -1,6 +1,7 @@
 """Measure the time to first token by the length of a cached prefix, cold and with a cache hit.
 
-A prompt is a prefix of whole blocks and a tail of --tail tokens. One token is generated. Cold runs
+A prompt is a prefix of whole blocks and a tail of --tail tokens. A tail that has whole blocks itself is
+another one in each run, because they are stored as well. One token is generated. Cold runs
 have no prefix cache, or store the prefix in memory or in a new folder. `total_ms` includes the
 storing, which follows the first token and takes `keep_ms`. Hits come from memory (the GPU's, if the
 model is on one), or from a folder that is opened again, so that its checks are included (its files
@@ -18,14 +19,15 @@ model's device.
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -99,6 +101,14 @@ class Subject:
     checkpoint: str
     tail: int = TAIL
     chunk: int = CHUNK
+    runs: Iterator[int] = field(default_factory=itertools.count)
+
+    def with_tail(self, ids: list[int]) -> list[int]:
+        """The ids, with a new tail if it has whole blocks, which an earlier run would have stored."""
+        if self.tail < GRID:
+            return ids
+        first = 17 * next(self.runs) % len(ids)
+        return ids[: -self.tail] + (ids + ids)[first : first + self.tail]
 
     def in_memory(self) -> PrefixCache:
         return PrefixCache(self.model, budget=BUDGET, warn=_stop)
@@ -137,19 +147,23 @@ class Subject:
     @torch.inference_mode()
     def parts(self, ids: list[int], kept: PrefixCache) -> dict[str, float]:
         """The seconds of each part of a hit, as `Generation` does them."""
-        cache, room = self.model.new_cache(), len(ids) + 1 + DRAFTS
-        rounds, whole = None, len(ids)
+        room, whole = len(ids) + 1 + DRAFTS, len(ids)
+        rounds = passes = None
         if runs_as_step(self.model, DRAFTS):
             rounds = prepared(self.model, len(ids), DRAFTS, Sampling(), 1)
             whole = len(ids) // GRID * GRID
+            cache, passes = rounds.cache(), rounds.passes()
+        else:
+            cache = self.model.new_cache()
         started = self.now()
         reuse = kept.begin(ids, draft=True, chunk=self.chunk)
         found = self.now()
         hidden = kept.restore(reuse, cache, room=room, draft=True)
         restored = self.now()
         hidden = prefill(
-            self.model, ids[:whole], cache, chunk=self.chunk, draft=True, hidden=hidden
-        )
+            self.model, ids[:whole], cache, chunk=self.chunk, draft=True, hidden=hidden,
+            passes=passes,
+        )  # fmt: skip
         if rounds is not None:
             finish_prompt(rounds, cache, ids[whole:], hidden)
         ended = self.now()
@@ -178,9 +192,11 @@ def at_length(
             colds[COLD_FOLDER] = lambda: subject.in_new_folder(Path(base, "new"))
         if failed := check(subject, ids, hits):
             return [], failed
-        nbytes = {HIT_MEMORY: sum(segment.nbytes for segment in kept.store.segments().values())}
-        if with_folder:
-            nbytes[HIT_FOLDER] = sum(file.stat().st_size for file in folder.iterdir())
+        nbytes: dict[str, int] = {}  # of the prefix
+        for name, opened in hits.items():
+            store = opened().store
+            held = [one for one in store.segments().values() if one.end <= length]
+            nbytes[name] = sum(store.size(one) for one in held)
         first: dict[str, list[float]] = {name: [] for name in (*colds, *hits)}
         total: dict[str, list[float]] = {name: [] for name in (*colds, *hits)}
         parts: dict[str, list[dict[str, float]]] = {name: [] for name in hits}
@@ -191,11 +207,11 @@ def at_length(
             # If there are fewer cold rounds than hits, they are spread evenly.
             cold = i * cold_repeats % repeats < cold_repeats
             for name, opened in {**(colds if cold else {}), **hits}.items():
-                generation, seconds = subject.first_token(ids, opened())
+                generation, seconds = subject.first_token(subject.with_tail(ids), opened())
                 first[name].append(generation.ttft_s)
                 total[name].append(seconds)
             for name, opened in hits.items():
-                parts[name].append(subject.parts(ids, opened()))
+                parts[name].append(subject.parts(subject.with_tail(ids), opened()))
             started = subject.now()
             there.copy_(flat)
             copies.append(subject.now() - started)
@@ -227,11 +243,17 @@ def check(
     """Fill the caches of the hits. Returns a line for each run that has another token, other logits
     or another number of cached tokens than it should."""
     failed: list[str] = []
-    plain, _ = subject.first_token(ids, None, digest=True)
+    length = len(ids) - subject.tail
+    known: dict[tuple[int, ...], Generation] = {}
     for name, opened in hits.items():
-        for cached in (0, len(ids) - subject.tail):
-            one, _ = subject.first_token(ids, opened(), digest=True)
-            what = f"{name}, {len(ids)} tokens, {cached} to be cached"
+        # The first run stores the prefix alone, so that a hit ends there.
+        for cached, given in ((0, ids[: length + min(subject.tail, GRID - 1)]), (length, ids)):
+            given = subject.with_tail(given) if cached else given
+            if (*given,) not in known:
+                known[*given,], _ = subject.first_token(given, None, digest=True)
+            plain = known[*given,]
+            one, _ = subject.first_token(given, opened(), digest=True)
+            what = f"{name}, {len(given)} tokens, {cached} to be cached"
             if one.cached_tokens != cached:
                 failed.append(f"{what}: {one.cached_tokens} are")
             if one.token_ids != plain.token_ids:
@@ -251,10 +273,6 @@ def main(args: argparse.Namespace) -> int:
     for option, count in (("repeats", args.repeats), ("cold-repeats", args.cold_repeats)):
         if count < 1:
             raise InputError(f"--{option} {count}; expected at least 1")
-    if args.tail >= GRID:
-        raise InputError(
-            f"--tail {args.tail}; expected at most {GRID - 1}: a whole block of it would be kept, too"
-        )
     if args.prefill_chunk % GRID:
         raise InputError(f"--prefill-chunk {args.prefill_chunk}; expected a multiple of {GRID}")
     subject, text = _random(args) if args.config else _of_checkpoint(args)

@@ -10,21 +10,26 @@ on the other rows nor on how the prompt is cut into passes.
 import triton
 import triton.language as tl
 
-from fast.kernels.attention import turned
+from fast.kernels.attention import keep, turned
 from fast.kernels.common import from_e8m0
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def turn(
-    projected, q_gain, k_gain, cosine, sine, q, k, rows, eps, H: tl.constexpr, G: tl.constexpr,
-    K: tl.constexpr, ROTARY: tl.constexpr, TOKENS: tl.constexpr,
+    projected, q_gain, k_gain, cosine, sine, q, keys, values, key_scales, value_scales, start, filled,
+    eps, capacity, H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, ROTARY: tl.constexpr,
+    FP8: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Apply norm and RoPE to queries and keys. Writes q [rows, H, K] and k [rows, G, K] in bf16.
+    """Apply norm and RoPE to queries and keys. Writes q [rows, H, K] bf16, and the rows' keys and values
+    to the cache.
 
     projected [rows, 2 H K + 2 G K] bf16: for each query head its query and its gate, then all keys,
-    then all values. q_gain, k_gain [K] bf16. cosine, sine [rows, ROTARY / 2] fp32, for the rows'
-    positions. Grid (rows / TOKENS rounded up, H + G).
+    then all values. q_gain, k_gain [K] bf16. cosine, sine [capacity, ROTARY / 2] fp32, by position. keys,
+    values: the cache, [G, capacity, K] bf16, or with FP8 e4m3 and exponents key_scales, value_scales [G,
+    capacity] uint8. start [1] int32: the first row's position. filled [1] int32: the number of rows; the
+    arrays may have room for more. Grid (rows / TOKENS rounded up, H + 2 G).
     """
+    rows, first = tl.load(filled), tl.load(start)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     head = tl.program_id(1)
     valid = token < rows
@@ -33,25 +38,35 @@ def turn(
     line = token.to(tl.int64)
     if head < H:
         source = projected + line * M + head * 2 * K
-        new = turned(source, q_gain, cosine, sine, token, valid, channel, eps, K, ROTARY)
+        new = turned(source, q_gain, cosine, sine, first + token, valid, channel, eps, K, ROTARY)
         tl.store(q + (line * H + head) * K + channel, new.to(tl.bfloat16), mask=valid)
     else:
         source = projected + line * M + H * K + head * K
-        new = turned(source, k_gain, cosine, sine, token, valid, channel, eps, K, ROTARY)
-        tl.store(k + (line * G + head - H) * K + channel, new.to(tl.bfloat16), mask=valid)
+        if head < H + G:
+            place = (head - H).to(tl.int64) * capacity + first + token
+            new = turned(
+                source, k_gain, cosine, sine, first + token, valid, channel, eps, K, ROTARY
+            )
+            keep(new.to(tl.bfloat16), keys, key_scales, place, valid, channel, K, FP8)
+        else:
+            place = (head - H - G).to(tl.int64) * capacity + first + token
+            value = tl.load(source + channel, mask=valid, other=0.0)
+            keep(value, values, value_scales, place, valid, channel, K, FP8)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
 def decode(
-    k, v, k_scale, v_scale, keys, values, tokens, capacity, K: tl.constexpr, TOKENS: tl.constexpr
+    k, v, k_scale, v_scale, keys, values, start, filled, capacity, room, K: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Decode k, v [G, capacity, K] e4m3, with exponents k_scale, v_scale [G, capacity] uint8, as
-    `from_e4m3` of qwen35/cache.py does. Writes keys, values [G, tokens, K] bf16. Grid (tokens / TOKENS
-    rounded up, G).
+    `from_e4m3` of qwen35/cache.py does. Writes keys, values [G, room, K] bf16, the positions up to the
+    last row's. start, filled: as in `turn`. Grid (room / TOKENS rounded up, G).
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    tokens = tl.minimum(tl.load(start) + tl.load(filled), room)
     head, channel, there = tl.program_id(1).to(tl.int64), tl.arange(0, K)[None, :], token < tokens
-    line, place = head * capacity + token, (head * tokens + token) * K + channel
+    line, place = head * capacity + token, (head * room + token) * K + channel
     key = tl.load(k + line * K + channel, mask=there).to(tl.float32)
     value = tl.load(v + line * K + channel, mask=there).to(tl.float32)
     key *= from_e8m0(tl.load(k_scale + line, mask=there))
@@ -82,17 +97,17 @@ def _opened(read, gate):
     return read.to(tl.float32) / (1 + tl.exp(-gate.to(tl.float32)))
 
 
-@triton.jit(do_not_specialize=["start", "rows", "first"])
+@triton.jit(do_not_specialize=["first"])
 def attend(
-    projected, q, keys, values, out, by_piece, peaks, totals, start, rows, first, capacity,
+    projected, q, keys, values, out, by_piece, peaks, totals, start, filled, first, capacity,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, PIECE: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """out[row, head] = sigmoid(gate) * attention of the query at position start + row, bf16.
 
-    projected is that of `turn`; only its gates are read. q [rows, H, K]; keys, values [G, capacity,
-    K] bf16, which hold the positions below start + rows. Writes out [rows, H * K]. Grid (H, rows /
-    BLOCK_M rounded up, 1).
+    projected, start and filled are those of `turn`; only the gates are read. q [rows, H, K]; keys, values
+    [G, capacity, K] bf16, which hold the positions below start + rows. Writes out [rows, H * K]. Grid (H,
+    rows / BLOCK_M rounded up, 1).
 
     SPLIT: each program reads one piece of PIECE positions, from piece `first` on, and leaves the rest
     to `join`. Indices from 1 on of by_piece [1 + pieces, rows, H, K], peaks and totals [1 + pieces,
@@ -101,7 +116,10 @@ def attend(
     head = tl.program_id(0)
     # The last rows see the most keys, so their programs start first.
     block = tl.num_programs(1) - 1 - tl.program_id(1)
-    end = tl.minimum(start + (block + 1) * BLOCK_M, start + rows)
+    rows, before = tl.load(filled), tl.load(start)
+    if block * BLOCK_M >= rows:
+        return
+    end = before + tl.minimum((block + 1) * BLOCK_M, rows)
     begin, stop = 0, end
     if SPLIT:
         begin = (first + tl.program_id(2)) * PIECE
@@ -116,7 +134,7 @@ def attend(
     top = (block * BLOCK_M).to(tl.int64)
     own = (top * H + head) * K
     query = tl.load(q + own + (m * (H * K) + channel), mask=row < rows, other=0.0)
-    position = start + row  # [BLOCK_M, 1]
+    position = before + row  # [BLOCK_M, 1]
     held = (head // (H // G)).to(tl.int64) * capacity * K
     tile = tl.arange(0, TILE)
     peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
@@ -156,10 +174,11 @@ def attend(
         tl.store(lines + K // 2 + column, _opened(high, gate).to(tl.bfloat16), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["start", "rows", "first", "pieces"])
+@triton.jit(do_not_specialize=["first", "pieces"])
 def join(
-    projected, out, by_piece, peaks, totals, start, rows, first, pieces, H: tl.constexpr, G: tl.constexpr,
-    K: tl.constexpr, PIECE: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+    projected, out, by_piece, peaks, totals, start, filled, first, pieces,
+    H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, PIECE: tl.constexpr, LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Join the results of `pieces` pieces, from piece `first` on, with those of the pieces before.
 
@@ -168,10 +187,13 @@ def join(
     H).
     """
     block, head = tl.program_id(0), tl.program_id(1)
+    rows, before = tl.load(filled), tl.load(start)
+    if block * BLOCK >= rows:
+        return
     row, channel = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, K)[None, :]
     inside = row < rows
     line = row.to(tl.int64) * H + head
-    end = tl.minimum(start + (block + 1) * BLOCK, start + rows)
+    end = before + tl.minimum((block + 1) * BLOCK, rows)
     # The first piece is taken as it is.
     fresh = tl.where(first == 0, 1, 0)
     held = fresh.to(tl.int64) * rows * H + line

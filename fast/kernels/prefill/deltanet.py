@@ -24,42 +24,53 @@ DOUBLINGS = tl.constexpr(6)  # how often 1 is doubled to give CHUNK
 
 @triton.jit
 def _convolved(
-    projected, before, taps, token, column, rows, M, C: tl.constexpr, TAPS: tl.constexpr
+    projected, ring, taps, token, column, first, rows, M, WIDE: tl.constexpr, C: tl.constexpr,
+    TAPS: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """Causal convolution, then SiLU. Returns [tokens, columns] fp32, with zeros from row `rows` on.
 
-    projected [rows, M] bf16; before [TAPS - 1, C] bf16, the rows before the pass; taps [C, TAPS]
-    bf16, the weights of the convolution. token [tokens, 1] and column [1, columns] are indices.
+    projected [rows, M] bf16; ring [RING, WIDE] bf16, of which the first C columns are the rows before the
+    pass, by position modulo RING; taps [C, TAPS] bf16, the weights of the convolution. token [tokens, 1]
+    and column [1, columns] are indices. first: the first row's position.
     """
     total = tl.zeros((token.shape[0], column.shape[1]), tl.float32)
     for tap in tl.static_range(TAPS):
         at = token - (TAPS - 1) + tap
         inside = (at >= 0) & (at < rows)
         raw = tl.load(projected + at.to(tl.int64) * M + column, mask=inside, other=0.0)
-        earlier = tl.load(before + (at + TAPS - 1) * C + column, mask=at < 0, other=0.0)
+        # Rows before position 0 are zeros.
+        place = ring + (first + at + RING) % RING * WIDE + column
+        earlier = tl.load(place, mask=(at < 0) & (first + at >= 0), other=0.0)
         weight = tl.load(taps + column * TAPS + tap).to(tl.float32)
         total += tl.where(at < 0, earlier, raw).to(tl.float32) * weight
     return tl.where(token < rows, total / (1 + tl.exp(-total)), 0.0)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def mix(
-    projected, before, taps, qk, v, rows, M, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr,
+    projected, ring, taps, qk, v, start, filled, M, WIDE: tl.constexpr, H: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, TAPS: tl.constexpr, RING: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Compute queries and keys after convolution and L2 norm (queries are also scaled), and values.
 
-    The arguments are those of `_convolved`. The columns of projected and before are q (H * K), k (H
-    * K) and v (HV * V). Writes qk [chunks * CHUNK, 2, H, K] and v [chunks * CHUNK, HV, V] in fp16,
-    with zeros from row `rows` on. Grid (chunks * CHUNK / TOKENS, 2 H + HV).
+    projected, ring and taps are those of `_convolved`. Their columns are q (H * K), k (H * K) and v (HV *
+    V). start [1] int32: the first row's position. filled [1] int32: the number of rows; here and below
+    the arrays may have room for more. Writes qk [chunks * CHUNK, 2, H, K] and v [chunks * CHUNK, HV, V]
+    in fp16, with zeros from row `rows` on. Grid (chunks * CHUNK / TOKENS, 2 H + HV).
     """
+    rows, first = tl.load(filled), tl.load(start)
+    if tl.program_id(0) * TOKENS >= tl.cdiv(rows, CHUNK) * CHUNK:
+        return
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     head = tl.program_id(1)
     C: tl.constexpr = 2 * H * K + HV * V
     line = token.to(tl.int64)
     if head < 2 * H:
         k = tl.arange(0, K)[None, :]
-        mixed = _convolved(projected, before, taps, token, head * K + k, rows, M, C, TAPS)
+        mixed = _convolved(
+            projected, ring, taps, token, head * K + k, first, rows, M, WIDE, C, TAPS, RING
+        )
         mixed *= tl.rsqrt(tl.sum(mixed * mixed, 1) + 1e-6)[:, None]
         mixed *= tl.where(head < H, K**-0.5, 1.0)
         tl.store(qk + (line * (2 * H) + head) * K + k, mixed.to(tl.float16))
@@ -67,8 +78,23 @@ def mix(
         column = tl.arange(0, V)[None, :]
         own = head - 2 * H
         place = 2 * H * K + own * V + column
-        value = _convolved(projected, before, taps, token, place, rows, M, C, TAPS)
+        value = _convolved(projected, ring, taps, token, place, first, rows, M, WIDE, C, TAPS, RING)
         tl.store(v + (line * HV + own) * V + column, value.to(tl.float16))
+
+
+@triton.jit
+def carry(
+    projected, ring, start, filled, M, WIDE: tl.constexpr, C: tl.constexpr, TAPS: tl.constexpr,
+    RING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the pass's last TAPS - 1 rows to the ring, for the next pass. The arguments are those of
+    `mix`. Grid (TAPS - 1, C / BLOCK rounded up)."""
+    rows, first = tl.load(filled), tl.load(start)
+    row = rows - 1 - tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = (column < C) & (row >= 0)  # an earlier row is in the ring
+    value = tl.load(projected + row.to(tl.int64) * M + column, mask=there)
+    tl.store(ring + (first + row) % RING * WIDE + column, value, mask=there)
 
 
 @triton.jit
@@ -103,9 +129,9 @@ def _inverse(lower, i, j):
     return inverse + tl.dot(inverse.to(tl.float16), left.to(tl.float16))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def solve(
-    projected, qk, decay_log, decay_bias, decays, strengths, solved, rows, M,
+    projected, qk, decay_log, decay_bias, decays, strengths, solved, filled, M,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """Compute the inverse of each chunk's triangular system, and the gates.
@@ -117,6 +143,9 @@ def solve(
     CHUNK] in fp16. Grid (chunks, HV).
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
+    rows = tl.load(filled)
+    if chunk * CHUNK >= rows:
+        return
     key_head = head // (HV // H)
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     C: tl.constexpr = 2 * H * K + HV * V
@@ -145,7 +174,7 @@ def solve(
 
 @triton.jit
 def write(
-    source, decays, strengths, solved, out, HEADS: tl.constexpr, FIRST: tl.constexpr,
+    source, decays, strengths, solved, out, filled, HEADS: tl.constexpr, FIRST: tl.constexpr,
     SHARED: tl.constexpr, WIDTH: tl.constexpr, DECAYED: tl.constexpr,
 ):  # fmt: skip
     """Compute one of the two terms of a chunk's corrections, which are wanted - erased @ memory.
@@ -159,6 +188,8 @@ def write(
     The two terms are separate launches because of the compiler error that `read` describes.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
+    if chunk * CHUNK >= tl.load(filled):
+        return
     i, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, WIDTH)[None, :]
     line = (chunk * CHUNK + i).to(tl.int64)
     own = head.to(tl.int64) * tl.num_programs(0) * CHUNK + line
@@ -171,44 +202,49 @@ def write(
     tl.store(out + own * WIDTH + column, written.to(tl.float16))
 
 
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "slots"])
 def scan(
-    qk, decays, wanted, erased, before, memories, after, chunks,
+    qk, decays, wanted, erased, states, memories, start, filled, chunks, slots,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Carry the memory from chunk to chunk, for BLOCK_V columns of a value head.
 
-    The arguments are the outputs of the launches before. before and after [HV, K, V] fp32 are the
-    memory before and after the pass. Writes memories [HV, chunks, K, V] in fp16, the memory before
-    each chunk. Overwrites wanted by the corrections. Grid (HV, V / BLOCK_V).
+    The arguments are the outputs of the launches before. states [slots, HV, K, V] fp32: the memory after
+    position p lies at p modulo slots. The memory before the pass is read from there, and the one after it
+    written. Writes memories [HV, chunks, K, V] in fp16, the memory before each chunk, of which there may
+    be fewer than `chunks`. Overwrites wanted by the corrections. Grid (HV, V / BLOCK_V).
     """
+    first = tl.load(start)
+    last = first + tl.load(filled)  # the position behind the last row
     head = tl.program_id(0)
     key_head = head // (HV // H)
     k = tl.arange(0, K)[:, None]
     v = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V))[None, :]
     token = tl.arange(0, CHUNK)
-    memory = tl.load(before + (head * K + k) * V + v)  # [K, BLOCK_V]
-    for chunk in tl.range(0, chunks):  # pyright: ignore
+    place = ((first + slots - 1) % slots * HV + head).to(tl.int64) * K * V + k * V + v
+    memory = tl.load(states + place, mask=(first > 0) & (k >= 0), other=0.0)  # [K, BLOCK_V]
+    for chunk in tl.range(0, tl.cdiv(last - first, CHUNK)):  # pyright: ignore
         small = memory.to(tl.float16)
         held = head.to(tl.int64) * chunks + chunk
         tl.store(memories + (held * K + k) * V + v, small)
         lines = held * CHUNK + token
         erase = tl.load(erased + lines[:, None] * K + tl.arange(0, K)[None, :])  # [CHUNK, K]
-        place = wanted + lines[:, None] * V + v
-        correction = tl.load(place).to(tl.float32) - tl.dot(erase, small)  # [CHUNK, BLOCK_V]
-        tl.store(place, correction.to(tl.float16))
+        written = wanted + lines[:, None] * V + v
+        correction = tl.load(written).to(tl.float32) - tl.dot(erase, small)  # [CHUNK, BLOCK_V]
+        tl.store(written, correction.to(tl.float16))
         since = tl.load(decays + lines)  # [CHUNK]
         whole = tl.load(decays + held * CHUNK + CHUNK - 1)
         to_end = (correction * tl.exp(whole - since)[:, None]).to(tl.float16)
         rows = (chunk * CHUNK + token).to(tl.int64)
         keys = qk + (rows[None, :] * (2 * H) + H + key_head) * K + k  # [K, CHUNK]
         memory = tl.dot(tl.load(keys), to_end, memory * tl.exp(whole))
-    tl.store(after + (head * K + k) * V + v, memory)
+    place = ((last - 1) % slots * HV + head).to(tl.int64) * K * V + k * V + v
+    tl.store(states + place, memory)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def read(
-    projected, qk, decays, corrections, memories, norm, out, rows, M, eps, H: tl.constexpr,
+    projected, qk, decays, corrections, memories, norm, out, filled, M, eps, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """Read the memory with each row's query, apply the gated norm, and write out [rows, HV * V]
@@ -218,6 +254,9 @@ def read(
     [V] is fp32. SIGMOID: the gate is sigmoid(z), not silu(z). Grid (chunks, HV).
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
+    rows = tl.load(filled)
+    if chunk * CHUNK >= rows:
+        return
     key_head = head // (HV // H)
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
     # Triton 3.6 reads outside of the shared memory on Hopper if the matrices of a product have rows

@@ -23,18 +23,22 @@ def tile_of(program, rows, N, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
     return first + inside % size, inside // size
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def linear(
-    x, weight, residual, out, rows, N, K: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    x, weight, residual, out, filled, N, K: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATED: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[row, n] = (residual[row, n] +) sum over k of x[row, k] * weight[n, k].
 
-    x [rows, K] bf16, weight [N, K] bf16, residual [rows, N] bf16 -> out [rows, N] bf16 or fp32.
+    x [rows, K] bf16, weight [N, K] bf16, residual [rows, N] bf16 -> out [rows, N] bf16 or fp32. filled
+    [1] int32 is the number of rows; the arrays may have room for more.
     ACTIVATED: rows 2 i and 2 i + 1 of weight are a gate and an up, and out [rows, N / 2] is
     silu(gate) * up. Grid ((rows / BLOCK_M rounded up) * (N / BLOCK_N rounded up)).
     """
+    rows = tl.load(filled)
+    if tl.program_id(0) >= tl.cdiv(rows, BLOCK_M) * tl.cdiv(N, BLOCK_N):
+        return
     block, column_block = tile_of(  # pyright: ignore
         tl.program_id(0), rows, N, GROUP, BLOCK_M, BLOCK_N
     )

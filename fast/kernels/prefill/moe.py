@@ -14,27 +14,31 @@ from fast.kernels.mxfp4 import arranged, product_of_tiles
 from fast.kernels.router import TOGETHER, choose_rows
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def choose(
-    logits, experts, weights, rows, N, E: tl.constexpr, TOP_K: tl.constexpr, NORM: tl.constexpr,
+    logits, experts, weights, filled, N, E: tl.constexpr, TOP_K: tl.constexpr, NORM: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The TOP_K experts of each row and their weights, as `route` chooses them.
 
     logits [rows, N] fp32, of which the first E columns are the router's -> experts [rows, TOP_K] int32,
-    weights [rows, TOP_K] fp32. Grid (rows / TOGETHER rounded up).
+    weights [rows, TOP_K] fp32. filled [1] int32 is the number of rows; here and below the arrays may have
+    room for more. Grid (rows / TOGETHER rounded up).
     """
+    rows = tl.load(filled)
     row = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)[:, None]
     choose_rows(logits, experts, weights, row, rows, N, E, TOP_K, NORM, 1, BLOCK_E)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def activate(logits, out, rows, N, FIRST: tl.constexpr, I: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit
+def activate(logits, out, filled, N, FIRST: tl.constexpr, I: tl.constexpr, BLOCK: tl.constexpr):
     """Compute silu(gate) * up of the shared expert, out [rows, I] bf16.
 
-    logits [rows, N] fp32 has the gates in columns FIRST to FIRST + I, and the ups after them. Grid
-    (rows).
+    logits [rows, N] fp32 has the gates in columns FIRST to FIRST + I, and the ups after them. filled: as
+    in `choose`. Grid (rows).
     """
+    if tl.program_id(0) >= tl.load(filled):
+        return
     line = tl.program_id(0).to(tl.int64)
     for first in tl.range(0, I, BLOCK):  # pyright: ignore
         i = first + tl.arange(0, BLOCK)
@@ -57,20 +61,21 @@ def arrange(x, out, D: tl.constexpr, BLOCK: tl.constexpr):
     )
 
 
-@triton.jit(do_not_specialize=["pairs", "tiles"])
+@triton.jit(do_not_specialize=["tiles"])
 def count(
-    chosen, ranks, counts, expert_first, tile_expert, tile_first, pairs, tiles,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    chosen, ranks, counts, expert_first, tile_expert, tile_first, filled, tiles,
+    E: tl.constexpr, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Count the pairs of each expert, and cut them into tiles of up to TILE pairs of one expert.
 
-    chosen [pairs] int32, the expert of each pair. Writes ranks [pairs] int32: how many pairs of the same
-    expert were counted before, in any order. counts [E + 1] int32 has to be zero; the last element counts
-    the programs that are done. The last program writes expert_first [E + 1] int32, the first place of
-    each expert, and of each tile the expert and the first place: tile_expert and tile_first [tiles]
-    int32. An unused tile has the expert E. A pair whose choice is no expert has no place. Grid (pairs /
-    BLOCK rounded up).
+    chosen [rows * TOP_K] int32, the expert of each pair; filled: as in `choose`. Writes ranks [pairs]
+    int32: how many pairs of the same expert were counted before, in any order. counts [E + 1] int32 has
+    to be zero; the last element counts the programs that are done. The last program writes expert_first
+    [E + 1] int32, the first place of each expert, and of each tile the expert and the first place:
+    tile_expert and tile_first [tiles] int32. An unused tile has the expert E. A pair whose choice is no
+    expert has no place. Grid (pairs / BLOCK rounded up).
     """
+    pairs = tl.load(filled) * TOP_K
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(chosen + pair, mask=pair < pairs, other=E)
     is_expert = (expert >= 0) & (expert < E)
@@ -96,12 +101,14 @@ def count(
             tl.store(tile_expert + at, E, mask=at < tiles)
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit
 def place(
-    chosen, ranks, expert_first, order, place_of_pair, pairs, E: tl.constexpr, BLOCK: tl.constexpr
+    chosen, ranks, expert_first, order, place_of_pair, filled, E: tl.constexpr, TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Give each pair its place: order [pairs] int32 has the pair at each place, and place_of_pair [pairs]
     int32 the place of each pair. The others are those of `count`. Grid (pairs / BLOCK rounded up)."""
+    pairs = tl.load(filled) * TOP_K
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(chosen + pair, mask=pair < pairs, other=E)
     is_expert = (expert >= 0) & (expert < E)
@@ -165,9 +172,9 @@ def grouped(
             tl.store(places, acc.to(tl.bfloat16), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def combine(
-    by_pair, place_of_pair, weights, logits, shared, residual, out, rows, N, D: tl.constexpr,
+    by_pair, place_of_pair, weights, logits, shared, residual, out, filled, N, D: tl.constexpr,
     TOP_K: tl.constexpr, GATE: tl.constexpr, HAS_SHARED: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -177,8 +184,12 @@ def combine(
     The shared expert, times its sigmoid gate, and the residual are added if they are there. by_pair
     [rows * TOP_K, D] bf16 is sorted by expert. place_of_pair [rows * TOP_K] int32 is the place of
     each pair in it. weights [rows, TOP_K] fp32; shared, residual [rows, D] bf16; logits [rows, N]
-    fp32, whose column GATE is the shared expert's gate. Grid (rows, D / BLOCK rounded up).
+    fp32, whose column GATE is the shared expert's gate. filled: as in `choose`. Grid (rows, D / BLOCK
+    rounded up).
     """
+    rows = tl.load(filled)
+    if tl.program_id(0) >= rows:
+        return
     line = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

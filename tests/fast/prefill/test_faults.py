@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from fast.prefill import attention as attention_work
 from fast.prefill import moe
+from fast.prefill.span import number_of_rows
 from tests.fast.prefill.test_moe import output
 from tests.support.fast_cases import (
     case,
@@ -86,7 +87,7 @@ def sorting() -> list[str]:
     """The places of 600 pairs, which three programs count, one after the other, and their tiles."""
     ids = exact_rows(9, 600, 7).abs().argmax(1).int()
     ids[100:400] = 3
-    sort = moe.Sort(ids, 7, 64, Poisoned(CPU))
+    sort = moe.Sort(ids[:, None], 7, 64, number_of_rows(ids), Poisoned(CPU))
     try:
         emulate(sort.work, batch=1)
     except EmulatorError as error:
@@ -120,7 +121,7 @@ def sorting() -> list[str]:
 
 def block() -> list[str]:
     slow, x = slow_block(16, 1024, 128, 4, 256), exact_rows(3, 20, 1024)
-    work, out = moe.block(fast_block(slow), x, Poisoned(CPU))
+    work, out = moe.block(fast_block(slow), x, number_of_rows(x), Poisoned(CPU))
     try:
         emulate(work)
     except EmulatorError as error:

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from fast.launch import Launch
 from fast.moe import Experts
 from fast.prefill import moe
+from fast.prefill.span import number_of_rows
 from tests.support.fast_cases import (
     Case,
     case,
@@ -33,7 +34,7 @@ from tools.gfx950.target import compile_launch, emulate
 def output(chosen: Case) -> Tensor:
     node = fast_experts(chosen.E, chosen.D, chosen.I)
     work, out = moe.experts(
-        node, chosen.x, chosen.experts.int(), chosen.weights, Poisoned(CPU),
+        node, chosen.x, chosen.experts.int(), chosen.weights, number_of_rows(chosen.x), Poisoned(CPU),
         residual=chosen.residual,
     )  # fmt: skip
     emulate(work)
@@ -87,7 +88,7 @@ def test_hoppers_products_are_done_before_their_registers_are_written_again():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no configuration for these sizes
         node = Experts(24, 256, 128, "sm_90", CPU)
-    work, _ = moe.experts(node, x, ids, torch.ones(12, 4), Poisoned(CPU))
+    work, _ = moe.experts(node, x, ids, torch.ones(12, 4), number_of_rows(x), Poisoned(CPU))
     (launch,) = (one for one in work if isinstance(one, Launch) and "gate_up" in one.name)
     text = compile_launch(launch, "sm_90").text
     (label,) = re.findall(r"(\$\w+):\s+// =>This Inner Loop Header", text)
@@ -100,7 +101,7 @@ def test_hoppers_products_are_done_before_their_registers_are_written_again():
 def test_a_block_chooses_and_adds_as_the_reference_does(shared: int):
     slow = slow_block(16, 1024, 128, 4, shared)
     x = exact_rows(3, 20, 1024)
-    work, out = moe.block(fast_block(slow), x, Poisoned(CPU))
+    work, out = moe.block(fast_block(slow), x, number_of_rows(x), Poisoned(CPU))
     emulate(work)
     assert not too_far(out, slow(x[None])[0], wide_block(slow, x.double()))
 
@@ -108,7 +109,7 @@ def test_a_block_chooses_and_adds_as_the_reference_does(shared: int):
 def test_a_sort_finds_each_pair_and_asks_for_no_more_tiles_than_there_are():
     E, block = 7, 4
     ids = torch.tensor([[3, 0], [3, 5], [3, 3], [6, 3], [5, 3]], dtype=torch.int32)
-    sort = moe.Sort(ids, E, block, Poisoned(CPU))
+    sort = moe.Sort(ids, E, block, number_of_rows(ids), Poisoned(CPU))
     emulate(sort.work)
     by_expert = ids.flatten()[sort.order]
     assert by_expert.tolist() == sorted(ids.flatten().tolist())

@@ -19,6 +19,7 @@ from fast.layer import DecoderLayer
 from fast.moe import Experts
 from fast.prefill import attention, moe, tiles
 from fast.prefill.linear import product
+from fast.prefill.span import number_of_rows
 from tests.support.fast_cases import Case, case, expected, judged, routing, slow_experts, too_far
 from tests.support.fast_nodes import Pass, a_pass
 from tests.support.prefill_nodes import slow, state_of
@@ -91,7 +92,7 @@ def test_a_product_has_the_same_bits_with_all_block_sizes(
     outputs: list[torch.Tensor] = []
     for one in known:
         monkeypatch.setitem(tiles.PRODUCTS, "sm_90", [one])
-        launch, out = product(x, weight, "sm_90", Scratch(x.device), name="any")
+        launch, out = product(x, weight, "sm_90", Scratch(x.device), number_of_rows(x), name="any")
         launch()
         outputs.append(out.clone())
     assert len(outputs) == len(known) > 1
@@ -107,7 +108,7 @@ def test_a_layer(linear: bool):
 def on_card(node: Experts, chosen: Case) -> torch.Tensor:
     x, ids, weights = (t.cuda() for t in (chosen.x, chosen.experts.int(), chosen.weights))
     scratch = Scratch(x.device)
-    work, out = moe.experts(node, x, ids, weights, scratch)
+    work, out = moe.experts(node, x, ids, weights, number_of_rows(x), scratch)
     for name in ("arranged", "pairs hidden", "pairs down", "feed-forward"):
         for key, held in scratch._held.items():  # pyright: ignore[reportPrivateUsage]
             if key[0] == name:

@@ -7,11 +7,18 @@ import torch
 
 pytest.importorskip("triton")
 
+from fast.launch import Work
+from fast.prefill.layer import on_state
 from tests.support.fast_cases import CPU
-from tests.support.fast_nodes import a_pass, fast_node
+from tests.support.fast_nodes import Pass, a_pass, fast_node
 from tests.support.prefill_nodes import WORK, Poisoned, state_of
 from tools.bench import gpu, prefill_peers
 from tools.gfx950.target import emulate
+
+
+def work_of(what: Pass) -> list[Work]:
+    node, state = fast_node(what.node), state_of(what, torch.bfloat16)
+    return on_state(WORK[what.kind], node, what.x, state, Poisoned(CPU))[0]
 
 
 @pytest.mark.parametrize("length, fp8", [(0, False), (37, False), (37, True)])
@@ -19,9 +26,7 @@ def test_torch_attends_to_the_same_keys(length: int, fp8: bool) -> None:
     """Behind a context, and without one. Ours is gated; the gate is taken back. A cache in e4m3 is
     decoded by a launch that counts as ours."""
     what = a_pass("self_attn", 21, length=length, fp8=fp8)
-    work, _ = WORK["self_attn"](
-        fast_node(what.node), what.x, state_of(what, torch.bfloat16), Poisoned(CPU)
-    )
+    work = work_of(what)
     emulate(work)
     _, theirs = prefill_peers.attention(work)
     *before, launch = prefill_peers.kernels_of(work, ["decode", "attend"])
@@ -36,9 +41,7 @@ def test_torch_attends_to_the_same_keys(length: int, fp8: bool) -> None:
 
 def test_the_launches_of_the_delta_rule() -> None:
     what = a_pass("linear_attn", 70)
-    work, _ = WORK["linear_attn"](
-        fast_node(what.node), what.x, state_of(what, torch.bfloat16), Poisoned(CPU)
-    )
+    work = work_of(what)
     names = [
         one.name.split()[1] for one in prefill_peers.kernels_of(work, prefill_peers.DELTA_RULE)
     ]

@@ -73,6 +73,31 @@ def test_every_row_of_two_lengths(
     assert in_memory["cost_of_cache"] > 0 and on_disk["cost_of_cache"] > 0
 
 
+def test_a_tail_of_whole_blocks_is_new_in_every_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a hit would find them."""
+    found: list[tuple[int, int, tuple[int, ...]]] = []
+    first_token = ttft.Subject.first_token
+
+    def noted(subject: ttft.Subject, ids: list[int], kept: Any, **settings: Any) -> Any:
+        generation, seconds = first_token(subject, ids, kept, **settings)
+        found.append((len(ids), generation.cached_tokens, tuple(ids[64:])))
+        return generation, seconds
+
+    monkeypatch.setattr(ttft.Subject, "first_token", noted)
+    words = "--lengths 64 --repeats 2 --tail 130 --json"
+    status, out, _ = command(capsys, *words.split())
+    assert status == 0
+    assert {length for length, _, _ in found} == {64 + 63, 64 + 130}
+    hits = [tail for _, cached, tail in found if cached]
+    assert len(hits) == 2 * 3  # in the check and twice in the measurement, from memory and folder
+    assert {cached for _, cached, _ in found} == {0, 64}
+    assert len({*hits}) == len(hits)
+    rows = {row["name"]: row for row in json.loads(out)["rows"]}
+    assert rows[ttft.HIT_MEMORY]["kept_bytes"] == rows[ttft.COLD_MEMORY]["kept_bytes"] > 0
+
+
 def test_a_longer_tail_and_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
     """Rows of the cache in memory alone, and the settings in the document."""
     status, out, _ = command(
@@ -139,7 +164,7 @@ def test_what_the_cache_goes_on_without_ends_it(model: Model) -> None:
         (("--lengths", -64), ["length -64", "64"]),
         (("--lengths", 32768), ["length 32768", "32704"]),
         (("--repeats", 0), ["--repeats 0"]),
-        (("--tail", 64), ["--tail 64", "at most 63"]),
+        (("--tail", 0), ["--tail", "at least 1"]),
         (("--prefill-chunk", 100), ["--prefill-chunk 100", "multiple of 64"]),
         (("--config", "397b"), ["cpu"]),
         (("--config", "35b", "tiny"), ["MODEL tiny", "--config 35b"]),
