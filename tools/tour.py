@@ -168,8 +168,8 @@ def experts() -> str:
     return (
         f"In layer 3 the last token goes to experts {named}: {config.num_experts_per_tok} of "
         f"{config.num_experts}; the 397B takes {large.num_experts_per_tok} of {large.num_experts}. "
-        f"Their sum has size {routed}, and the shared expert's output {shared}, let through by "
-        f"{gate[-1].item():.3f}."
+        f"Their sum has size {routed}. The shared expert's output has size {shared} and is "
+        f"multiplied by its gate, {gate[-1].item():.3f}."
     )
 
 
