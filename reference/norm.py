@@ -9,7 +9,7 @@ from reference.activation import sigmoid, silu, wide
 class RMSNorm(nn.Module):
     """y = x / rms(x) * (1 + w) over the last axis, in float32, with one cast at the end.
 
-    The checkpoint stores w, the factor less 1.
+    The checkpoint stores w, the factor minus 1.
     """
 
     def __init__(self, dim: int, eps: float) -> None:

@@ -1,4 +1,4 @@
-"""An RMS norm of your own: the kernel, what it is launched with, and the node that it replaces."""
+"""An RMS norm of your own: the kernel, its launch, and the node that replaces the reference's."""
 
 import torch
 import triton
