@@ -1,1 +1,1 @@
-"""The reference's nodes over fused kernels; `qwen35/paths.py` says when they run instead of it."""
+"""Nodes with fused kernels, which replace the reference's; `qwen35/paths.py` decides when they run."""

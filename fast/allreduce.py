@@ -19,8 +19,8 @@ from fast.linear import Norm, written
 from fast.target import MAX_ROWS, ROWS
 from qwen35.errors import InputError
 
-# Packets that a program sends to each rank, and programs of a launch, at most. All programs of a launch
-# have to run at the same time as those of other ranks, so a gather has few.
+# The most packets that a program sends to each rank, and the most programs of a launch. All programs of a
+# launch have to run at the same time as those of the other ranks, so a gather has few.
 SUM_PACKETS, SUM_PROGRAMS = 64, 1024
 GATHER_PACKETS, GATHER_PROGRAMS = 512, 128
 SIZES = (SUM_PROGRAMS, SUM_PACKETS), (GATHER_PROGRAMS, GATHER_PACKETS)

@@ -16,13 +16,13 @@ from fast.target import MAX_ROWS, check_rows, target_of
 from qwen35.cache import E4M3, KVCache
 from qwen35.errors import InputError
 
-SHORT = 128  # short pieces of the context, before the long ones, as in kernels/attention.py
+SHORT = 128  # the number of short pieces; the long ones follow them, as in kernels/attention.py
 
 
 def piece_sizes(shared: int) -> tuple[int, int]:
     """The positions of a short piece and of a long one, if `shared` query heads share a key head.
 
-    A piece costs its partial sums, which are longer where more heads share its keys.
+    Each piece costs partial sums, one for each of these heads, so more heads have longer pieces.
     """
     return (128, 512) if shared <= 8 else (256, 1024)
 
@@ -145,8 +145,8 @@ class GatedAttention(nn.Module):
         return out[None]
 
     def begin(self, x: Tensor, cache: KVCache) -> tuple[Keys, Tensor, tuple[Tensor, Tensor]]:
-        """The reference's cache as this node's, the position that a pass then begins at, and RoPE's
-        table."""
+        """The reference's cache as this node reads it, the position at which a pass then begins, and
+        RoPE's table."""
         cache.grow(cache.length + x.shape[1])
         own = Keys.over(cache)
         rope = rope_table(self.rotary, self.rope_theta, own.keys.shape[1], x.device)

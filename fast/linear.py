@@ -109,7 +109,7 @@ def product(
     config = config | {"BLOCK_K": math.gcd(config["BLOCK_K"], K)}
     reads = read_normed(x)
     rows, blocks = len(reads["x"]), -(-M // config["BLOCK_N"])
-    # In place of arguments that are not read, since the weight may be too large.
+    # For arguments that are not read. The weight may have more elements than their offsets can count.
     unread = reads["x"]
     width = M // 2 if activated else M
     writes, result = written(out or name, rows, width, blocks, target, then, scratch)

@@ -36,7 +36,7 @@ class Router(nn.Module):
 
     Logits are rounded to bf16, as the reference's are, and ties go to the lower index. weight [M, D]
     bf16: the E rows of the router; with a shared expert, also the row of its gate, I gate rows and I up
-    rows. kernel: of up to 8 rows, "triton" or, for gfx950 alone, "hip" (router_hip.py).
+    rows. kernel: for up to 8 rows, "triton" or, on gfx950 alone, "hip" (router_hip.py).
     """
 
     def __init__(

@@ -30,7 +30,7 @@ def check(router: "Router") -> None:
 
 
 def splits(D: int) -> int:
-    """In how many parts the columns of a row are cut, each for a workgroup of its own."""
+    """The number of parts of the D columns. Each part has workgroups of its own."""
     return -(-D // DEPTH // (MOST * STREAMERS))
 
 
@@ -48,7 +48,7 @@ def launch(router: "Router", reads: dict[str, Any], choice: Any, scratch: Scratc
         {
             "x": reads["x"], "squares": reads["squares"] if reads["PARTS"] else None,
             "weight": router.weight, "sums": choice.parts,
-            # It only grows, by the number of workgroups in each launch.
+            # It is never set back: each launch adds its number of workgroups.
             "counter": scratch(f"router {shape}", LINE, dtype=torch.int64),
             "experts": choice.experts, "weights": choice.weights,
             "rows": len(reads["x"]), "parts": reads["PARTS"], "eps": reads["eps"],

@@ -6,7 +6,7 @@ from fast.state import RING
 from qwen35.config import Config
 from qwen35.errors import InputError
 
-MOST_HEADS = 32  # query heads to a key head: four rows of each fill a block of 128
+MOST_HEADS = 32  # query heads per key head: four rows of them fill a block of 128
 
 
 def check_shapes(config: Config) -> None:

@@ -3,7 +3,7 @@
 | what | read from |
 |---|---|
 | end of text | the union of `eos_token_id` in generation_config.json and in both levels of config.json, and `eos_token` in tokenizer_config.json |
-| drawing, in a conversation | temperature, top_k, top_p and min_p of generation_config.json where its `do_sample` is true; its penalties in any case |
+| sampling, in a conversation | temperature, top_k, top_p and min_p of generation_config.json where its `do_sample` is true; its penalties in any case |
 | limits | `max_new_tokens` and `stop_strings` of generation_config.json |
 
 Other keys of generation_config.json that would change the text are not followed; `not_followed` has them.

@@ -1,4 +1,4 @@
-"""Gated delta net: linear attention whose memory is a matrix a head, decayed and corrected by each token.
+"""Gated delta net: linear attention with a matrix per head as memory. Each token decays and corrects it.
 
 Each value head has a state S [K, V]. A token multiplies it by exp(g), compares the value that it then
 returns for key k with v, and writes the difference with strength beta. `recurrent` does this token by

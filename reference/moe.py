@@ -71,7 +71,7 @@ class Experts(nn.ModuleList):
 
 class GroupedExperts(Experts):
     """The same function as `Experts`, bit for bit, in fewer and larger steps: rows are sorted by expert,
-    and one call of the activation serves all of them. This is the form that runs."""
+    and one call of the activation serves all of them. The model runs this form."""
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         N, k = experts.shape

@@ -67,8 +67,8 @@ def _send(words, addresses, place, epoch, rank, RANKS: tl.constexpr, PACKETS: tl
     slots [RANKS, PACKETS] of this program and epoch."""
     packets = (epoch.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
     for peer in tl.static_range(RANKS):  # pyright: ignore
-        # Triton refuses pointers into the memory of another card as arguments, but not numbers. One that
-        # fits into 32 bits has 32.
+        # Triton refuses pointers into the memory of another card as arguments, but not integers. Those
+        # that fit into 32 bits arrive with 32, so they are converted.
         slots = addresses[peer].to(tl.int64).to(tl.pointer_type(tl.int64)) + place
         _write(slots + rank * PACKETS + tl.arange(0, PACKETS), packets)
 

@@ -151,7 +151,7 @@ def attend(
         query = turned(source, q_gain, cosine, sine, position, valid, k, eps, K, ROTARY)
         query = query.to(tl.bfloat16)
         peak = tl.full((BLOCK, 1), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK, TILE), tl.float32)  # a lane's own, until the end
+        total = tl.zeros((BLOCK, TILE), tl.float32)  # for each lane; the lanes are added at the end
         lane = tl.arange(0, TILE)
         if FP8:
             # Channels 2 j and 2 j + 1 are a word. A product sums over the even channels, then the odd.
@@ -162,7 +162,7 @@ def attend(
             even_query, odd_query = query.to(tl.float16).reshape(BLOCK, WORDS, 2).split()
             even = tl.zeros((BLOCK, WORDS), tl.float32)
             odd = tl.zeros((BLOCK, WORDS), tl.float32)
-            # The values' scales relative to the piece's largest, so that fp16 holds a share times one.
+            # The values' scales relative to the piece's largest: fp16 can hold a share times those.
             p = begin + tl.arange(0, FAR)
             largest = tl.max(
                 tl.load(value_scales + held + p, mask=p < end, other=0).to(tl.int32), 0
@@ -231,7 +231,7 @@ def combine(
     k = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)[None, :]
     gate = tl.load(projected + row * (2 * H * K + 2 * G * K) + head * 2 * K + K + k).to(tl.float32)
     count = _pieces(tl.load(start) + row + 1, NEAR, FAR)
-    # Position 0 is seen, so the first piece has a peak that is a number.
+    # Every row sees position 0, so the first piece has a finite peak.
     level = tl.load(peaks + row * H + head)
     total = 0.0
     piece = tl.arange(0, ALL)
