@@ -16,6 +16,7 @@ from qwen35.errors import InputError
 from qwen35.parallel.watch import RankLostError
 
 LONGEST = 300  # characters of an exception's message that are shown
+FIRST = 150  # those of them from its beginning
 
 
 class NodeError(InputError):
@@ -153,7 +154,8 @@ def told(error: BaseException, module: str | None = None, otherwise: str = "") -
     line outside of torch.
     """
     text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
-    short = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    # A compiler quotes a kernel between the place of an error and its reason.
+    short = text if len(text) <= LONGEST else f"{text[:FIRST]} ... {text[FIRST - LONGEST :]}"
     where = _place(error, module) or otherwise
     return ": ".join(part for part in (where, type(error).__name__, short) if part)
 

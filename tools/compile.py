@@ -439,6 +439,10 @@ def main(
     jobs = [
         (launch, target) for target in dict.fromkeys(args.target) for launch in launches(target)
     ]
+    if not jobs:
+        raise InputError(
+            f"--kernel {args.kernel!r} gives no launch for {' and '.join(args.target)}"
+        )
     times = Counter((launch.name, target) for launch, target in jobs)
     if twice := [name for (name, _), n in times.items() if n > 1]:
         raise InputError(f"more than one launch is named {twice[0]!r}")

@@ -34,7 +34,7 @@ def launches_of(kernel: str) -> Callable[[str], Iterable[Launch]]:
             found: list[Any] = list(call(target))
         if strange := [one for one in found if not isinstance(one, Launch)]:
             kind = type(strange[0]).__name__
-            raise InputError(f"--kernel {kernel!r} gives a {kind}; expected fast.launch.Launch")
+            raise InputError(f"--kernel {kernel!r} gives {kind}; expected fast.launch.Launch")
         return found
 
     return launches

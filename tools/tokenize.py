@@ -38,7 +38,10 @@ def build_parser() -> Parser:
 
 def main(args: argparse.Namespace) -> int:
     source = _check(args)
-    tokenizer = Tokenizer(_folder(args.model))
+    folder = _folder(args.model)
+    if not (folder / "tokenizer.json").exists():
+        raise InputError(f"{folder / 'tokenizer.json'}: no such file")
+    tokenizer = Tokenizer(folder)
     prompt = _prompt(args, source, tokenizer)
     pieces = [piece(tokenizer, token) for token in prompt.ids]
     unknown = [token for token in prompt.ids if tokenizer.written(token) is None]
@@ -78,8 +81,10 @@ def _check(args: argparse.Namespace) -> str:
 def _folder(model: str) -> Path:
     """A folder, `tiny`, or a hub repository, of which only the tokenizer's files are downloaded."""
     folder = TINY if model == "tiny" else Path(model)
-    if folder.is_dir() or not is_hub_id(model):
+    if folder.is_dir():
         return folder
+    if not is_hub_id(model):
+        raise InputError(f"{model}: no such folder (a hub id has the form owner/name)")
     from huggingface_hub import snapshot_download
 
     with one_line(f"{model} (no such folder here)"):

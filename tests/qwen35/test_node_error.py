@@ -260,16 +260,19 @@ def test_a_watch_stays_with_its_node() -> None:
 
 
 def test_a_long_message_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiler quotes the whole kernel."""
+    """A compiler quotes the whole kernel, and says at the end what is wrong with it."""
 
     def fails(self: Candidate, x: Tensor) -> Tensor:
-        raise RuntimeError("at 5:10:\n" + "x = tl.load(p)\n" * 1000)
+        raise RuntimeError(
+            "at 5:10:\n" + "x = tl.load(p)\n" * 1000 + "NameError('p is not defined')"
+        )
 
     monkeypatch.setattr(Candidate, "forward", fails)
     model = small_model("397B-A17B")
     swap(model, "norm", Candidate)
     with pytest.raises(NodeError, match=r"RuntimeError: at 5:10: x = tl\.load") as caught:
         trace(model, IDS)
+    assert str(caught.value).endswith("x = tl.load(p) NameError('p is not defined')")
     assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
 
 

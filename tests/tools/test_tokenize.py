@@ -111,7 +111,8 @@ def test_a_tokenizer_alone_is_enough(cli: Cli, tmp_path: Path) -> None:
         (["--messages", "bad.json"], ["bad.json", "not JSON"]),
         (["--messages", "digits.json"], ["digits.json", "not JSON", "digits"]),
         (["--messages", "role.json"], ["role.json", "messages[0]", "no content"]),
-        (["a", "--model", "nowhere"], ["nowhere", "tokenizer.json"]),
+        (["a", "--model", "nowhere"], ["nowhere: no such folder"]),
+        (["a", "--model", "."], [" tokenizer.json: no such file\n"]),
         (["a\udcff"], ["UTF-8"]),
     ],
 )
