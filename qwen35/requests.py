@@ -65,6 +65,8 @@ def parse_request(line: str, completer: Completer, common: Settings) -> Request:
         raise InputError("tools are offered, but there are no messages")
     _check_echo(request.get("id"))
     settings = replace(common, **{name: request[name] for name in SETTINGS if name in request})
+    if "chat_template_kwargs" in request and "messages" not in request:
+        raise InputError("chat_template_kwargs are given, but there are no messages")
     said = _said(given[0], request[given[0]])
     prompt = completer.prompt(said, settings, tools=request.get("tools"))
     # It is made here, so that its errors have the number of the line.

@@ -193,6 +193,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"prompt": "x", "max_tokens": 3}, "unknown key 'max_tokens'; known are id, prompt"),
     "two prompts": ({"prompt": "x", "prompt_ids": [1]}, "one of prompt, prompt_ids and messages"),
     "tools alone": ({"prompt": "x", "tools": []}, "tools are offered, but there are no messages"),
+    "kwargs alone": (
+        {"prompt_ids": [1], "chat_template_kwargs": {"enable_thinking": False}},
+        "chat_template_kwargs are given, but there are no messages",
+    ),
     "bad tools": ({"messages": TALK, "tools": [3]}, "tools: a list of objects"),
     "bad message": ({"messages": [{"role": "user"}]}, r"messages\[0\]: no content"),
     "no messages": ({"messages": []}, "messages: a list of"),
