@@ -80,15 +80,16 @@ def build_parser() -> Parser:
     parser.add_model()
     add("--all", action="store_true",
         help="all lengths, depths and chunks: 3,616 continuations, which take an hour")  # fmt: skip
-    for name, kind, few, every, what in (
-        ("--lengths", at_least_one, FEW_LENGTHS, LENGTHS, "of prompts, in tokens"),
-        ("--depths", at_least_zero, [depth for depth, _ in FEW_WAYS], DEPTHS, "drafts per round"),
-        ("--chunks", at_least_one, [chunk for _, chunk in FEW_WAYS], CHUNKS,
+    for name, kind, few, every, more, what in (
+        ("--lengths", at_least_one, FEW_LENGTHS, LENGTHS, "", "of prompts, in tokens"),
+        ("--depths", at_least_zero, [depth for depth, _ in FEW_WAYS], DEPTHS, " or --chunks",
+         "drafts per round"),
+        ("--chunks", at_least_one, [chunk for _, chunk in FEW_WAYS], CHUNKS, " or --depths",
          "prompt tokens per pass"),
     ):  # fmt: skip
         few, every = (", ".join(map(str, numbers)) for numbers in (few, every))
         add(name, type=kind, nargs="+", metavar="N",
-            help=f"{what} (default: {few}; with --all: {every})")  # fmt: skip
+            help=f"{what} (default: {few}; with --all{more}: {every})")  # fmt: skip
     add("--hits", type=at_least_one, metavar="N",
         help="try N lengths of a prompt's part in the prefix cache, spread from the shortest to the "
              "longest (default: every multiple of 64)")  # fmt: skip
@@ -96,7 +97,7 @@ def build_parser() -> Parser:
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--device", type=device, default="cpu", metavar="D")
     add("--path", choices=PATHS, default="reference",
-        help="fast: also list where its tokens leave the reference's")  # fmt: skip
+        help="fast: also list where its tokens first differ from the reference's")  # fmt: skip
     add("--moe-kernel", choices=KERNELS, default="triton", help="as in qwen35.generate")
     add_ranks(parser)
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
