@@ -97,24 +97,26 @@ def build_parser() -> Parser:
         computes=False,
     )
     parser.add_argument(
-        "--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all"
+        "--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="(default: all)"
     )
     parser.add_argument(
         "--kernel", metavar="FILE:NAME",
-        help="not the project's kernels but the launches that a function of a Python file gives for a "
-        "target; --check then exits 1 at spills, at scratch, and at fewer than "
+        help="instead of the project's kernels, compile the launches that a function of a Python file "
+        "gives for a target; --check then exits 1 at spills, at scratch, and at fewer than "
         f"{BYTES_PER_VALU} weight bytes per vector instruction",
     )  # fmt: skip
     parser.add_argument(
         "--hip", action="store_true",
-        help="the HIP kernels, with Triton's for the same work, for gfx950; --check as with --kernel",
+        help="compile the HIP kernels, and Triton's for their work, for gfx950; --check as with --kernel",
     )  # fmt: skip
-    parser.add_argument("--match", metavar="GLOB", default="*", help="only kernels so named")
+    parser.add_argument(
+        "--match", metavar="GLOB", default="*", help="compile only the kernels whose names fit"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--asm", type=Path, metavar="DIR", help="write the assembly there")
+    parser.add_argument("--asm", type=Path, metavar="DIR", help="write the assembly into DIR")
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
-        "--check", action="store_true", help=f"exit 1 at what is worse than in {TABLE.name}"
+        "--check", action="store_true", help=f"exit 1 if a kernel is worse than in {TABLE.name}"
     )
     group.add_argument("--update", action="store_true", help=f"write {TABLE.name}")
     return parser

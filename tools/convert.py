@@ -40,26 +40,34 @@ def build_parser() -> Parser:
     add(
         "source",
         metavar="SRC",
-        help="a checkpoint folder, a hub id, `tiny`, or a folder with those of all ranks, which are "
-        "joined; it is only read",
+        help="a checkpoint folder, a hub id, `tiny`, or a folder with the folders of all ranks, which "
+        "are joined; it is only read",
     )
     add("target", metavar="DST", type=Path, help="a folder that is empty or not there yet")
-    add("--to", choices=("mxfp4", "fp8", "bf16"), required=True)
+    add("--to", choices=("mxfp4", "fp8", "bf16"), required=True, help="the new format")
     add("--what", choices=WHAT,
-        help="default: experts (the trunk's) for mxfp4, all-linear for fp8, as published")  # fmt: skip
+        help="which matrices (default, as published: the trunk's experts for mxfp4, all-linear for "
+             "fp8)")  # fmt: skip
     add("--activations", choices=("mxfp4", "bf16"),
-        help="what mxfp4's claim says of them (default mxfp4, as AMD's; bf16: weights only)")  # fmt: skip
+        help="with --to mxfp4: what config.json says of activations (default: mxfp4, as AMD's; bf16: "
+             "only weights are quantised)")  # fmt: skip
     add(
-        "--tp", type=int, choices=SIZES, default=1, help="ranks: a folder for each (default: whole)"
+        "--tp",
+        type=int,
+        choices=SIZES,
+        default=1,
+        help="write a folder for each of so many ranks (default: one whole checkpoint)",
     )
     add(
-        "--keep-source", action="store_true", help="of a hub id: keep what is fetched, in its cache"
+        "--keep-source",
+        action="store_true",
+        help="keep the files that are fetched of a hub id, in its cache",
     )
     add("--shard-bytes", type=size, default=SHARD_BYTES, metavar="N",
-        help=f"of an output file, at most (default: 4GB). {SIZE_RULE}")  # fmt: skip
+        help=f"most bytes of an output file (default: 4GB). {SIZE_RULE}")  # fmt: skip
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true",
-        help="say what would be written, and touch nothing")  # fmt: skip
+        help="say what would be written, and write nothing")  # fmt: skip
     mode.add_argument("--verify", action="store_true",
         help="compare a finished DST with what SRC gives, bit for bit; a difference exits 1")  # fmt: skip
     add("--json", action="store_true", help="print the report as one JSON document")

@@ -57,17 +57,23 @@ def build_parser() -> Parser:
         "--config",
         default=PUBLISHED,
         metavar="NAME",
-        help=f"a published size (default {PUBLISHED})",
+        help=f"the model, by its published size (default: {PUBLISHED})",
     )
     add(
         "--ranks",
         type=at_least_one,
         default=8,
         metavar="N",
-        help="that share the experts (default 8)",
+        help="ranks that share the experts (default: 8)",
     )
-    add("--rows", type=int, default=4, metavar="N", help=f"1 to {MAX_ROWS} (default 4)")
-    add("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: both")
+    add(
+        "--rows",
+        type=int,
+        default=4,
+        metavar="N",
+        help=f"rows of the pass, 1 to {MAX_ROWS} (default: 4)",
+    )
+    add("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), help="(default: both)")
     add("--json", action="store_true", help="print one JSON document")
     return parser
 

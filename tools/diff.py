@@ -40,40 +40,46 @@ def build_parser() -> Parser:
         "Exit status 1 when a node differs.",
     )
     add = parser.add_argument
-    parser.add_model(f"of the reference: {CHECKPOINT}")
+    parser.add_model(f"the reference: {CHECKPOINT}")
     candidate = parser.add_argument_group("candidate (default: MODEL itself, in --dtype)")
     candidate.add_argument(
         "--swap", action="append", default=[], metavar="PATTERN=MODULE:CLASS",
-        help="replace the nodes that fit; CLASS, also FILE.py:CLASS, has from_reference(node); "
+        help="replace the nodes that fit by a CLASS with from_reference(node), or by FILE.py:CLASS; "
         "may be repeated",
     )  # fmt: skip
     against = "another checkpoint, a trace, or the same folder in the transformers library"
     candidate.add_argument("--against", metavar="MODEL|TRACE|transformers", help=against)
     candidate.add_argument(
-        "--dtype", choices=DTYPES, help="default: the checkpoint's own; bfloat16 for transformers"
+        "--dtype", choices=DTYPES, help="(default: the checkpoint's own; bfloat16 for transformers)"
     )
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT")
-    prompt.add_argument("--ids", metavar="IDS", help="token ids: 1,2,3")
+    prompt.add_argument("--prompt", metavar="TEXT", help="compare over the tokens of TEXT")
+    prompt.add_argument("--ids", metavar="IDS", help="compare over these token ids: 1,2,3")
     prompt.add_argument(
-        "--random", type=at_least_one, metavar="N", help="N random ids (default: 200)"
+        "--random", type=at_least_one, metavar="N", help="compare over N random ids (default: 200)"
     )
-    add("--seed", type=int, default=0, help="for --random (default: 0)")
+    add("--seed", type=int, default=0, help="seed of --random (default: 0)")
     add(
         "--decode",
         type=int,
         default=6,
         metavar="N",
-        help="decode the last N ids; the others are a prompt (default: 6)",
+        help="decode the last N ids; the others are the prompt (default: 6)",
     )
     add("--mode", choices=MODES,
-        help="local (default): nodes get the reference's inputs; free: their own side's, as always "
-             "with a trace or transformers")  # fmt: skip
+        help="local (default): every node gets the reference's inputs; free: those of its own side, "
+             "as always with a trace or transformers")  # fmt: skip
     add("--oracle", choices=("float32", "float64"), default="float32",
         help="dtype of the reference that all are compared with (default: float32)")  # fmt: skip
-    add("--device", type=device, default="cpu", metavar="D", help="of all sides (default: cpu)")
+    add(
+        "--device",
+        type=device,
+        default="cpu",
+        metavar="D",
+        help="device of all sides (default: cpu)",
+    )
     add("--layers", metavar="A-B", help="compare these layers only, as in 0-3")
-    add("--report", type=Path, metavar="FILE", help="also write a page, as HTML")
+    add("--report", type=Path, metavar="FILE", help="also write the report as an HTML page")
     add_ranks(parser)
     add("--json", action="store_true", help="print one JSON document")
     return parser

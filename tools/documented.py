@@ -314,8 +314,13 @@ def build_parser() -> Parser:
     parser = Parser("python -m tools.documented", __doc__ or "", computes=False)
     add = parser.add_argument
     add("--run", nargs="+", choices=KINDS, default=[], metavar="KIND",
-        help="; ".join(f"{kind}: {what}" for kind, what in KINDS.items()))  # fmt: skip
-    add("--page", choices=pages(), metavar="PAGE", help="as in docs/fast.md (default: all)")
+        help=f"run these; {'; '.join(f'{kind}: {what}' for kind, what in KINDS.items())}")  # fmt: skip
+    add(
+        "--page",
+        choices=pages(),
+        metavar="PAGE",
+        help="only this page, as in docs/fast.md (default: all)",
+    )
     add("--json", action="store_true", help="print one JSON document")
     return parser
 

@@ -40,8 +40,15 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("prompt", help="the text to continue")
     parser.add_model(f"{CHECKPOINT}; a small one", alone=False)
-    add("--max-new-tokens", type=int, default=8, metavar="N")
-    add("--draft-tokens", type=int, default=3, metavar="K", help="drafts of the MTP head a round")
+    add("--max-new-tokens", type=int, default=8, metavar="N",
+        help="most tokens to generate (default: 8)")  # fmt: skip
+    add(
+        "--draft-tokens",
+        type=int,
+        default=3,
+        metavar="K",
+        help="drafts of the MTP head per round (default: 3)",
+    )
     add("--moe-kernel", choices=KERNELS, default="triton", help="as in qwen35.generate")
     add("--check", action="store_true", help="also run the reference, and compare the tokens")
     add("--json", action="store_true", help="print one JSON document")

@@ -93,8 +93,9 @@ def build_parser() -> Parser:
     add("--hits", type=at_least_one, metavar="N",
         help="try N lengths of a prompt's part in the prefix cache, spread from the shortest to the "
              "longest (default: every multiple of 64)")  # fmt: skip
-    add("--new-tokens", type=at_least_one, default=12, metavar="N")
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("--new-tokens", type=at_least_one, default=12, metavar="N",
+        help="tokens of each continuation (default: 12)")  # fmt: skip
+    add("--dtype", choices=DTYPES, help="dtype of the model (default: the checkpoint's own)")
     add("--device", type=device, default="cpu", metavar="D")
     add("--path", choices=PATHS, default="reference",
         help="fast: also list where its tokens first differ from the reference's")  # fmt: skip

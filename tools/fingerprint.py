@@ -211,7 +211,8 @@ def of_folder(folder: Path) -> str:
 def build_parser() -> Parser:
     parser = Parser("python -m tools.fingerprint", "Print one SHA-256 for each kind of output.")
     add = parser.add_argument
-    add("--checkout", type=Path, default=ROOT, metavar="DIR", help="default: this one")
+    add("--checkout", type=Path, default=ROOT, metavar="DIR",
+        help="the checkout whose outputs are hashed (default: this one)")  # fmt: skip
     add("--only", nargs="+", choices=KINDS, default=KINDS, help="kinds of output (default: all)")
     add("--json", action="store_true", help="print one JSON document")
     return parser

@@ -95,11 +95,11 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--prefix-cache", type=Path, metavar="DIR",
-        help="instead of MODEL: the folder of a prefix cache, and what it holds",
+        help="describe the folder of a prefix cache instead of MODEL",
     )  # fmt: skip
     parser.add_argument(
         "--nodes", action="store_true",
-        help="instead: the tree of the nodes that loading builds, with classes, shapes and dtypes",
+        help="show instead the tree of the nodes that loading builds, with classes, shapes and dtypes",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

@@ -52,15 +52,20 @@ def build_parser() -> Parser:
     parser = Parser("python -m tools.project", __doc__ or "")
     add = parser.add_argument
     add("--config", default=PUBLISHED, metavar="NAME",
-        help=f"a published size (default {PUBLISHED})")  # fmt: skip
-    add("--tp", type=at_least_one, default=8, metavar="N", help="ranks that share it (default 8)")
-    add("--drafts", type=int, default=3, choices=range(len(TOKENS_A_ROUND)))
+        help=f"the model, by its published size (default: {PUBLISHED})")  # fmt: skip
+    add("--tp", type=at_least_one, default=8, metavar="N", help="ranks that share it (default: 8)")
+    add("--drafts", type=int, default=3, choices=range(len(TOKENS_A_ROUND)),
+        help="drafts per round (default: 3)")  # fmt: skip
     add(
-        "--context", type=at_least_zero, default=10_000, metavar="T", help="tokens before the round"
+        "--context",
+        type=at_least_zero,
+        default=10_000,
+        metavar="T",
+        help="tokens before the round (default: 10,000)",
     )
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     add("--load-ns", type=at_least_one, default=int(MI355X.load_ns), metavar="NS",
-        help=f"how long a load from memory takes (default {MI355X.load_ns:.0f})")  # fmt: skip
+        help=f"how many ns a load from memory takes (default: {MI355X.load_ns:.0f})")  # fmt: skip
     add("--measured", type=Path, metavar="FILE", help="check the model with these times of an H200")
     add("--json", action="store_true", help="print one JSON document")
     return parser

@@ -20,18 +20,23 @@ READ = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*
 def build_parser() -> Parser:
     parser = Parser("python -m tools.tokenize", "Show the ids of a text, and what each stands for.")
     add = parser.add_argument
-    add("text", nargs="?", metavar="TEXT", help="in which a control token's written form is one")
+    add(
+        "text",
+        nargs="?",
+        metavar="TEXT",
+        help="the text; in it the written form of a control token stands for that token",
+    )
     add("--file", metavar="FILE", help="read the text from FILE, - for standard input")
-    add("--decode", metavar="IDS", help="the other way: what these ids stand for, as in 1,2,3")
+    add("--decode", metavar="IDS", help="show what these ids stand for, as in 1,2,3")
     add("--messages", metavar="FILE",
-        help="a conversation: a JSON list of {role, content}, as in a request")  # fmt: skip
+        help="read a conversation from FILE: a JSON list of {role, content}")  # fmt: skip
     add("--chat", action="store_true",
         help="the text is a user's message: show the prompt that the template makes of it")  # fmt: skip
     add("--system", metavar="TEXT", help="with --chat: the system message, which comes first")
     add("--thinking", action=argparse.BooleanOptionalAction,
-        help="of a conversation: whether to think (default: the chat template decides)")  # fmt: skip
+        help="with a conversation: whether to think (default: the chat template decides)")  # fmt: skip
     add("--model", default="tiny", metavar="DIR|HUB_ID",
-        help="whose tokenizer (default: the embedded one, `tiny`)")  # fmt: skip
+        help="the checkpoint with the tokenizer (default: `tiny`, the embedded model)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON document")
     return parser
 

@@ -20,22 +20,25 @@ def build_parser() -> Parser:
     add = parser.add_argument
     parser.add_model(default=None)
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT")
-    prompt.add_argument("--ids", metavar="IDS", help="token ids: 1,2,3")
+    prompt.add_argument("--prompt", metavar="TEXT", help="trace a pass over the tokens of TEXT")
+    prompt.add_argument("--ids", metavar="IDS", help="trace a pass over these token ids: 1,2,3")
     prompt.add_argument(
-        "--show", type=Path, metavar="FILE", help="statistics of a saved trace; no model is loaded"
+        "--show",
+        type=Path,
+        metavar="FILE",
+        help="print statistics of a saved trace, without a model",
     )
-    add("--node", metavar="GLOB", help="with --show: only these nodes, each with a histogram")
+    add("--node", metavar="GLOB", help="with --show: print only these nodes, each with a histogram")
     add(
         "--pattern",
         default="*",
         metavar="GLOB",
-        help="which nodes, as in 'layers.3.*' (default: all)",
+        help="trace these nodes, as in 'layers.3.*' (default: all)",
     )
-    add("--locals", action="store_true", help="also the named locals of each node's forward")
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("--locals", action="store_true", help="also trace the named locals of each node's forward")
+    add("--dtype", choices=DTYPES, help="dtype of the model (default: the checkpoint's own)")
     add("--device", type=device, metavar="D", help="where it runs (default: cpu)")
-    add("-o", "--output", type=Path, metavar="FILE")
+    add("-o", "--output", type=Path, metavar="FILE", help="write the trace to FILE")
     add("--json", action="store_true", help="print what was written as one JSON document")
     return parser
 
