@@ -1,5 +1,5 @@
-"""One launch of a kernel as a value: to be run, compiled for an absent card, or emulated. This one is
-Triton's; `hip.HipLaunch` is that of a HIP kernel."""
+"""One launch of a kernel as a value: to be run, compiled for an absent card, or emulated. `Launch` is for
+Triton's kernels, `hip.HipLaunch` for HIP's."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -54,7 +54,7 @@ class Launch:
 
     @property
     def alternatives(self) -> int:
-        """The hot loop's code has so many bodies for each one that a pass executes; 0 without a loop."""
+        """How many bodies the code of the hot loop has, of which a pass executes one; 0 without a loop."""
         return 1
 
     def bytes_of_a_wave(self, num_warps: int) -> float:

@@ -51,7 +51,7 @@ class Step:
         self.model, self.drafts = model, drafts
         self.ranks = model.layers[0].ranks
         ranks = 1 if self.ranks is None else self.ranks.size
-        # Of a rank's part of a model: its rows, for the ids from `first` on.
+        # In a rank's part of a model these are its rows, for the ids from `first` on.
         self.table = model.embed_tokens.weight
         self.head = in_bf16(model.lm_head)
         self.vocab = vocab or ranks * len(self.head)
@@ -84,8 +84,8 @@ class Step:
         last one, [D].
 
         More than FEW of them are a pass of `prompt`, where there is one; others are passes of 8 rows.
-        before: the hidden state of the token before them, or None at the beginning of a prompt. There is
-        room for 7 positions after them, which a last pass may overwrite.
+        before: the hidden state of the token before them, or None at the beginning of a prompt. The
+        buffers need room for 7 positions after them, because a last pass that is not full writes there.
         """
         way = self.tail if self.prompt is None or len(ids) <= FEW else self.prompt
         hidden = way.extend(ids, before, self.length)

@@ -27,6 +27,7 @@ from qwen35.step_decoder import (
     Passes,
     Rounds,
     StepDecoder,
+    check_depth,
     finish_prompt,
     prepared,
     runs_as_step,
@@ -141,6 +142,7 @@ class Generation:
             raise InputError(
                 f"draft_tokens = {self.draft_tokens}, but the checkpoint has no MTP head"
             )
+        check_depth(self.model, self.draft_tokens)
         rows = self.model.config.vocab_size
         ids = min(self.sampling.vocab or rows, rows)
         if self.logprobs is not None and not 0 <= self.logprobs <= ids:

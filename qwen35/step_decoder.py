@@ -11,6 +11,7 @@ from fast.prompt import ROOMS, Prompt
 from fast.step import Step, is_fast
 from fast.target import MAX_ROWS
 from qwen35.cache import Cache, KVCache
+from qwen35.errors import InputError
 from qwen35.finite import NotFiniteError
 from qwen35.sampling import Sampling, Seen, choose, penalized, uniform
 from qwen35.speculative import DraftStats
@@ -92,6 +93,15 @@ def runs_as_step(model: Model, depth: int) -> bool:
     fast."""
     on_gpu = model.embed_tokens.weight.device.type == "cuda"
     return on_gpu and depth < MAX_ROWS and is_fast(model, depth)
+
+
+def check_depth(model: Model, depth: int) -> None:
+    """InputError if only the depth keeps a model's rounds from running as one graph."""
+    if depth >= MAX_ROWS and runs_as_step(model, MAX_ROWS - 1):
+        raise InputError(
+            f"draft_tokens = {depth}; expected at most {MAX_ROWS - 1}, which the fast path verifies in "
+            "one pass"
+        )
 
 
 def prepared(model: Model, length: int, depth: int, sampling: Sampling, room: int) -> "Rounds":

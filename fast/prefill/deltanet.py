@@ -15,7 +15,7 @@ from fast.target import GRID
 
 TOKENS = 16  # tokens that one program convolves
 COLUMNS = 1024  # columns of a row that one program writes to the ring
-FEW = 2048  # columns of all value heads' memories
+FEW = 2048  # up to so many columns of memory (HV * V), `scan` takes the tiles "scan few"
 
 
 def work(
@@ -48,7 +48,7 @@ def work(
     sizes = {"H": H, "HV": HV, "K": K, "V": V}
     shape = " ".join(f"{name}={size}" for name, size in sizes.items())
 
-    # Few columns of memory would keep few processors busy, so that each program takes fewer of them.
+    # With few columns of memory, too few programs would run, so each program takes fewer columns.
     scanning = tiles(target, "scan few" if HV * V <= FEW else "scan", BLOCK_V=V)
 
     def launch(name: str, grid: tuple[int, int], arguments: dict[str, Any]) -> Launch:

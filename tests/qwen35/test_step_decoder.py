@@ -5,6 +5,8 @@ import pytest
 
 from fast.target import MAX_ROWS
 from qwen35 import step_decoder
+from qwen35.errors import InputError
+from qwen35.generation import Generation
 from qwen35.load import load
 from qwen35.sampling import Sampling
 
@@ -21,3 +23,17 @@ def test_there_is_room_for_a_round_and_for_the_last_pass_over_a_tail(
     step_decoder.prepared(load("tiny"), 1022, depth, Sampling(), room)
     assert asked[0] >= 1022 + MAX_ROWS - 1
     assert asked[0] >= 1022 + room + 1 + depth
+
+
+@pytest.mark.parametrize("depth", [MAX_ROWS, 100])
+def test_a_depth_that_alone_keeps_the_rounds_from_the_fast_path_is_refused(
+    monkeypatch: pytest.MonkeyPatch, depth: int
+):
+    """They would run as the reference's rounds in silence. On the reference's path any depth is right."""
+    model = load("tiny")
+    Generation(model, [1, 2], 4, Sampling(), frozenset(), depth)
+    monkeypatch.setattr(step_decoder, "runs_as_step", lambda model, depth: depth < MAX_ROWS)
+    said = f"draft_tokens = {depth}; expected at most 7, which the fast path verifies in one pass"
+    with pytest.raises(InputError, match=said):
+        Generation(model, [1, 2], 4, Sampling(), frozenset(), depth)
+    Generation(model, [1, 2], 4, Sampling(), frozenset(), MAX_ROWS - 1)

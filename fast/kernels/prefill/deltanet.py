@@ -114,8 +114,8 @@ def _inverse(lower, i, j):
     i [CHUNK, 1] and j [1, CHUNK] are its indices. The inverses of the diagonal blocks are known for
     blocks of one row. Each step doubles the blocks: the inverse of ((A, 0), (C, B)) is ((A', 0),
     (-B' C A', B')) with the inverses A' and B'. The products of the steps have fp16 inputs. Therefore
-    one step of Newton's method follows: X + X (1 - (1 + lower) X), where the bracket is small, and needs
-    fp32 precision only inside.
+    one step of Newton's method follows: X + X (1 - (1 + lower) X). The bracket is small: it is computed
+    with fp32 precision, the product with it is not.
     """
     one = tl.where(i == j, 1.0, 0.0)
     inverse = one
