@@ -54,7 +54,7 @@ class Launch:
 
     @property
     def alternatives(self) -> int:
-        """The bodies that the code of the hot loop has, of which a pass executes one; 0 without a loop."""
+        """The bodies of the hot loop in the code, of which a pass executes one; 0 without a loop."""
         return 1
 
     def bytes_of_a_wave(self, num_warps: int) -> float:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,16 @@ from fast.layer import DecoderLayer
 from fast.mtp import MTP
 from fast.prefill import layer as prefill_layer
 from fast.state import State
-from fast.step import FEW, Step
+from fast.step import FEW, Step, is_fast
+from qwen35 import generation, step_decoder
 from qwen35.cache import Cache
 from qwen35.generation import Generation, prefill
 from qwen35.load import load
+from qwen35.prefix.cache import PrefixCache
 from qwen35.sampling import Sampling
 from qwen35.step_decoder import GraphPasses, Passes
 from qwen35.tokenizer import Tokenizer
+from reference.linear import GRID
 from reference.model import Model
 from tests.fast.test_step import On, rounds
 from tests.support.prefill_nodes import Poisoned
@@ -66,13 +70,13 @@ def ids(slow: Model) -> list[int]:
     return found
 
 
+def emulated_run(work: Iterable[Work], device: torch.device) -> None:
+    emulate(work)
+
+
 @pytest.fixture(autouse=True)
 def in_the_emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every pass, with buffers that hold NaN and invalid indices at first, and one room for all."""
-
-    def emulated_run(work: Iterable[Work], device: torch.device) -> None:
-        emulate(work)
-
     for module in (graph, prefill_layer):
         monkeypatch.setattr(module, "run", emulated_run)
     monkeypatch.setattr("fast.mtp.run", emulated_run)
@@ -137,6 +141,55 @@ def test_a_pass_with_more_room_than_rows_has_the_bits_of_a_pass_by_the_model(
     mine = cache.snapshot()
     for name, tensor in plain.snapshot().items():
         assert torch.equal(mine[name], tensor), name
+
+
+def test_a_pass_of_more_rows_than_all_rooms_runs_by_the_model_in_the_same_memory(
+    slow: Model, quick: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """Then a captured pass continues it."""
+    for module in (prompt, step_decoder):
+        monkeypatch.setattr(module, "ROOMS", (64,))
+    step, text = Step(quick, 192, 0), ids + ids
+    cache, plain = step.state.cache(slow.config), slow.new_cache()
+    asked: list[int] = []
+    by_model = Model.forward
+
+    def noted(model: Model, ids: Tensor, cache: Cache) -> Tensor:
+        asked.append(ids.shape[1])
+        return by_model(model, ids, cache)
+
+    monkeypatch.setattr(Model, "forward", noted)
+    settings: Any = {"chunk": 128, "draft": False}
+    hidden = prefill(quick, text[:128], cache, **settings, passes=passes(step))
+    hidden = prefill(quick, text[:160], cache, **settings, hidden=hidden, passes=passes(step))
+    assert asked == [128]
+    by_itself = prefill(quick, text[:160], plain, **settings, passes=Passes(quick))
+    assert torch.equal(hidden, by_itself)
+    step.take(cache)
+    mine = content(step.state, slow)
+    for name, tensor in plain.snapshot(mtp=False).items():
+        assert torch.equal(mine[name], tensor), name
+
+
+def test_a_generation_whose_prompt_and_rounds_share_their_memory(
+    slow: Model, quick: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """Without a prefix cache, with an empty one, and with a hit: the same tokens and logits."""
+    for module in (generation, step_decoder):
+        monkeypatch.setattr(module, "runs_as_step", is_fast)
+    monkeypatch.setattr("fast.step.run", emulated_run)
+    kept = PrefixCache(quick, budget=1 << 40)
+    found: list[Generation] = []
+    for cache in (None, kept, kept):
+        one = Generation(
+            quick, ids, 3, Sampling(), frozenset(), 0, GRID, prefix_cache=cache, digest=True
+        )
+        assert len([*one]) == 3 and one.path == "fast"
+        found.append(one)
+    assert [one.cached_tokens for one in found] == [0, 0, WHOLE]
+    assert len({(*one.token_ids, one.logits_sha256) for one in found}) == 1
+    result = Generation(slow, ids, 3, Sampling(), frozenset(), 0)
+    assert [token for token, _ in result] == found[0].token_ids
 
 
 def test_a_snapshot_stays_as_it_is_when_the_next_pass_runs(

@@ -197,3 +197,35 @@ def test_the_table_has_the_references_angles() -> None:
     state = State.empty(CONFIG, 30, 0, CPU)
     theirs = rope_table(CONFIG.rotary_dim, CONFIG.rope_theta, 30, CPU)
     assert torch.equal(state.cosine, theirs[0]) and torch.equal(state.sine, theirs[1])
+
+
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_a_cache_in_the_states_own_memory(kv_cache_dtype: str) -> None:
+    """It is empty whatever it held before. What goes into it lies where the rounds look for it."""
+    state = State.empty(CONFIG, 80, 3, CPU, kv_cache_dtype)
+    state.take(filled(41, kv_cache_dtype, seed=1))
+    for one in (one for one in state.layers if isinstance(one, Delta)):
+        one.projected.fill_(3.0)
+        one.states.fill_(4.0)
+    cache = state.cache(CONFIG)
+    assert_alike(cache, Cache.empty(CONFIG, torch.bfloat16, kv_cache_dtype=kv_cache_dtype))
+    given = filled(64, kv_cache_dtype)
+    cache.restore([given.snapshot()], 64)
+    assert_alike(cache, given)
+    kept = cache.snapshot()
+    state.take(cache)
+    plain = State.empty(CONFIG, 80, 3, CPU, kv_cache_dtype)
+    plain.take(given)
+    back, other = filled(1, kv_cache_dtype), filled(1, kv_cache_dtype)
+    state.give(back)
+    plain.give(other)
+    assert_alike(back, given)
+    assert_alike(other, given)
+    assert state.starts.tolist() == plain.starts.tolist() == [64, 63, 64, 65]
+    later = filled(64, kv_cache_dtype, seed=2)
+    for mine, its in zip(cache.layers, later.layers, strict=True):
+        if isinstance(mine, DeltaState):
+            mine.take(*its.tensors().values())
+    deltas = [name for name in kept if name.endswith(("conv", "recurrent"))]
+    assert all(torch.equal(kept[name], given.snapshot()[name]) for name in deltas)
+    assert all(torch.equal(cache.snapshot()[name], later.snapshot()[name]) for name in deltas)
