@@ -262,19 +262,21 @@ def test_columns_of_a_row(size: int) -> None:
     rows, first = 3, 5
     N = first + 2 * size
     logits, out = random(1, rows, N), torch.full((rows, size), torch.nan).bfloat16()
+    filled = number_of_rows(out)
     launched(
-        activate, (rows,), logits=logits, out=out, rows=rows, N=N, FIRST=first, I=size, BLOCK=32
+        activate, (rows,), logits=logits, out=out, filled=filled, N=N, FIRST=first, I=size, BLOCK=32
     )
     gate, up = logits[:, first:].bfloat16().double().split(size, 1)
     assert torch.allclose(out.double(), gate * gate.sigmoid() * up, rtol=1e-2, atol=1e-6)
 
     by_pair, weights = random(2, 2 * rows, size).bfloat16(), random(3, rows, 2)
-    place = torch.arange(2 * rows - 1, -1, -1)
+    place = torch.arange(2 * rows - 1, -1, -1, dtype=torch.int32)
     residual, shared = (random(seed, rows, size).bfloat16() for seed in (4, 5))
     out = torch.full((rows, size), torch.nan).bfloat16()
     launched(
         combine, (rows, -(-size // 32)), by_pair=by_pair, place_of_pair=place, weights=weights,
-        logits=logits, shared=shared, residual=residual, out=out, rows=rows, N=N, D=size, TOP_K=2,
+        logits=logits, shared=shared, residual=residual, out=out, filled=filled, N=N, D=size,
+        TOP_K=2,
         GATE=0, HAS_SHARED=True, HAS_RESIDUAL=True, BLOCK=32,
     )  # fmt: skip
     pairs = by_pair[place].double().view(rows, 2, size)

@@ -123,6 +123,19 @@ def test_a_prompt_in_the_steps_memory_and_the_rounds_behind_it(
     assert [token, *text] == [t for t, _ in result]
 
 
+def test_a_prompt_without_a_whole_block(slow: Model, quick: Model, ids: list[int]):
+    """The MTP head has no row for its first token, which no hidden state precedes."""
+    step, own = Step(quick, 64, 1), slow.new_cache()
+    step.take(step.state.cache(slow.config))
+    found = step.extend(ids[: FEW + 1], None)
+    by_reference = prefill(slow, ids[: FEW + 1], own, chunk=64, draft=True)[0, 0]
+    assert (found - by_reference).norm() <= 0.05 * by_reference.norm()
+    held = content(step.state, slow)
+    for name, tensor in own.snapshot().items():
+        assert held[name].shape == tensor.shape
+        assert (held[name].float() - tensor.float()).norm() <= 0.05 * tensor.float().norm(), name
+
+
 def test_a_pass_with_more_room_than_rows_has_the_bits_of_a_pass_by_the_model(
     slow: Model, quick: Model, ids: list[int]
 ):
