@@ -146,45 +146,50 @@ MODULES = {
         "test_verify -k 'dry_run or verifies or tied or first_difference or damage"
         " or source_that_changed or own_format'"
     ),
-    "weights/words.py": "test_words",
+    "weights/words.py": "test_words fast/test_mxfp4",
     "fast/allreduce.py": "test_allreduce",
     "fast/attention.py": (
-        "test_attention test_forward test_layer"
-        " -k 'other_head_counts or refused or parts3 or e4m3 and 0.01-8 or self_attn or six'"
+        "test_attention test_forward test_layer test_rows"
+        " -k 'other_head_counts or refused or parts3 or e4m3 and 0.01-8 or self_attn or six"
+        " or test_rows or pieces_are'"
     ),
-    "fast/catalogue.py": "test_step qwen35/test_paths",
+    "fast/catalogue.py": "test_catalogue",
     "fast/configs.py": "test_configs",
     "fast/deltanet.py": (
-        "test_deltanet test_forward test_layer -k 'other_sizes or other_head or published or rejected"
+        "test_deltanet test_forward test_layer test_rows"
+        " -k 'other_sizes or other_head or published or rejected or test_rows"
         " or slots or gradients or begins_where or refused or linear_attn or six'"
     ),
     "fast/hip.py": "test_hip -k 'not sources_compile'",
     "fast/hip_compiler.py": "test_hip -k 'not sources_compile'",
     "fast/launch.py": "test_launch",
     "fast/layer.py": (
-        "test_layer test_forward test_allreduce -k 'test_layer or test_forward or looked_up'"
+        "test_layer test_forward test_allreduce test_rows"
+        " -k 'test_layer or test_forward or looked_up or test_rows'"
     ),
     "fast/linear.py": (
-        "test_layer test_deltanet test_block_sizes"
-        " -k 'product or take_turns or six or picked or four_projections or test_deltanet and 27B'"
+        "test_linear test_layer test_deltanet test_block_sizes"
+        " -k 'test_linear or product or take_turns or six or picked or four_projections"
+        " or test_deltanet and 27B'"
     ),
     "fast/moe.py": (
-        "test_moe test_layer test_forward -k 'refused or swapp or device_decides or kept"
+        "test_moe test_layer test_forward test_rows -k 'refused or swapp or device_decides or kept"
         " or codes or padded or shuffled or nearest or not_in_the_table or limits or twice and 0.01"
         " or divide and 384 or bf16_and or test_layer and (27B or six or gradients)"
-        " or one_block or called_as or test_moe and gradients'"
+        " or one_block or called_as or test_moe and gradients or test_rows'"
     ),
     "fast/moe_hip.py": (
         "test_moe_hip -k 'refused or sizes_of_slices or whole_block and not 1024-1024 or bytes_'"
     ),
-    "fast/mtp.py": "test_step",
+    "fast/mtp.py": "test_mtp test_step_launches -k 'test_mtp or own_tokens or ranks_with'",
     "fast/router.py": (
-        "test_router test_router_hip test_moe test_layer -k 'renormalised or ties_go or splits_do_not"
-        " or called_as or itself or powers or (stream and not bits and 5) or refuse or six'"
+        "test_router test_router_hip test_moe test_layer test_rows"
+        " -k 'renormalised or ties_go or splits_do_not or called_as or itself or powers"
+        " or (stream and not bits and 5) or refuse or six or test_rows'"
     ),
     "fast/shapes.py": "test_shapes",
     "fast/state.py": "test_state",
-    "fast/step.py": "test_step",
+    "fast/step.py": "test_step_launches",
     "fast/target.py": "test_target",
     "tools/gfx950/access.py": "test_access",
     "tools/gfx950/arrivals.py": "test_waits test_memory",

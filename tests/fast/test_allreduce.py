@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fast.allreduce import GATHER_PACKETS, AllReduce, Gathered, OneShot, Slots, exchange_of
+from fast.allreduce import GATHER_PACKETS, AllReduce, Gathered, OneShot, Slots, exchange_of, of
 from fast.kernels import embedding, head
 from fast.launch import Launch, Scratch, Work
 from fast.layer import embedded_part
@@ -209,6 +209,12 @@ def test_rows_that_no_kernel_takes_are_refused():
             summed(one_shot(0, 2), torch.zeros(1, D).bfloat16(), None, None)
 
 
+def test_as_many_columns_as_the_programs_of_a_launch_have():
+    exchange = Gathered(Group(0, 2))
+    work, _ = summed(exchange, torch.zeros(8, 16384).bfloat16(), None, None)
+    assert [one.grid for one in work if isinstance(one, Launch)] == [(8, 128, 1)]
+
+
 # ---- the group's exchange
 
 
@@ -233,6 +239,25 @@ def test_slots_without_memory():
     for slots in (exchange.sums, exchange.gathers):
         assert slots.epochs.device.type == "meta" and slots.epochs.dtype == torch.int32
         assert slots.epochs.shape == slots.of_ranks[0].shape[:1]
+        # Triton would take a smaller number to have 32 bits, and compile other code than for a card.
+        addresses = slots.arguments(1)["addresses"]
+        assert len(addresses) == 3 and min(addresses) >= 1 << 32
+
+
+@pytest.mark.parametrize(
+    ("device", "cards", "reachable", "expected"),
+    [("cuda:0", 2, True, True), ("cuda:0", 3, True, True), ("cuda:0", 1, True, False),
+     ("cuda:0", 2, False, False), ("cpu", 2, True, False)],
+)  # fmt: skip
+def test_cards_share_memory_where_each_rank_has_one_that_reaches_the_others(
+    device: str, cards: int, reachable: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: reachable)
+    made = object()
+    monkeypatch.setattr(OneShot, "connected", lambda ranks, device: made)
+    found = of(Group(0, 2), torch.device(device))
+    assert (found is made) is expected and isinstance(found, Gathered) is not expected
 
 
 def test_slots_that_cards_share(monkeypatch: pytest.MonkeyPatch):

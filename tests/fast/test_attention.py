@@ -100,6 +100,11 @@ def test_pieces_cover_the_context_once():
         ]  # fmt: skip
 
 
+def test_pieces_are_longer_where_more_heads_share_their_keys():
+    """As in the 27B (6 heads), the 4B and the 397B (16)."""
+    assert piece_sizes(6) == piece_sizes(4) < piece_sizes(16)
+
+
 def test_keys_come_back_from_their_buffers_bit_for_bit():
     what = a_pass("self_attn", 1, length=30)
     assert isinstance(what.state, KVCache)

@@ -17,6 +17,7 @@ from tests.fast import (
     test_faults_kinds,
     test_faults_mixers,
     test_faults_router_hip,
+    test_mxfp4,
 )
 from tests.fast.prefill import test_faults as test_faults_prefill
 from tests.tools.gfx950 import test_faults as test_faults_emulator
@@ -25,7 +26,7 @@ from tests.tools.gfx950 import test_faults_assembly
 COMPUTED = "what is computed"
 # The modules with the FAULTS that are planted in each place.
 PLACES = {
-    "Triton": (test_faults, test_faults_mixers, test_faults_prefill, test_faults_kinds),
+    "Triton": (test_faults, test_faults_mixers, test_faults_prefill, test_faults_kinds, test_mxfp4),
     "HIP": (test_faults_hip, test_faults_router_hip),
     "assembly": (test_faults_compiled, test_faults_assembly),
     "emulator": (test_faults_emulator,),
@@ -105,6 +106,9 @@ KINDS: dict[str, tuple[str, ...]] = {
         "keys without their scales",
         "values without their scales",
         "the scale of another position",
+        "scales of a span in the order of a file",
+        "scales of a prompt's words in another order",
+        "the scales of a prompt's first span alone",
         "a scale so large that small numbers lose bits",
         "a scale so small that large numbers have no e4m3",
         "new values without their scale",
@@ -120,6 +124,9 @@ KINDS: dict[str, tuple[str, ...]] = {
         "bytes of down in pairs exchanged",
         "bytes of codes in another order",
         "high nibble first in a prompt's experts",
+        "signs of the first pair lost",
+        "a rotation by one bit more",
+        "the last pair without its lowest bit",
         "nibbles swapped",
         "op_sel ignored",
     ),
@@ -135,6 +142,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "rows before position 0 taken from the ring",
         "rows before the pass left out",
         "columns read beyond the end of a row",
+        "rows of x that are not there in a product of words",
         "nobody chooses for the last rows",
         "only the first 64 pairs get their shares",
     ),

@@ -190,8 +190,7 @@ def _half(operand: Operand, kind: str, word: int, negate: bool, wide: bool) -> R
     one."""
     if wide:
         part = word if operand.kind != "constant" and operand.count > 1 else 0
-        base = None if operand.kind == "constant" else register(operand, part)
-        read = source(operand, kind, base)
+        read = source(operand, kind, register(operand, part))
     else:
         read = source(operand, kind, word=word)
     if not negate:

@@ -205,6 +205,7 @@ v_mov_b32_e32 v9, 7
 s_cmp_eq_u32 s24, 64
 s_cbranch_scc1 .L2
 s_barrier
+s_barrier
 """
         + number_of(4)
         + "\n.L2:"

@@ -218,7 +218,9 @@ def test_an_access_outside_of_an_array_quotes_its_line():
         code.run([data[:64]], (1, 1, 1), 1, 0)
     frozen = np.zeros(65, np.int32)
     frozen.flags.writeable = False
-    with pytest.raises(EmulatorError, match="read-only"):
+    with pytest.raises(
+        EmulatorError, match=r"^store into an array that is read-only, at: global_store_dword"
+    ):
         code.run([frozen], (1, 1, 1), 1, 0)
 
 

@@ -168,6 +168,10 @@ def open_reads(body: str) -> dict[str, list[str]]:
         LOW + FEW + "v_cmp_gt_u32_e64 s[10:11], 7, v9\ns_or_b64 s[12:13], vcc, s[10:11]\n" + ALL
         + SOME + STORE,
         "v_mov_b32_e32 v2, 0\nv_readlane_b32 s10, v2, 3\ns_mov_b32 s11, s10\n" + STORE,
+        # No lanes, and all of them by two masks that are full.
+        "s_mov_b64 exec, 0\n" + STORE,
+        FEW + "s_mov_b64 s[10:11], -1\ns_and_b64 exec, s[10:11], -1\nv_mov_b32_e32 v2, 0\n" + EXEC_ALL
+        + STORE,
     ],
 )  # fmt: skip
 def test_reads_that_the_text_proves(body: str) -> None:
@@ -186,6 +190,11 @@ def test_reads_that_the_text_proves(body: str) -> None:
         # Not all lanes are active on one of two ways.
         (IF + FEW + "s_and_saveexec_b64 s[8:9], vcc\n.L1:\nv_mov_b32_e32 v2, 0\n" + EXEC_ALL + STORE,
          "v2"),
+        # A mask of one lane, and two masks one of which is not full.
+        ("s_mov_b64 exec, 1\n" + STORE, "v2"),
+        (FEW + "s_and_b64 exec, vcc, -1\nv_mov_b32_e32 v2, 0\n" + EXEC_ALL + STORE, "v2"),
+        (FEW + "s_mov_b64 s[10:11], -1\ns_and_b64 exec, s[10:11], vcc\nv_mov_b32_e32 v2, 0\n"
+         + EXEC_ALL + STORE, "v2"),
         # A mask that was overwritten, or that may have other lanes.
         (LOW + FEW + ALL + "s_mov_b32 vcc_hi, 3\ns_and_saveexec_b64 s[10:11], vcc\n" + STORE, "v2"),
         (LOW + FEW + ALL + "s_cmp_eq_u32 s4, 0\ns_cselect_b64 s[10:11], vcc, -1\n"

@@ -79,7 +79,7 @@ def test_operands_that_are_refused() -> None:
     refused("v_add_u32_e32 v10, sext(v0), v1", r"^sext\(\) without a selected byte or word$")
     refused("v_cmp_eq_u32_e64 v10, v0, v1", "operand 'v10': a mask must go to SGPRs")
     refused("v_add_u32_e32 s10, v0, v1", "operand 's10': the result must go to VGPRs")
-    refused("v_pk_add_f16 v10, v0, v1 clamp", "clamp of a packed result is not emulated")
+    refused("v_pk_add_f16 v10, v0, v1 clamp", "^clamp of a packed result is not emulated$")
     refused(f"v_mov_b32_dpp v10, s0 row_shr:1 {MASKS}", "^DPP permutes a VGPR$")
     refused(f"v_mov_b32_dpp v10, v0 {MASKS}", "^DPP takes exactly one permutation$")
     refused(f"v_mov_b32_dpp v10, v0 row_bcast:7 {MASKS}", "^DPP row_bcast:7 is not known$")

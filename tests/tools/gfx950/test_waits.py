@@ -17,10 +17,10 @@ def kernel(body: str) -> Kernel:
     return Kernel(f"k:\n{lines}\n\ts_endpgm\n", "k")
 
 
-def run(body: str, *, num_warps: int = 1, lds: int = 0) -> list[int]:
+def run(body: str, *, num_warps: int = 1, lds: int = 0, workgroups: int = 1) -> list[int]:
     """The second array, of 64 numbers, after a run in which the first one holds 0, 1, 2, ..."""
     data, out = np.arange(128, dtype=np.int32), np.zeros(64, np.int32)
-    kernel(body).run([data, out], (1, 1, 1), num_warps, lds)
+    kernel(body).run([data, out], (workgroups, 1, 1), num_warps, lds)
     return out.tolist()
 
 
@@ -185,7 +185,9 @@ def test_another_wave_needs_a_barrier_after_the_wait() -> None:
 def test_a_wait_between_two_barriers() -> None:
     """The second barrier parts the accesses, the first one does not yet."""
     waits = ".L1:\ns_barrier\ns_waitcnt vmcnt(0)\ns_barrier\n"
-    assert run(FIRST_LOADS + waits + SECOND_READS, num_warps=2, lds=256) == list(range(64))
+    for workgroups in (1, 2):
+        found = run(FIRST_LOADS + waits + SECOND_READS, num_warps=2, lds=256, workgroups=workgroups)
+        assert found == list(range(64))
 
 
 def test_a_wave_waits_for_its_own_loads() -> None:
