@@ -247,14 +247,16 @@ class Completer:
             raise InputError(
                 f"{self.model.folder}: there is no tokenizer.json, so a prompt has to be given as ids"
             )
+        context = self.model.config.max_position_embeddings
         if isinstance(given, str):
-            return Prompt(self.tokenizer.encode(given), given)
+            return Prompt(self.tokenizer.encode(given, context=context), given)
         return self.tokenizer.chat(
             parse_messages(given),
             tools=parse_tools(tools),
             thinking=settings.thinking,
             template_kwargs=settings.chat_template_kwargs,
             allow_special_tokens=settings.allow_special_tokens,
+            context=context,
         )
 
     def complete(self, prompt: Prompt, settings: Settings) -> Completion:

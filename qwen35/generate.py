@@ -137,9 +137,11 @@ def main(args: argparse.Namespace) -> int:
     has_text = needs_text or (folder / "tokenizer.json").exists()
     tokenizer = Tokenizer(folder) if has_text else None
     if isinstance(prompt, list) or (prompt and tokenizer and not args.chat):
-        ids = prompt if isinstance(prompt, list) else tokenizer.encode(prompt)  # pyright: ignore
         # The prompt is checked before the weights are read, which may take minutes.
-        Config.from_file(folder / "config.json").check_prompt(ids, new_tokens=1)
+        config = Config.from_file(folder / "config.json")
+        context = config.max_position_embeddings
+        ids = prompt if isinstance(prompt, list) else tokenizer.encode(prompt, context=context)  # pyright: ignore
+        config.check_prompt(ids, new_tokens=1)
     model = _load(args, folder)
     load_s = time.perf_counter() - started
     at = args.break_at or 0

@@ -22,7 +22,13 @@ from tokenizers import Tokenizer as Backend
 from qwen35.config_json import read_object
 from qwen35.errors import InputError
 from qwen35.template import ChatTemplate, Marker
-from qwen35.tokenizer_limits import check_before_reading, check_lengths, no_failure
+from qwen35.tokenizer_limits import (
+    bytes_of_an_id,
+    check_before_reading,
+    check_lengths,
+    fewest_ids,
+    no_failure,
+)
 
 UNFINISHED = "\ufffd"  # the decoded form of an incomplete character
 WINDOW = 32  # most ids that a stream decodes at once while a character is unfinished
@@ -84,11 +90,31 @@ class Tokenizer:
         """The id of a token in its written form, such as `<|im_end|>`."""
         return self._backend.token_to_id(token)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text. The written form of a special token becomes that token."""
+    def encode(self, text: str, *, context: int | None = None) -> list[int]:
+        """The ids of a text. The written form of a special token becomes that token.
+
+        context: the most ids that a prompt and the first new token have together. InputError, before
+        seconds go by, for a text that is so long that it has more ids for certain. Other texts are not
+        checked.
+        """
+        self._check_length(text, context)
         _check_unicode(text)
         with no_failure(self._path):
             return self._backend.encode(text, add_special_tokens=False).ids
+
+    def _check_length(self, text: str, context: int | None) -> None:
+        if context is None or len(text) < context or self._bytes_of_an_id is None:
+            return
+        fewest = fewest_ids(text, self._bytes_of_an_id)
+        if fewest >= context:
+            raise InputError(
+                f"the prompt of {len(text)} characters has at least {fewest} tokens, the context "
+                f"{context}"
+            )
+
+    @cached_property
+    def _bytes_of_an_id(self) -> int | None:
+        return bytes_of_an_id(self._backend)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, without special tokens."""
@@ -131,6 +157,7 @@ class Tokenizer:
         thinking: bool | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         allow_special_tokens: bool = False,
+        context: int | None = None,
     ) -> Prompt:
         """The prompt of a conversation, up to where the assistant's answer begins.
 
@@ -139,6 +166,7 @@ class Tokenizer:
         template_kwargs: further variables of the template.
         allow_special_tokens: whether the written form of a control token inside a message becomes that
             token. Otherwise a message stays text, and only the template writes control tokens.
+        context: as in `encode`.
 
         InputError for a folder without a template, and for any error inside the template.
         """
@@ -154,6 +182,7 @@ class Tokenizer:
             with_tools=tools is not None,
         )
         text, pieces = (marked, None) if marker is None else marker.unmark(marked)
+        self._check_length(text, context)
         _check_unicode(text)
         ids = self.encode(text) if pieces is None else self._encode_pieces(pieces)
         return Prompt(ids, text, opens_thinking(marked))  # in a message `<think>` opens nothing

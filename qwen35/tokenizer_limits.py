@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from qwen35.errors import InputError
 
 MOST_GROWTH = 1000.0  # output characters per input character; NFKD has at most 18
 MOST_STEPS = 256  # normalizers or decoders
 LONGEST_TOKEN = 1000  # characters of an added token
+DECOMPOSED = (
+    4  # the most characters that NFC makes one of: Unicode's longest canonical decomposition
+)
 
 
 def check_before_reading(text: str, path: Path) -> None:
@@ -66,6 +71,56 @@ def check_lengths(backend: Tokenizer, folder: Path) -> None:
         raise InputError(
             f"{folder}: an added token has {longest} characters; expected at most {LONGEST_TOKEN}"
         )
+
+
+def bytes_of_an_id(backend: Tokenizer) -> int | None:
+    """The most bytes of a normalised text that one id stands for, where every byte is in some id.
+
+    So it is for byte-level BPE with nothing before it but NFC and splitting. None for all other
+    tokenizers: steps may remove text, unknown characters may be left out or share an id, and added
+    tokens may take white space with them.
+    """
+    if not isinstance(backend.model, BPE):
+        return None
+    document = json.loads(backend.to_str())
+    model, normalizer = document["model"], document["normalizer"]
+    vocab = backend.get_vocab(with_added_tokens=False)
+    added = backend.get_added_tokens_decoder().values()
+    keeps_all = (
+        not (model["continuing_subword_prefix"] or model["end_of_word_suffix"])
+        and vocab.keys() >= {*ByteLevel.alphabet()}
+        and len({*vocab.values()}) == len(vocab)  # by an id of two entries, merges could grow
+        and (normalizer is None or normalizer == {"type": "NFC"})
+        and _splits_bytes(document["pre_tokenizer"])
+        and not any(token.lstrip or token.rstrip for token in added)
+        and not any(_changes(backend, token.content) for token in added)  # nor such a token
+    )
+    if not keeps_all:
+        return None
+    # In the vocabulary a character stands for a byte.
+    return max(map(len, (*vocab, *(token.content for token in added))))
+
+
+def _changes(backend: Tokenizer, text: str) -> bool:
+    """Whether the normalizer changes a text."""
+    return backend.normalizer is not None and backend.normalizer.normalize_str(text) != text
+
+
+def _splits_bytes(part: Any) -> bool:
+    """Whether a pre-tokenizer makes a character of each byte, and removes nothing."""
+    if not isinstance(part, dict):
+        return False
+    steps = part["pretokenizers"] if part["type"] == "Sequence" else [part]
+    splits = [step for step in steps if step["type"] == "Split" and step["behavior"] == "Isolated"]
+    to_bytes = [step for step in steps if step["type"] == "ByteLevel"]
+    return bool(to_bytes) and len(splits) + len(to_bytes) == len(steps)
+
+
+def fewest_ids(text: str, most_bytes: int) -> int:
+    """A lower bound of the number of ids of a text, of which each stands for at most `most_bytes`
+    bytes."""
+    characters = len(text) if text.isascii() else math.ceil(len(text) / DECOMPOSED)
+    return math.ceil(characters / most_bytes)
 
 
 def inner(part: Any) -> list[Any] | None:

@@ -1,17 +1,24 @@
 """A tokenizer.json that would grow texts without end or panics is one line of bad input."""
 
+import json
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
 
 from qwen35.errors import InputError
+from qwen35.generate import build_parser, main
 from qwen35.load import TINY
 from qwen35.tokenizer import Tokenizer
-from qwen35.tokenizer_limits import growth, no_failure
+from qwen35.tokenizer_limits import DECOMPOSED, fewest_ids, growth, no_failure
 from tests.support.checkpoints import edit_json
+from tests.support.command import in_process
 
 TEXT = "a" * 40 + "b"
 
@@ -166,3 +173,145 @@ def test_merges_that_are_no_pairs_are_refused(folder: Path, merges: Any) -> None
     edit_json(folder / "tokenizer.json", model=model)
     with pytest.raises(InputError, match=r"tokenizer\.json: "):
         Tokenizer(folder)
+
+
+# ---- texts that are longer than the context for certain
+
+
+def bound(folder: Path, text: str) -> int:
+    most = Tokenizer(folder)._bytes_of_an_id
+    assert most is not None
+    return fewest_ids(text, most)
+
+
+# Of one, two, three and four bytes; marks that NFC joins with the letter before them, up to three.
+ALPHABET = "a e\nsth.1é漢👍\u0301\u0304\u0308\u0327\u0323αὀ\u0345\u1100\u1161\u11a8\u0958\u0f73"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from([*ALPHABET, "the ", "<|im_end|>", "α\u0313\u0300\u0345"]), max_size=40)
+)
+def test_a_text_has_no_fewer_ids_than_its_bound(parts: list[str]) -> None:
+    text = "".join(parts)
+    tokenizer = Tokenizer(TINY)
+    assert bound(TINY, text) <= len(tokenizer.encode(text))
+
+
+def test_the_bound_is_reached(folder: Path) -> None:
+    """By the longest token, and by a character that four characters are composed to."""
+    longest = max(Tokenizer(TINY)._backend.get_vocab(), key=len)
+    written = Tokenizer(TINY)
+    text = written.decode([written.id_of(longest)])  # pyright: ignore
+    assert len(text.encode()) == 15 and bound(TINY, text) == len(written.encode(text)) == 1
+    composed = "\u1f82"
+    assert len(unicodedata.normalize("NFD", composed)) == 4
+    edit_json(folder / "tokenizer.json", added_tokens=[{
+        "id": 1984, "content": composed, "normalized": True, "special": False,
+        "single_word": False, "lstrip": False, "rstrip": False,
+    }])  # fmt: skip
+    many = unicodedata.normalize("NFD", composed) * 60
+    assert len(many) == 240 and len(Tokenizer(folder).encode(many)) == 60
+    assert bound(folder, many) == 240 / 4 / 15
+
+
+def test_no_character_is_composed_of_more_than_four() -> None:
+    longest = max(len(unicodedata.normalize("NFD", chr(c))) for c in range(0x110000))
+    assert longest == DECOMPOSED
+
+
+def added(content: str, **flags: bool) -> list[dict[str, Any]]:
+    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return [{"id": 1984, "content": content, "special": False} | usual | flags]
+
+
+SPLIT = {"type": "Split", "pattern": {"Regex": "[0-9]+"}, "invert": False}
+TO_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*steps]}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": None},
+        {"pre_tokenizer": TO_BYTES},
+        sequence(SPLIT | {"behavior": "Isolated"}, TO_BYTES),
+        {"added_tokens": added("<x>", normalized=True, single_word=True)},
+    ],
+    ids=["no normalizer", "its own splitting", "isolated", "an added token"],
+)
+def test_other_tokenizers_whose_ids_stand_for_few_bytes(
+    folder: Path, changes: dict[str, Any]
+) -> None:
+    edit_json(folder / "tokenizer.json", **changes)
+    assert bound(folder, "x" * 150) == 10
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "NFKC"}},
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"normalizer": replacing({"Regex": "a+"}, "")},
+        {"normalizer": {"type": "Sequence", "normalizers": [replacing({"Regex": "a+"}, "a")]}},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        sequence(SPLIT | {"behavior": "Removed"}, TO_BYTES),
+        sequence(SPLIT | {"behavior": "Isolated"}),
+        sequence({"type": "WhitespaceSplit"}, TO_BYTES),
+        {"added_tokens": added("<x>", lstrip=True)},
+        {"added_tokens": added("<x>", rstrip=True)},
+        {"added_tokens": added("\u0958", normalized=True)},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}},
+    ],
+)
+def test_where_an_id_may_stand_for_any_text_nothing_is_known(
+    folder: Path, changes: dict[str, Any]
+) -> None:
+    """White space that goes with a token, text that goes, characters that no entry has."""
+    edit_json(folder / "tokenizer.json", **changes)
+    tokenizer = Tokenizer(folder)
+    assert tokenizer._bytes_of_an_id is None
+    assert tokenizer.encode("a" * 50, context=1) == tokenizer.encode("a" * 50)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"continuing_subword_prefix": "##"}, {"end_of_word_suffix": "</w>"}, {"vocab": {"xy": 5}}],
+    ids=["a prefix", "a suffix", "an id of two entries"],
+)
+def test_entries_that_do_not_stand_for_their_own_bytes(
+    folder: Path, change: dict[str, Any]
+) -> None:
+    path = folder / "tokenizer.json"
+    model = json.loads(path.read_text())["model"]
+    vocab = model["vocab"] | change.pop("vocab", {})
+    edit_json(path, model=model | {"vocab": vocab, "merges": []} | change)
+    assert Tokenizer(folder)._bytes_of_an_id is None
+
+
+def test_a_text_far_beyond_the_context_is_not_encoded() -> None:
+    """A text that may fit is: one id stands for up to 15 bytes."""
+    tokenizer = Tokenizer(TINY)
+    said = r"^the prompt of 15\d\d characters has at least 10\d tokens, the context 101$"
+    for call in (
+        lambda: tokenizer.encode("x" * 1501, context=101),
+        lambda: tokenizer.chat([{"role": "user", "content": "x" * 1501}], context=101),
+    ):
+        with pytest.raises(InputError, match=said):
+            call()
+    assert len(tokenizer.encode("x" * 1500, context=101)) == 1500
+
+
+def test_a_prompt_of_millions_of_characters_is_one_line_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Backend, "encode", lambda *_, **__: pytest.fail("it was encoded"))
+    cli = in_process(build_parser, main, capsys)
+    said = "the prompt of 500000 characters has at least 33334 tokens, the context 32768"
+    status, out, err = cli("x" * 500_000, "--path", "reference")
+    assert (status, out, err) == (2, "", f"python -m qwen35.generate: {said}\n")
