@@ -89,6 +89,7 @@ MODULES = {
         " or test_put_aside and (used or tied or head or frequencies) and not alone and not conversion'"
     ),
     "qwen35/swap.py": "test_swap test_user_file test_node_error",
+    "qwen35/tokenizer_limits.py": "test_tokenizer_limits",
     "qwen35/prefix/cache.py": (
         "test_budget test_cache test_folder_budget test_folder_foreign qwen35/test_kept"
         " qwen35/parallel/test_prefix"

@@ -56,6 +56,18 @@ def test_a_chain_that_grows_is_refused(folder: Path, chain: list[Any], times: st
     )
 
 
+def test_a_chain_may_make_a_thousand_of_one(folder: Path) -> None:
+    chain = [replacing({"String": "a"}, "a" * 10)] * 3
+    edit_json(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": chain})
+    assert len(Tokenizer(folder).encode("a")) == 1000
+
+
+def test_a_tokenizer_without_added_tokens(folder: Path) -> None:
+    edit_json(folder / "tokenizer.json", added_tokens=[])
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert len(Tokenizer(folder).encode(TEXT)) == 40  # "ab" is one
+
+
 def test_a_decoder_that_grows_is_refused(folder: Path) -> None:
     chain = [replacing({"String": "a"}, "a" * 20)] * 3
     edit_json(folder / "tokenizer.json", decoder={"type": "Sequence", "decoders": chain})
@@ -292,6 +304,16 @@ def test_entries_that_do_not_stand_for_their_own_bytes(
     vocab = model["vocab"] | change.pop("vocab", {})
     edit_json(path, model=model | {"vocab": vocab, "merges": []} | change)
     assert Tokenizer(folder)._bytes_of_an_id is None
+
+
+def test_a_byte_that_only_an_added_token_is_written_as(folder: Path) -> None:
+    """The model leaves it out of a text."""
+    path = folder / "tokenizer.json"
+    model = json.loads(path.read_text())["model"]
+    model["vocab"]["another entry"] = model["vocab"].pop("Q")
+    edit_json(path, model=model | {"merges": []}, added_tokens=added("Q", single_word=True))
+    tokenizer = Tokenizer(folder)
+    assert len(tokenizer.encode("QQQQx")) == 1 and tokenizer._bytes_of_an_id is None
 
 
 def test_a_text_far_beyond_the_context_is_not_encoded() -> None:
