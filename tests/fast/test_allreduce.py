@@ -253,7 +253,11 @@ def test_cards_share_memory_where_each_rank_has_one_that_reaches_the_others(
     device: str, cards: int, reachable: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda own, other: reachable)
+
+    def reaches(own: torch.device, other: int) -> bool:
+        return reachable and own.index != other
+
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", reaches)
     made = object()
     monkeypatch.setattr(OneShot, "connected", lambda ranks, device: made)
     found = of(Group(0, 2), torch.device(device))
@@ -263,15 +267,17 @@ def test_cards_share_memory_where_each_rank_has_one_that_reaches_the_others(
 def test_slots_that_cards_share(monkeypatch: pytest.MonkeyPatch):
     """This rank's are its own memory, cleared before any rank sends."""
     happened: list[str] = []
+    everyone = object()
 
     class Shared:
         """The slots of every rank as this one addresses them."""
 
         def __init__(self, own: Tensor, group: Any) -> None:
+            assert group is everyone
             self.dtype = own.dtype
 
         def get_buffer(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            assert dtype == self.dtype
+            assert dtype == self.dtype == torch.int64
             return torch.full(shape, rank, dtype=dtype)
 
     class Counting(Group):
@@ -279,9 +285,11 @@ def test_slots_that_cards_share(monkeypatch: pytest.MonkeyPatch):
             happened.append("all ranks")
             return super().exchange(value)
 
-    def empty(*shape: int, **settings: Any) -> Tensor:
-        return torch.full(shape, -1, **settings)
+    def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        assert dtype is torch.int64
+        return torch.full(shape, -1, dtype=dtype, device=device)
 
+    monkeypatch.setattr("torch.distributed.group", SimpleNamespace(WORLD=everyone))
     monkeypatch.setattr("torch.distributed._symmetric_memory.empty", empty)
     monkeypatch.setattr("torch.distributed._symmetric_memory.rendezvous", Shared)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append("cleared"))

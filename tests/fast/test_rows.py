@@ -17,7 +17,7 @@ from fast.allreduce import Gathered
 from fast.launch import Scratch, Work
 from fast.layer import DecoderLayer
 from fast.linear import Norm, Stream
-from fast.moe import MLP, SparseMoeBlock
+from fast.moe import MLP, Experts, SparseMoeBlock
 from fast.router import Router
 from qwen35.parallel.nodes import Summed
 from tests.support.coded_model import Turns
@@ -45,9 +45,16 @@ def test_more_than_eight_rows_of_a_sequence_take_a_prompts_kernels(
         return given[2] + 1
 
     monkeypatch.setattr(module, "prefilled", prefilled)
-    monkeypatch.setattr(module, "run", lambda work, device: asked.append((FEW, len(work), device)))
+
+    def run(work: list[Any], device: torch.device) -> None:
+        asked.append((FEW, len(work), device))
+        given = [value for launch in work for value in launch.arguments.values()]
+        assert {value.device for value in given if isinstance(value, Tensor)} == {CPU}
+
+    monkeypatch.setattr(module, "run", run)
     x, state = what.x[None], what.state.copy()
-    out = node(x, state)
+    with torch.device("meta"):  # all buffers lie where the rows do
+        out = node(x, state)
     assert out.shape == x.shape
     launches = {"attention": 4, "deltanet": 3, "layer": 1 + 3 + 3}[kind]
     if rows <= 8:
@@ -156,6 +163,15 @@ def test_the_entry_of_a_kernels_own_shape_is_taken(
     assert entry.items() <= launch.arguments.items()
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_attention_is_named_by_its_cache(fp8: bool):
+    what = a_pass("self_attn", 3, fp8=fp8)
+    node = fast_node(what.node)
+    own, start, rope = node.begin(what.x[None], what.state.copy())
+    names = [launch.name for launch in node.launches(what.x, own, start, rope, Scratch(CPU))[0]]
+    assert names[1] == "attend H=8 G=2 K=32" + " FP8" * fp8
+
+
 # ---- the parts of a layer
 
 
@@ -239,3 +255,16 @@ def test_a_part_of_a_layer_says_which():
     assert layer.extra_repr() == "" and layer.ranks is None
     layer.ranks = Turns(1, 4, [{} for _ in range(4)])
     assert layer.extra_repr() == "rank 1 of 4, turns all-reduce"
+
+
+@pytest.mark.parametrize(("fp4", "kind"), [(True, "MXFP4"), (False, "bf16")])
+@pytest.mark.parametrize("target", ["gfx950", "sm_90"])
+def test_experts_overlap_on_hopper_alone_and_say_what_they_hold(target: str, fp4: bool, kind: str):
+    """On Hopper down begins before gate-up has ended, and waits in the kernel for its results."""
+    experts = Experts(2, 256, 128, target, CPU, fp4=fp4)
+    assert experts.extra_repr() == f"2 of 256 -> 128 -> 256, {kind}, {target}"
+    x, ids = torch.zeros(1, 256).bfloat16(), torch.zeros(1, 1, dtype=torch.int32)
+    work, _ = experts.launches(x, ids, torch.ones(1, 1), Scratch(CPU))
+    on_hopper = target == "sm_90"
+    assert [launch.arguments["OVERLAP"] for launch in work] == [on_hopper, on_hopper]
+    assert [launch.options.get("launch_pdl", False) for launch in work] == [False, on_hopper]
