@@ -18,9 +18,7 @@ from qwen35.errors import InputError
 MOST_GROWTH = 1000.0  # output characters per input character; NFKD has at most 18
 MOST_STEPS = 256  # normalizers or decoders
 LONGEST_TOKEN = 1000  # characters of an added token
-DECOMPOSED = (
-    4  # the most characters that NFC makes one of: Unicode's longest canonical decomposition
-)
+DECOMPOSED = 4  # the most characters that NFC joins to one: Unicode's longest decomposition
 
 
 def check_before_reading(text: str, path: Path) -> None:
