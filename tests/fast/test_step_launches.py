@@ -12,8 +12,9 @@ import torch
 pytest.importorskip("triton")
 
 from fast import configs
+from fast.graph import Pass, captured
 from fast.launch import Launch, Work
-from fast.step import Pass, Step, captured, is_fast
+from fast.step import Step, is_fast
 from qwen35.cache import E4M3, Cache
 from qwen35.errors import InputError
 from tests.support.coded_model import (
@@ -246,7 +247,7 @@ def test_what_is_not_fast_and_what_is_too_deep_is_refused():
 
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fast.step.run", lambda work, device: in_turn(work))
+    monkeypatch.setattr("fast.graph.run", lambda work, device: in_turn(work))
 
 
 @pytest.mark.usefixtures("on_the_cpu")
@@ -332,7 +333,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         ran.extend(names(work))
 
     monkeypatch.setattr(Launch, "__call__", launched)
-    monkeypatch.setattr("fast.step.run", run)
+    for module in ("step", "graph"):
+        monkeypatch.setattr(f"fast.{module}.run", run)
     yield ran
     gc.enable()
 
@@ -343,6 +345,7 @@ def on_a_card(drafts: int) -> Step:
     step.table = SimpleNamespace(device=torch.device("cuda"))  # pyright: ignore
     for part in (step, step.tail.trunk, *filter(None, [step.tail.mtp])):
         part.work = [one for one in part.work if isinstance(one, Launch)]
+    step.prompt = None  # its passes need whole layers
     return step
 
 
@@ -360,10 +363,45 @@ def test_a_round_and_the_passes_of_a_tail_are_run_and_then_captured(drafts: int,
     assert len(card) == ran, "it is prepared once"
     step.report[0] = 1
     assert step.round() == step.report.tolist() and len(card) == ran
-    step.tail.run([3], None, 0)
+    step.tail.extend([3], None, 0)
     assert [part.graph.replayed for part in (step, *passes)] == [1, 1, 0][: 1 + len(passes)]  # pyright: ignore
-    step.tail.run([3], hidden(1), 4)
+    step.tail.extend([3], hidden(1), 4)
     assert passes[-1].graph.replayed == (1 if drafts else 2)  # pyright: ignore
+
+
+@pytest.mark.usefixtures("card")
+def test_the_passes_of_a_prompt_are_prepared_with_a_step():
+    step, prepared = on_a_card(1), list[str]()
+    step.prompt = SimpleNamespace(prepare=lambda: prepared.append("prompt"))  # pyright: ignore
+    step.prepare()
+    step.prepare()
+    assert prepared == ["prompt"]
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_longer_tail_is_one_pass_of_the_prompts_where_there_are_such_passes():
+    """Where there are none, as in a rank's part of a model, it is passes of eight rows."""
+    step, asked = one(0), list[tuple[int, Any, int]]()
+    assert step.prompt is not None and coded_ranks_have_no_prompt()
+
+    def extend(ids: list[int], before: Any, first: int) -> Any:
+        asked.append((len(ids), before, first))
+        return hidden(5)
+
+    step.prompt = SimpleNamespace(extend=extend)  # pyright: ignore
+    ids = [(37 * i + 11) % VOCABULARY for i in range(49)]
+    before = step.extend(ids[:24], None)
+    assert not asked and step.length == 24
+    assert torch.equal(step.extend(ids[24:], before), hidden(5))
+    assert asked == [(25, before, 24)] and step.length == 49 and step.state.starts[0] == 49
+    step = one(0)
+    step.prompt = None
+    assert torch.equal(step.extend(ids, None), hidden(read(ids)[-1]))
+
+
+def coded_ranks_have_no_prompt() -> bool:
+    parts = coded_ranks(TARGET, weight_of_head(), 2)
+    return all(Step(part, 64, 0).prompt is None for part in parts)
 
 
 def test_without_a_card_nothing_is_prepared_and_a_round_runs_its_work(card: list[str]):
@@ -397,6 +435,6 @@ def test_a_pass_runs_on_its_device_until_it_is_a_graph(monkeypatch: pytest.Monke
     def run(work: list[Work], device: torch.device) -> None:
         where.append((len(work), device.type))
 
-    monkeypatch.setattr("fast.step.run", run)
+    monkeypatch.setattr("fast.graph.run", run)
     Pass([lambda: None], torch.device("meta")).run()
     assert where == [(1, "meta")]

@@ -127,10 +127,11 @@ def _linear(a: Any, blocks: int, *rest: int) -> None:
 
 def _prefill_linear(a: Any, blocks: int, *rest: int) -> None:
     assert rest == (1, 1) and not a.ACTIVATED
-    assert blocks == math.ceil(a.rows / a.BLOCK_M) * math.ceil(a.N / a.BLOCK_N)
-    exact = _lines(a.x, a.K)[: a.rows].float() @ _lines(a.weight, a.K).float().T
-    beside = _lines(a.residual, a.N)[: a.rows].float() if a.HAS_RESIDUAL else 0
-    _lines(a.out, a.N)[: a.rows] = (exact + beside).to(a.out.dtype)
+    rows = int(a.filled[0])
+    assert blocks == math.ceil(len(a.x) / a.BLOCK_M) * math.ceil(a.N / a.BLOCK_N)
+    exact = _lines(a.x, a.K)[:rows].float() @ _lines(a.weight, a.K).float().T
+    beside = _lines(a.residual, a.N)[:rows].float() if a.HAS_RESIDUAL else 0
+    _lines(a.out, a.N)[:rows] = (exact + beside).to(a.out.dtype)
 
 
 def _head(a: Any, blocks: int, *rest: int) -> None:
