@@ -1,5 +1,6 @@
 """How a kernel starts, branches, meets barriers and ends, in a few lines of assembly each."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -268,3 +269,20 @@ def test_waves_may_sleep_for_a_while() -> None:
     for seed in (None, 0):
         found = whole(kernel, np.zeros(1, np.int32), warps=2, seed=seed)
         assert found.by_mnemonic["s_sleep"] == 30
+
+
+@pytest.mark.parametrize("branch", ["", "s_cbranch_vccnz .L2\n"], ids=["", "with a branch"])
+def test_two_waves_that_sleep_for_ever_are_told(branch: str) -> None:
+    """Each in a loop of its own, also where a branch that is not taken lies on the way back."""
+    loop = ".L{0}:\ns_sleep 1\n" + branch + "s_branch .L{0}\n"
+    body = "s_mov_b64 vcc, 0\nv_readfirstlane_b32 s24, v0\ns_cmp_eq_u32 s24, 64\n"
+    kernel = code(f"{body}s_cbranch_scc1 .L3\n{loop.format(1)}{loop.format(3)}.L2:")
+    with pytest.raises(EmulatorError, match="all waves that are left wait in their sleep"):
+        whole(kernel, np.zeros(1, np.int32), warps=2, limit=500_000)
+
+
+def test_numbers_that_are_no_numbers_give_no_warning() -> None:
+    body = "v_mov_b32_e32 v2, 0x7f800000\nv_sub_f32_e32 v3, v2, v2\nv_rcp_f32_e32 v4, 0"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole(code(body), np.zeros(1, np.int32))

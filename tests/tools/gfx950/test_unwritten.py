@@ -25,15 +25,15 @@ REST = (
 )
 
 
-def run(body: str, flag: int = 0) -> list[int]:
-    """The second array, of 64 numbers, after a run with two waves; the flag is the first array's only
-    number."""
+def run(body: str, flag: int = 0, warps: int = 2) -> list[int]:
+    """The second array, of 64 numbers, after a run with two waves or so; the flag is the first array's
+    only number."""
     lines = "\n".join(
         line if line.endswith(":") else f"\t{line}" for line in (BEGIN + body).strip().splitlines()
     )
-    out = np.zeros(128, np.int32)
+    out = np.zeros(64 * warps, np.int32)
     code = Kernel(f"k:\n{lines}\n\ts_endpgm\n", "k")
-    code.run([np.array([flag], np.int32), out], (1, 1, 1), 2, 1024)
+    code.run([np.array([flag], np.int32), out], (1, 1, 1), warps, 1024)
     return out[:64].tolist()  # the first wave's
 
 
@@ -122,6 +122,15 @@ def test_two_branches_that_depend_on_one_number() -> None:
     """The text alone does not tell that v2 is only read where it has been written."""
     assert run(WRITTEN_IF_SET) == [0] * 64
     assert run(WRITTEN_IF_SET, flag=1) == [5] * 64
+
+
+@pytest.mark.parametrize("warps", [1, 2, 4])
+def test_a_scalar_that_is_written_on_one_way_alone(warps: int) -> None:
+    body = WRITTEN_IF_SET.replace("v_mov_b32_e32 v2, 5", "s_mov_b32 s9, 5")
+    body = body.replace(STORE, "v_mov_b32_e32 v2, s9\n" + STORE)
+    assert run(body, 1, warps) == [5] * 64
+    with pytest.raises(EmulatorError, match="s9, which nothing has written"):
+        run(body.replace("s_cbranch_scc1 .L2", "s_cbranch_scc0 .L2"), 0, warps)
 
 
 # ---- what the text alone tells, so that nothing has to be checked while the kernel runs

@@ -161,6 +161,8 @@ def test_sdwa() -> None:
     ):  # fmt: skip
         line = f"v_or_b32_sdwa v10, v0, v1 dst_sel:{place} dst_unused:UNUSED_{{}} {sources}"
         assert result(line.format("PAD"), 0x12345678, 0) == pad
+        others = after(line.format("PAD"), 0x12345678, 0).vgpr
+        assert (others[0] == 0x12345678).all() and not others[1].any()
         assert result(line.format("PRESERVE"), 0x12345678, 0) == kept
 
 
