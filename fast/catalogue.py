@@ -1,6 +1,7 @@
 """The launches of every kernel at the sizes of the published model, to be compiled, not run: their
 tensors have no memory."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -115,8 +116,9 @@ def _works(model: Any, config: Config, ranks: int, device: torch.device) -> Iter
     if ranks not in (RANKS[0], RANKS[-1]):
         return  # a prompt's kernels have the same blocks on any number of ranks
     x = torch.empty(PREFILL_ROWS, config.hidden_size, dtype=torch.bfloat16, device=device)
-    for before in (0, CAPACITY - PREFILL_ROWS):  # the keys are one piece, or several
-        cache = Cache.empty(config, torch.bfloat16, device)
+    # The keys are one piece, or several.
+    for before, dtype in itertools.product((0, CAPACITY - PREFILL_ROWS), KV_CACHE_DTYPES):
+        cache = Cache.empty(config, torch.bfloat16, device, kv_cache_dtype=dtype)
         cache.reserve(before + PREFILL_ROWS)
         for layer, state in zip(model.layers, cache.layers, strict=True):
             if isinstance(state, KVCache):
