@@ -147,7 +147,7 @@ class GatedAttention(nn.Module):
     def begin(self, x: Tensor, cache: KVCache) -> tuple[Keys, Tensor, tuple[Tensor, Tensor]]:
         """The reference's cache as this node reads it, the position at which a pass then begins, and
         RoPE's table."""
-        cache.grow(cache.length + x.shape[1])
+        cache.reserve(cache.length + x.shape[1])
         own = Keys.over(cache)
         rope = rope_table(self.rotary, self.rope_theta, own.keys.shape[1], x.device)
         return own, torch.full((1,), cache.length, dtype=torch.int32, device=x.device), rope

@@ -115,6 +115,7 @@ class MTP(nn.Module):
         if B > 1 or T <= MAX_ROWS:
             return self.many(embeds, hidden, cache)
         scratch, mixer = Scratch(embeds.device), cast(GatedAttention, self.layer.mixer)
+        cache.grow(cache.length + T)
         own, start, rope = mixer.begin(embeds, cache)
         span = Span.of(start, embeds[0], cache.length + T)
         work, out = self.prompt_work(embeds[0], hidden[0], own, span, rope, scratch)

@@ -27,6 +27,7 @@ class Prompt:
 
     def __init__(self, model: Any, table: Tensor, state: State) -> None:
         self.model, self.table, self.state = model, table, state
+        self.scratch = Scratch(table.device)
         self.passes: dict[int, PromptPass] = {}
 
     def prepare(self) -> None:
@@ -68,7 +69,7 @@ class Prompt:
     def _room(self, rows: int) -> "PromptPass":
         room = next(room for room in ROOMS if room >= rows)
         if room not in self.passes:
-            self.passes[room] = PromptPass(self.model, self.table, self.state, room)
+            self.passes[room] = PromptPass(self.model, self.table, self.state, room, self.scratch)
         return self.passes[room]
 
 
@@ -79,13 +80,15 @@ class PromptPass:
     normed [room, D] bf16: the result of the trunk. All layers share the buffers between them.
     """
 
-    def __init__(self, model: Any, table: Tensor, state: State, room: int) -> None:
+    def __init__(
+        self, model: Any, table: Tensor, state: State, room: int, scratch: Scratch
+    ) -> None:
         device, D = table.device, table.shape[1]
         self.ids = torch.zeros(room, dtype=torch.int64, device=device)
         self.start = torch.zeros(1, dtype=torch.int32, device=device)
         self.filled = torch.ones(1, dtype=torch.int32, device=device)
         self.hidden = torch.zeros(room, D, dtype=torch.bfloat16, device=device)
-        span, scratch = Span(self.start, self.filled, state.capacity), Scratch(device)
+        span = Span(self.start, self.filled, state.capacity)
         rope: Rope = state.cosine, state.sine
         x = scratch("prompt rows", room, D)
 

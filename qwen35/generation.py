@@ -264,7 +264,10 @@ class Generation:
                     self.model, ids, cache, hidden=hidden, stops=reuse.stops,
                     at_stop=lambda end, h: kept.keep(reuse, cache, h, end, draft=draft), **settings,
                 )  # fmt: skip
+            turn = rounds.turn if rounds is not None else 0
             yield cache, hidden
+            if rounds is not None:
+                rounds.check_turn(turn)  # what is kept are views of its memory
             kept.finish(reuse, self.prompt)
         finally:
             kept.release(reuse)

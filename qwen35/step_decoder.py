@@ -45,15 +45,16 @@ class StepDecoder:
         self.model, self.sampling, self.stop = model, sampling, stop
         self.length = length  # positions that the trunk has computed
         self.newest = token
-        self.rounds = rounds
+        self.rounds, self.turn = rounds, rounds.turn
         self.rounds.step.begin(token, hidden[0, 0])
         self.rounds.begin(self.length, sampling.seed, seen)
 
     def round(self, limit: int) -> list[tuple[int, Tensor]]:
         """Return up to `limit` next tokens, each with the logits [V] it was picked from.
 
-        NotFiniteError if logits are NaN or infinite.
+        NotFiniteError if logits are NaN or infinite. InputError if another sequence has begun.
         """
+        self.rounds.check_turn(self.turn)
         step = self.rounds.step
         if self.length + 1 + step.drafts > step.state.capacity:
             step = self._grown()
@@ -85,6 +86,7 @@ class StepDecoder:
         self.rounds.step.take_over(old.step)
         self.rounds.begin(self.length, self.sampling.seed, None)
         self.rounds.anywhere, self.rounds.generated = old.anywhere, old.generated
+        self.turn = self.rounds.turn
         return self.rounds.step
 
 
@@ -184,6 +186,7 @@ class Rounds:
             torch.zeros(V, dtype=torch.int32, device=device) for _ in range(2)
         )
         self.serves = depth, self.sampling
+        self.turn = 0  # how many sequences have begun
         self.uniforms = torch.zeros(capacity + 1, dtype=torch.float64, device=device)
         self.row = torch.arange(1 + depth, device=device)
         if sampling.temperature or sampling.has_penalties:
@@ -191,8 +194,17 @@ class Rounds:
             step.work = step.launches([self._choose], after)
 
     def cache(self) -> Cache:
-        """An empty cache for the whole blocks of a prompt, in the step's own memory."""
+        """An empty cache for the whole blocks of a prompt, in the step's own memory. A new sequence
+        begins with it, and the one before ends."""
+        self.turn += 1
         return self.step.state.cache(self.step.model.config)
+
+    def check_turn(self, turn: int) -> None:
+        """InputError if another sequence has begun since `turn`, since it has overwritten the memory."""
+        if turn != self.turn:
+            raise InputError(
+                "another generation has begun on this model; the fast path has one at a time in memory"
+            )
 
     def passes(self) -> Passes:
         """How the prompt's passes run."""

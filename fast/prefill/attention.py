@@ -108,6 +108,9 @@ def reads(
             },
             options(config),
         )  # fmt: skip
+        launches.append(attend)
+        if pieces == 1:
+            break
         is_last = first + count == pieces
         join = Launch(
             f"prefill join {shape}{' last' if is_last else ''}",
@@ -116,5 +119,5 @@ def reads(
             {**common, "first": first, "pieces": count, "LAST": is_last, "BLOCK": TOKENS},
             {"num_warps": 4},
         )
-        launches += [attend, join] if pieces > 1 else [attend]
+        launches.append(join)
     return launches

@@ -28,8 +28,11 @@ def on_state(
 ) -> tuple[list[Work], Tensor]:
     """The work of a pass over x [N, D] bf16, with the function `work` of a mixer or of a layer, and its
     output. The last of the work advances the reference's `state`."""
-    N, mixer = len(x), getattr(node, "mixer", node)
-    end = N + (state.length if isinstance(state, KVCache) else 0)
+    end = N = len(x)
+    mixer = getattr(node, "mixer", node)
+    if isinstance(state, KVCache):
+        end = state.length + N
+        state.grow(end)
     own, start, rope = mixer.begin(x[None], state)
     todo, out = work(node, x, own, Span.of(start, x, end), rope, scratch)
     if isinstance(state, KVCache):

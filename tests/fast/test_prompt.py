@@ -20,6 +20,7 @@ from fast.state import State
 from fast.step import FEW, Step, is_fast
 from qwen35 import generation, step_decoder
 from qwen35.cache import Cache
+from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import load
 from qwen35.prefix.cache import PrefixCache
@@ -203,6 +204,29 @@ def test_a_generation_whose_prompt_and_rounds_share_their_memory(
     assert len({(*one.token_ids, one.logits_sha256) for one in found}) == 1
     result = Generation(slow, ids, 3, Sampling(), frozenset(), 0)
     assert [token for token, _ in result] == found[0].token_ids
+
+
+def test_a_generation_that_another_one_has_overwritten_ends(
+    slow: Model, quick: Model, ids: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """With a line, in its rounds as well as before its prompt would be kept."""
+    for module in (generation, step_decoder):
+        monkeypatch.setattr(module, "runs_as_step", is_fast)
+    monkeypatch.setattr("fast.step.run", emulated_run)
+    kept = PrefixCache(quick, budget=1 << 40)
+    first, second, third = (
+        iter(Generation(quick, ids[:count], 9, Sampling(), frozenset(), 0, prefix_cache=cache))
+        for count, cache in ((WHOLE, kept), (3, None), (4, None))
+    )
+    next(first), next(second)
+    said = "another generation has begun on this model"
+    with pytest.raises(InputError, match=said):
+        next(first)
+    assert not kept.store.segments()
+    next(second), next(third)
+    with pytest.raises(InputError, match=said):
+        next(second)
+    next(third)
 
 
 def test_a_snapshot_stays_as_it_is_when_the_next_pass_runs(

@@ -60,7 +60,7 @@ def test_more_than_eight_rows_of_a_sequence_take_a_prompts_kernels(
     if rows <= 8:
         assert asked == [(FEW, launches, CPU)]
         return
-    work = module.work if kind == "layer" else module.prefill.work
+    work = module.on_layer if kind == "layer" else module.prefill.work
     assert torch.equal(out, x + 1)
     assert len(asked) == 1 and asked[0][0] == MANY
     assert all(a is b for a, b in zip(asked[0][1:], (work, node, x, state), strict=True))
@@ -114,10 +114,9 @@ def test_a_feed_forward_and_a_router_count_the_rows_of_all_sequences(
         assert not asked and ran == [({"router": 1, "block": 3, "mlp": 2}[kind], CPU)]
         return
     assert ran == [(0, CPU)]
-    ((asked_node, given, scratch),) = asked
-    assert (
-        asked_node is node and torch.equal(given, x.view(rows, D)) and isinstance(scratch, Scratch)
-    )
+    ((asked_node, given, filled, scratch),) = asked
+    assert asked_node is node and torch.equal(given, x.view(rows, D))
+    assert filled.tolist() == [rows] and isinstance(scratch, Scratch)
     if kind == "router":
         assert out[0].dtype == torch.int64 and torch.equal(out[1], torch.ones(2))
     else:
