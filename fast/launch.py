@@ -96,9 +96,9 @@ def _parameters(kernel: Any) -> tuple[tuple[str, bool], ...]:
 
 
 def _specialised(value: Any, is_constexpr: bool) -> Any:
-    """What the compiled code depends on of an argument, or more than that. Triton specialises pointers
-    and integers that are a multiple of 16, integers that are 1 or need 64 bits, and (AMD) tensors below
-    2 GiB."""
+    """Return all that the compiled code depends on in an argument, and perhaps more. Triton specialises
+    pointers and integers that are a multiple of 16, integers that are 1 or need 64 bits, and (AMD)
+    tensors below 2 GiB."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0, value.numel() * value.itemsize < 2**31
     if isinstance(value, tuple):

@@ -1,7 +1,7 @@
 """The passes of a prompt over a step's own state, as captured graphs.
 
-A pass of few rows would wait for the host, which starts a thousand launches. So there are passes with
-room for several numbers of rows. The device has the rows' positions and their number.
+Without a graph, a pass of few rows waits for the host, which starts a thousand launches. There is one
+graph for each of several sizes. It reads the first position and the number of rows from the device.
 """
 
 from collections.abc import Sequence
@@ -55,8 +55,8 @@ class Prompt:
         chosen.mtp.run()
 
     def extend(self, ids: Sequence[int], before: Tensor | None, first: int) -> Tensor:
-        """Both, for tokens from position `first` on. Returns the trunk's hidden state of the last, [D].
-        before: that of the token before them, or None at the beginning of a prompt."""
+        """Run trunk and MTP head over tokens from position `first` on. Returns the trunk's hidden state
+        of the last, [D]. before: the hidden state of the token before them, or None at the start."""
         computed = self.trunk(ids, first).clone()
         if self.state.mtp is not None:
             skipped = before is None
@@ -88,7 +88,8 @@ class PromptPass:
         self.start = torch.zeros(1, dtype=torch.int32, device=device)
         self.filled = torch.ones(1, dtype=torch.int32, device=device)
         self.hidden = torch.zeros(room, D, dtype=torch.bfloat16, device=device)
-        span = Span(self.start, self.filled, state.capacity)
+        self.end = state.capacity
+        span = Span(self.start, self.filled, self.end)
         rope: Rope = state.cosine, state.sine
         x = scratch("prompt rows", room, D)
 
@@ -110,6 +111,7 @@ class PromptPass:
 
     def place(self, ids: Sequence[int], first: int) -> None:
         """Prepare for these tokens, from position `first` on."""
+        assert len(ids) <= len(self.ids) and first + len(ids) <= self.end
         values = torch.tensor([first, len(ids)], dtype=torch.int32).to(self.start.device)
         self.start.copy_(values[:1])
         self.filled.copy_(values[1:])

@@ -56,7 +56,7 @@ class Keys:
 
     def take(self, cache: KVCache, length: int) -> None:
         """Copy the first `length` positions of the reference's cache, if they are not in this memory."""
-        if cache.k.data_ptr() == self.keys.data_ptr():
+        if self.is_memory_of(cache):
             return
         for held, given in zip(self._held(), cache.buffers().values(), strict=True):
             held[:, :length] = given[0, :, :length]
@@ -65,6 +65,10 @@ class Keys:
         """Replace the content of the reference's cache by the first `length` positions."""
         cache.length = 0
         cache.take(*(held[None, :, :length] for held in self._held()))
+
+    def is_memory_of(self, cache: DeltaState | KVCache) -> bool:
+        """Whether a cache of the reference lies in this memory."""
+        return isinstance(cache, KVCache) and cache.k.data_ptr() == self.keys.data_ptr()
 
     def cache(self) -> KVCache:
         """A cache of the reference in this memory, without positions."""
@@ -106,7 +110,12 @@ class Delta:
         )
 
     def take(self, state: DeltaState, length: int) -> None:
-        """Copy the reference's state after `length` tokens."""
+        """Copy the reference's state after `length` tokens, if it is not in this memory."""
+        if (
+            isinstance(state, HeldDelta)
+            and state.recurrent.data_ptr() == self.states[-1].data_ptr()
+        ):
+            return
         taps, columns = state.conv.shape[1:]
         for place, row in zip(self._places(length, taps), state.conv[0], strict=True):
             self.projected[place, :columns] = row
@@ -219,8 +228,8 @@ class State:
         self.place(length)
 
     def cache(self, config: Config) -> Cache:
-        """A cache of the reference in this state's own memory, for the whole blocks of a prompt. It is
-        empty. `take` copies nothing from it."""
+        """Return an empty cache of the reference in this state's own memory, for the whole blocks of a
+        prompt. `take` leaves its content where it is."""
         taps = config.linear_conv_kernel_dim - 1
         layers: list[DeltaState | KVCache] = [
             own.cache(taps, config.conv_dim) if isinstance(own, Delta) else own.cache()

@@ -165,14 +165,15 @@ class Generation:
         limit = min(self.max_new_tokens, room)
         at_once = min(limit, AT_ONCE)
         started = time.perf_counter()
-        rounds = None
+        rounds, turn = None, 0
         if self.path == "fast":  # kernels are compiled before the timing begins
             rounds = prepared(
                 self.model, len(self.prompt), self.draft_tokens, self.sampling, at_once
             )
+            turn = rounds.take_turn()
             self.prepare_s, started = time.perf_counter() - started, time.perf_counter()
         bits = hashlib.sha256()
-        with self._computed(rounds) as (cache, hidden):
+        with self._computed(rounds, turn) as (cache, hidden):
             logits = self.model.lm_head(hidden)[0, 0]  # [V]
             check_finite(logits, len(self.prompt), ())
             seen = None
@@ -186,7 +187,7 @@ class Generation:
                 "sampling": self.sampling, "stop": self.stop, "seen": seen,
             }  # fmt: skip
             if rounds is not None:
-                decoder = StepDecoder(self.model, rounds, len(self.prompt), **settings)
+                decoder = StepDecoder(self.model, rounds, len(self.prompt), turn=turn, **settings)
             else:
                 decoder = Decoder(self.model, cache, **settings)
             self.draft = decoder.stats
@@ -217,7 +218,7 @@ class Generation:
             yield token, logits
 
     @contextmanager
-    def _computed(self, rounds: Rounds | None) -> Iterator[tuple[Cache, Tensor]]:
+    def _computed(self, rounds: Rounds | None, turn: int) -> Iterator[tuple[Cache, Tensor]]:
         """Compute the prompt. Yield its cache and the hidden state of its last token, [1, 1, D].
 
         With rounds, the cache ends after the last whole block, and the rounds compute the rest of the
@@ -225,16 +226,17 @@ class Generation:
         """
         length = len(self.prompt)
         whole = length if rounds is None else length // GRID * GRID
-        with self._reused(self.prompt[:whole], rounds) as (cache, hidden):
+        with self._reused(self.prompt[:whole], rounds, turn) as (cache, hidden):
             if rounds is not None:
                 hidden = finish_prompt(rounds, cache, self.prompt[whole:], hidden)
                 self.progress(length - whole)
+                rounds.check_turn(turn)
             assert hidden is not None, "a prompt has at least one token"
             yield cache, hidden
 
     @contextmanager
     def _reused(
-        self, ids: list[int], rounds: Rounds | None
+        self, ids: list[int], rounds: Rounds | None, turn: int
     ) -> Iterator[tuple[Cache, Tensor | None]]:
         """Yield the cache of the first tokens of the prompt and the hidden state of the last of them,
         [1, 1, D], or None if there are none. At the end of the block, new segments are stored in the
@@ -264,7 +266,6 @@ class Generation:
                     self.model, ids, cache, hidden=hidden, stops=reuse.stops,
                     at_stop=lambda end, h: kept.keep(reuse, cache, h, end, draft=draft), **settings,
                 )  # fmt: skip
-            turn = rounds.turn if rounds is not None else 0
             yield cache, hidden
             if rounds is not None:
                 rounds.check_turn(turn)  # what is kept are views of its memory

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fast.prompt import ROOMS, Prompt
+from fast.state import Delta
 from fast.step import Step, is_fast
 from fast.target import MAX_ROWS
 from qwen35.cache import Cache, KVCache
@@ -24,8 +25,9 @@ KEPT = "_rounds"  # the attribute of a model with its last step
 class StepDecoder:
     """Continues one sequence round by round on a device.
 
-    rounds: those of `prepared`, which hold the prompt (`finish_prompt`). length: its number of
-    tokens. The others are as in `speculative.Decoder`. When the capacity is used up, it doubles.
+    rounds: those of `prepared`, which hold the prompt (`finish_prompt`). length: its number of tokens.
+    turn: that of `Rounds.take_turn`. The others are as in `speculative.Decoder`. When the capacity is
+    used up, it doubles.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class StepDecoder:
         *,
         token: int,
         hidden: Tensor,
+        turn: int,
         depth: int,
         sampling: Sampling,
         stop: frozenset[int],
@@ -45,7 +48,7 @@ class StepDecoder:
         self.model, self.sampling, self.stop = model, sampling, stop
         self.length = length  # positions that the trunk has computed
         self.newest = token
-        self.rounds, self.turn = rounds, rounds.turn
+        self.rounds, self.turn = rounds, turn
         self.rounds.step.begin(token, hidden[0, 0])
         self.rounds.begin(self.length, sampling.seed, seen)
 
@@ -157,6 +160,8 @@ class GraphPasses(Passes):
     def trunk(self, ids: Sequence[int], cache: Cache) -> Tensor:
         if len(ids) > ROOMS[-1]:
             return super().trunk(ids, cache)
+        for own, state in zip(self.prompt.state.layers, cache.layers, strict=True):
+            assert isinstance(own, Delta) or own.is_memory_of(state), "a cache of another memory"
         hidden = self.prompt.trunk(ids, cache.length)
         for state in cache.layers:
             if isinstance(state, KVCache):
@@ -193,14 +198,17 @@ class Rounds:
             after = [self._count] if sampling.has_penalties else []
             step.work = step.launches([self._choose], after)
 
-    def cache(self) -> Cache:
-        """An empty cache for the whole blocks of a prompt, in the step's own memory. A new sequence
-        begins with it, and the one before ends."""
+    def take_turn(self) -> int:
+        """Begin a new sequence, which ends the one before. Returns its number."""
         self.turn += 1
+        return self.turn
+
+    def cache(self) -> Cache:
+        """An empty cache for the whole blocks of a prompt, in the step's own memory."""
         return self.step.state.cache(self.step.model.config)
 
     def check_turn(self, turn: int) -> None:
-        """InputError if another sequence has begun since `turn`, since it has overwritten the memory."""
+        """Raise InputError if another sequence has begun since `turn` and overwritten the memory."""
         if turn != self.turn:
             raise InputError(
                 "another generation has begun on this model; the fast path has one at a time in memory"
@@ -209,7 +217,7 @@ class Rounds:
     def passes(self) -> Passes:
         """How the prompt's passes run."""
         step = self.step
-        if step.prompt is None:  # a rank's part, whose sums are no graph
+        if step.prompt is None:  # a rank's part; its all-reduces are not captured
             return Passes(step.model)
         return GraphPasses(step.model, step.prompt)
 
@@ -254,7 +262,9 @@ def _rounds(model: Model, depth: int, capacity: int, sampling: Sampling) -> Roun
     wanted = depth, replace(sampling, seed=0)
     if kept is not None and kept.step.state.capacity >= capacity and kept.serves == wanted:
         return kept
-    kept = model.__dict__[KEPT] = None  # its memory is released before the new one is allocated
+    if kept is not None:
+        kept.take_turn()  # an unfinished generation ends, and releases its memory
+    kept = model.__dict__[KEPT] = None  # released before the new one is allocated
     rounded = -(-capacity // CAPACITY) * CAPACITY
     fresh = model.__dict__[KEPT] = Rounds(model, depth, rounded, sampling)
     fresh.step.prepare()

@@ -15,7 +15,7 @@ from fast.target import GRID
 
 TOKENS = 16  # tokens that one program convolves
 COLUMNS = 1024  # columns of a row that one program writes to the ring
-FEW = 2048  # up to so many columns of memory (HV * V), `scan` takes the tiles "scan few"
+FEW = 2048  # the most columns of memory (HV * V) for which `scan` takes the tiles "scan few"
 
 
 def work(

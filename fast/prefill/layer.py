@@ -37,10 +37,8 @@ def on_state(
     todo, out = work(node, x, own, Span.of(start, x, end), rope, scratch)
     if isinstance(state, KVCache):
         advance = partial(mixer.end, own, state, N)
-    else:
-        advance = partial(
-            own.give, state, state.conv.shape[1] + N
-        )  # `begin` put it behind its taps
+    else:  # `begin` places the first row of a delta net at position `taps`
+        advance = partial(own.give, state, state.conv.shape[1] + N)
     return [*todo, advance], out
 
 

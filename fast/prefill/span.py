@@ -11,7 +11,7 @@ class Span:
     """The positions of a pass's rows, start[0] to start[0] + filled[0] - 1.
 
     start, filled: [1] int32, on the device, so that a captured pass serves other positions and fewer
-    rows. end: the position behind the last one that a row may have.
+    rows. end: all positions are below it; the launches are sized by it.
     """
 
     start: Tensor

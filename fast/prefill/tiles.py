@@ -49,7 +49,7 @@ TILES: dict[str, dict[str, Tiles]] = {
 }
 
 
-# Of a product: the largest blocks first.
+# Blocks of a product, the largest first.
 PRODUCTS: dict[str, list[Tiles]] = {
     "gfx950": [
         {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2},
@@ -62,7 +62,7 @@ PRODUCTS: dict[str, list[Tiles]] = {
         {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6},
     ],
 }
-# Rows of a tile of MXFP4 experts, by the least number of pairs that an expert has on average.
+# Each entry maps a least average of pairs per expert to the rows of a tile of MXFP4 experts.
 EXPERT_ROWS: dict[str, dict[int, int]] = {
     "gfx950": {0: 64},
     "sm_90": {0: 16, 12: 32, 24: 64, 256: 128},

@@ -214,9 +214,14 @@ def test_a_generation_that_another_one_has_overwritten_ends(
         monkeypatch.setattr(module, "runs_as_step", is_fast)
     monkeypatch.setattr("fast.step.run", emulated_run)
     kept = PrefixCache(quick, budget=1 << 40)
+    # The third one's rounds have other settings, and so another memory.
     first, second, third = (
-        iter(Generation(quick, ids[:count], 9, Sampling(), frozenset(), 0, prefix_cache=cache))
-        for count, cache in ((WHOLE, kept), (3, None), (4, None))
+        iter(Generation(quick, ids[:count], 9, one, frozenset(), 0, prefix_cache=cache))
+        for count, cache, one in (
+            (WHOLE, kept, Sampling()),
+            (3, None, Sampling()),
+            (4, None, Sampling(temperature=1.0)),
+        )
     )
     next(first), next(second)
     said = "another generation has begun on this model"

@@ -1,7 +1,7 @@
 """Measure the time to first token by the length of a cached prefix, cold and with a cache hit.
 
-A prompt is a prefix of whole blocks and a tail of --tail tokens. A tail that has whole blocks itself is
-another one in each run, because they are stored as well. One token is generated. Cold runs
+A prompt is a prefix of whole blocks and a tail of --tail tokens. A tail of 64 tokens or more differs
+in each run, because its whole blocks are stored as well. One token is generated. Cold runs
 have no prefix cache, or store the prefix in memory or in a new folder. `total_ms` includes the
 storing, which follows the first token and takes `keep_ms`. Hits come from memory (the GPU's, if the
 model is on one), or from a folder that is opened again, so that its checks are included (its files

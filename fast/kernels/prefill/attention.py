@@ -83,8 +83,8 @@ def _joined(acc, peak, total, more, more_peak, more_total):
     """The results of two sets of keys as one result.
 
     acc [rows, K] fp32 is the sum of the values, each times 2^(its score - peak); peak [rows] is the
-    highest score, and total [rows] the sum of the powers. Without a key they are 0, LOWEST and 0, which
-    changes no bit of the others.
+    highest score, and total [rows] the sum of the powers. A set without a visible
+    key has 0, LOWEST and 0; joining it changes no bit of the other set's result.
     """
     higher = tl.maximum(peak, more_peak)
     fade, share = tl.exp2(peak - higher), tl.exp2(more_peak - higher)
@@ -109,9 +109,9 @@ def attend(
     [G, capacity, K] bf16, which hold the positions below start + rows. Writes out [rows, H * K]. Grid (H,
     rows / BLOCK_M rounded up, 1).
 
-    SPLIT: each program reads one piece of PIECE positions, from piece `first` on, and leaves the rest
-    to `join`. Indices from 1 on of by_piece [1 + pieces, rows, H, K], peaks and totals [1 + pieces,
-    rows, H] fp32 get the results. Then the grid is (H, rows / BLOCK_M rounded up, pieces).
+    SPLIT: each program reads one piece of PIECE positions, from piece `first` on, and `join` computes
+    out. The results go to by_piece [1 + pieces, rows, H, K], peaks and totals [1 + pieces, rows, H], all
+    fp32, from index 1 on. Then the grid is (H, rows / BLOCK_M rounded up, pieces).
     """
     head = tl.program_id(0)
     # The last rows see the most keys, so their programs start first.

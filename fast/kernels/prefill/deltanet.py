@@ -92,7 +92,7 @@ def carry(
     rows, first = tl.load(filled), tl.load(start)
     row = rows - 1 - tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = (column < C) & (row >= 0)  # an earlier row is in the ring
+    there = (column < C) & (row >= 0)  # rows before the pass are in the ring already
     value = tl.load(projected + row.to(tl.int64) * M + column, mask=there)
     tl.store(ring + (first + row) % RING * WIDE + column, value, mask=there)
 

@@ -72,8 +72,8 @@ def count(
     int32: how many pairs of the same expert were counted before, in any order. counts [E + 1] int32 has
     to be zero; the last element counts the programs that are done. The last program writes expert_first
     [E + 1] int32, the first place of each expert, and of each tile the expert and the first place:
-    tile_expert and tile_first [tiles] int32. An unused tile has the expert E. A pair whose choice is no
-    expert has no place. Grid (pairs / BLOCK rounded up).
+    tile_expert and tile_first [tiles] int32. An unused tile has the expert E. A pair without a valid
+    expert is not counted; `place` gives it place 0. Grid (pairs / BLOCK rounded up).
     """
     pairs = tl.load(filled) * TOP_K
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
