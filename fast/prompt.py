@@ -18,7 +18,7 @@ from fast.prefill.linear import normed
 from fast.prefill.span import Span
 from fast.state import Rope, State
 
-ROOMS = (64, 256, 1024, 2048)  # rows; a longer pass does not wait for the host
+ROOMS = (64, 256, 1024, 2048)  # rows; the GPU takes longer for more rows than most hosts need to start them
 
 
 class Prompt:

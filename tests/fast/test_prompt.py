@@ -1,20 +1,17 @@
 """A prompt's passes over a step's own state as gfx950 code in the emulator, beside the reference."""
 
-import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 from fast import graph, prompt
 from fast.launch import Work
-from fast.layer import DecoderLayer
-from fast.mtp import MTP
 from fast.prefill import layer as prefill_layer
 from fast.state import State
 from fast.step import FEW, Step, is_fast
@@ -29,7 +26,7 @@ from qwen35.step_decoder import GraphPasses, Passes
 from qwen35.tokenizer import Tokenizer
 from reference.linear import GRID
 from reference.model import Model
-from tests.fast.test_step import On, rounds
+from tests.fast.test_step import rounds, with_fast_layers
 from tests.support.prefill_nodes import Poisoned
 from tools.gfx950.target import emulate
 
@@ -55,12 +52,7 @@ def slow() -> Model:
 
 @pytest.fixture(scope="module")
 def quick(slow: Model) -> Model:
-    """Its layers and its MTP head are fast."""
-    model = copy.copy(slow)
-    model._modules = dict(slow._modules)
-    model.layers = nn.ModuleList(On(DecoderLayer).from_reference(layer) for layer in slow.layers)
-    model.mtp = On(MTP).from_reference(slow.mtp)  # pyright: ignore
-    return model
+    return with_fast_layers(slow)
 
 
 @pytest.fixture(scope="module")

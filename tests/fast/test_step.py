@@ -49,14 +49,18 @@ def slow() -> Model:
     return load("tiny")
 
 
-@pytest.fixture(scope="module")
-def quick(slow: Model) -> Model:
-    """The embedded model with fast layers; its trunk's and head's own matrices are shared."""
+def with_fast_layers(slow: Model) -> Model:
+    """A model with fast layers and a fast MTP head; its trunk's and head's own matrices are shared."""
     model = copy.copy(slow)
     model._modules = dict(slow._modules)
     model.layers = nn.ModuleList(On(DecoderLayer).from_reference(layer) for layer in slow.layers)
     model.mtp = On(MTP).from_reference(slow.mtp)  # pyright: ignore
     return model
+
+
+@pytest.fixture(scope="module")
+def quick(slow: Model) -> Model:
+    return with_fast_layers(slow)
 
 
 @pytest.fixture(scope="module")
