@@ -18,7 +18,8 @@ from fast.prefill.linear import normed
 from fast.prefill.span import Span
 from fast.state import Rope, State
 
-ROOMS = (64, 256, 1024, 2048)  # rows; the GPU takes longer for more rows than most hosts need to start them
+# Rows. A longer pass takes the GPU longer than most hosts need to start it.
+ROOMS = (64, 256, 1024, 2048)
 
 
 class Prompt:
