@@ -2,6 +2,7 @@
 unless the source widens them, and nothing tells of an overflow."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -57,11 +58,14 @@ def ttir(launch: Launch, target: str) -> str:
         return True
 
     before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, instead  # pyright: ignore
+    # The hook is not called for what another test has compiled in this process.
+    kernel = launch.kernel
+    compiled, kernel.device_caches = kernel.device_caches, defaultdict(kernel.create_binder)
     try:
         with stand_in_driver(target):
-            launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
+            kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
     finally:
-        knobs.runtime.jit_cache_hook = before
+        knobs.runtime.jit_cache_hook, kernel.device_caches = before, compiled
     return found[0]
 
 
