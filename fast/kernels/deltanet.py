@@ -5,21 +5,51 @@ import triton.language as tl
 
 from fast.kernels.common import stored
 
+MAX_ROWS = tl.constexpr(8)  # of a pass
+
 
 @triton.jit
-def _mixed(rows, taps, column, position, M, RING: tl.constexpr, TAPS: tl.constexpr):
-    """Causal convolution of some columns over the last TAPS positions, then SiLU, in fp32.
+def _taps(taps, column, TAPS: tl.constexpr):
+    """The convolution's taps of some columns, [taps, columns] fp32. taps [columns, TAPS] bf16."""
+    tap = tl.arange(0, triton.next_power_of_2(TAPS))[:, None]
+    place = taps + column[None, :] * TAPS + tap
+    return tl.load(place, mask=tap < TAPS, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _window(rows, column, position, M, RING: tl.constexpr, TAPS: tl.constexpr):
+    """Some columns of the last TAPS positions, [taps, columns] bf16.
 
     rows [RING, M] bf16; the row of position p lies at p modulo RING, and rows before position 0 are zero.
-    taps [columns, TAPS]. All taps are one load: if each row were loaded by itself, Triton would use the
-    layout of the state and split each load into many narrow ones.
+    All taps are one load: if each row were loaded by itself, Triton would use the layout of the state and
+    split each load into many narrow ones.
     """
     tap = tl.arange(0, triton.next_power_of_2(TAPS))[:, None]
     at = position - (TAPS - 1) + tap
     place = (at & (RING - 1)) * M + column[None, :]
-    raw = tl.load(rows + place, mask=(tap < TAPS) & (at >= 0), other=0.0).to(tl.float32)
-    weight = tl.load(taps + column[None, :] * TAPS + tap, mask=tap < TAPS, other=0.0).to(tl.float32)
-    total = tl.sum(raw * weight, 0)
+    return tl.load(rows + place, mask=(tap < TAPS) & (at >= 0), other=0.0)
+
+
+@triton.jit
+def _read(
+    rows, query, key, value, z, b, position, M, HV: tl.constexpr, RING: tl.constexpr, TAPS: tl.constexpr
+):  # fmt: skip
+    """What a position needs of the projections: the windows of query, key and value, then z, b and a.
+
+    Arguments query, key, value, z, b: their columns; a lies HV columns behind b.
+    """
+    line = rows + (position & (RING - 1)) * M
+    return (
+        _window(rows, query, position, M, RING, TAPS), _window(rows, key, position, M, RING, TAPS),
+        _window(rows, value, position, M, RING, TAPS),
+        tl.load(line + z), tl.load(line + b), tl.load(line + b + HV),
+    )  # fmt: skip
+
+
+@triton.jit
+def _mixed(window, taps):
+    """Causal convolution over a window [taps, columns], then SiLU, in fp32 [columns]."""
+    total = tl.sum(window.to(tl.float32) * taps, 0)
     return total / (1 + tl.exp(-total))
 
 
@@ -49,8 +79,8 @@ def delta(
     taps [2 H K + HV V, TAPS] bf16; decay_log (A_log) and decay_bias (dt_bias) [HV] fp32; norm [V] fp32.
     states [slots, HV, K, V] fp32: the state after position p lies at p modulo slots. The state before
     position `start` is read, and the state after each row is written.
-    gated [rows, HV * V] and squares [HV, V / BLOCK_V, 8] fp32 are scratch. arrived [HV] int32 has to be
-    zero, and is zero again at the end.
+    gated [rows, HV * V] and squares [HV, V / BLOCK_V, MAX_ROWS] fp32 are scratch. arrived [HV] int32
+    has to be zero, and is zero again at the end.
     SIGMOID: the gate is sigmoid(z), not silu(z). Written: out [rows, HV * V] bf16.
     """
     head, block = tl.program_id(0), tl.program_id(1)
@@ -64,17 +94,27 @@ def delta(
     place = (head * K + k[:, None]) * V + v[None, :]
     SIZE: tl.constexpr = HV * K * V
     state = tl.load(states + ((first - 1) & (slots - 1)) * SIZE + place)  # [K, BLOCK_V]
+    # columns of the projections
+    q_at, k_at, v_at = key_head * K + k, (H + key_head) * K + k, 2 * H * K + head * V + v
+    z_at, b_at = C + head * V + v, C + HV * V + head
+    q_taps, k_taps = _taps(taps, q_at, TAPS), _taps(taps, k_at, TAPS)
+    v_taps = _taps(taps, v_at, TAPS)
+    next_q, next_k, next_v, next_z, next_b, next_a = _read(
+        projected, q_at, k_at, v_at, z_at, b_at, first, M, HV, RING, TAPS
+    )
     for row in tl.range(0, rows):  # pyright: ignore
         position = first + row
-        line = projected + (position & (RING - 1)) * M
-        query = _mixed(projected, taps, key_head * K + k, position, M, RING, TAPS)
-        key = _mixed(projected, taps, (H + key_head) * K + k, position, M, RING, TAPS)
-        value = _mixed(projected, taps, 2 * H * K + head * V + v, position, M, RING, TAPS)
+        query, key, value = _mixed(next_q, q_taps), _mixed(next_k, k_taps), _mixed(next_v, v_taps)
+        gate = next_z.to(tl.float32)
+        strength = 1 / (1 + tl.exp(-next_b.to(tl.float32)))
+        step = next_a.to(tl.float32) + bias
+        # The next row's numbers come while this one is computed; the last row reads its own again.
+        after = first + tl.minimum(row + 1, rows - 1)
+        next_q, next_k, next_v, next_z, next_b, next_a = _read(
+            projected, q_at, k_at, v_at, z_at, b_at, after, M, HV, RING, TAPS
+        )
         query *= tl.rsqrt(tl.sum(query * query, 0) + 1e-6) * (K**-0.5)
         key *= tl.rsqrt(tl.sum(key * key, 0) + 1e-6)
-        strength = 1 / (1 + tl.exp(-tl.load(line + C + HV * V + head).to(tl.float32)))
-        step = tl.load(line + C + HV * V + HV + head).to(tl.float32) + bias
-        gate = tl.load(line + C + head * V + v).to(tl.float32)
         decayed = state * tl.exp(-rate * softplus(step))
         # The value that the memory holds for this key, [BLOCK_V].
         recalled = tl.sum(key[:, None] * decayed, 0)
@@ -89,15 +129,16 @@ def delta(
         if not SIGMOID:
             opened *= gate
         tl.store(gated + (row * HV + head) * V + v, weight * read * opened)
-        tl.store(squares + (head * (V // BLOCK_V) + block) * 8 + row, tl.sum(read * read, 0))
+        tl.store(squares + (head * (V // BLOCK_V) + block) * MAX_ROWS + row, tl.sum(read * read, 0))
     stored()
     before = tl.atomic_add(arrived + head, 1, sem="acq_rel", scope="gpu")
     if before == V // BLOCK_V - 1:
-        part, column = tl.arange(0, V // BLOCK_V), tl.arange(0, V)
-        for row in tl.range(0, rows):  # pyright: ignore
-            sums = squares + (head * (V // BLOCK_V) + part) * 8 + row
-            mean = tl.sum(tl.load(sums, cache_modifier=".cg"), 0) / V
-            columns = (row * HV + head) * V + column
-            whole = tl.load(gated + columns, cache_modifier=".cg") * tl.rsqrt(mean + eps)
-            tl.store(out + columns, whole.to(tl.bfloat16))
+        m, part = tl.arange(0, MAX_ROWS)[:, None], tl.arange(0, V // BLOCK_V)[None, :]
+        there = m < rows
+        sums = squares + (head * (V // BLOCK_V) + part) * MAX_ROWS + m
+        sum_of_squares = tl.sum(tl.load(sums, mask=there, other=0.0, cache_modifier=".cg"), 1)
+        scale = tl.rsqrt(sum_of_squares / V + eps)[:, None]  # [MAX_ROWS, 1]
+        columns = (m * HV + head) * V + tl.arange(0, V)[None, :]
+        whole = tl.load(gated + columns, mask=there, other=0.0, cache_modifier=".cg") * scale
+        tl.store(out + columns, whole.to(tl.bfloat16), mask=there)
         tl.store(arrived + head, 0)

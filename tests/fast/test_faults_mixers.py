@@ -125,11 +125,11 @@ fault("A_log without its exp", "deltanet", delta_net, "numbers",
     ("rate = tl.exp(tl.load(decay_log + head))", "rate = tl.load(decay_log + head)"))  # fmt: skip
 fault("dt_bias forgotten", "deltanet", delta_net, "numbers", ("tl.float32) + bias", "tl.float32)"))
 fault("a and b swapped", "deltanet", delta_net, "numbers",
-    ("line + C + HV * V + head)", "line + C + HV * V + HV + head )"),
-    ("line + C + HV * V + HV + head)", "line + C + HV * V + head)"))  # fmt: skip
+    ("tl.load(line + b), tl.load(line + b + HV)", "tl.load(line + b + HV), tl.load(line + b)"),
+)  # fmt: skip
 fault("beta without its sigmoid", "deltanet", delta_net, "numbers",
-    ("strength = 1 / (1 + tl.exp(-tl.load(line + C + HV * V + head).to(tl.float32)))",
-     "strength = tl.load(line + C + HV * V + head).to(tl.float32)"))  # fmt: skip
+    ("strength = 1 / (1 + tl.exp(-next_b.to(tl.float32)))", "strength = next_b.to(tl.float32)"),
+)  # fmt: skip
 fault("the query not scaled", "deltanet", delta_net, "numbers", (" * (K**-0.5)", ""))
 fault("the key not normalised", "deltanet", delta_net, "numbers",
     ("        key *= tl.rsqrt(tl.sum(key * key, 0) + 1e-6)\n", ""))  # fmt: skip
@@ -143,14 +143,18 @@ fault(
 fault("key heads tiled, not interleaved", "deltanet", delta_net, "numbers",
     ("head // (HV // H)", "head % H"))  # fmt: skip
 fault("q and k swapped", "deltanet", delta_net, "numbers",
-    ("projected, taps, key_head * K + k", "projected, taps, (H + key_head)  * K + k"),
-    ("projected, taps, (H + key_head) * K + k", "projected, taps, key_head * K + k"))  # fmt: skip
+    ("q_at, k_at, v_at = key_head * K + k, (H + key_head) * K + k,",
+     "q_at, k_at, v_at = (H + key_head) * K + k, key_head * K + k,"))  # fmt: skip
+fault(
+    "each row computed with what the first one reads", "deltanet", delta_net, "numbers",
+    ("first + tl.minimum(row + 1, rows - 1)", "first"),
+)  # fmt: skip
 fault(
     "the taps in reverse",
     "deltanet",
     delta_net,
     "numbers",
-    ("TAPS + tap,", "TAPS + TAPS - 1 - tap,"),
+    ("* TAPS + tap\n", "* TAPS + TAPS - 1 - tap\n"),
 )
 fault("SiLU after the convolution forgotten", "deltanet", delta_net, "numbers",
     ("return total / (1 + tl.exp(-total))", "return total"))  # fmt: skip
@@ -172,9 +176,10 @@ fault(
 fault("the gate SiLU where it is a sigmoid", "deltanet", sigmoid_delta_net, "numbers",
     ("if not SIGMOID", "if True"))  # fmt: skip
 fault("the head's mean over one block of columns", "deltanet", delta_net, "numbers",
-    ("mean = tl.sum(tl.load(sums, cache_modifier=\".cg\"), 0) / V",
-     "mean = tl.sum(tl.load(sums, cache_modifier=\".cg\"), 0) / BLOCK_V"),
+    ("sum_of_squares / V + eps", "sum_of_squares / BLOCK_V + eps"),
 )  # fmt: skip
+fault("the head's norm of the first row alone", "deltanet", delta_net, "unwritten numbers",
+    ("there = m < rows", "there = m < 1"))  # fmt: skip
 fault("the delta net's counter not set back", "deltanet", delta_net, "arrived",
     ("        tl.store(arrived + head, 0)\n", ""))  # fmt: skip
 fault("attention without its scale", "attention", attention, "numbers",
