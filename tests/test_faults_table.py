@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("triton")
 pytest.importorskip("tinygrad")
 
+from fast.hip_compiler import sources
+from tests.support.fast_faults import KERNELS
 from tests.support.fault_kinds import COMPUTED, KINDS, PLACES, planted
 from tests.test_architecture import ROOT
 
@@ -28,6 +30,21 @@ def test_each_check_runs_without_a_fault() -> None:
         for check in (check for module in modules for check in module.FAULTS.checks):
             home = sys.modules[check.__module__]
             assert check in home.FAULTS.checks and home in modules, check
+
+
+def test_each_edit_fits_in_one_place() -> None:
+    """Two thirds of the faults are marked as slow, so none of these would notice that a kernel no longer
+    has the text that it replaces."""
+    faults = [
+        fault for place in ("Triton", "HIP") for of in PLACES[place] for fault in of.FAULTS.items()
+    ]
+    for name, what in faults:
+        file = KERNELS / what.module
+        files = sources(file) if file.suffix else [file.with_suffix(".py")]
+        text = "".join(part.read_text() for part in files)
+        for old, new in what.edits:
+            assert text.count(old) == 1, f"{name}: {text.count(old)} places read {old!r}"
+            text = text.replace(old, new)
 
 
 def test_the_page_has_the_table() -> None:

@@ -36,7 +36,7 @@ def stored():
 def summed(parts, row, column, mask, rows, N, SPLITS: tl.constexpr):
     """The sum over SPLITS, in order, of some rows and columns of parts [SPLITS, rows, N] fp32."""
     total = tl.load(parts + row * N + column, mask=mask, other=0.0, cache_modifier=".cg")
-    for split in tl.range(1, SPLITS):  # pyright: ignore
+    for split in tl.static_range(1, SPLITS):  # pyright: ignore
         pointers = parts + (split * rows + row) * N + column
         total += tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
     return total

@@ -6,6 +6,7 @@ The program that finishes last adds the parts in a fixed order and chooses the e
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 from fast.kernels.common import stored, summed
 from fast.kernels.linear import inverse_rms
@@ -48,42 +49,60 @@ def route(
     stored()
     before = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu")
     if before == tl.num_programs(0) * tl.num_programs(1) - 1:
-        for row_block in tl.range(0, rows, TOGETHER):
-            some = row_block + tl.arange(0, TOGETHER)[:, None]
-            choose_rows(parts, experts, weights, some, rows, N, E, TOP_K, NORM, SPLITS, BLOCK_E)
+        for first in tl.range(0, rows, TOGETHER):
+            choose_rows(parts, experts, weights, first, rows, N, E, TOP_K, NORM, SPLITS, BLOCK_E)
         tl.store(arrived, 0)
 
 
 @triton.jit
+def _of_rows(x, LANES: tl.constexpr):
+    """A number for each row [TOGETHER] -> the same for each of its places [1, TOGETHER * LANES]."""
+    return tl.broadcast_to(x[:, None], TOGETHER, LANES).reshape(1, TOGETHER * LANES)
+
+
+@triton.jit
 def choose_rows(
-    parts, experts, weights, row, rows, N,
+    parts, experts, weights, first, rows, N,
     E: tl.constexpr, TOP_K: tl.constexpr, NORM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Choose and write the experts of rows `row` [TOGETHER, 1], and their weights."""
-    index = tl.arange(0, BLOCK_E)[None, :]
+    """Choose and write the experts of TOGETHER rows from `first`, and their weights.
+
+    Numbers are [BLOCK_E / LANES, TOGETHER * LANES]: expert e of a row is at (e // LANES, row * LANES +
+    e % LANES). So the compiler gives each warp a whole row, and a row's maximum needs no exchange between
+    warps.
+    """
+    WARP: tl.constexpr = 64 if is_hip() else 32  # pyright: ignore[reportAssignmentType]
+    LANES: tl.constexpr = BLOCK_E if BLOCK_E < WARP else WARP
+    place = tl.arange(0, TOGETHER * LANES)[None, :]
+    lane, row = place % LANES, first + place // LANES
+    index = tl.arange(0, BLOCK_E // LANES)[:, None] * LANES + lane
     logits = summed(parts, row, index, (index < E) & (row < rows), rows, N, SPLITS)
     # The logits are rounded as the reference's are, so that the same ones tie.
     rounded = logits.to(tl.bfloat16).to(tl.float32)
     logits = tl.where(index < E, rounded, float("-inf"))
-    exponentials = tl.exp(logits - tl.max(logits, 1)[:, None])
-    probabilities = exponentials / tl.sum(exponentials, 1)[:, None]
+    largest = tl.max(tl.max(logits, 0).reshape(TOGETHER, LANES), 1)
+    exponentials = tl.exp(logits - _of_rows(largest, LANES))
+    total = tl.sum(tl.sum(exponentials, 0).reshape(TOGETHER, LANES), 1)
+    probabilities = exponentials / _of_rows(total, LANES)
     # Numbers that are not negative are ordered as their bits are; -1 is below all of them. One NaN makes
     # every probability of its row NaN, of either sign. All get the same key and tie, so the ids are the
     # reference's: distinct and in range. The weights are NaN.
     bits = probabilities.to(tl.int32, bitcast=True)
     bits = tl.where(probabilities == probabilities, bits, 0x7FC00000)
     keys = tl.where(index < E, bits, -1)
-    slot = tl.arange(0, 16)[None, :]
-    chosen = tl.zeros((TOGETHER, 16), tl.int32)
-    values = tl.zeros((TOGETHER, 16), tl.float32)
-    for place in tl.static_range(TOP_K):
-        best = tl.max(keys, 1)[:, None]
-        expert = tl.min(tl.where(keys == best, index, BLOCK_E), 1)[:, None]
+    # Slot s is at lane s. There are at least as many lanes as slots.
+    chosen = tl.zeros((1, TOGETHER * LANES), tl.int32)
+    values = tl.zeros((1, TOGETHER * LANES), tl.float32)
+    for slot in tl.static_range(TOP_K):
+        best = _of_rows(tl.max(tl.max(keys, 0).reshape(TOGETHER, LANES), 1), LANES)
+        lowest = tl.min(tl.where(keys == best, index, BLOCK_E), 0)
+        expert = _of_rows(tl.min(lowest.reshape(TOGETHER, LANES), 1), LANES)
         keys = tl.where(index == expert, -1, keys)
-        chosen = tl.where(slot == place, expert, chosen)
-        values = tl.where(slot == place, best.to(tl.float32, bitcast=True), values)
+        chosen = tl.where(lane == slot, expert, chosen)
+        values = tl.where(lane == slot, best.to(tl.float32, bitcast=True), values)
     if NORM:
-        values /= tl.sum(values, 1)[:, None]
-    inside = (slot < TOP_K) & (row < rows)
-    tl.store(experts + row * TOP_K + slot, chosen, mask=inside)
-    tl.store(weights + row * TOP_K + slot, values, mask=inside)
+        total = tl.sum(values.reshape(TOGETHER, LANES), 1)
+        values /= _of_rows(total, LANES)
+    inside = (lane < TOP_K) & (row < rows)
+    tl.store(experts + row * TOP_K + lane, chosen, mask=inside)
+    tl.store(weights + row * TOP_K + lane, values, mask=inside)

@@ -228,16 +228,17 @@ fault(
 )
 fault(
     "ties to the higher index", "router", ties, "choice",
-    ("tl.min(tl.where(keys == best, index, BLOCK_E), 1)", "tl.max(tl.where(keys == best, index, -1), 1)"),
+    ("tl.min(tl.where(keys == best, index, BLOCK_E), 0)", "tl.max(tl.where(keys == best, index, -1), 0)"),
+    ("tl.min(lowest.reshape", "tl.max(lowest.reshape"),
 )  # fmt: skip
 fault("not renormalised", "router", choice, "choice", ("if NORM:", "if not NORM:"))
 fault(
     "softmax without its maximum", "router", large_logits, "choice unwritten",
-    ("tl.exp(logits - tl.max(logits, 1)[:, None])", "tl.exp(logits)"),
+    ("tl.exp(logits - _of_rows(largest, LANES))", "tl.exp(logits)"),
 )  # fmt: skip
 fault(
     "a part of the sum forgotten", "common", choice, "choice",
-    ("tl.range(1, SPLITS)", "tl.range(2, SPLITS)"),
+    ("tl.static_range(1, SPLITS)", "tl.static_range(2, SPLITS)"),
 )  # fmt: skip
 fault(
     "all parts of the sum begin at 0", "router", choice, "choice",

@@ -273,7 +273,7 @@ fault(
     "mxfp4",
     prefill_experts,
     "numbers",
-    ('"bf16", codes, scale', '"bf16", (codes >> 4) | (codes << 4), scale'),
+    ('tl.trans(w), s, "e2m1"', 'tl.trans((w >> 4) | (w << 4)), s, "e2m1"'),
 )
 
 fault(
@@ -309,10 +309,13 @@ fault(
 )
 fault(
     "the scale of the neighbouring group in a prompt's experts",
-    "prefill/moe",
+    "mxfp4",
     prefill_experts,
     "numbers",
-    ("scale + place(n, group,", "scale + place(n, group ^ 1,"),
+    (
+        "n, tl.arange(0, BLOCK_K // 32)[None, :], K",
+        "n, (tl.arange(0, BLOCK_K // 32) ^ 1)[None, :], K",
+    ),
 )
 
 fault(
@@ -351,14 +354,14 @@ fault(
     "router",
     choice,
     "memory",
-    ("inside = (slot < TOP_K) & (row < rows)", "inside = slot < TOP_K"),
+    ("inside = (lane < TOP_K) & (row < rows)", "inside = lane < TOP_K"),
 )
 fault(
     "the choice stored for slots that are not there",
     "router",
     choice,
     "memory choice",
-    ("inside = (slot < TOP_K) & (row < rows)", "inside = row < rows"),
+    ("inside = (lane < TOP_K) & (row < rows)", "inside = row < rows"),
 )
 fault(
     "the shared expert's columns read beyond their end",

@@ -26,8 +26,8 @@ def choose(
     room for more. Grid (rows / TOGETHER rounded up).
     """
     rows = tl.load(filled)
-    row = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)[:, None]
-    choose_rows(logits, experts, weights, row, rows, N, E, TOP_K, NORM, 1, BLOCK_E)
+    first = tl.program_id(0) * TOGETHER
+    choose_rows(logits, experts, weights, first, rows, N, E, TOP_K, NORM, 1, BLOCK_E)
 
 
 @triton.jit
