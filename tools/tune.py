@@ -80,7 +80,7 @@ LINEAR = [
 HEAD = [(32, 256, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 4, 3)]
 DELTA = [
     {"BLOCK_V": block, "num_warps": warps}
-    for block, warps in ((8, 1), (8, 2), (16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4))
+    for block, warps in ((2, 1), (4, 1), (4, 2), (8, 1), (8, 2), (8, 4), (16, 1), (16, 2), (16, 4))
 ]
 ATTEND = [
     {"GROUP": group, "TILE": tile, "num_warps": warps, "num_stages": stages}
@@ -270,9 +270,15 @@ def of_route(sizes: router.Sizes, target: str, device: torch.device) -> Subject:
 
 def of_step(ops: list[str], tp: int, target: str, device: torch.device) -> Iterator[Subject]:
     """The subjects delta, attend, attend_fp8, combine and head. They run in a decode round of 8
-    layers."""
+    layers, which have as many experts as a row chooses. With more, another order of summation may
+    choose another expert, and its logits are then 4% apart."""
     config = sliced(Config.published(PUBLISHED), tp)
-    config = replace(config, num_hidden_layers=8, layer_types=config.layer_types[:8])
+    config = replace(
+        config,
+        num_hidden_layers=8,
+        layer_types=config.layer_types[:8],
+        num_experts=config.num_experts_per_tok,
+    )
     model = random_model(config, device)
     rows: dict[str, tuple[str, list[LaunchConfig]]] = {
         "delta": (configs.key(HV=config.linear_num_value_heads, K=128, V=128), DELTA),
