@@ -9,13 +9,12 @@ from torch import Tensor
 from fast.launch import Launch, Scratch, Work, constants, options
 from fast.prefill.linear import product
 from fast.prefill.span import Span
-from fast.prefill.tiles import tiles
+from fast.prefill.tiles import scan_tiles, tiles
 from fast.state import RING, Delta
 from fast.target import GRID
 
 TOKENS = 16  # tokens that one program convolves
 COLUMNS = 1024  # columns of a row that one program writes to the ring
-FEW = 2048  # the most columns of memory (HV * V) for which `scan` takes the tiles "scan few"
 
 
 def work(
@@ -36,11 +35,7 @@ def work(
     half = torch.float16
     qk = scratch("delta qk", chunks * GRID, 2, H, K, dtype=half)
     v = scratch("delta v", chunks * GRID, HV, V, dtype=half)
-    decays, strengths = (
-        scratch(f"delta {name}", HV, chunks * GRID, dtype=torch.float32)
-        for name in ("decays", "strengths")
-    )
-    solved = scratch("delta solved", HV, chunks * GRID, GRID, dtype=half)
+    decays = scratch("delta decays", HV, chunks * GRID, dtype=torch.float32)
     wanted = scratch("delta wanted", HV, chunks * GRID, V, dtype=half)
     erased = scratch("delta erased", HV, chunks * GRID, K, dtype=half)
     memories = scratch("delta memories", HV, chunks, K, V, dtype=half)
@@ -48,8 +43,7 @@ def work(
     sizes = {"H": H, "HV": HV, "K": K, "V": V}
     shape = " ".join(f"{name}={size}" for name, size in sizes.items())
 
-    # With few columns of memory, too few programs would run, so each program takes fewer columns.
-    scanning = tiles(target, "scan few" if HV * V <= FEW else "scan", BLOCK_V=V)
+    scanning = scan_tiles(target, HV, V)
 
     def launch(name: str, grid: tuple[int, int], arguments: dict[str, Any]) -> Launch:
         config = scanning if name == "scan" else tiles(target, name)
@@ -81,30 +75,12 @@ def work(
         {**common, **ring, "C": C, "BLOCK": COLUMNS},
         {"num_warps": 4},
     )
-    gates = {"decays": decays, "strengths": strengths, "solved": solved}
     solve = launch(
         "solve", (chunks, HV),
         {
-            **common, "qk": qk, "decay_log": node.decay_log, "decay_bias": node.decay_bias, **gates
+            **common, "qk": qk, "v": v, "decay_log": node.decay_log, "decay_bias": node.decay_bias,
+            "decays": decays, "wanted": wanted, "erased": erased,
         },
-    )  # fmt: skip
-    config = tiles(target, "write")
-    write, erase = (
-        Launch(
-            f"prefill {name} {shape}",
-            kernels.write,
-            (chunks, HV, 1),
-            {
-                "source": source, **gates, "out": out, "filled": span.filled, **places,
-                **constants(config),
-            },
-            options(config),
-        )
-        for name, source, out, places in (
-            ("write", v, wanted, {"HEADS": HV, "FIRST": 0, "SHARED": 1, "WIDTH": V, "DECAYED": False}),
-            ("erase", qk, erased,
-             {"HEADS": 2 * H, "FIRST": H, "SHARED": HV // H, "WIDTH": K, "DECAYED": True}),
-        )
     )  # fmt: skip
     scan = launch(
         "scan", (HV, V // scanning["BLOCK_V"]),
@@ -124,4 +100,4 @@ def work(
     last, out = product(
         read, node.out_proj, target, scratch, span.filled, name="delta_out", residual=residual
     )
-    return [first, mix, carry, solve, write, erase, scan, reading, last], out
+    return [first, mix, carry, solve, scan, reading, last], out

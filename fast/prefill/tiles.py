@@ -8,7 +8,7 @@ from math import ceil, gcd
 
 Tiles = dict[str, int]
 
-BUSY = 80  # programs of a product that keep most of a GPU's processors busy
+BUSY = 80  # programs that keep most of a GPU's processors busy
 
 TILES: dict[str, dict[str, Tiles]] = {
     "gfx950": {
@@ -23,9 +23,6 @@ TILES: dict[str, dict[str, Tiles]] = {
         "attend": {"BLOCK_M": 64, "TILE": 32, "num_warps": 4, "num_stages": 1},
         "attend few": {"BLOCK_M": 64, "TILE": 32, "num_warps": 4, "num_stages": 1},
         "solve": {"num_warps": 8, "num_stages": 1},
-        "write": {"num_warps": 4, "num_stages": 1},
-        "scan": {"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
-        "scan few": {"BLOCK_V": 32, "num_warps": 4, "num_stages": 1},
         "read": {"num_warps": 4, "num_stages": 1},
     },
     "sm_90": {
@@ -41,10 +38,8 @@ TILES: dict[str, dict[str, Tiles]] = {
         "attend": {"BLOCK_M": 128, "TILE": 64, "num_warps": 8, "num_stages": 2},
         "attend few": {"BLOCK_M": 64, "TILE": 64, "num_warps": 4, "num_stages": 3},
         "solve": {"num_warps": 4, "num_stages": 1},
-        "write": {"num_warps": 4, "num_stages": 1},
-        "scan": {"BLOCK_V": 32, "num_warps": 4, "num_stages": 3},
-        "scan few": {"BLOCK_V": 16, "num_warps": 4, "num_stages": 4},
-        "read": {"num_warps": 4, "num_stages": 1},
+        # With at most 168 registers a thread, three programs share a processor, not two.
+        "read": {"num_warps": 4, "num_stages": 1, "maxnreg": 168},
     },
 }
 
@@ -60,6 +55,15 @@ PRODUCTS: dict[str, list[Tiles]] = {
         {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6},
         {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6},
         {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 6},
+    ],
+}
+# Blocks of columns of the delta net's memory, the widest first.
+SCANS: dict[str, list[Tiles]] = {
+    "gfx950": [{"BLOCK_V": 32, "num_warps": 4, "num_stages": 1}],
+    "sm_90": [
+        {"BLOCK_V": 64, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_V": 32, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_V": 16, "num_warps": 4, "num_stages": 4},
     ],
 }
 # Each entry maps a least average of pairs per expert to the rows of a tile of MXFP4 experts.
@@ -85,6 +89,14 @@ def product_tiles(target: str, rows: int, columns: int) -> Tiles:
         return ceil(rows / one["BLOCK_M"]) * ceil(columns / one["BLOCK_N"])
 
     return next((one for one in known if programs(one) >= BUSY), known[-1])
+
+
+def scan_tiles(target: str, heads: int, V: int) -> Tiles:
+    """Block sizes of `scan` for a memory of V columns in each head: the widest that give BUSY programs,
+    or the narrowest."""
+    known = SCANS[target]
+    one = next((one for one in known if heads * V // one["BLOCK_V"] >= BUSY), known[-1])
+    return one | {"BLOCK_V": gcd(one["BLOCK_V"], V)}
 
 
 def expert_rows(target: str, pairs: float) -> int:

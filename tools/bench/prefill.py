@@ -90,12 +90,10 @@ def operations(launch: Launch, context: int) -> float:
         room = launch.grid[2] * a["PIECE"]
         seen = sum(min(max(context + row + 1 - skipped, 0), room) for row in range(len(a["q"])))
         return 4.0 * a["H"] * a["K"] * seen
-    if kind == "write":
-        return 2.0 * a["solved"].numel() * a["WIDTH"]
     if kind in ("solve", "scan", "read"):
         chunks, K, V = a["qk"].shape[0] / 64, a["K"], a["V"]
         each = {
-            "solve": 64 * 64 * K + 12 * 64**3,
+            "solve": 64 * 64 * (2 * K + V) + 16 * 64**3,
             "scan": 2 * 64 * K * V,
             "read": 64 * 64 * (K + V) + 64 * K * V,
         }[kind]

@@ -22,7 +22,7 @@ from qwen35.config import FAMILY, PUBLISHED
 from tools.bench import gpu, mixture, report
 from tools.bench.moe import guarded
 
-DELTA_RULE = ("solve", "write", "scan", "read")  # the kernels after the convolution
+DELTA_RULE = ("solve", "scan", "read")  # the kernels after the convolution
 Call = Callable[[], object]
 
 

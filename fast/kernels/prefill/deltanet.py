@@ -1,11 +1,11 @@
 """The gated delta rule for a prompt, in chunks (the WY form of `reference.deltanet.chunk`).
 
-First the terms inside a chunk are computed for all chunks in parallel (`mix`, `solve`, `write`).
-Then the state is passed from chunk to chunk (`scan`). Then the outputs of all chunks are computed
-in parallel (`read`). "Memory" is the recurrent state [K, V] of a value head.
+First the terms inside a chunk are computed for all chunks in parallel (`mix`, `solve`). Then the state
+is passed from chunk to chunk (`scan`). Then the outputs of all chunks are computed in parallel (`read`).
+"Memory" is the recurrent state [K, V] of a value head.
 
-Matrix products have fp16 inputs and fp32 accumulators. The inverse of a chunk's triangular system has
-the precision of fp32, and is stored in fp16. The state that is carried from chunk to chunk is fp32.
+Matrix products have fp16 inputs and fp32 accumulators. The inverse of a chunk's triangular system is
+computed with 22 bits, and used in fp16. The state that is carried from chunk to chunk is fp32.
 fp16 is sufficient because queries and keys have length one, and values come from a normalised row.
 Its rounding error is an eighth of that of bf16. With bf16 the seven roundings between the
 projections would add up to twice the reference's error. A number beyond 65,504 becomes infinite,
@@ -14,7 +14,6 @@ which generation reports.
 
 import triton
 import triton.language as tl
-from triton.language.target_info import is_hip
 
 from fast.kernels.deltanet import softplus
 
@@ -38,11 +37,12 @@ def _convolved(
         at = token - (TAPS - 1) + tap
         inside = (at >= 0) & (at < rows)
         raw = tl.load(projected + at.to(tl.int64) * M + column, mask=inside, other=0.0)
-        # Rows before position 0 are zeros.
-        place = ring + (first + at + RING) % RING * WIDE + column
-        earlier = tl.load(place, mask=(at < 0) & (first + at >= 0), other=0.0)
+        if tl.program_id(0) == 0:
+            # Rows before position 0 are zeros.
+            place = ring + (first + at + RING) % RING * WIDE + column
+            raw += tl.load(place, mask=(at < 0) & (first + at >= 0), other=0.0)
         weight = tl.load(taps + column * TAPS + tap).to(tl.float32)
-        total += tl.where(at < 0, earlier, raw).to(tl.float32) * weight
+        total += raw.to(tl.float32) * weight
     return tl.where(token < rows, total / (1 + tl.exp(-total)), 0.0)
 
 
@@ -59,6 +59,7 @@ def mix(
     the arrays may have room for more. Writes qk [chunks * CHUNK, 2, H, K] and v [chunks * CHUNK, HV, V]
     in fp16, with zeros from row `rows` on. Grid (chunks * CHUNK / TOKENS, 2 H + HV).
     """
+    tl.static_assert(TOKENS >= TAPS - 1)  # so only the first program reads rows before the pass
     rows, first = tl.load(filled), tl.load(start)
     if tl.program_id(0) * TOKENS >= tl.cdiv(rows, CHUNK) * CHUNK:
         return
@@ -98,13 +99,19 @@ def carry(
 
 
 @triton.jit
+def _parts(x):
+    """The first 11 bits of x fp32 and the next 11, times 2^11 so that they are not subnormal, in fp16."""
+    first = x.to(tl.float16)
+    return first, ((x - first.to(tl.float32)) * 2048).to(tl.float16)
+
+
+@triton.jit
 def _product(a, b):
-    """a @ b of fp32 matrices, with fp32 precision."""
-    if is_hip():
-        product = tl.dot(a, b, input_precision="ieee")
-    else:
-        product = tl.dot(a, b, input_precision="tf32x3")
-    return product
+    """a @ b of fp32 matrices, with 22 bits of each number."""
+    a_first, a_next = _parts(a)  # pyright: ignore
+    b_first, b_next = _parts(b)  # pyright: ignore
+    crossed = tl.dot(a_first, b_next, tl.dot(a_next, b_first))
+    return tl.dot(a_first, b_first) + crossed * (1 / 2048)
 
 
 @triton.jit
@@ -112,14 +119,14 @@ def _inverse(lower, i, j):
     """The inverse (1 + lower)^-1 for a strictly lower triangular matrix [CHUNK, CHUNK] in fp32.
 
     i [CHUNK, 1] and j [1, CHUNK] are its indices. The inverses of the diagonal blocks are known for
-    blocks of one row. Each step doubles the blocks: the inverse of ((A, 0), (C, B)) is ((A', 0),
+    blocks of two rows. Each step doubles the blocks: the inverse of ((A, 0), (C, B)) is ((A', 0),
     (-B' C A', B')) with the inverses A' and B'. The products of the steps have fp16 inputs. Therefore
     one step of Newton's method follows: X + X (1 - (1 + lower) X). The bracket is small: it is computed
-    with fp32 precision, the product with it is not.
+    with 22 bits, the product with it is not.
     """
     one = tl.where(i == j, 1.0, 0.0)
-    inverse = one
-    for doubling in tl.range(0, DOUBLINGS):  # pyright: ignore
+    inverse = one - tl.where(i ^ j == 1, lower, 0.0)  # of blocks of two rows
+    for doubling in tl.range(1, DOUBLINGS):  # pyright: ignore
         # The part C of the doubled blocks. There the highest bit in which i and j differ is
         # `doubling`.
         between = tl.where((i ^ j) >> doubling == 1, lower, 0.0).to(tl.float16)
@@ -131,16 +138,17 @@ def _inverse(lower, i, j):
 
 @triton.jit
 def solve(
-    projected, qk, decay_log, decay_bias, decays, strengths, solved, filled, M,
+    projected, qk, v, decay_log, decay_bias, decays, wanted, erased, filled, M,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """Compute the inverse of each chunk's triangular system, and the gates.
+    """Solve each chunk's triangular system for both terms of its corrections, which are wanted - erased
+    @ memory.
 
-    projected [rows, M] bf16; its columns end with z (HV * V), b (HV) and a (HV). qk is the output
-    of `mix`. decay_log (A_log) and decay_bias (dt_bias) are [HV] fp32. Writes decays and strengths
-    [HV, chunks * CHUNK] in fp32. decays is the sum of the log decay since the chunk's start.
-    strengths is beta, with 0 from row `rows` on. Writes solved, the inverse, [HV, chunks * CHUNK,
-    CHUNK] in fp16. Grid (chunks, HV).
+    projected [rows, M] bf16; its columns end with z (HV * V), b (HV) and a (HV). qk and v are the
+    outputs of `mix`. decay_log (A_log) and decay_bias (dt_bias) are [HV] fp32. Writes decays [HV,
+    chunks * CHUNK] in fp32, the sum of the log decay since the chunk's start, wanted [HV, chunks *
+    CHUNK, V] and erased [HV, chunks * CHUNK, K] in fp16. From row `rows` on, the last two are 0. Grid
+    (chunks, HV).
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     rows = tl.load(filled)
@@ -153,53 +161,30 @@ def solve(
     gates = projected + token.to(tl.int64) * M + C + HV * V + head
     is_row = token < rows
     opened = tl.load(gates, mask=is_row, other=float("-inf")).to(tl.float32)
-    strength = 1 / (1 + tl.exp(-opened))  # [CHUNK]
+    strength = 1 / (1 + tl.exp(-opened))  # [CHUNK], beta
     step = tl.load(gates + HV, mask=is_row, other=0.0).to(tl.float32) + tl.load(decay_bias + head)
     log_decay = tl.where(is_row, -tl.exp(tl.load(decay_log + head)) * softplus(step), 0.0)
-    # The cumulative sums of log_decay, [CHUNK], once along the columns and once along the rows.
-    earlier = tl.where(i <= j, tl.sum(tl.where(i == j, log_decay[None, :], 0.0), 1)[:, None], 0.0)
-    along_j = tl.sum(earlier, 0)
-    along_i = tl.sum(tl.where(i >= j, log_decay[None, :], 0.0), 1)
+    decay = tl.cumsum(log_decay, 0)  # [CHUNK]
     total = head.to(tl.int64) * tl.num_programs(0) * CHUNK
-    tl.store(decays + total + token, along_j)
-    tl.store(strengths + total + token, strength)
     line = (chunk * CHUNK + i).to(tl.int64)
     key = tl.load(qk + (line * (2 * H) + H + key_head) * K + tl.arange(0, K)[None, :])  # [CHUNK, K]
-    strong = tl.sum(tl.where(i == j, strength[None, :], 0.0), 1)[:, None]  # [CHUNK, 1]
     # exp could overflow above the diagonal, where the exponents are not negative.
-    since = tl.minimum(along_i[:, None] - along_j[None, :], 0.0)
-    overlap = tl.where(i > j, strong * tl.dot(key, tl.trans(key)) * tl.exp(since), 0.0)
-    tl.store(solved + (total + line) * CHUNK + j, _inverse(overlap, i, j).to(tl.float16))
-
-
-@triton.jit
-def write(
-    source, decays, strengths, solved, out, filled, HEADS: tl.constexpr, FIRST: tl.constexpr,
-    SHARED: tl.constexpr, WIDTH: tl.constexpr, DECAYED: tl.constexpr,
-):  # fmt: skip
-    """Compute one of the two terms of a chunk's corrections, which are wanted - erased @ memory.
-
-    One launch has the values as source, v [chunks * CHUNK, HV, V]; then out is wanted [HV, chunks *
-    CHUNK, V] fp16. The other has the keys as source, qk [chunks * CHUNK, 2 H, K], and DECAYED,
-    which applies the decay since the chunk's start; then out is erased [HV, chunks * CHUNK, K]
-    fp16. source has HEADS heads of WIDTH columns. Value head h uses its head FIRST + h / SHARED.
-    The other arguments are the outputs of `solve`. Grid (chunks, HV).
-
-    The two terms are separate launches because of the compiler error that `read` describes.
-    """
-    chunk, head = tl.program_id(0), tl.program_id(1)
-    if chunk * CHUNK >= tl.load(filled):
-        return
-    i, column = tl.arange(0, CHUNK)[:, None], tl.arange(0, WIDTH)[None, :]
-    line = (chunk * CHUNK + i).to(tl.int64)
-    own = head.to(tl.int64) * tl.num_programs(0) * CHUNK + line
-    inverse = tl.load(solved + own * CHUNK + tl.arange(0, CHUNK)[None, :])  # [CHUNK, CHUNK]
-    new = tl.load(source + (line * HEADS + FIRST + head // SHARED) * WIDTH + column).to(tl.float32)
-    new *= tl.load(strengths + own)
-    if DECAYED:
-        new *= tl.exp(tl.load(decays + own))
-    written = tl.dot(inverse, new.to(tl.float16))
-    tl.store(out + own * WIDTH + column, written.to(tl.float16))
+    since = tl.minimum(decay[:, None] - decay[None, :], 0.0)
+    overlap = strength[:, None] * tl.dot(key, tl.trans(key)) * tl.exp(since)
+    inverse = _inverse(tl.where(i > j, overlap, 0.0), i, j) * strength[None, :]
+    tl.store(decays + total + token, decay)
+    strong = inverse.to(tl.float16)
+    for left in tl.static_range(0, V, CHUNK):
+        column = left + tl.arange(0, CHUNK)[None, :]
+        value = tl.load(v + (line * HV + head) * V + column, mask=column < V, other=0.0)
+        new = tl.dot(strong, value)
+        tl.store(wanted + (total + line) * V + column, new.to(tl.float16), mask=column < V)
+    strong = (inverse * tl.exp(decay)[None, :]).to(tl.float16)
+    for left in tl.static_range(0, K, CHUNK):
+        column = left + tl.arange(0, CHUNK)[None, :]
+        place = qk + (line * (2 * H) + H + key_head) * K + column
+        old = tl.dot(strong, tl.load(place, mask=column < K, other=0.0))
+        tl.store(erased + (total + line) * K + column, old.to(tl.float16), mask=column < K)
 
 
 @triton.jit(do_not_specialize=["chunks", "slots"])
@@ -259,10 +244,7 @@ def read(
         return
     key_head = head // (HV // H)
     i, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-    # Triton 3.6 reads outside of the shared memory on Hopper if the matrices of a product have rows
-    # of unequal length, with one below 128 bytes. Therefore a row has at least 64 columns.
-    WIDE: tl.constexpr = V if V > 64 else 64  # pyright: ignore
-    k, v = tl.arange(0, K)[None, :], tl.arange(0, WIDE)[None, :]
+    k = tl.arange(0, K)[None, :]
     C: tl.constexpr = 2 * H * K + HV * V
     line = (chunk * CHUNK + i).to(tl.int64)
     held = head.to(tl.int64) * tl.num_programs(0) + chunk
@@ -270,18 +252,29 @@ def read(
     key = tl.load(qk + (line * (2 * H) + H + key_head) * K + k)
     since = tl.load(decays + held * CHUNK + i)  # [CHUNK, 1]
     between = tl.where(i >= j, since - tl.load(decays + held * CHUNK + j), 0.0)
-    inner = tl.where(i >= j, tl.dot(query, tl.trans(key)) * tl.exp(between), 0.0)
-    memory = tl.load(
-        memories + (held * K + tl.arange(0, K)[:, None]) * V + v, mask=v < V, other=0.0
-    )  # [K, WIDE]
-    correction = tl.load(corrections + (held * CHUNK + i) * V + v, mask=v < V, other=0.0)
+    inner = tl.where(i >= j, tl.dot(query, tl.trans(key)) * tl.exp(between), 0.0).to(tl.float16)
     decayed = (query.to(tl.float32) * tl.exp(since)).to(tl.float16)
-    got = tl.dot(inner.to(tl.float16), correction, tl.dot(decayed, memory))  # [CHUNK, WIDE]
-    scale = tl.rsqrt(tl.sum(got * got, 1) / V + eps)[:, None]
-    inside = (line < rows) & (v < V)
-    gate = tl.load(projected + line * M + C + head * V + v, mask=inside, other=0.0)
-    opened = 1 / (1 + tl.exp(-gate.to(tl.float32)))
-    if not SIGMOID:
-        opened *= gate.to(tl.float32)
-    gated = tl.load(norm + v, mask=v < V, other=0.0) * (got * scale) * opened
-    tl.store(out + (line * HV + head) * V + v, gated.to(tl.bfloat16), mask=inside)
+    # CHUNK columns at a time need fewer registers, so that more programs run beside each other. Besides,
+    # Triton 3.6 reads outside of the shared memory on Hopper if the matrices of a product have rows of
+    # unequal length, with one below 128 bytes, so columns that V lacks are added as zeros.
+    parts = ()
+    squares = tl.zeros((CHUNK, 1), tl.float32)
+    for left in tl.static_range(0, V, CHUNK):
+        v = left + tl.arange(0, CHUNK)[None, :]
+        place = memories + (held * K + tl.arange(0, K)[:, None]) * V + v
+        memory = tl.load(place, mask=v < V, other=0.0)  # [K, CHUNK]
+        correction = tl.load(corrections + (held * CHUNK + i) * V + v, mask=v < V, other=0.0)
+        got = tl.dot(inner, correction, tl.dot(decayed, memory))  # [CHUNK, CHUNK]
+        squares += tl.sum(got * got, 1)[:, None]
+        parts += (got,)
+    scale = tl.rsqrt(squares / V + eps)
+    for left in tl.static_range(0, V, CHUNK):
+        v = left + tl.arange(0, CHUNK)[None, :]
+        inside = (line < rows) & (v < V)
+        gate = tl.load(projected + line * M + C + head * V + v, mask=inside, other=0.0)
+        opened = 1 / (1 + tl.exp(-gate.to(tl.float32)))
+        if not SIGMOID:
+            opened *= gate.to(tl.float32)
+        gain = tl.load(norm + v, mask=v < V, other=0.0)
+        gated = gain * (parts[left // CHUNK] * scale) * opened
+        tl.store(out + (line * HV + head) * V + v, gated.to(tl.bfloat16), mask=inside)

@@ -135,25 +135,29 @@ DELTA = "prefill/deltanet"
 fault("a tap too late", DELTA, delta_net, "numbers",
       ("at = token - (TAPS - 1) + tap", "at = token - (TAPS - 1) + tl.maximum(tap, 1)"))  # fmt: skip
 fault("rows before the pass left out", DELTA, delta_net, "numbers",
-      ("tl.where(at < 0, earlier, raw)", "tl.where(at < 0, 0.0, raw)"))  # fmt: skip
+      ("if tl.program_id(0) == 0:", "if tl.program_id(0) < 0:"))  # fmt: skip
 fault("queries not scaled", DELTA, delta_net, "numbers", ("K**-0.5, 1.0)", "1.0, 1.0)"))
 fault("a triangular system solved in blocks alone", DELTA, equal_rows, "numbers",
-      ("tl.range(0, DOUBLINGS)", "tl.range(0, DOUBLINGS - 2)"))  # fmt: skip
+      ("tl.range(1, DOUBLINGS)", "tl.range(1, DOUBLINGS - 2)"))  # fmt: skip
+fault("a triangular system without the pairs of rows that it begins with", DELTA, equal_rows, "numbers",
+      ("one - tl.where(i ^ j == 1, lower, 0.0)", "one"))  # fmt: skip
 fault("a Newton step from a wrong residual", DELTA, equal_rows, "numbers",
       ("left = one - inverse - ", "left = one - "))  # fmt: skip
 fault("a system without the decay between its tokens", DELTA, delta_net, "numbers",
-      (" * tl.exp(since), 0.0)\n    tl.store", ", 0.0)\n    tl.store"))  # fmt: skip
+      ("tl.trans(key)) * tl.exp(since)", "tl.trans(key))"))  # fmt: skip
 fault(
     "keys not weakened by the decay",
     DELTA,
     delta_net,
     "numbers",
-    ("    if DECAYED:", "    if False:"),
+    ("(inverse * tl.exp(decay)[None, :])", "inverse"),
 )
 fault("a strength that is forgotten", DELTA, delta_net, "numbers",
-      ("new *= tl.load(strengths + own)", "new *= 1.0"))  # fmt: skip
+      ("_inverse(tl.where(i > j, overlap, 0.0), i, j) * strength[None, :]",
+       "_inverse(tl.where(i > j, overlap, 0.0), i, j)"))  # fmt: skip
 fault("tiled instead of interleaved key heads", DELTA, delta_net, "numbers",
-      ("FIRST + head // SHARED", "FIRST + head % (HEADS - FIRST)"))  # fmt: skip
+      ("place = qk + (line * (2 * H) + H + key_head) * K + column",
+       "place = qk + (line * (2 * H) + H + head % H) * K + column"))  # fmt: skip
 fault("a memory that does not decay", DELTA, delta_net, "numbers",
       ("memory * tl.exp(whole))", "memory)"))  # fmt: skip
 fault("corrections that do not decay", DELTA, delta_net, "numbers",
@@ -176,7 +180,7 @@ fault("keys from the block's own first tile", ATTENTION, attention, "numbers",
       ("tl.range(begin, stop, TILE)", "tl.range(begin + TILE, stop, TILE)"))  # fmt: skip
 fault("a tile's edge at the pass's first row", ATTENTION, attention_in_parts, "bits",
       ("for at in tl.range(begin, stop, TILE):\n        p = at + tile\n",
-       "for at in tl.range(start % TILE - TILE + 8 * (start == 64), stop, TILE):\n"
+       "for at in tl.range(before % TILE - TILE + 8 * (before == 64), stop, TILE):\n"
        "        p = tl.maximum(at + tile, 0)\n"))  # fmt: skip
 fault("a piece joined without its weight", ATTENTION, attention_in_pieces, "numbers",
       ("more * share[:, None]", "more"))  # fmt: skip
