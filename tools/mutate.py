@@ -78,7 +78,10 @@ MODULES = {
     ),
     "qwen35/sampling.py": "test_sampling test_penalties",
     "qwen35/speculative.py": "test_rounds",
-    "qwen35/generation.py": "test_generation test_repr -k 'test_generation or completion'",
+    "qwen35/generation.py": (
+        "test_generation test_step_generation test_repr -k 'generation or completion'"
+    ),
+    "qwen35/step_decoder.py": "test_step_rounds test_step_decoder",
     "qwen35/load.py": (
         "test_load test_memory test_defaults test_swap test_paths qwen35/parallel/test_model"
         " weights/test_checkpoint weights/test_checkpoint_refused weights/test_put_aside"
@@ -161,6 +164,7 @@ MODULES = {
         " -k 'other_sizes or other_head or published or rejected or test_rows"
         " or slots or gradients or begins_where or refused or linear_attn or six'"
     ),
+    "fast/graph.py": "test_graph test_step_launches -k 'test_graph or captured or a_pass_runs'",
     "fast/hip.py": "test_hip -k 'not sources_compile'",
     "fast/hip_compiler.py": "test_hip -k 'not sources_compile'",
     "fast/launch.py": "test_launch",
@@ -183,6 +187,22 @@ MODULES = {
         "test_moe_hip -k 'refused or sizes_of_slices or whole_block and not 1024-1024 or bytes_'"
     ),
     "fast/mtp.py": "test_mtp test_step_launches -k 'test_mtp or own_tokens or ranks_with'",
+    "fast/prefill/attention.py": (
+        "test_passes test_mixers"
+        " -k 'test_passes or attentions_outputs or 27B or pieces3 or keys_are_read or e4m3'"
+    ),
+    "fast/prefill/deltanet.py": (
+        "test_passes test_mixers"
+        " -k 'test_passes or delta_nets_outputs and not 64 or other_sizes and not sizes2'"
+    ),
+    "fast/prefill/layer.py": "test_passes",
+    "fast/prefill/linear.py": "test_passes test_moe -k 'test_passes or test_a_block or dense_layer'",
+    "fast/prefill/moe.py": (
+        "test_passes test_moe -k 'not one_expert and not several and not small_numbers'"
+    ),
+    "fast/prefill/span.py": "test_passes",
+    "fast/prefill/tiles.py": "test_passes",
+    "fast/prompt.py": "test_prompt_launches",
     "fast/router.py": (
         "test_router test_router_hip test_moe test_layer test_rows"
         " -k 'renormalised or ties_go or splits_do_not or called_as or itself or powers"

@@ -34,16 +34,36 @@ def test_a_pass_is_captured_in_its_second_run_on_a_gpu(
     assert done == [f"run on {device}", *later]
 
 
-def test_a_prepared_pass_is_replayed_from_the_first_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prepared", [True, False])
+def test_what_is_run_on_the_device_is_what_is_captured(
+    prepared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prepared pass is replayed from the first run on."""
     done: list[str] = []
+    device = torch.device("cuda", 1)
+    work: list[Work] = [lambda: None]
 
     class Graph:
         def replay(self) -> None:
             done.append("replay")
 
-    monkeypatch.setattr(graph, "run", lambda work, where: done.append("run"))
-    monkeypatch.setattr(graph, "captured", lambda work: Graph())
-    one = Pass([], torch.device("cuda"))
-    one.prepare()
+    def captured(given: Iterable[Work]) -> Graph:
+        assert given is work
+        done.append("capture")
+        return Graph()
+
+    def run(given: Iterable[Work], where: torch.device) -> None:
+        assert given is work and where is device
+        done.append("run")
+
+    monkeypatch.setattr(graph, "run", run)
+    monkeypatch.setattr(graph, "captured", captured)
+    one = Pass(work, device)
+    if prepared:
+        one.prepare()
+        assert done == ["run", "capture"]
+    else:
+        one.run()
+        assert done == ["run"]
     one.run()
-    assert done == ["run", "replay"]
+    assert done == (["run", "capture", "replay"])

@@ -11,6 +11,7 @@ from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -20,12 +21,14 @@ from fast.launch import Launch, Scratch, Work
 from fast.layer import DecoderLayer
 from fast.linear import Norm, Stream
 from fast.mtp import MTP
+from fast.prefill.span import Span
 from fast.step import Step
+from qwen35.cache import Cache
 from qwen35.config import Config
 from reference.norm import RMSNorm
 from tests.support.family import FAMILY
 from tests.support.fast_cases import poison
-from tests.support.plain_launches import plain
+from tests.support.plain_launches import in_turn, plain
 
 D, VOCABULARY = 256, 200
 STATES = D // 2
@@ -155,6 +158,44 @@ class Reader(DecoderLayer):
         return STATES + states[-1] if follow and held[0][1] >= 0 else None
 
 
+def read_prompt(
+    layer: Reader, x: Tensor, state: Any, span: Span, rope: Any, scratch: Scratch
+) -> tuple[list[Work], Tensor]:
+    """In place of `fast.prefill.layer.on_layer`: what a `Reader` does with the rows of a prompt's pass.
+    Rows that the pass does not have become NaN."""
+    cosine, sine = rope
+    assert bool((cosine[0] == 1).all()) and bool((sine[0] == 0).all())
+    assert len(cosine) == span.end <= state.keys.shape[1]
+    out = scratch(f"prompt's out of {'mtp' if layer.of_mtp else 'the trunk'}", *x.shape)
+
+    def work() -> None:
+        for number in (span.start, span.filled):
+            assert number.shape == (1,) and number.dtype == torch.int32
+        first, rows = int(span.start), int(span.filled)
+        assert 1 <= rows <= len(x) and 0 <= first <= span.end - rows
+        codes = [layer.codes(line) for line in x[:rows]]
+        width = len(codes[0])
+        state.keys[0, first : first + rows, :width] = torch.tensor(codes)
+        held = state.keys[0, : first + rows, :width].int().tolist()
+        out.fill_(torch.nan)
+        for row in range(rows):
+            place = layer.following(held[: first + row + 1])
+            if place is not None:
+                out[row] = 0
+                out[row, place] = 1
+
+    return [work], out
+
+
+def compute_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let rounds and passes run on the CPU: their launches by `plain_launches`, a prompt's layers by
+    `read_prompt`."""
+    for module in ("step", "graph"):
+        monkeypatch.setattr(f"fast.{module}.run", lambda work, device: in_turn(work))
+    for module in ("prompt", "mtp"):
+        monkeypatch.setattr(f"fast.{module}.on_layer", read_prompt)
+
+
 def norm(*factors: float) -> RMSNorm:
     """A norm that multiplies by each of the factors in an equal part of the columns."""
     made = RMSNorm(D, EPS).bfloat16().requires_grad_(False)
@@ -189,6 +230,33 @@ def coded_model(target: str, head: Tensor, ranks: AllReduce | None = None) -> An
     for layer in (*model.layers, model.mtp.layer):
         layer.ranks = ranks
     return model
+
+
+class CodedHead(nn.Module):
+    """The product with `weight_of_head`."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return (hidden.float() @ self.weight.float().T).bfloat16()
+
+
+class CodedModule(nn.Module):
+    """The same model as a module, for whole generations. It has no forward of its own."""
+
+    def __init__(self, target: str, context: int) -> None:
+        super().__init__()
+        parts = coded_model(target, weight_of_head())
+        self.config = replace(CONFIG, max_position_embeddings=context)
+        self.kv_cache_dtype, self.dtype = parts.kv_cache_dtype, torch.bfloat16
+        self.embed_tokens = nn.Embedding.from_pretrained(parts.embed_tokens.weight)
+        self.layers, self.norm, self.mtp = nn.ModuleList(parts.layers), parts.norm, parts.mtp
+        self.lm_head = CodedHead(parts.lm_head.weight)
+
+    def new_cache(self) -> Cache:
+        return Cache.empty(self.config, torch.bfloat16, torch.device("cpu"))
 
 
 # ---- ranks of one process, which take turns

@@ -126,10 +126,14 @@ def _linear(a: Any, blocks: int, *rest: int) -> None:
 
 
 def _prefill_linear(a: Any, blocks: int, *rest: int) -> None:
-    assert rest == (1, 1) and not a.ACTIVATED
+    assert rest == (1, 1) and not (a.ACTIVATED and a.HAS_RESIDUAL)
     rows = int(a.filled[0])
     assert blocks == math.ceil(len(a.x) / a.BLOCK_M) * math.ceil(a.N / a.BLOCK_N)
     exact = _lines(a.x, a.K)[:rows].float() @ _lines(a.weight, a.K).float().T
+    if a.ACTIVATED:
+        gate, up = exact[:, ::2], exact[:, 1::2]
+        _lines(a.out, a.N // 2)[:rows] = (gate * gate.sigmoid() * up).to(a.out.dtype)
+        return
     beside = _lines(a.residual, a.N)[:rows].float() if a.HAS_RESIDUAL else 0
     _lines(a.out, a.N)[:rows] = (exact + beside).to(a.out.dtype)
 
