@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fast.allreduce import OneShot
+from fast.allreduce import AllReduce, Gathered, OneShot
 from fast.launch import Launch, Scratch, Work
 from fast.layer import DecoderLayer
 from fast.moe import Experts, SparseMoeBlock
@@ -60,8 +60,8 @@ class Alone:
 
 
 def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
-    """Yield each kernel and shape of the 397B once: those of a decode round on 1, 2, 4 and 8 ranks, which
-    send packets to each other, and those of a prompt's pass on 1 and 8.
+    """Yield each kernel and shape of the 397B once: those of a decode round on 1, 2, 4 and 8 ranks, with
+    both kinds of exchange, and those of a prompt's pass on 1 and 8.
 
     build: makes a reference model of a config, on the device meta.
     """
@@ -72,14 +72,17 @@ def launches(target: str, build: Callable[[Config], Any]) -> Iterator[Launch]:
         config = replace(config, num_hidden_layers=4, layer_types=config.layer_types[:4])
         model = build(replace(config, num_experts=1, num_experts_per_tok=1)).bfloat16()
         fast(model, config, target, meta)
+        alone = Alone(ranks)
+        exchanges: list[AllReduce | None] = [None]
         if ranks > 1:
-            exchange = OneShot.alone(Alone(ranks), meta)
+            exchanges = [Gathered(alone), OneShot.alone(alone, meta)]
+        for exchange in exchanges:
             for layer in (*model.layers, model.mtp.layer):
                 layer.ranks = exchange
-        for work in _works(model, config, ranks, meta):
-            if isinstance(work, Launch) and work.name not in seen:
-                seen.add(work.name)
-                yield work
+            for work in _works(model, config, ranks, meta):
+                if isinstance(work, Launch) and work.name not in seen:
+                    seen.add(work.name)
+                    yield work
 
 
 def hip_launches(target: str) -> Iterator[Launch]:

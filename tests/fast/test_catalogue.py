@@ -28,9 +28,9 @@ SIZES = {
     "shared_expert_intermediate_size": 1024, "vocab_size": 248320,
 }  # fmt: skip
 SHARED = ("num_key_value_heads",)
-# Kernels of a decode round, without that of ranks whose cards cannot share memory.
+# Kernels of a decode round.
 ROUND = {
-    "allreduce.allreduce", "allreduce.gather", "attention.attend", "attention.combine",
+    "allreduce.add", "allreduce.allreduce", "allreduce.gather", "attention.attend", "attention.combine",
     "deltanet.delta", "embedding.embed", "embedding.embed_part", "embedding.mtp_input", "head.accept",
     "head.head", "head.pick", "linear.linear", "moe.down", "moe.gate_up", "norm.norm", "router.route",
 }  # fmt: skip
@@ -83,10 +83,22 @@ def test_every_kernel_and_shape_is_there_once(target: str):
             assert name in names, name
         prompts = [n for n in names if n.startswith("prefill") and f"I={1024 // ranks}" in n]
         assert bool(prompts) is (ranks in (1, 8))
-        for kind in ("allreduce D=4096", "gather", "pick"):
+        for name in (
+            f"turn {heads}", f"turn {heads} FP8", f"attend {heads}", f"attend {heads} split",
+            f"join {heads} last",
+        ):  # fmt: skip
+            assert (f"prefill {name}" in names) is (ranks in (1, 8)), name
+        for kind in ("add D=4096", "allreduce D=4096", "gather", "pick"):
             assert (f"{kind} RANKS={ranks}" in names) is (ranks > 1)
         assert (f"pick N={248320 // ranks} of a part" in names) is (ranks > 1)
-    for name in ("embed D=4096", "embed_part D=4096", "mtp_input D=4096", "accept DRAFTS=3"):
+    for name in (
+        "prefill decode G=2 K=256",
+        "prefill decode G=1 K=256",
+        "embed_part D=4096",
+        "embed D=4096",
+        "mtp_input D=4096",
+        "accept DRAFTS=3",
+    ):
         assert name in names
 
 
@@ -96,6 +108,8 @@ def test_the_sizes_of_a_pass():
     assert found["embed D=4096"].grid == (4, 1, 1)
     attend = found["attend H=32 G=2 K=256"].arguments
     assert attend["keys"].shape == (2, 16_384, 256)
+    added = found["add D=4096 RANKS=8"]
+    assert added.grid[0] == 4 and added.arguments["parts"].shape == (8, 4, 4096)
     prompts = [launch.arguments for launch in found.values() if launch.name.startswith("prefill")]
     assert {len(given["q"]) for given in prompts if "q" in given} == {2048}
     assert (2048, 4096) in {tuple(given["x"].shape) for given in prompts if "x" in given}
