@@ -186,7 +186,10 @@ MODULES = {
     "fast/moe_hip.py": (
         "test_moe_hip -k 'refused or sizes_of_slices or whole_block and not 1024-1024 or bytes_'"
     ),
-    "fast/mtp.py": "test_mtp test_step_launches -k 'test_mtp or own_tokens or ranks_with'",
+    "fast/mtp.py": (
+        "test_mtp test_step_launches test_prompt_launches"
+        " -k 'test_mtp or own_tokens or ranks_with or test_prompt_launches'"
+    ),
     "fast/prefill/attention.py": (
         "test_passes test_mixers"
         " -k 'test_passes or attentions_outputs or 27B or pieces3 or keys_are_read or e4m3'"

@@ -3,6 +3,7 @@
 import re
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,8 +60,9 @@ def test_waves_share_the_weights():
     assert launch.bytes_of_a_wave(4) == 256
 
 
-def test_an_instruction_that_takes_one_element_may_have_any_layout():
-    check_packing("a kernel", IR.replace("LAYOUT", "#torn").replace("= 4 : i32", "= 1 : i32"))
+@pytest.mark.parametrize("layout", ["#rows", "#torn", "#unknown"])
+def test_an_instruction_that_takes_one_element_may_have_any_layout(layout: str):
+    check_packing("a kernel", IR.replace("LAYOUT", layout).replace("= 4 : i32", "= 1 : i32"))
 
 
 def down(I: int, **config: int) -> Launch:
@@ -103,7 +105,11 @@ def test_a_launch_on_the_card_is_checked_too_and_once():
         params = whole.kernel.params
 
         def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-            return lambda **arguments: compiled  # pyright: ignore
+            def compile_it(**given: Any) -> Compiled:
+                assert grid == launch.grid and given == launch.arguments | launch.options
+                return compiled
+
+            return compile_it
 
     launch = replace(whole, name="on a card", kernel=Kernel())
     layout = "#torn"
@@ -127,12 +133,13 @@ def test_launches_that_share_a_compiled_kernel_are_specialised_alike(target: str
     from tests.support.copy_kernel import copy
 
     x = torch.empty(4096)
-    wide = torch.empty(1, device=META).expand(2**30)
+    wide, widest = (torch.empty(2**29 - n, device=META) for n in (0, 1))  # 2 GiB, and less
     plain = {"x": x, "out": x, "rows": 40, "N": 64, "factor": 0.5, "BLOCK": 16}
     changes: list[dict[str, Any]] = [
-        {}, {"x": x[4:]}, {"x": x[1:]}, {"x": x.double()}, {"x": wide}, {"rows": 48}, {"rows": 1},
-        {"rows": 2**31}, {"N": 65}, {"N": 67}, {"N": 1}, {"N": 80}, {"N": 2**31}, {"N": 2**31 + 16},
-        {"N": 2**63}, {"factor": 1.0}, {"BLOCK": 32}, {"num_warps": 8},
+        {}, {"x": x[4:]}, {"x": x[1:]}, {"x": x.double()}, {"x": wide}, {"x": widest}, {"rows": 48},
+        {"rows": 1}, {"rows": True}, {"rows": -48}, {"rows": -(2**31) - 16}, {"rows": 2**31},
+        {"N": 65}, {"N": 67}, {"N": 1}, {"N": 80}, {"N": 2**31}, {"N": 2**31 + 16}, {"N": 2**63},
+        {"factor": 1.0}, {"BLOCK": 32}, {"num_warps": 8},
     ]  # fmt: skip
     by_key: dict[Any, set[str]] = {}
     with stand_in_driver(target):
@@ -144,3 +151,19 @@ def test_launches_that_share_a_compiled_kernel_are_specialised_alike(target: str
             by_key.setdefault(key, set()).add(compiled.hash)
     assert all(len(hashes) == 1 for hashes in by_key.values())
     assert 10 < len(by_key) < len(changes)
+
+
+def test_a_launch_is_known_by_the_value_of_a_constant_also_in_a_tuple():
+    """Of other numbers Triton's code depends on little, of None on that it is none."""
+    params = [
+        SimpleNamespace(name=n, is_constexpr=c) for n, c in (("x", 0), ("SIZES", 1), ("at", 0))
+    ]
+    kernel = type("Kernel", (), {"params": params})()
+
+    def key(sizes: tuple[int, ...], at: Any) -> Any:
+        given = {"x": torch.empty(16), "SIZES": sizes, "at": at}
+        return Launch("a kernel", kernel, (1, 1, 1), given, {}).specialisation()[0]
+
+    same = key((3, 5), (32, 48))
+    assert same == key((3, 5), (64, 80)) and same != key((3, 7), (32, 48))
+    assert same != key((3, 5), (32, 49)) != key((3, 5), (1, 49)) != key((3, 5), None)

@@ -57,10 +57,13 @@ def passed(
     given = (
         torch.tensor(ids, dtype=torch.int32), torch.stack([hidden(state) for state in states]),
         table, step.state.mtp, torch.tensor([start], dtype=torch.int32),
-        (step.state.cosine, step.state.sine), Scratch(CPU),
+        (step.state.cosine, step.state.sine),
     )  # fmt: skip
+    scratch = Scratch(CPU)
     with torch.device("meta"):  # its buffers lie where the table does
-        work, out = head.launches(*given)  # pyright: ignore
+        work, out = head.launches(*given, scratch)  # pyright: ignore
+    (product,) = (one for one in work if isinstance(one, Launch) and "mtp_fc" in one.name)
+    assert product.arguments["out"] is scratch("residual", len(ids), D)  # the layers' own buffer
     if head.layer.ranks is None:
         in_turn(work)
     return work, out

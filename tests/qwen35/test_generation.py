@@ -96,6 +96,13 @@ def test_a_prompt_goes_on_behind_what_the_cache_holds(reused: int) -> None:
     assert model.passes == ([64, 22] if reused == 64 else [22])
 
 
+def test_an_empty_prompt_has_no_last_token() -> None:
+    """`Generation` refuses it with a line of its own."""
+    cache: Any = Rows()
+    with pytest.raises(AssertionError, match=r"^a prompt has at least one token$"):
+        prefill(Table(), [], cache, chunk=64, draft=False)  # pyright: ignore
+
+
 # --- generation
 
 

@@ -47,6 +47,7 @@ SAMPLINGS = {
     "few ids": Sampling(vocab=60),
     "drawn": Sampling(temperature=0.8, seed=5),
     "penalties": Sampling(repetition_penalty=1.1, presence_penalty=4.0),
+    "penalties of three ids": Sampling(presence_penalty=60.0, vocab=3),
     "drawn with penalties": Sampling(
         temperature=0.8, top_k=3, repetition_penalty=1.1, presence_penalty=4.0, seed=6, vocab=150
     ),
