@@ -29,13 +29,16 @@ IR = """
 #turned = #ttg.linear<{register = [[0, 2], [0, 1], [8, 0]], lane = [[0, 4], [1, 0]], warp = [], block = []}>
 #down = #ttg.linear<{register = [[1, 1], [0, 2], [8, 0]], lane = [[0, 4], [1, 0]], warp = [], block = []}>
 #deep = #ttg.linear<{register = [[0, 1, 1], [0, 0, 2], [0, 8, 0]], lane = [[0, 0, 4]], warp = [], block = []}>
+#cube = #ttg.linear<{register = [[0, 0, 1], [0, 0, 2], [0, 8, 0]], lane = [[0, 0, 4]], warp = [], block = []}>
 %0 = tt.elementwise_inline_asm "prmt;" {constraints = "=r", packed_element = 1 : i32, pure = false} -> i32
 %1:2 = tt.elementwise_inline_asm "a { b" {constraints = "=r,r", packed_element = 4 : i32, pure = true} %w, %m : tensor<64x64xi8, LAYOUT>, tensor<64x64xi32, #torn> -> tensor<64x64xbf16, #torn>
 """  # noqa: E501
 OF_A_PRODUCT = "#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = %d}>"
 
 
-@pytest.mark.parametrize("layout", ["#blocked", "#run", OF_A_PRODUCT % 4, OF_A_PRODUCT % 8])
+@pytest.mark.parametrize(
+    "layout", ["#blocked", "#run", "#cube", OF_A_PRODUCT % 4, OF_A_PRODUCT % 8]
+)
 def test_four_neighbours_of_a_row_are_taken(layout: str):
     check_packing("a kernel", IR.replace("LAYOUT", layout))
 
@@ -138,8 +141,8 @@ def test_launches_that_share_a_compiled_kernel_are_specialised_alike(target: str
     changes: list[dict[str, Any]] = [
         {}, {"x": x[4:]}, {"x": x[1:]}, {"x": x.double()}, {"x": wide}, {"x": widest}, {"rows": 48},
         {"rows": 1}, {"rows": True}, {"rows": -48}, {"rows": -(2**31) - 16}, {"rows": 2**31},
-        {"N": 65}, {"N": 67}, {"N": 1}, {"N": 80}, {"N": 2**31}, {"N": 2**31 + 16}, {"N": 2**63},
-        {"factor": 1.0}, {"BLOCK": 32}, {"num_warps": 8},
+        {"rows": -(2**31)}, {"N": 65}, {"N": 67}, {"N": 1}, {"N": 80}, {"N": 2**31},
+        {"N": 2**31 + 16}, {"N": 2**63}, {"factor": 1.0}, {"BLOCK": 32}, {"num_warps": 8},
     ]  # fmt: skip
     by_key: dict[Any, set[str]] = {}
     with stand_in_driver(target):

@@ -229,3 +229,14 @@ def test_a_cache_in_the_states_own_memory(kv_cache_dtype: str) -> None:
     deltas = [name for name in kept if name.endswith(("conv", "recurrent"))]
     assert all(torch.equal(kept[name], given.snapshot()[name]) for name in deltas)
     assert all(torch.equal(cache.snapshot()[name], later.snapshot()[name]) for name in deltas)
+
+
+def test_a_cache_in_the_memory_of_a_state_without_drafts_has_no_mtp_head() -> None:
+    state = State.empty(CONFIG, 80, 0, CPU)
+    cache, given = state.cache(CONFIG), filled(64)
+    assert cache.mtp is None and cache.length == 0
+    cache.restore([given.snapshot(mtp=False)], 64, mtp=False)
+    state.take(cache)
+    back = filled(1)
+    state.give(back)
+    assert back.length == 64 and torch.equal(back.layers[ATTENTION].k, given.layers[ATTENTION].k)  # pyright: ignore

@@ -341,7 +341,7 @@ def test_a_prompt_without_a_whole_block():
     rounds = prepared(coded(), 6, 1, Sampling(), 8)
     last = finish_prompt(rounds, rounds.cache(), ids, None)
     assert torch.equal(last, hidden(read(ids)[-1])[None, None])
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"^a prompt has at least one token$"):
         finish_prompt(rounds, rounds.cache(), [], None)
 
 

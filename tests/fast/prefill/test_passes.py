@@ -19,6 +19,7 @@ from fast.linear import Norm
 from fast.prefill import attention, deltanet, layer, moe, tiles
 from fast.prefill.linear import GROUP, normed, product
 from fast.prefill.span import Span, number_of_rows
+from fast.router import Router
 from fast.state import Keys
 from qwen35.cache import DeltaState, KVCache
 from qwen35.errors import InputError
@@ -26,6 +27,7 @@ from tests.support.fast_cases import CPU, TARGET, exact_rows
 from tests.support.fast_nodes import a_pass, fast_node
 from tests.support.plain_launches import in_turn
 from tests.support.prefill_nodes import Poisoned, prefill_findings, state_of
+from tools.gfx950.target import emulate
 
 META = torch.device("meta")
 
@@ -255,6 +257,28 @@ def test_experts_have_tiles_of_their_weights_and_of_their_pairs(target: str, fp4
     if arranged:
         assert found["arrange"].grid == (N, 1, 1)
         assert found["gate_up"].arguments["x"] is found["arrange"].arguments["out"]
+
+
+def test_the_choice_of_experts_has_the_products_in_float32():
+    """Ties are those of the reference, whose logits are bf16: of 256 + 19, 20 and 21, for instance."""
+    x, weight = (torch.zeros(rows, 64).bfloat16() for rows in (9, 25))
+    x[:, :2] = 1
+    weight[:, 0], weight[:, 1] = 256, torch.arange(25)
+    router = Router(weight, 24, 5, True, TARGET)
+    work, choice = moe.route(router, x, number_of_rows(x), Poisoned(CPU))
+    emulate(work)
+    assert choice.parts.dtype == choice.weights.dtype == torch.float32
+    assert torch.equal(choice.parts, (256.0 + torch.arange(25)).repeat(1, 9, 1))
+    assert choice.experts.tolist() == [[23, 22, 19, 20, 21]] * 9
+    share = torch.tensor([280.0, 278, 276, 276, 276]).softmax(-1)
+    assert torch.allclose(choice.weights, share.expand(9, 5), rtol=1e-5)
+
+
+def test_more_experts_than_there_are_cannot_be_chosen():
+    x = torch.zeros(9, 64).bfloat16()
+    router = Router(torch.zeros(25, 64).bfloat16(), 24, 25, True, TARGET)
+    with pytest.raises(InputError, match="the router's top 25 of 24 experts; expected 1 to 16"):
+        moe.route(router, x, number_of_rows(x), Scratch(CPU))
 
 
 @pytest.mark.parametrize("D", [1024, 2048, 2560])
