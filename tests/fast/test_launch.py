@@ -58,6 +58,30 @@ def test_an_instruction_that_takes_two_elements_needs_two_neighbours():
         check_packing("a kernel", of_two.replace("LAYOUT", "#rows"))
 
 
+def test_a_tensor_that_offsets_of_32_bits_do_not_reach_is_refused():
+    """Unless the kernel addresses it with 64 bits."""
+    most, more = (torch.empty(n, dtype=torch.uint8, device=META) for n in (2**31 - 1, 2**31))
+    for name, x in (("keys", most), ("weight", more), ("out", more)):
+        Launch("a kernel", None, (1, 1, 1), {"n": 3, name: x}, {})
+    with pytest.raises(InputError) as caught:
+        Launch("a kernel", None, (1, 1, 1), {"n": 3, "keys": more}, {})
+    assert str(caught.value) == (
+        "a kernel: keys has 2147483648 elements; its offsets have 32 bits and reach 2147483647"
+    )
+
+
+def test_buffers_of_a_name_are_shared_if_they_are_alike():
+    scratch = Scratch(CPU)
+    with META:
+        first = scratch("one", 3, 4)
+        counts = scratch("counts", 5, dtype=torch.int32)
+    assert (first.shape, first.dtype, first.device) == ((3, 4), torch.bfloat16, CPU)
+    assert (counts.tolist(), counts.dtype, counts.device) == ([0] * 5, torch.int32, CPU)
+    assert scratch("one", 3, 4) is first
+    others = [scratch("one", 4, 3), scratch("one", 3, 4, dtype=torch.float32), scratch("two", 3, 4)]
+    assert len({x.data_ptr() for x in (first, *others)}) == 4
+
+
 def test_waves_share_the_weights():
     launch = Launch("a kernel", None, (1, 1, 1), {}, {}, weight_bytes=1024)
     assert launch.bytes_of_a_wave(4) == 256
@@ -163,10 +187,11 @@ def test_a_launch_is_known_by_the_value_of_a_constant_also_in_a_tuple():
     ]
     kernel = type("Kernel", (), {"params": params})()
 
-    def key(sizes: tuple[int, ...], at: Any) -> Any:
-        given = {"x": torch.empty(16), "SIZES": sizes, "at": at}
+    def key(sizes: tuple[int, ...], at: Any, device: torch.device = CPU) -> Any:
+        given = {"x": torch.empty(16, device=device), "SIZES": sizes, "at": at}
         return Launch("a kernel", kernel, (1, 1, 1), given, {}).specialisation()[0]
 
     same = key((3, 5), (32, 48))
+    assert same != key((3, 5), (32, 48), META)
     assert same == key((3, 5), (64, 80)) and same != key((3, 7), (32, 48))
     assert same != key((3, 5), (32, 49)) != key((3, 5), (1, 49)) != key((3, 5), None)

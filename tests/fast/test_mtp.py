@@ -225,6 +225,7 @@ def test_hip_kernels_are_taken_where_the_experts_are_mxfp4(monkeypatch: pytest.M
         return made
 
     assert kernel(mxfp4(), "hip") == "hip" and kernel(mxfp4(), "triton") == "triton"
+    assert MTP.from_reference(mxfp4(), TARGET).layer.feed_forward.experts.kernel == "triton"  # pyright: ignore
     plain = MTP(mxfp4(), TARGET).layer.feed_forward
     assert (plain.gate.kernel, plain.experts.kernel) == ("triton", "triton")  # pyright: ignore
     assert kernel(reference_mtp("397B-A17B", **HIP), "hip") == "triton"

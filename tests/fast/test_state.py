@@ -144,6 +144,23 @@ def test_sizes_and_dtypes() -> None:
     assert isinstance(none, Keys) and none.key_scales.is_meta
 
 
+@pytest.mark.parametrize("kv_cache_dtype", KV_CACHE_DTYPES)
+def test_no_memory_is_held_that_is_not_used(kv_cache_dtype: str) -> None:
+    keys = Keys.empty(CONFIG, 24, CPU, kv_cache_dtype)
+    for one in (keys.keys, keys.values, keys.key_scales, keys.value_scales):
+        assert one.untyped_storage().nbytes() == one.numel() * one.itemsize
+
+
+def test_keys_of_another_dtype_are_noticed() -> None:
+    """A state in e4m3 has scales."""
+    bf16, fp8 = (State.empty(CONFIG, 24, 0, CPU, kind) for kind in ("auto", "fp8"))
+    for one, other in ((bf16, fp8), (fp8, bf16)):
+        with pytest.raises(ValueError, match=r"longer|shorter"):
+            one.take_over(other)
+        with pytest.raises(ValueError, match=r"longer|shorter"):
+            one.take(filled(3, "fp8" if other is fp8 else "auto"))
+
+
 def test_keys_over_a_cache_are_its_memory() -> None:
     cache = KVCache.empty((1, 2, 4), torch.bfloat16, CPU)
     cache.reserve(3)

@@ -3,6 +3,7 @@ model whose numbers are exact (`tests/support/coded_model.py`)."""
 
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -207,6 +208,25 @@ def test_a_step_keeps_what_its_model_and_its_depth_ask_for():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_all_memory_lies_where_the_embedding_does(size: int):
+    """Whatever torch's default is."""
+    head = weight_of_head()
+    model = coded_ranks(TARGET, head, 2)[0] if size > 1 else coded_model(TARGET, head)
+    with torch.device("meta"):
+        step = Step(model, 64, 2)
+    state, tail, keys = step.state, step.tail, step.state.layers[0]
+    assert state.mtp is not None and tail.mtp is not None
+    held = [
+        step.rows_ids, step.picked, step.fresh, step.report, step.hidden, step.logits, state.starts,
+        state.cosine, state.sine, keys.keys, state.mtp.values, tail.ids, tail.start, tail.hidden,  # pyright: ignore
+    ]  # fmt: skip
+    for work in (*step.work, *tail.trunk.work, *tail.mtp.work):
+        if isinstance(work, Launch):
+            held += [x for x in work.arguments.values() if isinstance(x, torch.Tensor)]
+    assert {x.device for x in held} == {torch.device("cpu")}
+
+
 def test_a_step_takes_a_prompts_cache():
     small, large = one(2), one(2, capacity=96)
     begin(small, PROMPT)
@@ -271,6 +291,18 @@ def test_a_tail_in_parts_leaves_what_a_text_leaves(cuts: tuple[int, ...], drafts
     report = rounds([step], 1)[0]
     text = report[1 : 1 + report[0]]
     assert text == Coded(weight_of_head(), VOCABULARY).text([*ids, token], len(text))
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+@pytest.mark.parametrize(("count", "trunk", "head"), [(1, 1, 0), (8, 1, 1), (9, 2, 1), (17, 3, 2)])
+def test_a_tail_takes_as_few_passes_as_it_can(count: int, trunk: int, head: int):
+    """Eight rows each; the head has no row for the first token."""
+    step, asked = one(1), list[str]()
+    assert step.tail.mtp is not None
+    for name, part in (("trunk", step.tail.trunk), ("head", step.tail.mtp)):
+        part.work = [*part.work, partial(asked.append, name)]
+    step.extend(list(range(count)), None)
+    assert asked == ["trunk"] * trunk + ["head"] * head
 
 
 @pytest.mark.usefixtures("on_the_cpu")

@@ -58,6 +58,8 @@ def of_a_layer(rows: int, **settings: Any) -> list[Work]:
     assert out.shape == what.x.shape and out.device == CPU
     given = [value for launch in launches(work) for value in launch.arguments.values()]
     assert {value.device for value in given if isinstance(value, Tensor)} == {CPU}
+    filled = [one.arguments["filled"] for one in launches(work) if "filled" in one.arguments]
+    assert len(filled) > 4 and all(number.tolist() == [rows] for number in filled)
     return work
 
 
