@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from fast import configs
 from fast.launch import Scratch
 from tests.support.fast_cases import (
     CPU,
@@ -50,7 +51,11 @@ def experts_and_residual() -> list[str]:
 
 def wide_experts() -> list[str]:
     """Both products sum over two blocks."""
-    return findings(case(routing("overlapping", 2, 2, 3), E=3, D=512, I=512))
+    D, I = 1024, 512
+    for kernel, length in (("gate_up", D), ("down", I)):
+        config = configs.lookup("gfx950", kernel, configs.key(D=D, I=I))
+        assert config["BLOCK_K"] == length // 2
+    return findings(case(routing("overlapping", 2, 2, 3), E=3, D=D, I=I))
 
 
 def any_arrival() -> list[str]:
