@@ -1,4 +1,4 @@
-"""The common parts of all command lines: reading and printing text, one-line errors, exit statuses,
+"""The common parts of all command lines: types of arguments, printing, one-line errors, exit statuses,
 `--debug`."""
 
 import argparse
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CHECKPOINT = "a checkpoint's folder, a hub id, or `tiny`, the embedded model (default)"
+CHECKPOINT = "a checkpoint's folder, a hub id, or `tiny`, the embedded model (default: tiny)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,12 +37,19 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
         # Before Python 3.14 argparse takes -1e-3 for an option, unlike -0.001.
         self._negative_number_matcher = re.compile(r"-\.?\d")
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        for kind, read in ((int, integer), (float, number), (Path, path)):
+            self.register("type", kind, read)  # whose errors say what was expected
+        self.add_argument(
+            "--debug",
+            action="store_true",
+            help="print the traceback of an error, not only its line",
+        )
         self.add_argument("--version", action="version", version=f"qwen35 {installed('qwen35')}")
         if computes:
             self.add_argument("--threads", type=thread_count, metavar="N",
-                              help="torch threads (default: one for a hidden size below 1,024, otherwise "
-                                   "what torch chooses)")  # fmt: skip
+                              help="use N threads of torch on a CPU (default: OMP_NUM_THREADS if it is "
+                              "set, one for a hidden size below 1,024, otherwise torch's own "
+                              "choice)")  # fmt: skip
 
     def add_model(
         self, help: str = CHECKPOINT, *, alone: bool = True, default: str | None = "tiny"
@@ -54,7 +61,8 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("model", metavar="MODEL", nargs="?", action=_Once, default=default,
                               help=help)  # fmt: skip
         self.add_argument("--model", metavar="MODEL", action=_Once, default=default,
-                          help="another way to give MODEL" if alone else help)  # fmt: skip
+                          help="name the model by an option, in place of "
+                          "MODEL" if alone else help)  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, None if _is_told_elsewhere() else f"{self.prog}: {one_line(message)}\n")
@@ -78,10 +86,10 @@ class _Once(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         before = getattr(namespace, self.dest, None)
-        if isinstance(values, _Default):
+        if values is None or isinstance(values, _Default):
             return  # argparse makes this call too if the positional argument is not given
         if before != values and not isinstance(before, _Default | None):
-            parser.error(f"two models are given, {before} and {values}; one is expected")
+            parser.error(f"two models are given, {before!r} and {values!r}; one is expected")
         setattr(namespace, self.dest, values)
 
 
@@ -129,6 +137,68 @@ def parse_ids(text: str) -> list[int]:
         ) from None
 
 
+DIGITS = 18  # of an integer on a command line; it fits into 64 bits
+MOST = 10**9  # of anything that is counted: more of it would take years
+
+
+def integer(text: str) -> int:
+    """Parse an integer of at most DIGITS digits. It is the type `int` of every option."""
+    if not re.fullmatch(r"[+-]?\d+", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer")
+    if len(text.lstrip("+-")) > DIGITS:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected at most {DIGITS} digits")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """Parse a number with or without a decimal point. It is the type `float` of every option."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number") from None
+
+
+def path(text: str) -> Path:
+    """Parse the name of a file or folder. It is the type `Path` of every option."""
+    return Path(named(text))
+
+
+def named(text: str) -> str:
+    """Parse a name, which may be `-`. The empty one would stand for the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("''; expected the name of a file or folder")
+    return text
+
+
+def output_file(text: str) -> Path:
+    """Parse the name of a file that is written at the end. It is an error at once if that cannot work."""
+    file = path(text)
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; expected the name of a file")
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a file in a folder that exists")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a file that can be written")
+    return file
+
+
+def folder_name(text: str) -> Path:
+    """Parse the name of a folder, which need not be there yet."""
+    if (found := path(text)).exists() and not found.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a file; expected the name of a folder")
+    return found
+
+
+def output_folder(text: str) -> Path:
+    """Parse the name of a folder that is written to at the end, and made if it is not there. It is an
+    error at once if that cannot work."""
+    found = folder_name(text)
+    place = next(p for p in (found.absolute(), *found.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r}; {place} is no folder that can be written")
+    return found
+
+
 def at_least_one(text: str) -> int:
     """Parse an integer that is at least 1."""
     return _at_least(1, text)
@@ -140,7 +210,7 @@ def at_least_two(text: str) -> int:
 
 
 def thread_count(text: str) -> int:
-    """Parse a number of threads, at most MOST_THREADS."""
+    """Parse a number of threads or processes, at most MOST_THREADS."""
     count = at_least_one(text)
     if count > MOST_THREADS:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a number of at most {MOST_THREADS:,}")
@@ -153,9 +223,11 @@ def at_least_zero(text: str) -> int:
 
 
 def _at_least(least: int, text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text) >= least):
+    if not re.fullmatch(r"\d+", text, re.ASCII) or (found := integer(text)) < least:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a number of at least {least}")
-    return int(text)
+    if found > MOST:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of at most {MOST:,}")
+    return found
 
 
 SIZE_RULE = "4GB is 4 x 1000^3 bytes, 4GiB and 4G are 4 x 1024^3; K, M and T likewise"
@@ -163,7 +235,7 @@ SIZE_RULE = "4GB is 4 x 1000^3 bytes, 4GiB and 4G are 4 x 1024^3; K, M and T lik
 
 def size(text: str) -> int:
     """Bytes, written as 4000000, 64M, 64MiB or 64MB, by SIZE_RULE."""
-    match = re.fullmatch(r"(\d+)(?:([KMGT])(iB|B)?)?", text, re.ASCII)
+    match = re.fullmatch(r"(\d{1,18})(?:([KMGT])(iB|B)?)?", text, re.ASCII)
     if not match:
         raise argparse.ArgumentTypeError(
             f"{text!r}; expected a number of bytes, as in 4000000, 64M, 4GiB or 4GB"
@@ -180,19 +252,6 @@ def device(text: str) -> "torch.device":
         return as_device(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def read_text(file: str | Path) -> str:
-    """Read a whole text file, or standard input for `-`, as UTF-8 in any locale. A byte-order mark
-    is dropped. InputError if it is not readable."""
-    try:
-        if str(file) == "-":
-            return TextIOWrapper(sys.stdin.buffer, encoding="utf-8-sig").read()
-        return Path(file).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not readable as UTF-8 text: {error}") from None
 
 
 def print_json(document: Any) -> None:

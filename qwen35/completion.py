@@ -19,7 +19,7 @@ from qwen35.cli import counted
 from qwen35.config import Config
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
-from qwen35.generation import Generation
+from qwen35.generation import Generation, check_counts
 from qwen35.load import load
 from qwen35.logprobs import TokenLogprobs
 from qwen35.messages import Answer, parse_messages, parse_tools, split_reasoning
@@ -39,6 +39,11 @@ KINDS: dict[str, type] = {
     "stop": str, "draft_tokens": int, "prefill_chunk": int, "digest": bool, "logprobs": int,
     "thinking": bool, "chat_template_kwargs": dict, "allow_special_tokens": bool,
 }  # fmt: skip
+SAMPLED = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+)  # fmt: skip
+OF_CONVERSATIONS = ("thinking", "chat_template_kwargs", "allow_special_tokens")
+OF_DRAWS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}  # each with a value that is off
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,27 @@ class Settings:
             if value is not None or own.default is not None:
                 # The way to set a field of a frozen dataclass: one text becomes a tuple of it.
                 object.__setattr__(self, own.name, checked(own.name, value, KINDS[own.name]))
+        check_counts(self.max_new_tokens, self.prefill_chunk, self.draft_tokens)
+        self.sampling(Defaults(), None, conversation=False)  # for the ranges of its numbers
+
+    def idle(self, temperature: float, *, conversation: bool) -> dict[str, str]:
+        """The settings that are given but change nothing, each with the reason. temperature: the one
+        that tokens are drawn at."""
+        found: dict[str, str] = {}
+        if not conversation:
+            defaults = {own.name: own.default for own in fields(self)} | {
+                "chat_template_kwargs": {}
+            }
+            found |= {
+                name: "the prompt is no conversation; give messages" for name in OF_CONVERSATIONS
+                if getattr(self, name) != defaults[name]
+            }  # fmt: skip
+        if temperature == 0:
+            found |= {
+                name: "at temperature 0 the likeliest token is taken" for name, off in OF_DRAWS.items()
+                if getattr(self, name) not in (None, off)
+            }  # fmt: skip
+        return found
 
     def sampling(self, defaults: Defaults, vocab: int | None, *, conversation: bool) -> Sampling:
         """The sampling settings. In a conversation, the checkpoint's advice replaces those that are
@@ -91,8 +117,7 @@ class Settings:
         advice = defaults.advice if conversation else {}
         chosen = {
             name: advice[name] if given is None else given
-            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-                         "presence_penalty")
+            for name in SAMPLED
             if (given := getattr(self, name)) is not None or name in advice
         }  # fmt: skip
         settings: dict[str, Any] = {**chosen, "seed": self.seed, "vocab": vocab}
@@ -158,7 +183,7 @@ class Completion:
         return None if opened is None else split_reasoning(self.text, opened=opened)
 
     def document(self) -> dict[str, Any]:
-        """The figures, as `--json` prints them."""
+        """The figures, as `--json` prints them. A rate is None if only the first token was computed."""
         result = self.generation
         parts: dict[str, Any] = {}
         if (answer := self.answer) is not None:
@@ -177,13 +202,13 @@ class Completion:
             "draft": {
                 "proposed": result.draft.proposed,
                 "accepted": result.draft.accepted,
-                "tokens_per_forward": round(result.draft.tokens_per_forward, 4),
+                "tokens_per_forward": rounded(result.draft.tokens_per_forward, 4),
             },
             "timing": {
                 "prepare_s": round(result.prepare_s, 4),
                 "ttft_s": round(result.ttft_s, 4),
                 "decode_s": round(result.decode_s, 4),
-                "tokens_per_s": round(result.tokens_per_s, 2),
+                "tokens_per_s": rounded(result.tokens_per_s, 2),
             },
         }
         if result.prefix_cache:
@@ -193,6 +218,11 @@ class Completion:
         if result.logprobs is not None:
             found["logprobs"] = [row.document(self.tokenizer) for row in self.logprobs]
         return found
+
+
+def rounded(rate: float | None, digits: int) -> float | None:
+    """A rate with this many decimals, or None if there is none."""
+    return None if rate is None else round(rate, digits)
 
 
 class UntilStop:
@@ -238,8 +268,12 @@ class Completer:
         self.prefix_cache = prefix_cache
 
     def prompt(self, given: Any, settings: Settings, *, tools: Any = None) -> Prompt:
-        """Encode a text, ids, or a conversation (a list of messages). InputError for anything else."""
-        if (ids := token_ids(given)) is not None:
+        """Encode a text, ids, or a conversation (a list of messages). InputError for anything else, and
+        for tools without a conversation."""
+        ids = token_ids(given)
+        if tools is not None and (ids is not None or isinstance(given, str)):
+            raise InputError("tools are offered, but there are no messages")
+        if ids is not None:
             return Prompt(ids)
         if not isinstance(given, str) and not _are_messages(given):
             raise InputError(f"prompt = {shown(given)}; expected a text, token ids or messages")
@@ -259,8 +293,15 @@ class Completer:
             context=context,
         )
 
+    def idle(self, prompt: Prompt, settings: Settings) -> dict[str, str]:
+        """The settings that have no effect on a prompt, each with the reason."""
+        conversation = prompt.opens_thinking is not None
+        sampling = settings.sampling(self.defaults, None, conversation=conversation)
+        return settings.idle(sampling.temperature, conversation=conversation)
+
     def complete(self, prompt: Prompt, settings: Settings) -> Completion:
-        """A completion of a prompt, which does not run yet. InputError for invalid settings."""
+        """A completion of a prompt, which does not run yet. InputError for invalid settings, and for
+        settings that have no effect on it."""
         conversation = prompt.opens_thinking is not None
         limit = settings.max_new_tokens
         if limit is None and conversation:
@@ -272,6 +313,9 @@ class Completer:
         if stop and self.tokenizer is None:
             raise InputError(f"stop = {stop!r}, but {self.model.folder} has no tokenizer.json")
         vocab = self.tokenizer.size if self.tokenizer else None
+        for name, reason in self.idle(prompt, settings).items():
+            value = shown(getattr(settings, name))
+            raise InputError(f"{name} = {value} has no effect: {reason}")
         generation = Generation(
             self.model,
             prompt.ids,
@@ -319,18 +363,19 @@ def generate(
         completion = qwen35.generate(model, "In the beginning", max_new_tokens=20, temperature=0.7)
         completion.text, completion.token_ids, completion.finish_reason
 
-    InputError, one line, for an invalid prompt or setting.
+    InputError, one line, for an invalid prompt or setting, or one that has no effect (`thinking` with a
+    prompt that is no conversation, `top_p` at temperature 0).
     """
     unknown = settings.keys() - Settings.__dataclass_fields__
     if unknown:
         known = ", ".join(Settings.__dataclass_fields__)
         raise InputError(f"unknown setting {min(unknown)!r}; known are {known}")
+    chosen = Settings(**settings)
     if not isinstance(model, Model):
         model = load(model)
     if model.folder is None:
         raise InputError("the model was not loaded from a folder, so it has no tokenizer")
     completer = Completer(model, *_beside(model.folder, model.config), prefix_cache)
-    chosen = Settings(**settings)
     completion = completer.complete(completer.prompt(prompt, chosen, tools=tools), chosen)
     for piece in completion:
         if on_text is not None:

@@ -16,13 +16,13 @@ The value that is taken is the one that transformers takes:
 Every differing value that is not taken gives one line.
 """  # noqa: E501
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen35.errors import InputError
+from qwen35.reading import existing_file, expected_object, parse_json
 
 DENSE, SPARSE, NEXT = "dense", "sparse", "next"
 FAMILIES = {
@@ -243,15 +243,14 @@ class Reader:
 
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file. InputError, with the file's name, if there is none."""
+    path = existing_file(file)
     try:
-        document = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not readable as JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise InputError(f"{file}: a JSON object was expected, not {type(document).__name__}")
-    return document
+        # Python writes NaN and infinities, so files of published models may have them.
+        return expected_object(parse_json(path.read_bytes(), constant=float))
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror or error}") from None
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
 
 
 def without_nulls(document: dict[str, Any]) -> dict[str, Any]:

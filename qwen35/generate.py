@@ -12,9 +12,10 @@ from qwen35.cli import (
     Parser,
     counted,
     device,
+    folder_name,
+    named,
     parse_ids,
     print_json,
-    read_text,
     run,
     size,
 )
@@ -25,91 +26,114 @@ from qwen35.debugger import break_in
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
 from qwen35.finite import NotFiniteError
+from qwen35.generation import check_limits
 from qwen35.load import DTYPES, load, locate
-from qwen35.parallel.ranks import Ranks, add_ranks, on_ranks
+from qwen35.parallel.ranks import add_ranks, on_ranks
 from qwen35.paths import PATHS
 from qwen35.prefix.cache import PrefixCache
 from qwen35.prefix.keys import fingerprint, identity
-from qwen35.requests import parse_requests
+from qwen35.reading import read_text
+from qwen35.requests import Line, parse_requests, read_lines
 from qwen35.swap import parse_swap
 from qwen35.terminal import say, show
 from qwen35.tokenizer import Tokenizer
 from reference.model import Model
 
+KEPT_BYTES = 4 << 30  # default of --prefix-cache-bytes
+
 
 def build_parser() -> Parser:
     """The parser. `completion.Settings` defines the options that a request may also have."""
-    parser = Parser("python -m qwen35.generate", "Generate text with Qwen3.5.")
+    parser = Parser(
+        "python -m qwen35.generate",
+        "Continue a prompt with Qwen3.5. The text goes to standard output, progress and a line of "
+        "figures to standard error.",
+    )
     add = parser.add_argument
-    add("prompt", nargs="?", help="the text to continue (with --chat: the first message)")
-    add("--prompt-file", metavar="FILE", help="read the prompt from FILE, - for standard input")
-    add("--prompt-ids", metavar="IDS", help="the prompt as token ids: 1,2,3")
+    add("prompt", metavar="PROMPT", nargs="?",
+        help="the text to continue; with --chat it is the first message")  # fmt: skip
+    add("--prompt-file", type=named, metavar="FILE",
+        help="read the prompt from FILE, or from standard input if FILE is -")  # fmt: skip
+    add("--prompt-ids", metavar="IDS", help="give the prompt as token ids, as in 1,2,3")
     parser.add_model(alone=False)
     add("--max-new-tokens", type=int, metavar="N",
-        help=f"most tokens to generate (default: {NEW_TOKENS}; in a conversation, all that the context "
-        "holds)")  # fmt: skip
-    add("--temperature", type=float, metavar="T", help="0 is greedy, the default without --chat")
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (0: all)")
-    add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that sum to P")
+        help=f"generate at most N tokens (default: {NEW_TOKENS}; in a conversation, as many as "
+        "generation_config.json says or the context holds)")  # fmt: skip
+    add("--temperature", type=float, metavar="T",
+        help="draw tokens at temperature T; 0 always takes the likeliest one (default: 0; in a "
+        "conversation, what generation_config.json advises, and likewise for the five options "
+        "below)")  # fmt: skip
+    add("--top-k", type=int, metavar="K",
+        help="draw from the K likeliest tokens only (default: 0, from all)")  # fmt: skip
+    add("--top-p", type=float, metavar="P",
+        help="draw from the likeliest tokens whose probabilities sum to P only (default: 1, from "
+        "all)")  # fmt: skip
     add("--min-p", type=float, metavar="P",
-        help="leave out tokens below P times the likeliest one's probability")  # fmt: skip
+        help="leave out tokens less likely than P times the likeliest one (default: 0, "
+        "none)")  # fmt: skip
     add("--repetition-penalty", type=float, metavar="R",
-        help="divide the logits of tokens seen, the prompt included, by R (1 is off)")  # fmt: skip
+        help="divide positive logits of tokens in the prompt and the text by R, and multiply negative "
+        "ones (default: 1, which changes nothing)")  # fmt: skip
     add("--presence-penalty", type=float, metavar="R",
-        help="subtract R from the logits of tokens generated so far (0 is off)")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="S", help="seed of the random numbers (default 0)")
+        help="subtract R from the logits of tokens in the text so far (default: 0)")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="S",
+        help="choose the random numbers by the integer S (default: 0)")  # fmt: skip
     add("--stop", action="append", default=[], metavar="TEXT",
-        help="end before this text (may be given more than once)")  # fmt: skip
+        help="end before TEXT, which is not printed; may be given more than once")  # fmt: skip
     add("--ignore-eos", action="store_true", help="go on after an end-of-text token")
-    add(
-        "--draft-tokens",
-        type=int,
-        metavar="K",
-        help="drafts per round of the MTP head (default 3; 0 without an MTP head)",
-    )
-    add(
-        "--prefill-chunk",
-        type=chunk,
-        metavar="N|auto",
-        help="prompt tokens per pass, a multiple of 64 (default: auto, as many as fit into a GPU's "
-        "memory, up to 8,192 on the fast path; 2,048 elsewhere)",
-    )
+    add("--draft-tokens", type=int, metavar="K",
+        help="draft K tokens with the MTP head in each round; the text does not depend on it (default: "
+        "3, or 0 for a checkpoint without an MTP head)")  # fmt: skip
+    add("--prefill-chunk", type=chunk, metavar="N|auto",
+        help="compute N prompt tokens per pass, a multiple of 64; the text does not depend on it "
+        "(default: auto, as many as fit into a GPU's memory: up to 8,192 on the fast path, 2,048 "
+        "elsewhere)")  # fmt: skip
     add("--path", choices=PATHS, default="auto",
-        help="fast: decoding as one graph of kernels on a GPU; auto: fast where it can run")  # fmt: skip
+        help="run the fast path (each decode round is one graph of kernels on a GPU), the reference, "
+        "or the fast path wherever it can run (default: auto)")  # fmt: skip
     add("--moe-kernel", choices=KERNELS, default="triton",
-        help="of MXFP4 experts and their router on the fast path; hip: for an MI355X")  # fmt: skip
+        help="compute MXFP4 experts and their router on the fast path with Triton's kernels, or on an "
+        "MI355X with HIP kernels (default: triton)")  # fmt: skip
     add("--swap", action="append", default=[], metavar="PATTERN=MODULE:CLASS",
-        help="put another class, or FILE.py:CLASS, in place of nodes (may be repeated)")  # fmt: skip
+        help="replace the nodes whose names fit PATTERN by CLASS of MODULE or of FILE.py; may be given "
+        "more than once")  # fmt: skip
     add("--device", type=device, default="cpu", metavar="D",
-        help="where to compute: cpu, cuda or cuda:N (default: cpu)")  # fmt: skip
+        help="compute on D: cpu, cuda or cuda:N (default: cpu)")  # fmt: skip
     add("--dtype", choices=DTYPES,
-        help="dtype of activations and dense weights (default: the checkpoint's own)")  # fmt: skip
+        help="use this dtype for activations and dense weights (default: the checkpoint's "
+        "own)")  # fmt: skip
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto",
-        help="dtype of keys and values: fp8 takes half the memory, auto is the model's own")  # fmt: skip
-    add("--chat", action="store_true", help="hold a conversation; an empty line ends it")
-    add("--system", metavar="TEXT", help="with --chat: the system message, which comes first")
+        help="store keys and values in the model's dtype (auto) or in e4m3 (fp8), which halves their "
+        "memory and changes the bits (default: auto)")  # fmt: skip
+    add("--chat", action="store_true",
+        help="hold a conversation, which an empty line ends; with --json, one turn of it")  # fmt: skip
+    add("--system", metavar="TEXT", help="with --chat: begin with TEXT as the system message")
     add("--thinking", action=argparse.BooleanOptionalAction,
-        help="whether to think before an answer (default: the chat template decides)")  # fmt: skip
+        help="in a conversation: ask for a thought before the answer, or for none (default: the chat "
+        "template decides)")  # fmt: skip
     add("--allow-special-tokens", action="store_true",
-        help="read control tokens in a message as tokens, not as text")  # fmt: skip
-    add(
-        "--requests",
-        metavar="FILE",
-        help="answer the requests in FILE (- is standard input), one JSON object per line; each result "
-        "is one line",
-    )
-    add("--prefix-cache", type=Path, metavar="DIR", help="keep the beginnings of prompts in DIR")
-    add("--prefix-cache-bytes", type=size, metavar="N", default="4G",
-        help="most bytes that the prefix cache keeps, in DIR, or in memory with --chat and --requests; "
-        f"0 switches it off. {SIZE_RULE}. Default: 4G")  # fmt: skip
+        help="in a conversation: read the written form of a control token in a message as that token, "
+        "not as text")  # fmt: skip
+    add("--requests", type=named, metavar="FILE",
+        help="answer the requests in FILE, or in standard input if FILE is -: each line is a JSON "
+        "object, and gives one line of JSON")  # fmt: skip
+    add("--prefix-cache", type=folder_name, metavar="DIR",
+        help="keep the computed beginnings of prompts in DIR, and reuse those that are "
+        "there")  # fmt: skip
+    add("--prefix-cache-bytes", type=size, metavar="N",
+        help="keep at most N bytes of them, in DIR, or in memory with --chat or --requests; 0 keeps "
+        f"none. {SIZE_RULE} (default: 4G)")  # fmt: skip
     add("--break", dest="break_in", metavar="NODE",
-        help="stop in pdb inside this node's forward, for example layers.3.linear_attn")  # fmt: skip
+        help="stop in pdb inside the forward of NODE, for example layers.3.linear_attn")  # fmt: skip
     add("--break-at", type=int, metavar="TOKEN",
-        help="with --break: stop in the pass that computes this position (default 0)")  # fmt: skip
+        help="with --break: stop in the pass that computes the token at this position (default: 0, the "
+        "first one of the prompt)")  # fmt: skip
     add_ranks(parser)
-    add("--json", action="store_true", help="print one JSON document instead of a stream")
+    add("--json", action="store_true",
+        help="print one JSON document with the text, the ids and the figures")  # fmt: skip
     add("--logprobs", type=int, metavar="N",
-        help="give the log probabilities of each token, and of the N likeliest at its place")  # fmt: skip
+        help="also give the log probability of each token, and those of the N likeliest at its "
+        "place")  # fmt: skip
     add("--digest", action="store_true", help="also give the SHA-256 of all logits")
     return parser
 
@@ -127,32 +151,32 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"--break-at {args.break_at} goes with --break NODE")
     if args.break_in is not None and args.ranks.size > 1:
         raise InputError(f"--break {args.break_in} stops one process; --tp is {args.tp}")
-    prompt = _prompt(args)
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__
                            if name != "chat_template_kwargs"})  # fmt: skip
+    prompt, lines = _prompt(args), _lines(args, settings)
     started = time.perf_counter()
     folder = locate(args.model, args.ranks)
     # Ids need no tokenizer. Without one, ids are printed, and the head's padding is unknown.
-    needs_text = not (args.requests or isinstance(prompt, list))
+    needs_text = not (lines or isinstance(prompt, list))
     has_text = needs_text or (folder / "tokenizer.json").exists()
     tokenizer = Tokenizer(folder) if has_text else None
-    if isinstance(prompt, list) or (prompt and tokenizer and not args.chat):
-        # The prompt is checked before the weights are read, which may take minutes.
-        config = Config.from_file(folder / "config.json")
-        context = config.max_position_embeddings
-        ids = prompt if isinstance(prompt, list) else tokenizer.encode(prompt, context=context)  # pyright: ignore
-        config.check_prompt(ids, new_tokens=1)
+    config = Config.from_file(folder / "config.json")
+    defaults = Defaults.of_folder(folder, config, tokenizer)
+    if lines is None:
+        _check(args, config, defaults, tokenizer, prompt, settings)
     model = _load(args, folder)
     load_s = time.perf_counter() - started
     at = args.break_at or 0
     waiting = [] if args.break_in is None else break_in(model, args.break_in, at)
     if model.mtp is None and args.draft_tokens is None:
         say(f"{folder}: no MTP head in this checkpoint, drafting is off")
-    defaults = Defaults.of_folder(folder, model.config, tokenizer)
     if defaults.warning:
         say(f"{folder}: {defaults.warning}")
     completer = Completer(model, tokenizer, defaults, _prefix_cache(args, model, folder))
-    status = _answer(args, completer, prompt, settings, load_s)
+    if lines is not None:
+        status = _serve(lines, args.requests, completer, load_s)
+    else:
+        status = _answer(args, completer, prompt, settings, load_s)
     if waiting:
         more = f" and {len(waiting) - 1} more" if len(waiting) > 1 else ""
         say(f"--break {args.break_in}: it did not stop in {waiting[0]}{more}, which did not run in a "
@@ -160,13 +184,30 @@ def main(args: argparse.Namespace) -> int:
     return status
 
 
+def _check(
+    args: argparse.Namespace, config: Config, defaults: Defaults, tokenizer: Tokenizer | None,
+    prompt: str | list[int] | None, settings: Settings,
+) -> None:  # fmt: skip
+    """InputError for a prompt or a setting that does not fit the checkpoint, before its weights are read,
+    which may take minutes."""
+    vocab = tokenizer.size if tokenizer else None
+    check_limits(config, settings.draft_tokens, settings.logprobs, vocab)
+    sampling = settings.sampling(defaults, vocab, conversation=args.chat)
+    for name, reason in settings.idle(sampling.temperature, conversation=args.chat).items():
+        raise InputError(f"--{name.replace('_', '-')} has no effect: {reason}")
+    if prompt is None or args.chat:
+        return
+    if isinstance(prompt, str):
+        assert tokenizer is not None, "a text needs one"
+        prompt = tokenizer.encode(prompt, context=config.max_position_embeddings)
+    config.check_prompt(prompt, new_tokens=1)
+
+
 def _answer(
     args: argparse.Namespace, completer: Completer, prompt: str | list[int] | None,
     settings: Settings, load_s: float,
 ) -> int:  # fmt: skip
-    """Answer the requests, the conversation or the prompt. Returns the exit status."""
-    if args.requests:
-        return _serve(args.requests, completer, settings, load_s, args.ranks)
+    """Answer the conversation or the prompt. Returns the exit status."""
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
     if args.chat and not args.json:
         message = prompt if isinstance(prompt, str) else None
@@ -191,13 +232,18 @@ def _prompt(args: argparse.Namespace) -> str | list[int] | None:
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
         raise InputError(f"{given[0]} and {given[1]} are given; one prompt is expected")
-    if args.chat and (args.requests or args.prompt_ids is not None):
+    if args.chat and (args.requests is not None or args.prompt_ids is not None):
         raise InputError("--chat goes with neither --requests nor --prompt-ids")
     if args.chat and args.json and not given:
         raise InputError("--chat --json is one turn: give the message as PROMPT or --prompt-file")
     if args.system is not None and not args.chat:
         raise InputError("--system: only --chat has it; a request has a message of role system")
-    if not (args.chat or args.requests):
+    if not args.chat and args.requests is None:
+        if args.prefix_cache_bytes is not None and args.prefix_cache is None:
+            raise InputError(
+                "--prefix-cache-bytes: one prompt has no prefix cache in memory; give "
+                "--prefix-cache DIR, --chat or --requests"
+            )
         for option, value in (("--thinking, --no-thinking", args.thinking is not None),
                               ("--allow-special-tokens", args.allow_special_tokens)):  # fmt: skip
             if value:
@@ -205,16 +251,25 @@ def _prompt(args: argparse.Namespace) -> str | list[int] | None:
     if args.prompt_ids is not None:
         return parse_ids(args.prompt_ids)
     if args.prompt_file is None:
-        if args.prompt is None and not args.chat and not args.requests:
+        if args.prompt is None and not args.chat and args.requests is None:
             raise InputError("no prompt: give PROMPT, --prompt-file or --prompt-ids")
         return args.prompt
     return args.ranks.share(lambda: read_text(args.prompt_file))
 
 
+def _lines(args: argparse.Namespace, settings: Settings) -> list[Line] | None:
+    """The lines of --requests."""
+    if args.requests is None:
+        return None
+    text = args.ranks.share(lambda: read_text(args.requests))
+    return read_lines(text, args.requests, settings)
+
+
 def _prefix_cache(args: argparse.Namespace, model: Model, folder: Path) -> PrefixCache | None:
     """The prefix cache: in the given folder, or in memory if there may be several prompts, or
     None."""
-    if not args.prefix_cache_bytes or not (args.prefix_cache or args.chat or args.requests):
+    budget = KEPT_BYTES if args.prefix_cache_bytes is None else args.prefix_cache_bytes
+    if not budget or not (args.prefix_cache or args.chat or args.requests):
         return None
     store, ranks = None, args.ranks
     mark = fingerprint(folder) if args.prefix_cache else ""
@@ -226,19 +281,18 @@ def _prefix_cache(args: argparse.Namespace, model: Model, folder: Path) -> Prefi
         for line in store.problems():
             say(f"prefix cache: {line}")
     return PrefixCache(
-        model, budget=args.prefix_cache_bytes // ranks.size, store=store, checkpoint=mark,
+        model, budget=budget // ranks.size, store=store, checkpoint=mark,
         warn=lambda line: say(f"prefix cache: {line}"),
     )  # fmt: skip
 
 
-def _serve(file: str, completer: Completer, settings: Settings, load_s: float, ranks: Ranks) -> int:
+def _serve(lines: list[Line], file: str, completer: Completer, load_s: float) -> int:
     """Answer every request of a file, in order. All are checked before the first one runs.
 
     A request whose logits are NaN or infinite fails alone: its line has `error`, and the status is 2.
     """
-    requests = parse_requests(ranks.share(lambda: read_text(file)), file, completer, settings)
     status = 0
-    for request in requests:
+    for request in parse_requests(lines, file, completer):
         try:
             show(request.completion, quiet=True)
             found = _document(request.completion, load_s)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qwen35.cache import Cache
 from qwen35.chunk import chosen_chunk
+from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.finite import NotFiniteError, check_finite, not_finite
 from qwen35.logprobs import TokenLogprobs, token_logprobs
@@ -84,6 +85,33 @@ def prefill(
     return before
 
 
+def check_counts(
+    max_new_tokens: int | None, prefill_chunk: int | None, draft_tokens: int | None
+) -> None:
+    """InputError for a count that is wrong for every model. None is a default, and right."""
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise InputError(f"max_new_tokens = {max_new_tokens}; expected at least 1")
+    if prefill_chunk is not None and (prefill_chunk < GRID or prefill_chunk % GRID):
+        raise InputError(
+            f"prefill_chunk = {prefill_chunk}; expected a multiple of {GRID}, the grid"
+        )
+    if draft_tokens is not None and draft_tokens < 0:
+        raise InputError(f"draft_tokens = {draft_tokens}; expected an integer >= 0")
+
+
+def check_limits(
+    config: Config, draft_tokens: int | None, logprobs: int | None, vocab: int | None
+) -> None:
+    """InputError for a count that does not fit a model's context or vocabulary. vocab: the ids of the
+    tokenizer (None: all rows of the head)."""
+    context = config.max_position_embeddings
+    if draft_tokens is not None and draft_tokens > context:  # memory is reserved for every draft
+        raise InputError(f"draft_tokens = {draft_tokens}; expected at most {context}, the context")
+    ids = min(vocab or config.vocab_size, config.vocab_size)
+    if logprobs is not None and not 0 <= logprobs <= ids:
+        raise InputError(f"logprobs = {logprobs}; expected 0 to {ids}, the vocabulary")
+
+
 @dataclass(repr=False)
 class Generation:
     """One continuation of a prompt. Iterate over it for (token, logits [V]), and then read the
@@ -123,30 +151,15 @@ class Generation:
         )
 
     def __post_init__(self) -> None:
-        self.model.config.check_prompt(self.prompt, new_tokens=1)
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens = {self.max_new_tokens}; expected at least 1")
-        chunk = self.prefill_chunk
-        if chunk is not None and (chunk < GRID or chunk % GRID):
-            raise InputError(
-                f"prefill_chunk = {self.prefill_chunk}; expected a multiple of {GRID}, the grid"
-            )
-        if self.draft_tokens < 0:
-            raise InputError(f"draft_tokens = {self.draft_tokens}; expected an integer >= 0")
-        context = self.model.config.max_position_embeddings
-        if self.draft_tokens > context:  # memory is reserved for every draft
-            raise InputError(
-                f"draft_tokens = {self.draft_tokens}; expected at most {context}, the context"
-            )
+        config = self.model.config
+        config.check_prompt(self.prompt, new_tokens=1)
+        check_counts(self.max_new_tokens, self.prefill_chunk, self.draft_tokens)
+        check_limits(config, self.draft_tokens, self.logprobs, self.sampling.vocab)
         if self.draft_tokens and self.model.mtp is None:
             raise InputError(
                 f"draft_tokens = {self.draft_tokens}, but the checkpoint has no MTP head"
             )
         check_depth(self.model, self.draft_tokens)
-        rows = self.model.config.vocab_size
-        ids = min(self.sampling.vocab or rows, rows)
-        if self.logprobs is not None and not 0 <= self.logprobs <= ids:
-            raise InputError(f"logprobs = {self.logprobs}; expected 0 to {ids}, the vocabulary")
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """Yield each token with its logits [V]. NotFiniteError, with the position and the node, if
@@ -292,6 +305,8 @@ class Generation:
         return "fast" if runs_as_step(self.model, self.draft_tokens) else "reference"
 
     @property
-    def tokens_per_s(self) -> float:
-        """The decode speed, without the first token, which prefill gives."""
-        return (len(self.token_ids) - 1) / self.decode_s if len(self.token_ids) > 1 else 0.0
+    def tokens_per_s(self) -> float | None:
+        """The decode speed, without the first token, which prefill gives. None if no other token was
+        decoded."""
+        decoded = len(self.token_ids) - 1
+        return decoded / self.decode_s if decoded > 0 and self.decode_s > 0 else None

@@ -1,11 +1,11 @@
 """Converts conversations from OpenAI's formats to those of chat templates, and splits answers."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qwen35.errors import InputError
+from qwen35.reading import json_kind, parse_json
 
 Message = dict[str, Any]
 
@@ -58,9 +58,7 @@ def parse_tools(value: Any) -> list[dict[str, Any]] | None:
 
 def _message(given: Any, where: str) -> Message:
     if not isinstance(given, Mapping):
-        raise InputError(
-            f"{where} is {type(given).__name__}; expected an object with role and content"
-        )
+        raise InputError(f"{where} is {json_kind(given)}; expected an object with role and content")
     message = {name: value for name, value in given.items() if value is not None}
     role = message.get("role")
     if not isinstance(role, str):
@@ -71,9 +69,7 @@ def _message(given: Any, where: str) -> Message:
     reasoning = next((message[name] for name in REASONING if name in message), None)
     if reasoning is not None:
         if not isinstance(reasoning, str):
-            raise InputError(
-                f"{where}: reasoning_content is {type(reasoning).__name__}; expected text"
-            )
+            raise InputError(f"{where}: reasoning_content is {json_kind(reasoning)}; expected text")
         # Both names: most templates read the first, some the second.
         message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
     if "tool_calls" in message:
@@ -88,7 +84,7 @@ def _content(content: Any, where: str) -> str:
         return content
     if not isinstance(content, list):
         raise InputError(
-            f"{where}: content is {type(content).__name__}; expected text or a list of parts"
+            f"{where}: content is {json_kind(content)}; expected text or a list of parts"
         )
     texts: list[str] = []
     for part in content:
@@ -99,7 +95,7 @@ def _content(content: Any, where: str) -> str:
                 f"{where}: a part has type {kind!r}; this is a text model, it takes 'text'"
             )
         if not isinstance(text, str):
-            raise InputError(f"{where}: the text of a part is {type(text).__name__}; expected text")
+            raise InputError(f"{where}: the text of a part is {json_kind(text)}; expected text")
         texts.append(text)
     return "".join(texts)
 
@@ -117,11 +113,11 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{place}: arguments are not JSON: {error}") from None
+                arguments = parse_json(arguments)
+            except InputError as error:
+                raise InputError(f"{place}: arguments are {error}") from None
         if not isinstance(arguments, Mapping):
-            kind = type(arguments).__name__
+            kind = json_kind(arguments)
             raise InputError(f"{place}: arguments are {kind}; expected an object")
         function["arguments"] = dict(arguments)
         parsed.append(dict(call) | {"function": function} if is_nested else function)

@@ -27,9 +27,9 @@ class DraftStats:
     accepted: list[int] = field(default_factory=list)
 
     @property
-    def tokens_per_forward(self) -> float:
-        """The mean number of tokens per trunk pass, at most 1 + depth."""
-        return self.tokens / self.forwards if self.forwards else 0.0
+    def tokens_per_forward(self) -> float | None:
+        """The mean number of tokens per trunk pass, at most 1 + depth. None if there was no pass."""
+        return self.tokens / self.forwards if self.forwards else None
 
 
 class Decoder:

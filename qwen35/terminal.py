@@ -72,11 +72,15 @@ def _show_figures(completion: Completion, *, quiet: bool) -> None:
         counted(len(result.prompt), "prompt token"),
         counted(len(result.token_ids), "token"),
     )
-    say(
-        f"{given} ({result.cached_tokens} cached), first token after {result.ttft_s:.3f} s, "
-        f"{made} at {result.tokens_per_s:.1f} tokens/s, "
-        f"{result.draft.tokens_per_forward:.2f} tokens/forward"
+    line = (
+        f"{given} ({result.cached_tokens} cached), first token after {result.ttft_s:.3f} s, {made}"
     )
+    # The first token has no decode speed.
+    if (speed := result.tokens_per_s) is not None:
+        line += f" at {speed:.1f} tokens/s"
+    if (drafted := result.draft.tokens_per_forward) is not None:
+        line += f", {drafted:.2f} tokens/forward"
+    say(line)
     if result.prefix_cache:
         say(f"prefix cache: {result.cached_tokens} tokens; {result.cache_reason}")
     if result.digest and not quiet:

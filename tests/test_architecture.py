@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("qwen35", "weights", "reference", "fast", "tests", "tools")
-NOUNS = ("qwen35.config", "qwen35.config_json", "qwen35.cache", "qwen35.errors")
+NOUNS = (
+    "qwen35.config", "qwen35.config_json", "qwen35.cache", "qwen35.errors", "qwen35.reading",
+)  # fmt: skip
 FRONT = ("qwen35", "reference", "fast", "weights")  # what the front door may use
 
 # What a file may import of this repository, by the longest prefix of its name that is listed.
@@ -20,6 +22,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "qwen35.config_json": NOUNS,
     "qwen35.cache": NOUNS,
     "qwen35.errors": (),
+    "qwen35.reading": ("qwen35.errors",),
     "weights": ("weights", *NOUNS),
     "reference": ("reference", "weights", *NOUNS),
     "fast": ("fast", "weights", *NOUNS),

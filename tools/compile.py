@@ -44,7 +44,7 @@ from typing import Any
 
 from fast import hip_compiler
 from fast.launch import Launch
-from qwen35.cli import Parser, print_json, run
+from qwen35.cli import Parser, output_folder, print_json, run
 from qwen35.errors import InputError
 from qwen35.load import lay_out
 from qwen35.paths import unfit_triton
@@ -93,32 +93,34 @@ class Compiled:
 def build_parser() -> Parser:
     parser = Parser(
         "python -m tools.compile",
-        "Compile every kernel, with no GPU, and tell registers, spills and the instructions that count.",
+        "Compile every kernel without a GPU, and print a table of registers, spills and the instructions "
+        "that matter.",
         computes=False,
     )
     parser.add_argument(
-        "--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="(default: all)"
-    )
+        "--target", nargs="+", choices=TARGETS, default=list(TARGETS),
+        help="compile for these cards: gfx950 is an MI355X, sm_90 an H200 (default: both)",
+    )  # fmt: skip
     parser.add_argument(
         "--kernel", metavar="FILE:NAME",
-        help="instead of the project's kernels, compile the launches that a function of a Python file "
-        "gives for a target; --check then exits 1 at spills, at scratch, and at fewer than "
-        f"{BYTES_PER_VALU} weight bytes per vector instruction",
+        help="compile the launches that the function NAME of a Python file gives for a target, instead "
+        "of the project's kernels; --check then exits with 1 if one has spills or scratch memory, or "
+        f"reads fewer than {BYTES_PER_VALU} bytes of weights per vector instruction",
     )  # fmt: skip
     parser.add_argument(
         "--hip", action="store_true",
-        help="compile the HIP kernels, and Triton's for their work, for gfx950; --check as with --kernel",
+        help="compile the HIP kernels, and Triton's for the same work, for gfx950; --check as with "
+        "--kernel",
     )  # fmt: skip
-    parser.add_argument(
-        "--match", metavar="GLOB", default="*", help="compile only the kernels whose names fit"
-    )
+    parser.add_argument("--match", metavar="GLOB", default="*",
+        help="compile only the kernels whose names fit GLOB (default: *, all)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--asm", type=Path, metavar="DIR", help="write the assembly into DIR")
+    parser.add_argument("--asm", type=output_folder, metavar="DIR",
+        help="write the assembly of each kernel into DIR, which is made if it is not there")  # fmt: skip
     group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--check", action="store_true", help=f"exit 1 if a kernel is worse than in {TABLE.name}"
-    )
-    group.add_argument("--update", action="store_true", help=f"write {TABLE.name}")
+    group.add_argument("--check", action="store_true",
+        help=f"compare the kernels with {TABLE.name}, and exit with 1 if one is worse")  # fmt: skip
+    group.add_argument("--update", action="store_true", help=f"write the table into {TABLE.name}")
     return parser
 
 

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qwen35.cli import SIZE_RULE, Parser, counted, print_json, run, size
+from qwen35.cli import SIZE_RULE, Parser, counted, folder_name, print_json, run, size
 from qwen35.errors import InputError
 from qwen35.load import COPIES, TINY, lay_out, shapes, text_model, warn_of_problems
 from qwen35.progress import Progress
@@ -34,42 +34,34 @@ BECOMES = {
 def build_parser() -> Parser:
     parser = Parser(
         "python -m tools.convert",
-        "Convert a checkpoint. A conversion that was stopped is continued by the same command.",
+        "Convert a checkpoint to another format, one tensor at a time. The same command continues a "
+        "conversion that was stopped.",
     )
     add = parser.add_argument
-    add(
-        "source",
-        metavar="SRC",
-        help="a checkpoint folder, a hub id, `tiny`, or a folder with the folders of all ranks, which "
-        "are joined; it is only read",
-    )
-    add("target", metavar="DST", type=Path, help="a folder that is empty or not there yet")
-    add("--to", choices=("mxfp4", "fp8", "bf16"), required=True, help="the new format")
+    add("source", metavar="SRC",
+        help="a checkpoint's folder, a hub id, `tiny` (the embedded model), or a folder with the "
+        "folders of all ranks, which are then joined; nothing is written there")  # fmt: skip
+    add("target", metavar="DST", type=folder_name, help="a folder that is empty or not there yet")
+    add("--to", choices=("mxfp4", "fp8", "bf16"), required=True, help="convert to this format")
     add("--what", choices=WHAT,
-        help="which matrices (default, as published: the trunk's experts for mxfp4, all-linear for "
-             "fp8)")  # fmt: skip
+        help="convert only the trunk's experts, or all linear layers (default, as published: experts for "
+        "mxfp4, all-linear for fp8)")  # fmt: skip
     add("--activations", choices=("mxfp4", "bf16"),
-        help="with --to mxfp4: what config.json says of activations (default: mxfp4, as AMD's; bf16: "
-             "only weights are quantised)")  # fmt: skip
-    add(
-        "--tp",
-        type=int,
-        choices=SIZES,
-        default=1,
-        help="write a folder for each of so many ranks (default: one whole checkpoint)",
-    )
-    add(
-        "--keep-source",
-        action="store_true",
-        help="keep the files that are fetched of a hub id, in its cache",
-    )
+        help="with --to mxfp4: say in config.json that activations are in mxfp4 too, as AMD's "
+        "checkpoints do, or that only weights are quantised (default: mxfp4)")  # fmt: skip
+    add("--tp", type=int, choices=SIZES, default=1,
+        help="write a folder for each of so many ranks (default: 1, one whole checkpoint)")  # fmt: skip
+    add("--keep-source", action="store_true",
+        help="keep the files of a hub id in its cache; without it each is removed once it is "
+        "converted")  # fmt: skip
     add("--shard-bytes", type=size, default=SHARD_BYTES, metavar="N",
-        help=f"most bytes of an output file (default: 4GB). {SIZE_RULE}")  # fmt: skip
+        help=f"write files of at most N bytes. {SIZE_RULE} (default: 4GB)")  # fmt: skip
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true",
         help="say what would be written, and write nothing")  # fmt: skip
     mode.add_argument("--verify", action="store_true",
-        help="compare a finished DST with what SRC gives, bit for bit; a difference exits 1")  # fmt: skip
+        help="compare a finished DST with what SRC gives, bit for bit, and exit with 1 if they "
+        "differ")  # fmt: skip
     add("--json", action="store_true", help="print the report as one JSON document")
     return parser
 
@@ -159,6 +151,8 @@ def main(args: argparse.Namespace) -> int:
         )
     if args.activations and args.to != "mxfp4":
         raise InputError(f"--activations {args.activations} goes with --to mxfp4, not {args.to}")
+    if args.keep_source and not is_hub:
+        raise InputError(f"--keep-source is for the files of a hub id; {args.source} is none")
     what = args.what or USUAL_WHAT[args.to]
     options = Options(args.to, what, args.activations or "mxfp4", args.tp, args.shard_bytes)
     source = args.source if is_hub else folder

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-from qwen35.cli import Parser, run
+from qwen35.cli import Parser, output_folder, run
 from qwen35.errors import InputError
 from weights.storage import write_whole
 
@@ -478,7 +478,7 @@ def build(target: Path) -> None:
 
 def build_parser() -> Parser:
     parser = Parser("python -m tools.corpus", __doc__ or "", computes=False)
-    parser.add_argument("dst", type=Path, metavar="DST", help="the folder to write to")
+    parser.add_argument("dst", type=output_folder, metavar="DST", help="the folder to write to")
     return parser
 
 

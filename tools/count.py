@@ -50,30 +50,19 @@ Row = dict[str, Any]
 
 def build_parser() -> Parser:
     parser = Parser(
-        "python -m tools.count", "Count the bytes and instructions of a block of experts."
+        "python -m tools.count",
+        "Count the bytes and the instructions of the launches of one block of experts on gfx950, in the "
+        "emulator, without a GPU.",
     )
     add = parser.add_argument
-    add(
-        "--config",
-        default=PUBLISHED,
-        metavar="NAME",
-        help=f"the model, by its published size (default: {PUBLISHED})",
-    )
-    add(
-        "--ranks",
-        type=at_least_one,
-        default=8,
-        metavar="N",
-        help="ranks that share the experts (default: 8)",
-    )
-    add(
-        "--rows",
-        type=int,
-        default=4,
-        metavar="N",
-        help=f"rows of the pass, 1 to {MAX_ROWS} (default: 4)",
-    )
-    add("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS), help="(default: both)")
+    add("--config", default=PUBLISHED, metavar="NAME",
+        help=f"count for the model of this published size (default: {PUBLISHED})")  # fmt: skip
+    add("--ranks", type=at_least_one, default=8, metavar="N",
+        help="share each expert among N ranks, and count one rank's part (default: 8)")  # fmt: skip
+    add("--rows", type=int, default=4, metavar="N",
+        help=f"count a pass of N rows (tokens), 1 to {MAX_ROWS} (default: 4)")  # fmt: skip
+    add("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS),
+        help="count Triton's launches, the HIP kernels' or both (default: both)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON document")
     return parser
 

@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen35.cli import CHECKPOINT, Parser, at_least_one, counted, device, parse_ids, print_json, run
+from qwen35.cli import (
+    CHECKPOINT,
+    Parser,
+    at_least_one,
+    counted,
+    device,
+    output_file,
+    parse_ids,
+    print_json,
+    run,
+)
 from qwen35.compare.diff import diff
 from qwen35.compare.judge import MODES, Report, table
 from qwen35.compare.trace_file import read_trace
@@ -36,50 +46,54 @@ FACTS = ("qwen35", "torch", "triton", "python", "system", "processor", "GPU")  #
 def build_parser() -> Parser:
     parser = Parser(
         "python -m tools.diff",
-        "Compare a candidate with the reference, node by node, in units of bfloat16's own error. "
-        "Exit status 1 when a node differs.",
+        "Compare a candidate with the reference, node by node, in units of bfloat16's own error. The "
+        "exit status is 1 if a node differs.",
     )
     add = parser.add_argument
     parser.add_model(f"the reference: {CHECKPOINT}")
     candidate = parser.add_argument_group("candidate (default: MODEL itself, in --dtype)")
     candidate.add_argument(
         "--swap", action="append", default=[], metavar="PATTERN=MODULE:CLASS",
-        help="replace the nodes that fit by a CLASS with from_reference(node), or by FILE.py:CLASS; "
-        "may be repeated",
+        help="replace the nodes whose names fit PATTERN by CLASS of MODULE or of FILE.py, which has "
+        "from_reference(node); may be given more than once",
     )  # fmt: skip
-    against = "another checkpoint, a trace, or the same folder in the transformers library"
-    candidate.add_argument("--against", metavar="MODEL|TRACE|transformers", help=against)
     candidate.add_argument(
-        "--dtype", choices=DTYPES, help="(default: the checkpoint's own; bfloat16 for transformers)"
-    )
+        "--against", metavar="MODEL|TRACE|transformers",
+        help="compare with another checkpoint, with a trace that tools.trace has written, or with the "
+        "transformers library on the same folder",
+    )  # fmt: skip
+    candidate.add_argument(
+        "--dtype", choices=DTYPES,
+        help="compute the candidate in this dtype (default: the checkpoint's own; bfloat16 for "
+        "transformers)",
+    )  # fmt: skip
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="compare over the tokens of TEXT")
-    prompt.add_argument("--ids", metavar="IDS", help="compare over these token ids: 1,2,3")
+    prompt.add_argument("--ids", metavar="IDS", help="compare over these token ids, as in 1,2,3")
     prompt.add_argument(
         "--random", type=at_least_one, metavar="N", help="compare over N random ids (default: 200)"
     )
-    add("--seed", type=int, default=0, help="seed of --random (default: 0)")
-    add(
-        "--decode",
-        type=int,
-        default=6,
-        metavar="N",
-        help="decode the last N ids; the others are the prompt (default: 6)",
-    )
+    add("--seed", type=int, metavar="S",
+        help="draw the random ids with the seed S (default: 0)")  # fmt: skip
+    add("--decode", type=int, default=6, metavar="N",
+        help="decode the last N ids one by one; those before them are the prompt (default: "
+        "6)")  # fmt: skip
     add("--mode", choices=MODES,
-        help="local (default): every node gets the reference's inputs; free: those of its own side, "
-             "as always with a trace or transformers")  # fmt: skip
+        help="local: give every node the reference's inputs; free: give it those of its own side, as is "
+        "always done with a trace or transformers (default: local)")  # fmt: skip
     add("--oracle", choices=("float32", "float64"), default="float32",
-        help="dtype of the reference that all are compared with (default: float32)")  # fmt: skip
+        help="compute the reference that all are compared with in this dtype (default: "
+        "float32)")  # fmt: skip
+    add("--device", type=device, default="cpu", metavar="D",
+        help="compute all sides on D: cpu, cuda or cuda:N (default: cpu)")  # fmt: skip
+    add("--layers", metavar="A-B",
+        help="compare only the layers A to B, counted from 0 (default: everything)")  # fmt: skip
     add(
-        "--device",
-        type=device,
-        default="cpu",
-        metavar="D",
-        help="device of all sides (default: cpu)",
+        "--report",
+        type=output_file,
+        metavar="FILE",
+        help="also write the report to FILE, as an HTML page",
     )
-    add("--layers", metavar="A-B", help="compare these layers only, as in 0-3")
-    add("--report", type=Path, metavar="FILE", help="also write the report as an HTML page")
     add_ranks(parser)
     add("--json", action="store_true", help="print one JSON document")
     return parser
@@ -131,8 +145,12 @@ def prompt_ids(args: argparse.Namespace, folder: Path) -> list[int]:
     if args.prompt is not None:
         return Tokenizer(folder).encode(args.prompt)
     count = 200 if args.random is None else args.random
-    vocabulary = Config.from_file(folder / "config.json").vocab_size
-    return random.Random(args.seed).choices(range(vocabulary), k=count)
+    config = Config.from_file(folder / "config.json")
+    if count > config.max_position_embeddings:
+        raise InputError(
+            f"--random {count}; the context has {config.max_position_embeddings} tokens"
+        )
+    return random.Random(args.seed or 0).choices(range(config.vocab_size), k=count)
 
 
 def described(args: argparse.Namespace, ids: list[int]) -> dict[str, str]:
@@ -140,7 +158,9 @@ def described(args: argparse.Namespace, ids: list[int]) -> dict[str, str]:
     machine."""
     found = environment()
     is_drawn = args.ids is None and args.prompt is None and not _is_trace(args.against)
-    tokens = f"{len(ids)} random ids of seed {args.seed}" if is_drawn else f"{len(ids)} given ids"
+    tokens = (
+        f"{len(ids)} random ids of seed {args.seed or 0}" if is_drawn else f"{len(ids)} given ids"
+    )
     own = {"command": args.command, "tokens": tokens, "device": str(args.device)}
     return own | {name: found[name] for name in FACTS}
 
@@ -201,15 +221,15 @@ def _few(names: list[str]) -> str:
 
 def main(args: argparse.Namespace) -> int:
     folder = locate(args.model)
-    if args.report and not args.report.parent.is_dir():
-        raise InputError(f"{args.report}: {args.report.parent} is not a folder")
     if args.decode < 0:
         raise InputError(f"--decode {args.decode}; expected an integer >= 0")
-    is_folder = args.against != "transformers" and not (args.against or "").endswith(".safetensors")
-    if args.ranks.size > 1 and not is_folder:
+    is_trace = _is_trace(args.against)
+    if args.ranks.size > 1 and (args.against == "transformers" or is_trace):
         raise InputError(f"--against {args.against} is not cut over ranks; --tp is {args.tp}")
-    if args.mode == "local" and (args.against == "transformers" or _is_trace(args.against)):
+    if args.mode == "local" and (args.against == "transformers" or is_trace):
         raise InputError(f"--mode local needs a model; {args.against} is compared in the mode free")
+    if args.seed is not None and (args.prompt is not None or args.ids is not None or is_trace):
+        raise InputError(f"--seed {args.seed} draws random ids; the ids are given")
     candidate: Path | dict[str, Tensor] | None = None
     if args.against == "transformers":
         if args.swap:
@@ -217,7 +237,7 @@ def main(args: argparse.Namespace) -> int:
         ids = prompt_ids(args, folder)
         Config.from_file(folder / "config.json").check_prompt(ids, new_tokens=0)
         candidate = trace_of_transformers(folder, ids, DTYPES[args.dtype or "bfloat16"])
-    elif _is_trace(args.against):
+    elif is_trace:
         if args.prompt is not None or args.random is not None or args.swap or args.dtype:
             raise InputError("a trace goes with none of --prompt, --random, --swap and --dtype")
         candidate, ids = read_trace(Path(args.against), folder)

@@ -314,13 +314,11 @@ def build_parser() -> Parser:
     parser = Parser("python -m tools.documented", __doc__ or "", computes=False)
     add = parser.add_argument
     add("--run", nargs="+", choices=KINDS, default=[], metavar="KIND",
-        help=f"run these; {'; '.join(f'{kind}: {what}' for kind, what in KINDS.items())}")  # fmt: skip
-    add(
-        "--page",
-        choices=pages(),
-        metavar="PAGE",
-        help="only this page, as in docs/fast.md (default: all)",
-    )
+        help="run the examples of these kinds, and exit with 1 if one fails. "
+        f"{'; '.join(f'{kind}: {what}' for kind, what in KINDS.items())} (default: list "
+        "them)")  # fmt: skip
+    add("--page", choices=pages(), metavar="PAGE",
+        help="take only this page, as in docs/fast.md (default: all pages)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON document")
     return parser
 

@@ -16,7 +16,10 @@ PACKAGES = (
 
 
 def build_parser() -> Parser:
-    parser = Parser("python -m tools.environment", "Versions, processor and GPU, for a bug report.")
+    parser = Parser(
+        "python -m tools.environment",
+        "Print versions, the processor and the GPU of this machine, for a bug report.",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
 

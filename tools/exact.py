@@ -74,34 +74,42 @@ class Cell:
 def build_parser() -> Parser:
     parser = Parser(
         "python -m tools.exact",
-        "Continue prompts in many ways and compare bits. Exit status 1 when a bit differs.",
+        "Continue prompts in many ways (drafting depths, prefill chunks, prefix caches, processes), and "
+        "compare the bits of all logits. The exit status is 1 if a bit differs.",
     )
     add = parser.add_argument
     parser.add_model()
     add("--all", action="store_true",
-        help="all lengths, depths and chunks: 3,616 continuations, which take an hour")  # fmt: skip
+        help="try all lengths, depths and chunks: 3,616 continuations, which take an hour")  # fmt: skip
     for name, kind, few, every, more, what in (
-        ("--lengths", at_least_one, FEW_LENGTHS, LENGTHS, "", "of prompts, in tokens"),
+        ("--lengths", at_least_one, FEW_LENGTHS, LENGTHS, "", "continue prompts of N tokens"),
         ("--depths", at_least_zero, [depth for depth, _ in FEW_WAYS], DEPTHS, " or --chunks",
-         "drafts per round"),
+         "draft N tokens per round"),
         ("--chunks", at_least_one, [chunk for _, chunk in FEW_WAYS], CHUNKS, " or --depths",
-         "prompt tokens per pass"),
+         "compute N prompt tokens per pass"),
     ):  # fmt: skip
         few, every = (", ".join(map(str, numbers)) for numbers in (few, every))
         add(name, type=kind, nargs="+", metavar="N",
             help=f"{what} (default: {few}; with --all{more}: {every})")  # fmt: skip
     add("--hits", type=at_least_one, metavar="N",
-        help="try N lengths of a prompt's part in the prefix cache, spread from the shortest to the "
-             "longest (default: every multiple of 64)")  # fmt: skip
+        help="try N lengths of the part of a prompt that is in the prefix cache, spread from the "
+        "shortest to the longest (default: every multiple of 64)")  # fmt: skip
     add("--new-tokens", type=at_least_one, default=12, metavar="N",
-        help="tokens of each continuation (default: 12)")  # fmt: skip
-    add("--dtype", choices=DTYPES, help="dtype of the model (default: the checkpoint's own)")
-    add("--device", type=device, default="cpu", metavar="D")
+        help="generate N tokens in each continuation (default: 12)")  # fmt: skip
+    add("--dtype", choices=DTYPES,
+        help="compute in this dtype (default: the checkpoint's own)")  # fmt: skip
+    add("--device", type=device, default="cpu", metavar="D",
+        help="compute on D: cpu, cuda or cuda:N (default: cpu)")  # fmt: skip
     add("--path", choices=PATHS, default="reference",
-        help="fast: also list where its tokens first differ from the reference's")  # fmt: skip
-    add("--moe-kernel", choices=KERNELS, default="triton", help="as in qwen35.generate")
+        help="check this path; fast also lists where its tokens first differ from the reference's "
+        "(default: reference)")  # fmt: skip
+    add("--moe-kernel", choices=KERNELS, default="triton",
+        help="compute MXFP4 experts and their router on the fast path with Triton's kernels, or on an "
+        "MI355X with HIP kernels (default: triton)")  # fmt: skip
     add_ranks(parser)
-    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto",
+        help="store keys and values in the model's dtype (auto) or in e4m3 (fp8) (default: "
+        "auto)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON document")
     return parser
 

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from qwen35.cli import Parser, one_line, print_json, run
+from qwen35.cli import Parser, folder_name, one_line, print_json, run
 from qwen35.errors import InputError
 from qwen35.progress import steps
 
@@ -209,11 +209,16 @@ def of_folder(folder: Path) -> str:
 
 
 def build_parser() -> Parser:
-    parser = Parser("python -m tools.fingerprint", "Print one SHA-256 for each kind of output.")
+    parser = Parser(
+        "python -m tools.fingerprint",
+        "Print one SHA-256 for each kind of output. Two commits that print the same lines compute the "
+        "same.",
+    )
     add = parser.add_argument
-    add("--checkout", type=Path, default=ROOT, metavar="DIR",
-        help="the checkout whose outputs are hashed (default: this one)")  # fmt: skip
-    add("--only", nargs="+", choices=KINDS, default=KINDS, help="kinds of output (default: all)")
+    add("--checkout", type=folder_name, default=ROOT, metavar="DIR",
+        help="run the project in DIR, a checkout of any commit (default: this one)")  # fmt: skip
+    add("--only", nargs="+", choices=KINDS, default=KINDS, metavar="KIND",
+        help=f"hash only these kinds of output, of {', '.join(KINDS)} (default: all)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON document")
     return parser
 

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qwen35.cli import Parser, at_least_one, at_least_zero, print_json, run
+from qwen35.cli import Parser, at_least_one, at_least_zero, print_json, run, thread_count
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.load import TINY
@@ -308,13 +308,14 @@ def build_parser() -> Parser:
     parser = Parser("python -m tools.hostile", __doc__ or "", computes=False)
     add = parser.add_argument
     add("--files", type=at_least_one, metavar="N",
-        help="damaged folders (default 1000; with --texts: all)")  # fmt: skip
+        help="read N damaged folders (default: 1000; with --texts: all)")  # fmt: skip
     add("--first", type=at_least_zero, default=0, metavar="N",
-        help="number of the first one (default 0)")  # fmt: skip
-    add("--seed", type=int, metavar="S", help="other damage (default 0)")
-    add("--texts", action="store_true", help="the templates and tokenizers instead")
-    add("--processes", type=at_least_one, default=os.cpu_count() or 1, metavar="N",
-        help="at a time (default: the cores)")  # fmt: skip
+        help="begin with the folder of this number (default: 0)")  # fmt: skip
+    add("--seed", type=int, metavar="S", help="damage the folders by the seed S (default: 0)")
+    add("--texts", action="store_true",
+        help="read folders with hostile templates and tokenizers instead")  # fmt: skip
+    add("--processes", type=thread_count, default=os.cpu_count() or 1, metavar="N",
+        help="read N folders at a time (default: one for each core)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON document")
     return parser
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from qwen35.cache import Cache, DeltaState
-from qwen35.cli import Parser, print_json, run
+from qwen35.cli import Parser, folder_name, print_json, run
 from qwen35.config import PUBLISHED, Config, disagreements
 from qwen35.defaults import GENERATION, Defaults
 from qwen35.errors import InputError
@@ -86,20 +86,24 @@ class Group:
 
 
 def build_parser() -> Parser:
-    about = "Say what is in a checkpoint, from headers alone."
+    about = (
+        "Describe a checkpoint from the headers of its files alone. The exit status is 1 if it has a "
+        "problem."
+    )
     parser = Parser("python -m tools.inspect", about, computes=False)
     parser.add_model(
-        "a folder (config.json alone will do), a hub id, `tiny`, or a published size, as in "
-        f"{', '.join(PUBLISHED)}",
+        "a folder (config.json alone will do), a hub id, `tiny` (the embedded model), or a published "
+        f"size: {', '.join(PUBLISHED)}",
         default=None,
     )
     parser.add_argument(
-        "--prefix-cache", type=Path, metavar="DIR",
-        help="describe the folder of a prefix cache instead of MODEL",
+        "--prefix-cache", type=folder_name, metavar="DIR",
+        help="describe the prefix cache in DIR, instead of a MODEL",
     )  # fmt: skip
     parser.add_argument(
         "--nodes", action="store_true",
-        help="show instead the tree of the nodes that loading builds, with classes, shapes and dtypes",
+        help="print the tree of the nodes that loading builds, with their classes, shapes and dtypes, "
+        "instead of the tables",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser

@@ -26,7 +26,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from qwen35.cli import Parser, at_least_one, print_json, run
+from qwen35.cli import Parser, at_least_one, output_folder, print_json, run, thread_count
 from qwen35.errors import InputError
 from qwen35.progress import Progress
 from weights.storage import some, write_whole
@@ -266,19 +266,17 @@ def build_parser() -> Parser:
     parser = Parser("python -m tools.mutate", __doc__ or "", computes=False)
     add = parser.add_argument
     add("--module", nargs="+", choices=MODULES, default=[*MODULES], metavar="FILE",
-        help=f"which (default: all): {', '.join(MODULES)}")  # fmt: skip
-    add(
-        "--folder",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="for the copies; may be there already",
-    )
+        help="mutate these modules (default: all, the rows of the table in docs/trust.md)")  # fmt: skip
+    add("--folder", type=output_folder, required=True, metavar="DIR",
+        help="copy the checkout into DIR, once for each module; a folder of an earlier run goes "
+        "on")  # fmt: skip
     add("--sample", type=at_least_one, metavar="N",
-        help="how many mutants of each module (default: all)")  # fmt: skip
-    add("--seed", type=int, default=0, metavar="S", help="of the sample (default: 0)")
-    add("--again", action="store_true", help="run the survivors once more")
-    add("--processes", type=at_least_one, default=1, metavar="N", help="mutants at a time")
+        help="run N mutants of each module, chosen at random (default: all)")  # fmt: skip
+    add("--seed", type=int, metavar="S", help="with --sample: choose by the seed S (default: 0)")
+    add("--again", action="store_true",
+        help="also run the mutants that survived an earlier run once more")  # fmt: skip
+    add("--processes", type=thread_count, default=1, metavar="N",
+        help="run N mutants at a time (default: 1)")  # fmt: skip
     add("--update", action="store_true", help=f"write the counts to {TABLE.name}")
     add("--json", action="store_true", help="print one JSON document")
     return parser
@@ -406,6 +404,8 @@ def examine(module: str, args: argparse.Namespace, known: dict[str, str]) -> dic
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.seed is not None and args.sample is None:
+        raise InputError(f"--seed {args.seed} chooses the mutants of a --sample; none is given")
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     found: dict[str, dict[str, Any]] = {}
     with Progress("modules", len(args.module)) as progress:

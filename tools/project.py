@@ -18,7 +18,6 @@ its code waits less often. A kind that runs once a round is measured with what a
 """
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,6 +31,7 @@ from fast import catalogue
 from fast.catalogue import PUBLISHED
 from fast.launch import Launch
 from fast.step import Step
+from qwen35.arguments import shown
 from qwen35.cache import KV_CACHE_DTYPES
 from qwen35.cli import Parser, at_least_one, at_least_zero, print_json, run
 from qwen35.config import Config
@@ -39,6 +39,7 @@ from qwen35.errors import InputError
 from qwen35.load import lay_out
 from qwen35.paths import unfit_triton
 from qwen35.progress import steps
+from qwen35.reading import expected_object, read_json
 from qwen35.terminal import say
 from tools.bench.step import SIZES, TOKENS_A_ROUND, begin_at, moved
 from tools.gfx950.timeline import H200, MI355X, Card, Executed, execute, launch_time
@@ -52,21 +53,21 @@ def build_parser() -> Parser:
     parser = Parser("python -m tools.project", __doc__ or "")
     add = parser.add_argument
     add("--config", default=PUBLISHED, metavar="NAME",
-        help=f"the model, by its published size (default: {PUBLISHED})")  # fmt: skip
-    add("--tp", type=at_least_one, default=8, metavar="N", help="ranks that share it (default: 8)")
+        help=f"estimate for the model of this published size (default: {PUBLISHED})")  # fmt: skip
+    add("--tp", type=at_least_one, default=8, metavar="N",
+        help="share the model among N ranks, and estimate one of them (default: 8)")  # fmt: skip
     add("--drafts", type=int, default=3, choices=range(len(TOKENS_A_ROUND)),
-        help="drafts per round (default: 3)")  # fmt: skip
-    add(
-        "--context",
-        type=at_least_zero,
-        default=10_000,
-        metavar="T",
-        help="tokens before the round (default: 10,000)",
-    )
-    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
+        help="draft so many tokens per round (default: 3)")  # fmt: skip
+    add("--context", type=at_least_zero, default=10_000, metavar="T",
+        help="begin the round after T tokens (default: 10,000)")  # fmt: skip
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto",
+        help="store keys and values in the model's dtype (auto) or in e4m3 (fp8) (default: "
+        "auto)")  # fmt: skip
     add("--load-ns", type=at_least_one, default=int(MI355X.load_ns), metavar="NS",
-        help=f"how many ns a load from memory takes (default: {MI355X.load_ns:.0f})")  # fmt: skip
-    add("--measured", type=Path, metavar="FILE", help="check the model with these times of an H200")
+        help=f"let a load from memory take NS nanoseconds (default: {MI355X.load_ns:.0f})")  # fmt: skip
+    add("--measured", type=Path, metavar="FILE",
+        help="check the model with the times of an H200 in FILE, which `python -m tools.bench step "
+        "--json` has printed")  # fmt: skip
     add("--json", action="store_true", help="print one JSON document")
     return parser
 
@@ -131,21 +132,43 @@ def row_of(launch: Launch, often: int, done: Executed, size: float, card: Card) 
 def measured(path: Path, args: argparse.Namespace) -> dict[str, float]:
     """Microseconds of a launch of each kind in a result of tools.bench step. InputError unless the file
     is one of an H200 of the same round."""
+    told = read_json(path)
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        ran, rows = told["config"], told["rows"]
-        found = {r["name"]: r["us"] / r["launches"] for r in rows if r["name"].count(" ") == 0}
-        ran = ran | {"config": SIZES.get(ran["config"], ran["config"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: no result of tools.bench step --json ({error})") from None
+        ran, found = _read_result(told)
+    except InputError as error:
+        raise InputError(f"{path}: no result of tools.bench step --json: {error}") from None
     if "H200" not in str(told.get("device")):
         raise InputError(f"{path}: measured on {told.get('device')!r}; the model knows an H200")
     for name in ("config", "tp", "drafts", "context", "kv_cache_dtype"):
-        if ran.get(name) != getattr(args, name):
-            raise InputError(
-                f"{path}: {name} = {ran.get(name)}; this is a round of {getattr(args, name)}"
-            )
+        there, here = ran.get(name), getattr(args, name)
+        if there != here:
+            raise InputError(f"{path}: {name} = {shown(there)}; this is a round of {shown(here)}")
     return found
+
+
+def _read_result(told: Any) -> tuple[dict[str, Any], dict[str, float]]:
+    """The configuration, and the microseconds of a launch of each kind. InputError, with the key and its
+    value, for a document of another shape."""
+    told = expected_object(told)
+    ran, rows = told.get("config"), told.get("rows")
+    if not isinstance(ran, dict):
+        raise InputError(f"config = {shown(ran)}; expected an object")
+    if not isinstance(rows, list):
+        raise InputError(f"rows = {shown(rows)}; expected a list")
+    found: dict[str, float] = {}
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
+            raise InputError(f"rows[{i}] = {shown(row)}; expected an object with a name")
+        if " " in row["name"]:
+            continue  # a round by proportion
+        for name in ("us", "launches"):
+            value: Any = row.get(name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
+                raise InputError(f"rows[{i}]: {name} = {shown(value)}; expected a number above 0")
+        found[row["name"]] = row["us"] / row["launches"]
+    name = ran.get("config")
+    return ran | {"config": SIZES.get(name, name) if isinstance(name, str) else name}, found
 
 
 @torch.inference_mode()

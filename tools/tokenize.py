@@ -2,15 +2,15 @@
 pieces."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from qwen35.cli import Parser, counted, parse_ids, print_json, read_text, run
+from qwen35.cli import Parser, counted, named, parse_ids, print_json, run
 from qwen35.errors import InputError
 from qwen35.load import TINY
 from qwen35.messages import parse_messages
 from qwen35.pieces import Piece, piece
+from qwen35.reading import read_json, read_text
 from qwen35.tokenizer import Prompt, Tokenizer
 from weights.hub import is_hub_id, one_line
 
@@ -18,25 +18,28 @@ READ = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*
 
 
 def build_parser() -> Parser:
-    parser = Parser("python -m tools.tokenize", "Show the ids of a text, and what each stands for.")
-    add = parser.add_argument
-    add(
-        "text",
-        nargs="?",
-        metavar="TEXT",
-        help="the text; in it the written form of a control token stands for that token",
+    parser = Parser(
+        "python -m tools.tokenize",
+        "Print the token ids of a text or a conversation, and what each of them stands for.",
     )
-    add("--file", metavar="FILE", help="read the text from FILE, - for standard input")
-    add("--decode", metavar="IDS", help="show what these ids stand for, as in 1,2,3")
-    add("--messages", metavar="FILE",
-        help="read a conversation from FILE: a JSON list of {role, content}")  # fmt: skip
+    add = parser.add_argument
+    add("text", nargs="?", metavar="TEXT",
+        help="the text; the written form of a control token in it becomes that token")  # fmt: skip
+    add("--file", type=named, metavar="FILE",
+        help="read the text from FILE, or from standard input if FILE is -")  # fmt: skip
+    add("--decode", metavar="IDS", help="print what these ids stand for, as in 1,2,3")
+    add("--messages", type=named, metavar="FILE",
+        help="read a conversation from FILE, a JSON list of objects with role and content, or from "
+        "standard input if FILE is -")  # fmt: skip
     add("--chat", action="store_true",
-        help="the text is a user's message: show the prompt that the template makes of it")  # fmt: skip
-    add("--system", metavar="TEXT", help="with --chat: the system message, which comes first")
+        help="take the text as a user's message, and print the prompt that the chat template makes of "
+        "it")  # fmt: skip
+    add("--system", metavar="TEXT", help="with --chat: begin with TEXT as the system message")
     add("--thinking", action=argparse.BooleanOptionalAction,
-        help="with a conversation: whether to think (default: the chat template decides)")  # fmt: skip
+        help="with a conversation: ask for a thought before the answer, or for none (default: the chat "
+        "template decides)")  # fmt: skip
     add("--model", default="tiny", metavar="DIR|HUB_ID",
-        help="the checkpoint with the tokenizer (default: `tiny`, the embedded model)")  # fmt: skip
+        help="use the tokenizer of this checkpoint (default: tiny, the embedded model)")  # fmt: skip
     add("--json", action="store_true", help="print one JSON document")
     return parser
 
@@ -109,11 +112,7 @@ def _prompt(args: argparse.Namespace, source: str, tokenizer: Tokenizer) -> Prom
 
 
 def _messages(file: str) -> list[dict[str, Any]]:
-    text = read_text(file)
-    try:
-        given = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON: {error}") from None
+    given = read_json(file)
     try:
         return parse_messages(given)
     except InputError as error:

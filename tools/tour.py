@@ -44,7 +44,11 @@ def build_parser() -> Parser:
     parser = Parser("python -m tools.tour", __doc__ or "")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--write", action="store_true", help="put the numbers into docs/tour.md")
-    group.add_argument("--check", action="store_true", help="compare docs/tour.md with the numbers")
+    group.add_argument(
+        "--check",
+        action="store_true",
+        help="compare docs/tour.md with the numbers, and exit with 1 if it differs",
+    )
     return parser
 
 

@@ -152,7 +152,11 @@ PICTURES = {
 
 def build_parser() -> Parser:
     parser = Parser("python -m tools.tour_pictures", __doc__ or "", computes=False)
-    parser.add_argument("--check", action="store_true", help="compare with the files in docs/")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing, and exit with 1 if a file in docs/ differs",
+    )
     return parser
 
 

@@ -6,7 +6,7 @@
 import argparse
 from pathlib import Path
 
-from qwen35.cli import Parser, counted, device, parse_ids, print_json, run
+from qwen35.cli import Parser, counted, device, output_file, parse_ids, print_json, run
 from qwen35.compare.trace import trace
 from qwen35.compare.trace_file import save_trace
 from qwen35.errors import InputError
@@ -16,30 +16,34 @@ from tools import trace_show
 
 
 def build_parser() -> Parser:
-    parser = Parser("python -m tools.trace", "Write the outputs of a model's nodes to a file.")
+    parser = Parser(
+        "python -m tools.trace",
+        "Write the outputs of a model's nodes to a file, or print what such a file has.",
+    )
     add = parser.add_argument
     parser.add_model(default=None)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="trace a pass over the tokens of TEXT")
-    prompt.add_argument("--ids", metavar="IDS", help="trace a pass over these token ids: 1,2,3")
     prompt.add_argument(
-        "--show",
-        type=Path,
-        metavar="FILE",
-        help="print statistics of a saved trace, without a model",
+        "--ids", metavar="IDS", help="trace a pass over these token ids, as in 1,2,3"
     )
-    add("--node", metavar="GLOB", help="with --show: print only these nodes, each with a histogram")
-    add(
-        "--pattern",
-        default="*",
-        metavar="GLOB",
-        help="trace these nodes, as in 'layers.3.*' (default: all)",
-    )
+    prompt.add_argument(
+        "--show", type=Path, metavar="FILE",
+        help="print statistics of the trace in FILE; no model is loaded",
+    )  # fmt: skip
+    add("--node", metavar="GLOB",
+        help="with --show: print only the nodes whose names fit GLOB, each with a histogram")  # fmt: skip
+    add("--pattern", default="*", metavar="GLOB",
+        help="take only the nodes whose names fit GLOB, as in 'layers.3.*' (default: *, "
+        "all)")  # fmt: skip
     add("--locals", action="store_true", help="also trace the named locals of each node's forward")
-    add("--dtype", choices=DTYPES, help="dtype of the model (default: the checkpoint's own)")
-    add("--device", type=device, metavar="D", help="where it runs (default: cpu)")
-    add("-o", "--output", type=Path, metavar="FILE", help="write the trace to FILE")
-    add("--json", action="store_true", help="print what was written as one JSON document")
+    add("--dtype", choices=DTYPES,
+        help="compute in this dtype (default: the checkpoint's own)")  # fmt: skip
+    add("--device", type=device, metavar="D",
+        help="compute on D: cpu, cuda or cuda:N (default: cpu)")  # fmt: skip
+    add("-o", "--output", type=output_file, metavar="FILE", help="write the trace to FILE")
+    add("--json", action="store_true",
+        help="print one JSON document: what was written, or the statistics")  # fmt: skip
     return parser
 
 
@@ -51,10 +55,6 @@ def main(args: argparse.Namespace) -> int:
     if args.node is not None:
         raise InputError("--node goes with --show; --pattern chooses the nodes of a new trace")
     folder = locate(args.model)
-    if args.output.is_dir():
-        raise InputError(f"{args.output} is a folder; expected the name of a file")
-    if not args.output.parent.is_dir():
-        raise InputError(f"{args.output}: {args.output.parent} is not a folder")
     ids = parse_ids(args.ids) if args.ids is not None else Tokenizer(folder).encode(args.prompt)
     model = load(folder, dtype=DTYPES.get(args.dtype), device=args.device or "cpu")
     outputs = trace(model, ids, args.pattern, named_locals=args.locals)

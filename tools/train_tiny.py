@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from qwen35.arguments import as_device
 from qwen35.cache import Cache
-from qwen35.cli import Parser, at_least_one, run
+from qwen35.cli import Parser, at_least_one, folder_name, output_folder, run
 from qwen35.config import Config
 from qwen35.errors import InputError
 from reference.activation import wide
@@ -433,19 +433,22 @@ def save(model: Model, backend: Tokenizer, folder: Path) -> None:
 
 
 def build_parser() -> Parser:
-    parser = Parser("python -m tools.train_tiny", "Train the embedded checkpoint.")
-    add = parser.add_argument
-    add("corpus", type=Path, help="folder with train.txt and heldout.txt (tools/corpus.py)")
-    add("dst", type=Path, help="folder to write the checkpoint to")
-    add("--steps", type=at_least_one, default=1400)
-    add("--tokens", type=at_least_one, default=65536, help="tokens a step")
-    add("--length", type=at_least_one, default=512,
-        help=f"tokens a window; {LONGER} times as many at the end")  # fmt: skip
-    add("--lr", type=float, default=3e-3)
-    add("--depths", type=at_least_one, default=3, help="drafts that the MTP head is trained for")
-    add("--seed", type=int, default=0)
-    add("--log-every", type=at_least_one, default=50)
-    add("--device", default="cuda")
+    about = "Train the embedded checkpoint, which takes ten minutes on one GPU."
+    parser = Parser("python -m tools.train_tiny", about)
+    add, corpus = parser.add_argument, "the folder that tools.corpus has written"
+    add("corpus", type=folder_name, metavar="CORPUS", help=corpus)
+    add("dst", type=output_folder, metavar="DST", help="the folder to write the checkpoint to")
+    for name, kind, usual, what in (
+        ("--steps", at_least_one, 1400, "train for N steps"),
+        ("--tokens", at_least_one, 65536, "take N tokens in each step"),
+        ("--length", at_least_one, 512, f"take windows of N tokens, {LONGER} x N at the end"),
+        ("--lr", float, 3e-3, "let the learning rate rise to N"),
+        ("--depths", at_least_one, 3, "train the MTP head to draft N tokens in a row"),
+        ("--seed", int, 0, "draw initial weights and windows by the seed N"),
+        ("--log-every", at_least_one, 50, "print a line every N steps"),
+    ):
+        add(name, type=kind, default=usual, metavar="N", help=f"{what} (default: {usual})")
+    add("--device", default="cuda", metavar="D", help="train on D, as in cuda:1 (default: cuda)")
     return parser
 
 
@@ -456,6 +459,8 @@ def main(args: argparse.Namespace) -> int:
             f"--length {args.length}; expected {least} to {args.tokens // LONGER}, because of --depths "
             f"{args.depths} and --tokens {args.tokens}"
         )
+    if not 0 < args.lr < math.inf:
+        raise InputError(f"--lr {args.lr}; expected a number above 0")
     device = as_device(args.device)
     for name in ("train.txt", "heldout.txt"):
         if not (args.corpus / name).is_file():

@@ -15,7 +15,6 @@ shapes are kept.
 import argparse
 import itertools
 import json
-import os
 import statistics
 import sys
 import warnings
@@ -35,8 +34,10 @@ from fast.linear import product
 from fast.moe import Experts
 from fast.step import Step
 from qwen35 import cli
+from qwen35.arguments import shown
 from qwen35.cli import Parser
 from qwen35.config import Config
+from qwen35.config_json import read_object
 from qwen35.errors import InputError
 from qwen35.progress import steps
 from tools.bench import gpu, mixture, report, router
@@ -114,13 +115,15 @@ def build_parser() -> Parser:
     parser = Parser("python -m tools.tune", __doc__ or "")
     add = parser.add_argument
     add("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP",
-        help=f"{', '.join(OPS)}; default: all")  # fmt: skip
+        help=f"tune these kernels, of {', '.join(OPS)} (default: all)")  # fmt: skip
     add("--tp", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N",
-        help="numbers of ranks, whose shapes are measured (default: 1 2 4 8)")  # fmt: skip
-    add("--repeats", type=int, default=20, help="timed replays of a graph (default: 20)")
-    add("--output", type=Path, default=configs.TABLE, metavar="FILE",
-        help="the table to write to; the old configurations are those of fast/configs.json")  # fmt: skip
-    add("--json", action="store_true", help="print the JSON document alone")
+        help="measure the shapes of one of N ranks (default: 1 2 4 8)")  # fmt: skip
+    add("--repeats", type=int, default=20, metavar="R",
+        help="time R replays of each graph (default: 20)")  # fmt: skip
+    add("--output", type=cli.output_file, default=configs.TABLE, metavar="FILE",
+        help="write the fastest configurations into the table FILE; the old ones are always those of "
+        "fast/configs.json (default: fast/configs.json)")  # fmt: skip
+    add("--json", action="store_true", help="print only one JSON document")
     return parser
 
 
@@ -151,16 +154,16 @@ def fits(config: LaunchConfig, N: int | None, K: int, weight_bits: int, target: 
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read the table. InputError if the file is not a table, or if its folder cannot be written."""
+    """Read the table, an empty one if there is no file. InputError if the file is not a table."""
+    no_table = f"{path} is no table of launch configurations"
     try:
-        table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        levels = [table, *table.values(), *(ops for t in table.values() for ops in t.values())]
-        if not all(isinstance(level, dict) for level in levels):
-            raise ValueError
-    except (ValueError, AttributeError):
-        raise InputError(f"{path} is no table of launch configurations") from None
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: {path.parent} is no folder that can be written")
+        table = read_object(path) if path.exists() else {}
+    except InputError as error:
+        raise InputError(f"{no_table}: {str(error).removeprefix(f'{path}: ')}") from None
+    for target, ops in table.items():
+        for name, level in ((target, ops), *(ops.items() if isinstance(ops, dict) else ())):
+            if not isinstance(level, dict):
+                raise InputError(f"{no_table}: {name} = {shown(level)}; expected an object")
     return table
 
 

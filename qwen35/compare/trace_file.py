@@ -20,6 +20,7 @@ from qwen35.cli import parse_ids
 from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.load import text_model
+from qwen35.reading import existing_file
 from reference.model import Model
 from weights.checkpoint import Checkpoint
 from weights.storage import whole
@@ -145,6 +146,7 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 def _opened(file: Path) -> Iterator[tuple[Any, dict[str, str]]]:
     """Open a file with safetensors. Yields it and its metadata. InputError if it is incomplete or
     no trace."""
+    existing_file(file)
     try:
         with safe_open(file, framework="pt") as handle:
             metadata = handle.metadata() or {}

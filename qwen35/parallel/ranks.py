@@ -99,7 +99,7 @@ def add_ranks(parser: Parser) -> None:
     """Add the option `--tp` to a command line whose main runs by `on_ranks`."""
     parser.add_argument(
         "--tp", type=int, choices=SIZES, default=1, metavar="N",
-        help="tensor parallel over N processes, which torchrun starts",
+        help="share the model among N processes that torchrun has started (tensor parallel; default: 1)",
     )  # fmt: skip
     parser.set_defaults(ranks=ALONE)
 

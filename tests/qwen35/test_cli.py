@@ -137,11 +137,6 @@ def test_a_closed_standard_stream_is_an_empty_one(
     assert bool(out) == bool(done.stdout)
 
 
-def test_a_file_that_is_not_there_is_not_said_to_be_no_text(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"absent: No such file or directory$"):
-        cli.read_text(tmp_path / "absent")
-
-
 def test_counts_have_their_plural() -> None:
     assert [cli.counted(n, "token") for n in (0, 1, 2)] == ["0 tokens", "1 token", "2 tokens"]
 

@@ -15,7 +15,7 @@ from qwen35.completion import Completer, Completion, Settings, UntilStop
 from qwen35.defaults import Defaults
 from qwen35.errors import InputError
 from qwen35.load import TINY, load
-from qwen35.requests import parse_request, parse_requests
+from qwen35.requests import parse_request, parse_requests, read_line, read_lines
 from qwen35.tokenizer import Prompt, Tokenizer
 from reference.model import Model
 from tests.support.checkpoints import write
@@ -159,7 +159,8 @@ def test_ids_without_a_tokenizer(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def parse(completer: Completer) -> Callable[..., Any]:
     def call(common: Settings | None = None, **request: Any) -> Any:
-        return parse_request(json.dumps(request), completer, common or Settings())
+        line = read_line(json.dumps(request), common or Settings())
+        return parse_request(line, completer)[0]
 
     return call
 
@@ -195,14 +196,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "tools alone": ({"prompt": "x", "tools": []}, "tools are offered, but there are no messages"),
     "kwargs alone": (
         {"prompt_ids": [1], "chat_template_kwargs": {"enable_thinking": False}},
-        "chat_template_kwargs are given, but there are no messages",
+        "chat_template_kwargs = {'enable_thinking': False} has no effect: the prompt is no conversation",
     ),
     "bad tools": ({"messages": TALK, "tools": [3]}, "tools: a list of objects"),
     "bad message": ({"messages": [{"role": "user"}]}, r"messages\[0\]: no content"),
     "no messages": ({"messages": []}, "messages: a list of"),
-    "messages of ids": ({"messages": [1, 2]}, r"messages\[0\] is int"),
-    "prompt of a kind": ({"prompt": [1]}, "prompt is list; expected text"),
-    "ids of a kind": ({"prompt_ids": [True]}, "prompt_ids: a list of integers"),
+    "messages of ids": ({"messages": [1, 2]}, r"messages\[0\] is a number"),
+    "prompt of a kind": ({"prompt": [1]}, "prompt is a list; expected a text"),
+    "ids of a kind": ({"prompt_ids": [True]}, r"prompt_ids = \[True\]; expected a list of integers"),
     "stop": ({"prompt": "x", "stop": [""]}, "stop = "),
     "stop of a kind": ({"prompt": "x", "stop": 5}, "stop = 5; expected a text or a list"),
     "kwargs": ({"prompt": "x", "chat_template_kwargs": []}, "chat_template_kwargs = .*an object"),
@@ -233,15 +234,109 @@ def test_lines_end_at_line_feeds_alone(completer: Completer) -> None:
     lines = [
         json.dumps({"prompt": text, "id": text}, ensure_ascii=False).replace("\\u000b", "\u2028")
     ] * 2
-    found = parse_requests("\r\n".join(lines) + "\n\n", "requests.jsonl", completer, Settings())
+    read = read_lines("\r\n".join(lines) + "\n\n", "requests.jsonl", Settings())
+    found = parse_requests(read, "requests.jsonl", completer)
     assert [request.prompt for request in found] == [found[0].prompt] * 2
     assert isinstance(found[0].prompt, Prompt)
     with pytest.raises(InputError, match=r"requests\.jsonl, line 3: not JSON"):
-        parse_requests("\n".join([*lines, "{"]), "requests.jsonl", completer, Settings())
+        read_lines("\n".join([*lines, "{"]), "requests.jsonl", Settings())
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
-def test_numbers_that_json_has_not(completer: Completer, number: str) -> None:
+def test_numbers_that_json_has_not(number: str) -> None:
     """Python reads them; what would be printed with the result would be no JSON."""
     with pytest.raises(InputError, match=f"{number} is no JSON number"):
-        parse_request(f'{{"prompt": "x", "id": {number}}}', completer, Settings())
+        read_line(f'{{"prompt": "x", "id": {number}}}', Settings())
+
+
+# --- settings without an effect -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "line"),
+    [
+        ("x", {"thinking": True}, "thinking = True has no effect: the prompt is no conversation"),
+        ("x", {"thinking": False}, "thinking = False has no effect"),
+        ([1, 2], {"thinking": True}, "thinking = True has no effect"),
+        (
+            "x",
+            {"chat_template_kwargs": {"a": 1}},
+            r"chat_template_kwargs = \{'a': 1\} has no effect",
+        ),
+        ("x", {"allow_special_tokens": True}, "allow_special_tokens = True has no effect"),
+        ("x", {"tools": [{"type": "function"}]}, "tools are offered, but there are no messages"),
+        ([1], {"tools": []}, "tools are offered, but there are no messages"),
+        ("x", {"top_p": 0.5}, "top_p = 0.5 has no effect: at temperature 0 the likeliest token"),
+        ("x", {"top_k": 5, "temperature": 0}, "top_k = 5 has no effect"),
+        (TALK, {"min_p": 0.1, "temperature": 0.0}, "min_p = 0.1 has no effect"),
+        ("x", {"seed": 3}, "seed = 3 has no effect"),
+    ],
+)
+def test_a_setting_without_an_effect(model: Model, prompt: Any, chosen: dict, line: str) -> None:
+    with pytest.raises(InputError, match=line):
+        qwen35.generate(model, prompt, max_new_tokens=1, **chosen)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen"),
+    [
+        (TALK, {"thinking": False, "chat_template_kwargs": {"a": 1}, "allow_special_tokens": True}),
+        (TALK, {"top_k": 5, "seed": 3}),  # the checkpoint advises a temperature
+        (
+            "x",
+            {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0},
+        ),  # which is what they are without
+        ("x", {"temperature": 0.5, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "seed": 3}),
+        ("x", {"repetition_penalty": 1.5, "presence_penalty": 0.5}),  # change greedy choices too
+    ],
+)
+def test_settings_with_an_effect(model: Model, prompt: Any, chosen: dict) -> None:
+    assert len(qwen35.generate(model, prompt, max_new_tokens=1, **chosen).token_ids) == 1
+
+
+def test_a_setting_of_the_command_is_for_the_requests_that_have_a_use_for_it(
+    completer: Completer,
+) -> None:
+    """A request of its own with one that it has no use for is an error, and so is one of the command
+    without any use."""
+    talk, text = json.dumps({"messages": TALK}), json.dumps({"prompt": "x"})
+    hot = json.dumps({"prompt": "x", "temperature": 0.5})
+    common = Settings(thinking=False, seed=3)
+
+    def parsed(*lines: str) -> list[Settings]:
+        found = parse_requests(
+            read_lines("\n".join(lines), "r.jsonl", common), "r.jsonl", completer
+        )
+        return [request.settings for request in found]
+
+    chat, plain, drawn = parsed(talk, text, hot)
+    assert (chat.thinking, chat.seed) == (False, 3)
+    assert (plain.thinking, plain.seed) == (None, 0)
+    assert (drawn.thinking, drawn.seed) == (None, 3)
+    with pytest.raises(
+        InputError, match=r"^--thinking has no effect on any request of r\.jsonl: the"
+    ):
+        parsed(text, hot)
+    with pytest.raises(
+        InputError, match=r"^r\.jsonl, line 2: seed = 4 has no effect: at temperature 0"
+    ):
+        parsed(talk, json.dumps({"prompt": "x", "seed": 4}))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "line"),
+    [
+        ({"temperature": -1}, "temperature = -1.0"),
+        ({"top_p": 0}, "top_p = 0.0"),
+        ({"seed": -1}, "seed = -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0"),
+        ({"prefill_chunk": 63}, "prefill_chunk = 63"),
+        ({"draft_tokens": -1}, "draft_tokens = -1"),
+    ],
+)
+def test_a_setting_is_checked_before_a_model_is_loaded(
+    chosen: dict, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen35.completion.load", lambda _: pytest.fail("the weights were read"))
+    with pytest.raises(InputError, match=line):
+        qwen35.generate("tiny", "x", **chosen)

@@ -20,7 +20,7 @@ from qwen35.generate import build_parser, main
 from qwen35.generation import Generation
 from qwen35.load import TINY, load
 from qwen35.logprobs import TokenLogprobs, table, token_logprobs
-from qwen35.requests import parse_request
+from qwen35.requests import parse_request, read_line
 from qwen35.sampling import Sampling
 from qwen35.tokenizer import Tokenizer
 from reference.model import Model
@@ -159,11 +159,13 @@ def test_a_request_has_its_own(model: Model) -> None:
     completer = Completer(model, tokenizer, Defaults())
     common = Settings(logprobs=1)
     for request, expected in (({}, 1), ({"logprobs": 3}, 3), ({"logprobs": None}, 1)):
-        parsed = parse_request(json.dumps({"prompt": "x"} | request), completer, common)
+        line = read_line(json.dumps({"prompt": "x"} | request), common)
+        parsed, _ = parse_request(line, completer)
         assert parsed.settings.logprobs == expected
     for request, line in ((True, "logprobs = True; expected an integer"), ("2", "logprobs = '2'")):
         with pytest.raises(InputError, match=line):
-            parse_request(json.dumps({"prompt": "x", "logprobs": request}), completer, common)
+            line = read_line(json.dumps({"prompt": "x", "logprobs": request}), common)
+            parse_request(line, completer)
     for wrong in (-1, 2001):
         with pytest.raises(InputError, match=rf"logprobs = {wrong}; expected 0 to 2000"):
             qwen35.generate(model, PROMPT, logprobs=wrong)

@@ -73,12 +73,12 @@ def test_the_callers_messages_stay_as_they_are() -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "no list": ("hello", "a list of"),
     "none": ([], "a list of"),
-    "no object": ([USER, 5], r"messages\[1\] is int"),
+    "no object": ([USER, 5], r"messages\[1\] is a number"),
     "no role": ([{"content": "x"}], r"messages\[0\]: role is None"),
     "role": ([{"role": 3, "content": "x"}], r"messages\[0\]: role is 3"),
     "no content": ([{"role": "user"}], r"messages\[0\]: no content"),
     "null content": ([USER, {"role": "user", "content": None}], r"messages\[1\]: no content"),
-    "content": ([{"role": "user", "content": 5}], r"messages\[0\]: content is int"),
+    "content": ([{"role": "user", "content": 5}], r"messages\[0\]: content is a number"),
     "image": (
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
         r"messages\[0\]: a part has type 'image_url'; this is a text model",
@@ -86,7 +86,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "part": ([{"role": "user", "content": [5]}], r"messages\[0\]: a part has type 'int'"),
     "part's text": (
         [{"role": "user", "content": [{"type": "text"}]}],
-        "text of a part is NoneType",
+        "text of a part is null",
     ),
     "calls": ([{"role": "assistant", "tool_calls": "x"}], r"messages\[0\]: tool_calls: a list"),
     "arguments": (
@@ -95,10 +95,10 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "arguments of a kind": (
         [{"role": "assistant", "tool_calls": [call({}), call("[1]")]}],
-        r"tool_calls\[1\]: arguments are list; expected an object",
+        r"tool_calls\[1\]: arguments are a list; expected an object",
     ),
     "name of a call": ([{"role": "assistant", "tool_calls": [{"function": {}}]}], "name is None"),
-    "reasoning": ([{"role": "assistant", "reasoning": 5}], "reasoning_content is int"),
+    "reasoning": ([{"role": "assistant", "reasoning": 5}], "reasoning_content is a number"),
 }
 
 

@@ -10,6 +10,7 @@ from qwen35.cache import FP8KVCache
 from qwen35.errors import InputError
 from qwen35.load import TINY, load
 from qwen35.tokenizer import Tokenizer
+from tests.support.command import outcome
 from tools.trace import build_parser, main
 
 
@@ -49,10 +50,13 @@ def test_a_trace_takes_a_text() -> None:
         qwen35.trace(model, "text")
 
 
-def test_a_trace_into_a_folder_is_refused(tmp_path: Path) -> None:
-    args = build_parser().parse_args(["tiny", "--prompt", "hi", "-o", str(tmp_path)])
-    with pytest.raises(InputError, match="is a folder; expected the name of a file"):
-        main(args)
+def test_a_trace_into_a_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("tiny", "--prompt", "hi", "-o", tmp_path)
+    status, out, err = outcome(build_parser, main, capsys, *words)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "is a folder; expected the name of a file" in err
 
 
 def test_a_completion_is_its_text_and_not_its_model() -> None:

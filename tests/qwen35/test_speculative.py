@@ -95,7 +95,7 @@ def check_stats(stats: DraftStats, depth: int, tokens: int) -> None:
     if stats.forwards:
         assert stats.tokens_per_forward == stats.tokens / stats.forwards <= 1 + depth
     else:
-        assert stats.tokens_per_forward == 0
+        assert stats.tokens_per_forward is None
 
 
 def assert_same(found: Steps, expected: Steps) -> None:

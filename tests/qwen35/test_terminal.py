@@ -40,3 +40,23 @@ def test_a_line_begins_at_the_left_edge(is_terminal: bool, monkeypatch: pytest.M
         assert shown.count("\n") == text.count("\n") + 2
         shown, text = shown.replace("\n", ""), text.replace("\n", "")
     assert shown == text
+
+
+def test_the_first_token_alone_has_no_speed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The prompt's pass gives it, so there is no decode time, and no pass that drafts could shorten."""
+    model, tokenizer = load("tiny"), Tokenizer(TINY)
+    completer = Completer(model, tokenizer, Defaults.of_folder(TINY, model.config, tokenizer))
+    for count, rates in ((1, 0), (2, 2)):
+        settings = Settings(max_new_tokens=count)
+        completion = completer.complete(completer.prompt("In the", settings), settings)
+        show(completion, quiet=False)
+        line = capsys.readouterr().err
+        assert line.count("tokens/s") + line.count("tokens/forward") == rates
+        document = completion.document()
+        found = document["timing"]["tokens_per_s"], document["draft"]["tokens_per_forward"]
+        assert all(rate > 0 for rate in found) if rates else found == (None, None)
+    assert line.startswith("2 prompt tokens (0 cached), first token after ")
+    completion.generation.decode_s = 0.0  # of a clock that has not moved
+    assert completion.generation.tokens_per_s is None

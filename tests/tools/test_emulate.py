@@ -60,6 +60,19 @@ def test_a_text_of_hip_kernels_is_the_references_too(cli: Cli, tmp_path: Path):
     assert status == 0 and found["same_as_reference"] and found["launches_a_round"] == 91 - 8
 
 
+def test_one_token_is_the_references_alone(cli: Cli):
+    """No machine code runs, so there is no speed to tell, and nothing that a check could compare."""
+    status, out, err = cli("In the", "--max-new-tokens", 1, "--check")
+    assert (
+        status == 0
+        and out
+        and err.splitlines()[-1]
+        == ("1 token, by the reference; nothing ran on gfx950, as no second one was needed")
+    )
+    found = json.loads(cli("In the", "--max-new-tokens", 1, "--check", "--json")[1])
+    assert found["rounds"] == found["instructions"] == 0 and found["same_as_reference"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -110,7 +110,9 @@ def test_the_table_says_that_it_is_no_measurement(cli: Cli):
     [
         (("--tp", "3"), "does not divide by 3 ranks"),
         (("--config", "400B"), "400B"),
-        (("--measured", "nowhere.json"), "nowhere.json: no result of tools.bench step --json"),
+        (("--measured", "nowhere.json"), "nowhere.json: no such file"),
+        (("--measured", "."), ".: is a folder; expected a file"),
+        (("--measured", ""), "argument --measured: ''; expected the name of a file or folder"),
     ],
 )
 def test_bad_input_is_one_line(cli: Cli, arguments: tuple[str, ...], message: str):
@@ -123,10 +125,24 @@ def test_bad_input_is_one_line(cli: Cli, arguments: tuple[str, ...], message: st
     [
         ({"device": "NVIDIA H100"}, "measured on 'NVIDIA H100'; the model knows an H200"),
         ({"device": None}, "measured on None; the model knows an H200"),
-        ({"config": "35b"}, "config = 35B-A3B; this is a round of 397B-A17B"),
+        ({"config": "35b"}, "config = '35B-A3B'; this is a round of '397B-A17B'"),
         ({"tp": 8}, "tp = 8; this is a round of 1"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype = fp8; this is a round of auto"),
-        ({"rows": None}, "no result of tools.bench step --json"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype = 'fp8'; this is a round of 'auto'"),
+        ({"tp": [8]}, "tp = [8]; this is a round of 1"),
+        ({"rows": None}, "no result of tools.bench step --json: rows = None; expected a list"),
+        ({"rows": [3]}, "rows[0] = 3; expected an object with a name"),
+        ({"rows": [{"name": 3}]}, "rows[0] = {'name': 3}; expected an object with a name"),
+        *(
+            (
+                {"rows": [{"name": "delta", "us": us, "launches": 3}]},
+                f"rows[0]: us = {us!r}; expected a number above 0",
+            )
+            for us in ("30", None, True, 0, -3.5)
+        ),
+        (
+            {"rows": [{"name": "delta", "us": 3}]},
+            "rows[0]: launches = None; expected a number above 0",
+        ),
     ],
 )
 def test_times_of_another_round_are_refused(
@@ -134,3 +150,27 @@ def test_times_of_another_round_are_refused(
 ):
     status, out, err = cli(*SHORT, "--measured", result(tmp_path, **changes))
     assert status == 2 and not out and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not JSON: it is empty"),
+        ("[1, 2]", "no result of tools.bench step --json: a JSON object was expected, not a list"),
+        ('"x"', "a JSON object was expected, not a text"),
+        ("3", "a JSON object was expected, not a number"),
+        ("NaN", "not JSON: NaN is no JSON number"),
+        ("[" * 100_000, "not JSON: objects or lists are nested too deeply"),
+        ('{"config": 3, "rows": []}', "config = 3; expected an object"),
+        (
+            '{"config": {}, "rows": [{"name": "a", "us": 1e999, "launches": 1}]}',
+            "us = inf; expected a",
+        ),
+    ],
+)
+def test_documents_of_another_shape(cli: Cli, tmp_path: Path, text: str, message: str):
+    """None of Python's words: they would say how the file is read, not what is wrong with it."""
+    (tmp_path / "it.json").write_text(text)
+    status, out, err = cli("--measured", tmp_path / "it.json")
+    assert status == 2 and not out and err.count("\n") == 1
+    assert f"it.json: {message}" in err or f"step --json: {message}" in err or message in err, err

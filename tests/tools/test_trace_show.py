@@ -104,7 +104,9 @@ def test_a_terminal_without_the_bars(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--show", "missing"], ["missing", "not a whole trace"]),
+        (["--show", "missing"], ["missing: no such file"]),
+        (["--show", "."], [".: is a folder; expected a file"]),
+        (["--show", ""], ["--show: ''; expected the name of a file"]),
         (["--show", "cut"], ["cut", "not a whole trace"]),
         (["--show", "other"], ["other", "format is None", "qwen35-trace-1"]),
         (["--show", "t", "--node", "layer.9"], ["'layer.9' matches no node", "layers.10.mlp"]),

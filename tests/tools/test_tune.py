@@ -59,7 +59,9 @@ def test_a_table_is_written_whole_or_not_at_all(
     assert [file.name for file in tmp_path.iterdir()] == ["configs.json"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"sm_90": 1}', '{"sm_90": {"down": []}}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"sm_90": 1}', '{"sm_90": {"down": []}}', "[" * 100_000]
+)
 def test_what_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "configs.json").write_text(text)
     with pytest.raises(InputError, match=r"configs\.json is no table"):

@@ -45,9 +45,12 @@ OPS = {
 
 
 def main() -> NoReturn:
-    about = "Benchmarks; each has its own --help."
+    about = (
+        "Run one of the benchmarks. `python -m tools.bench OP --help` says what it measures and which "
+        "options it has."
+    )
     parser = Parser("python -m tools.bench", about, computes=False)
-    parser.add_argument("op", choices=OPS)
+    parser.add_argument("op", choices=OPS, metavar="OP", help=f"one of {', '.join(OPS)}")
     run(parser, run_chosen, sys.argv[1:2])
 
 
@@ -55,7 +58,7 @@ def run_chosen(args: argparse.Namespace) -> NoReturn:
     """Run one benchmark with the words after its name."""
     op = OPS[args.op]
     parser = Parser(f"python -m tools.bench {args.op}", op.__doc__ or "")
-    parser.add_argument("--json", action="store_true", help="print the JSON document alone")
+    parser.add_argument("--json", action="store_true", help="print only one JSON document")
     op.add_arguments(parser)
     run(parser, op.main, sys.argv[2:])
 

@@ -38,9 +38,12 @@ CALLS = 20  # in a graph
 
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add("--tp", type=at_least_one, default=2, metavar="N", help="ranks, which torchrun starts")
-    add("--columns", type=at_least_one, nargs="+", default=[4096, 16384], metavar="D")
-    add("--repeats", type=at_least_one, default=50)
+    add("--tp", type=at_least_one, default=2, metavar="N",
+        help="the number of ranks that torchrun has started (default: 2)")  # fmt: skip
+    add("--columns", type=at_least_one, nargs="+", default=[4096, 16384], metavar="D",
+        help="sum rows of D numbers (default: 4096 16384)")  # fmt: skip
+    add("--repeats", type=at_least_one, default=50, metavar="R",
+        help="time R replays of each graph, in each pass (default: 50)")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:

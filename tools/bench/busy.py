@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qwen35.cli import Parser, at_least_one, at_least_two
+from qwen35.cli import Parser, at_least_one, at_least_two, thread_count
 from qwen35.errors import InputError
 from qwen35.progress import Progress
 from qwen35.threads import ASKED
@@ -25,11 +25,13 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument(
-        "--busy", type=at_least_one, default=2, metavar="N", help="busy loops (default 2)"
-    )
-    parser.add_argument("--new-tokens", type=at_least_two, default=150)
-    parser.add_argument("--repeats", type=at_least_one, default=3)
+    add = parser.add_argument
+    add("--busy", type=thread_count, default=2, metavar="N",
+        help="run N busy loops in other processes (default: 2)")  # fmt: skip
+    add("--new-tokens", type=at_least_two, default=150, metavar="N",
+        help="generate N tokens in each run (default: 150)")  # fmt: skip
+    add("--repeats", type=at_least_one, default=3, metavar="R",
+        help="run each setting R times, with and without the loops (default: 3)")  # fmt: skip
 
 
 @contextmanager

@@ -15,17 +15,27 @@ import torch
 
 from qwen35.cli import Parser, at_least_one
 from qwen35.compare.trace import trace
+from qwen35.config import Config
+from qwen35.errors import InputError
 from qwen35.load import TINY, load
 from qwen35.progress import steps
 from tools.bench import report
 from tools.bench.mapped import write_sparse
 
+MOST_LAYERS, MOST_INTERMEDIATE = 1_000, 1_000_000  # the sparse file then has up to 6 TB
+
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--lengths", type=at_least_one, nargs="+", default=[4, 64, 512, 2048])
-    parser.add_argument("--layers", type=at_least_one, nargs="*", default=[4, 40])
-    parser.add_argument("--intermediate", type=at_least_one, default=8192)
-    parser.add_argument("--repeats", type=at_least_one, default=21)
+    add = parser.add_argument
+    add("--lengths", type=at_least_one, nargs="+", default=[4, 64, 512, 2048], metavar="N",
+        help="trace passes over N tokens (default: 4 64 512 2048)")  # fmt: skip
+    add("--layers", type=at_least_one, nargs="*", default=[4, 40], metavar="N",
+        help="compare synthetic checkpoints of N layers; without a number none is compared "
+        "(default: 4 40)")  # fmt: skip
+    add("--intermediate", type=at_least_one, default=8192, metavar="I",
+        help="let their feed-forwards have an intermediate size of I (default: 8192)")  # fmt: skip
+    add("--repeats", type=at_least_one, default=21, metavar="R",
+        help="time each pass R times (default: 21)")  # fmt: skip
     parser.set_defaults(threads=1)
 
 
@@ -80,6 +90,18 @@ def memory(layers: int, intermediate: int) -> report.Row:
 
 
 def main(args: argparse.Namespace) -> int:
+    context = Config.from_file(TINY / "config.json").max_position_embeddings
+    for length in args.lengths:
+        if length > context:
+            raise InputError(
+                f"--lengths {length}; the embedded model's context has {context} tokens"
+            )
+    for option, size, most in (
+        ("layers", max(args.layers, default=1), MOST_LAYERS),
+        ("intermediate", args.intermediate, MOST_INTERMEDIATE),
+    ):
+        if size > most:
+            raise InputError(f"--{option} {size}; expected at most {most:,}")
     rows = tracing(args.lengths, args.repeats)
     rows += [memory(layers, args.intermediate) for layers in steps(args.layers, "models compared")]
     described = {"repeats": args.repeats, "threads": args.threads}

@@ -14,6 +14,7 @@ import torch
 import reference.linear
 import reference.moe
 from qwen35.cli import Parser, at_least_one
+from qwen35.config import Config
 from qwen35.generation import Generation, prefill
 from qwen35.load import DTYPES, TINY, load
 from qwen35.progress import steps
@@ -22,10 +23,15 @@ from tools.bench import report
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--prompt-tokens", type=at_least_one, default=2048)
-    parser.add_argument("--new-tokens", type=at_least_one, default=48)
-    parser.add_argument("--repeats", type=at_least_one, default=7)
+    add = parser.add_argument
+    add("--dtype", choices=DTYPES, default="bfloat16",
+        help="compute in this dtype (default: bfloat16)")  # fmt: skip
+    add("--prompt-tokens", type=at_least_one, default=2048, metavar="N",
+        help="time the prefill of N tokens (default: 2048)")  # fmt: skip
+    add("--new-tokens", type=at_least_one, default=48, metavar="N",
+        help="time decoding of N tokens (default: 48)")  # fmt: skip
+    add("--repeats", type=at_least_one, default=7, metavar="R",
+        help="time each of them R times (default: 7)")  # fmt: skip
     parser.set_defaults(threads=2)
 
 
@@ -43,8 +49,11 @@ def unpadded(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def main(args: argparse.Namespace) -> int:
+    config = Config.from_file(TINY / "config.json")
+    ids = [i % 1000 for i in range(min(args.prompt_tokens, config.max_position_embeddings + 1))]
+    config.check_prompt(ids, new_tokens=0)
+    config.check_prompt(ids[:4], args.new_tokens)
     model = load(TINY, dtype=DTYPES[args.dtype])
-    ids = [i % 1000 for i in range(args.prompt_tokens)]
 
     def decode(depth: int) -> None:
         result = Generation(model, ids[:4], args.new_tokens, Sampling(), frozenset(), depth)

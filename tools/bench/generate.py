@@ -9,8 +9,9 @@ import statistics
 import torch
 
 from qwen35.cli import Parser, at_least_one, at_least_two, at_least_zero
+from qwen35.config import Config
 from qwen35.errors import InputError
-from qwen35.generation import Generation, prefill
+from qwen35.generation import Generation, check_limits, prefill
 from qwen35.load import DTYPES, load, locate
 from qwen35.progress import steps
 from qwen35.sampling import Sampling
@@ -23,18 +24,20 @@ from tools.peer import in_transformers
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     parser.add_model()
-    add("--dtype", choices=DTYPES, help="of both sides (default: the checkpoint's own)")
-    add("--prefill-tokens", type=at_least_one, default=2048)
-    add(
-        "--prompt-tokens",
-        type=at_least_one,
-        default=64,
-        help="of each text whose continuation is timed",
-    )
-    add("--new-tokens", type=at_least_two, default=128)
-    add("--prompts", type=at_least_one, default=5, help="held-out documents that are continued")
-    add("--draft-tokens", type=at_least_zero, default=3)
-    add("--repeats", type=at_least_one, default=5)
+    add("--dtype", choices=DTYPES,
+        help="let both sides compute in this dtype (default: the checkpoint's own)")  # fmt: skip
+    add("--prefill-tokens", type=at_least_one, default=2048, metavar="N",
+        help="time the prefill of N tokens (default: 2048)")  # fmt: skip
+    add("--prompt-tokens", type=at_least_one, default=64, metavar="N",
+        help="continue the first N tokens of each document (default: 64)")  # fmt: skip
+    add("--new-tokens", type=at_least_two, default=128, metavar="N",
+        help="generate N tokens in each continuation (default: 128)")  # fmt: skip
+    add("--prompts", type=at_least_one, default=5, metavar="N",
+        help="continue N documents of held-out text (default: 5)")  # fmt: skip
+    add("--draft-tokens", type=at_least_zero, default=3, metavar="K",
+        help="let our side draft K tokens in each round (default: 3)")  # fmt: skip
+    add("--repeats", type=at_least_one, default=5, metavar="R",
+        help="time each run R times (default: 5)")  # fmt: skip
     parser.set_defaults(threads=2)
 
 
@@ -47,12 +50,16 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(
             f"--prefill-tokens {args.prefill_tokens}; the held-out text has {len(all_ids)}"
         )
-    model = load(folder, dtype=DTYPES.get(args.dtype))
-    theirs = in_transformers(folder, model.embed_tokens.weight.dtype)
-    long_prompt = torch.tensor([all_ids[: args.prefill_tokens]])
     documents = sorted(text.split(f"\n{SEPARATOR}\n"), key=len, reverse=True)[: args.prompts]
     start = tokenizer.encode(SEPARATOR)
     prompts = [(start + tokenizer.encode(d))[: args.prompt_tokens] for d in documents]
+    config = Config.from_file(folder / "config.json")
+    for ids in (all_ids[: args.prefill_tokens], *prompts):
+        config.check_prompt(ids, args.new_tokens)
+    check_limits(config, args.draft_tokens, None, None)
+    model = load(folder, dtype=DTYPES.get(args.dtype))
+    theirs = in_transformers(folder, model.embed_tokens.weight.dtype)
+    long_prompt = torch.tensor([all_ids[: args.prefill_tokens]])
 
     def our_prefill() -> None:
         with torch.inference_mode():
@@ -107,10 +114,10 @@ def main(args: argparse.Namespace) -> int:
             for name in ("ours", "transformers")
         }
         rows += _rows(f"decode {number + 1}", decode, args.new_tokens - 1, same_tokens=same)
-    ratios = [row["times_faster"] for row in rows if "times_faster" in row]
-    mean = statistics.geometric_mean(ratios[1:])  # without the prefill's
+    ratios = [row["times_faster"] for row in rows[2:] if row.get("times_faster")]  # decode alone
+    mean = statistics.geometric_mean(ratios) if ratios else None
     rows.append({"name": "decode, geometric mean", "times_faster": mean})
-    config = {
+    described = {
         "model": args.model,
         "dtype": str(model.embed_tokens.weight.dtype).removeprefix("torch."),
         "prefill_tokens": args.prefill_tokens,
@@ -120,7 +127,7 @@ def main(args: argparse.Namespace) -> int:
         "tokens_per_forward": tokens / forwards,
         "repeats": args.repeats,
     }
-    report.emit("generate", config, rows, only_json=args.json)
+    report.emit("generate", described, rows, only_json=args.json)
     return 0
 
 
@@ -128,13 +135,16 @@ def _rows(
     op: str, seconds: dict[str, list[float]], tokens: int, same_tokens: int | None = None
 ) -> list[report.Row]:
     """The rows of both sides, with the ratio of their medians. same_tokens: the number of equal ids
-    before the first that differs."""
+    before the first that differs. A difference of two times that the noise has made zero or negative
+    gives neither a speed nor a ratio: they are None."""
     rows = []
     for name, values in seconds.items():
         spread = report.spread(values)
-        speed = {"tokens_per_s": tokens / spread["median_ms"] * 1e3}
+        ms = spread["median_ms"]
+        speed = {"tokens_per_s": tokens / ms * 1e3 if ms > 0 else None}
         rows.append({"name": f"{op}, {name}"} | spread | speed)
-    rows[0]["times_faster"] = rows[1]["median_ms"] / rows[0]["median_ms"]
+    ours, theirs = (row["median_ms"] for row in rows)
+    rows[0]["times_faster"] = theirs / ours if min(ours, theirs) > 0 else None
     if same_tokens is not None:
         rows[0]["same_tokens"] = same_tokens
     return rows

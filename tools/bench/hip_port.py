@@ -121,19 +121,30 @@ FAULTS = (
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--tp", type=int, nargs="+", default=[8, 4, 2, 1], metavar="N",
-        help="ranks that share an expert's intermediate size")  # fmt: skip
-    add("--rows", type=int, default=4)
-    add("--experts", type=int, default=512)
-    add("--top-k", type=int, default=10)
-    add("--repeats", type=int, default=50, help="replays of the timed graphs")
+        help="check the shapes of one of N ranks, which share each expert (default: 8 4 2 "
+        "1)")  # fmt: skip
     add(
-        "--launches",
-        type=at_least_one,
-        default=5000,
-        help="one right after the other, at each size",
+        "--rows",
+        type=int,
+        default=4,
+        metavar="N",
+        help="check passes of N rows (tokens), 1 to 8 (default: 4)",
     )
-    add("--fault-launches", type=at_least_zero, default=300,
-        help="of each planted fault; 0: plant none")  # fmt: skip
+    add(
+        "--experts",
+        type=int,
+        default=512,
+        metavar="E",
+        help="let a layer have E experts (default: 512)",
+    )
+    add("--top-k", type=int, default=10, metavar="K",
+        help="let each row choose K experts (default: 10)")  # fmt: skip
+    add("--repeats", type=int, default=50, metavar="R",
+        help="time R replays of each graph (default: 50)")  # fmt: skip
+    add("--launches", type=at_least_one, default=5000, metavar="N",
+        help="run N launches, one right after the other, at each size (default: 5000)")  # fmt: skip
+    add("--fault-launches", type=at_least_zero, default=300, metavar="N",
+        help="run N launches with each planted fault; 0 plants none (default: 300)")  # fmt: skip
 
 
 class Subject:

@@ -28,9 +28,13 @@ MOST = 500  # gigabytes
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "--gigabytes", type=float, default=8.0, help=f"of routed experts, at most {MOST}"
-    )
-    parser.add_argument("--repeats", type=at_least_one, default=3)
+        "--gigabytes", type=float, default=8.0, metavar="G",
+        help=f"let the large checkpoint have G gigabytes of routed experts, at most {MOST} (default: 8)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repeats", type=at_least_one, default=3, metavar="R",
+        help="measure each checkpoint R times (default: 3)",
+    )  # fmt: skip
 
 
 def large_config(gigabytes: float) -> dict[str, Any]:

@@ -40,13 +40,30 @@ Prepare = Callable[[Case], Callable[[], Tensor]]  # returns a call on fixed inpu
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--tp", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N",
-        help="ranks that share an expert's intermediate size")  # fmt: skip
-    add("--rows", type=int, default=4)
-    add("--experts", type=int, default=512)
-    add("--top-k", type=int, default=10)
-    add("--repeats", type=int, default=50)
-    add("--moe-kernel", choices=KERNELS, default="triton", help="of ours; hip: on an MI355X")
-    add("--no-peers", action="store_true")
+        help="time the shapes of one of N ranks, which share each expert (default: 1 2 4 "
+        "8)")  # fmt: skip
+    add(
+        "--rows",
+        type=int,
+        default=4,
+        metavar="N",
+        help="time a pass of N rows (tokens), 1 to 8 (default: 4)",
+    )
+    add(
+        "--experts",
+        type=int,
+        default=512,
+        metavar="E",
+        help="let a layer have E experts (default: 512)",
+    )
+    add("--top-k", type=int, default=10, metavar="K",
+        help="let each row choose K experts (default: 10)")  # fmt: skip
+    add("--repeats", type=int, default=50, metavar="R",
+        help="time R replays of each graph, in each pass (default: 50)")  # fmt: skip
+    add("--moe-kernel", choices=KERNELS, default="triton",
+        help="compute ours with Triton's kernels, or on an MI355X with HIP kernels (default: "
+        "triton)")  # fmt: skip
+    add("--no-peers", action="store_true", help="time only ours")
 
 
 def ours(weights: Weights, kernel: str = "triton") -> Prepare:

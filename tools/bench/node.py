@@ -52,10 +52,15 @@ class Case:
 
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add("--swap", required=True, metavar="PATTERN=MODULE:CLASS", help="CLASS has from_reference")
-    add("--model", metavar="DIR|HUB_ID", help="default: the embedded checkpoint")
-    add("--rows", type=at_least_one, default=4, metavar="N", help="tokens of the pass (default: 4)")
-    add("--repeats", type=at_least_one, default=50, metavar="R", help="of a graph, in each pass")
+    add("--swap", required=True, metavar="PATTERN=MODULE:CLASS",
+        help="time CLASS of MODULE or of FILE.py, which has from_reference(node), in place of the nodes "
+        "whose names fit PATTERN")  # fmt: skip
+    add("--model", metavar="DIR|HUB_ID",
+        help="take the nodes of this checkpoint (default: tiny, the embedded model)")  # fmt: skip
+    add("--rows", type=at_least_one, default=4, metavar="N",
+        help="time a pass of N rows (tokens) (default: 4)")  # fmt: skip
+    add("--repeats", type=at_least_one, default=50, metavar="R",
+        help="time R replays of each graph, in each pass (default: 50)")  # fmt: skip
 
 
 @torch.inference_mode()

@@ -42,16 +42,24 @@ SIDE = 8192  # rows and columns of the matrices that `matrix_rate` multiplies
 
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add("--config", choices=[*SIZES, "tiny"], default="397b")
-    add("--tp", type=at_least_one, default=8, metavar="N", help="ranks that share the model")
+    add("--config", choices=[*SIZES, "tiny"], default="397b",
+        help="time a model of this size, with random weights (default: 397b)")  # fmt: skip
+    add("--tp", type=at_least_one, default=8, metavar="N",
+        help="share the model among N ranks, and time one of them (default: 8)")  # fmt: skip
     add("--layers", type=at_least_one, metavar="N",
-        help="of the trunk that are built, a multiple of 4")  # fmt: skip
-    add("--tokens", type=at_least_one, default=2048, metavar="T", help="of the pass")
-    add("--context", type=at_least_zero, default=0, metavar="T", help="tokens before the pass")
-    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
-    add("--repeats", type=at_least_one, default=10)
-    add("--no-nodes", action="store_true", help="time the whole pass only")
-    add("--peers", action="store_true", help="also time other libraries' nodes, where installed")
+        help="build only N layers of the trunk, a multiple of 4 (default: all)")  # fmt: skip
+    add("--tokens", type=at_least_one, default=2048, metavar="T",
+        help="time a pass of T tokens (default: 2048)")  # fmt: skip
+    add("--context", type=at_least_zero, default=0, metavar="T",
+        help="let T tokens be in the cache before the pass (default: 0)")  # fmt: skip
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto",
+        help="store keys and values in the model's dtype (auto) or in e4m3 (fp8) (default: "
+        "auto)")  # fmt: skip
+    add("--repeats", type=at_least_one, default=10, metavar="R",
+        help="time R replays of each graph (default: 10)")  # fmt: skip
+    add("--no-nodes", action="store_true", help="time only the whole pass")
+    add("--peers", action="store_true",
+        help="also time the same nodes of the libraries that are installed")  # fmt: skip
 
 
 def matrix_rate(device: torch.device, repeats: int = 10) -> float:

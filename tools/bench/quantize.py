@@ -33,10 +33,13 @@ EDGES = {
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--rows", type=at_least_one, default=4096)
-    parser.add_argument("--columns", type=at_least_one, default=4096)
-    parser.add_argument("--repeats", type=at_least_one, default=5)
-    parser.set_defaults(threads=2)
+    add = parser.add_argument
+    add("--rows", type=at_least_one, default=4096, metavar="N",
+        help="quantise a tensor of N rows (default: 4096)")  # fmt: skip
+    add("--columns", type=at_least_one, default=4096, metavar="K",
+        help="let it have K columns, a multiple of 32 (default: 4096)")  # fmt: skip
+    add("--repeats", type=at_least_one, default=5, metavar="R",
+        help="time each quantiser R times (default: 5)")  # fmt: skip
 
 
 def _torchao() -> Quantizer:

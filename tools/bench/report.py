@@ -45,11 +45,12 @@ def emit(op: str, config: dict[str, Any], rows: list[Row], *, only_json: bool, *
 
 def _shown(value: Any, digits: str = ".4g") -> str:
     """A value as text. Floats have four significant digits, or all before the point from 10,000
-    on. digits: their format; "#.4g" keeps zeros at the end, so that 17.60 has as many as 17.62."""
+    on. None, where there is no figure, is a dash. digits: their format; "#.4g" keeps zeros at the end,
+    so that 17.60 has as many as 17.62."""
     if isinstance(value, list | tuple):
         return ", ".join(_shown(part, digits) for part in value)
     if not isinstance(value, float):
-        return str(value)
+        return "-" if value is None else str(value)
     return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:{digits}}".removesuffix(".")
 
 

@@ -20,7 +20,6 @@ model's device.
 
 import argparse
 import itertools
-import os
 import shutil
 import statistics
 import sys
@@ -34,7 +33,8 @@ from typing import NoReturn
 import torch
 
 from qwen35.cache import KV_CACHE_DTYPES
-from qwen35.cli import Parser, at_least_one, device
+from qwen35.cli import Parser, at_least_one, device, output_file
+from qwen35.config import Config
 from qwen35.errors import InputError
 from qwen35.generation import Generation, prefill
 from qwen35.load import load, locate
@@ -53,6 +53,7 @@ from tools.bench.language import HELDOUT
 from tools.bench.step import SIZES, random_model, share_of
 from weights.storage import whole
 
+RANKS = 8  # default of --tp
 TAIL = 17  # tokens after the prefix, unless --tail is given
 DRAFTS = 3
 CHUNK = 2048
@@ -72,24 +73,35 @@ Opener = Callable[[], PrefixCache | None]
 def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     parser.add_model(default=None)
-    add("--lengths", type=int, nargs="+", default=[64, 256, 1024, 4096, 16384, 32000],
-        metavar="N", help=f"of the prefix, in tokens: multiples of {GRID}")  # fmt: skip
-    add("--repeats", type=int, default=5)
-    add("--cold-repeats", type=int, default=2, help=f"of cold runs from {LONG} tokens on")
+    add("--lengths", type=int, nargs="+", default=[64, 256, 1024, 4096, 16384, 32000], metavar="N",
+        help=f"measure prefixes of N tokens, multiples of {GRID} (default: 64 256 1024 4096 16384 "
+        "32000)")  # fmt: skip
+    add("--repeats", type=int, default=5, metavar="R",
+        help="time each way R times (default: 5)")  # fmt: skip
+    add("--cold-repeats", type=int, default=2, metavar="R",
+        help=f"time cold runs of {LONG} tokens or more only R times (default: 2)")  # fmt: skip
     add("--config", choices=[*SIZES],
-        help="random weights of this size, on a GPU, in place of a checkpoint")  # fmt: skip
-    add("--tp", type=at_least_one, default=8, metavar="N",
-        help="with --config: ranks that share the model (default: 8)")  # fmt: skip
-    add("--device", type=device, metavar="D", help="of a checkpoint (default: cpu)")
-    add("--path", choices=PATHS, help="of a checkpoint (default: reference)")
-    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
+        help="time a model of this size with random weights, on a GPU, in place of a "
+        "checkpoint")  # fmt: skip
+    add("--tp", type=at_least_one, metavar="N",
+        help=f"with --config: share the model among N ranks, and time one of them (default: "
+        f"{RANKS})")  # fmt: skip
+    add("--device", type=device, metavar="D",
+        help="compute a checkpoint on D: cpu, cuda or cuda:N (default: cpu)")  # fmt: skip
+    add("--path", choices=PATHS,
+        help="run a checkpoint by the fast path, the reference, or the fast path wherever it can run "
+        "(default: reference)")  # fmt: skip
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto",
+        help="store keys and values in the model's dtype (auto) or in e4m3 (fp8) (default: "
+        "auto)")  # fmt: skip
     add("--tail", type=at_least_one, default=TAIL, metavar="N",
-        help=f"tokens after the prefix (default: {TAIL})")  # fmt: skip
+        help=f"let N tokens follow the prefix (default: {TAIL})")  # fmt: skip
     add("--prefill-chunk", type=at_least_one, default=CHUNK, metavar="N",
-        help=f"prompt tokens per pass (default: {CHUNK})")  # fmt: skip
-    add("--no-folder", action="store_true", help="leave the rows of a folder out")
+        help=f"compute N prompt tokens per pass, a multiple of {GRID} (default: {CHUNK})")  # fmt: skip
+    add("--no-folder", action="store_true", help="measure no prefix cache in a folder")
+    add("--plot", type=output_file, metavar="FILE",
+        help="also draw the medians into FILE, which ends with .svg or .png")  # fmt: skip
     parser.set_defaults(threads=2)
-    add("--plot", type=Path, metavar="FILE", help="also draw it: .svg or .png")
 
 
 @dataclass(frozen=True)
@@ -275,16 +287,17 @@ def main(args: argparse.Namespace) -> int:
             raise InputError(f"--{option} {count}; expected at least 1")
     if args.prefill_chunk % GRID:
         raise InputError(f"--prefill-chunk {args.prefill_chunk}; expected a multiple of {GRID}")
-    subject, text = _random(args) if args.config else _of_checkpoint(args)
-    model, tail = subject.model, subject.tail
-    name = f"{args.config} at TP {args.tp}, random weights" if args.config else args.model or "tiny"
-    longest = (model.config.max_position_embeddings - tail - 1) // GRID * GRID
+    tail, context = args.tail, _config(args).max_position_embeddings
+    longest = (context - tail - 1) // GRID * GRID
     for length in args.lengths:
         if length % GRID or not 0 < length <= longest:
             raise InputError(
                 f"length {length}; expected a multiple of {GRID}, at most {longest}: {tail} tokens "
-                f"and the first new one follow, the context is {model.config.max_position_embeddings}"
+                f"and the first new one follow, the context is {context}"
             )
+    subject, text = _random(args) if args.config else _of_checkpoint(args)
+    model = subject.model
+    name = f"{args.config} at TP {args.tp}, random weights" if args.config else args.model or "tiny"
     rows: list[report.Row] = []
     for length in steps(args.lengths, "lengths"):
         ids = [text[i % len(text)] for i in range(length + tail)]
@@ -317,6 +330,20 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _config(args: argparse.Namespace) -> Config:
+    """The config of what will be timed. InputError for options that have no effect on it."""
+    if args.config is None:
+        if args.tp is not None:
+            raise InputError(f"--tp {args.tp} goes with --config; a checkpoint is timed whole")
+        return Config.from_file(locate(args.model) / "config.json")
+    args.tp = args.tp or RANKS
+    given = {"MODEL": args.model, "--device": args.device, "--path": args.path}
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"{name} {value}; expected none beside --config {args.config}")
+    return share_of(args.config, args.tp)
+
+
 def _of_checkpoint(args: argparse.Namespace) -> tuple[Subject, list[int]]:
     """The checkpoint, and the ids of held-out text."""
     folder = locate(args.model)
@@ -330,10 +357,6 @@ def _of_checkpoint(args: argparse.Namespace) -> tuple[Subject, list[int]]:
 
 def _random(args: argparse.Namespace) -> tuple[Subject, list[int]]:
     """A model of random weights on a GPU, and random ids."""
-    given = {"MODEL": args.model, "--device": args.device, "--path": args.path}
-    for name, value in given.items():
-        if value is not None:
-            raise InputError(f"{name} {value}; expected none beside --config {args.config}")
     where, _ = gpu.find()
     config = share_of(args.config, args.tp)
     with torch.inference_mode():
@@ -349,10 +372,6 @@ def _check_plot(file: Path) -> None:
     measurement."""
     if file.suffix not in (".svg", ".png"):
         raise InputError(f"{file}: a plot ends with .svg or .png")
-    if not file.parent.is_dir():
-        raise InputError(f"{file}: {file.parent} is no folder")
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise InputError(f"{file}: cannot be written")
     try:
         import matplotlib  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:

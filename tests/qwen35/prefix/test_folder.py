@@ -99,7 +99,7 @@ def test_bad_arguments(
     (tmp_path / "file").write_text("")
     common = ["--model", str(checkpoint), "--prompt-ids", "1,2", "--prefix-cache"]
     for arguments, words in (
-        (["file"], [str(tmp_path / "file"), "prefix cache"]),
+        (["file"], ["--prefix-cache", str(tmp_path / "file"), "is a file"]),
         (["new", "--prefix-cache-bytes", "much"], ["--prefix-cache-bytes", "'much'"]),
         (["new", "--prefix-cache-bytes", "-1"], ["--prefix-cache-bytes"]),
     ):

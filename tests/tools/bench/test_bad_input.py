@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tools.bench import __main__ as bench
+from tools.bench import generate
 from tools.bench.language import HELDOUT
 
 ROOT = Path(__file__).parents[3]
@@ -23,19 +24,41 @@ ROOT = Path(__file__).parents[3]
         (["stream", "--new-tokens", "1"], "--new-tokens: '1'; expected a number of at least 2"),
         (["generate", "--prefill-tokens", "9999999"], "9999999; the held-out text has "),
         (["language", "--text", "empty"], "empty: no text; expected documents with <|endoftext|>"),
-        (["language", "--text", "nowhere"], "nowhere: No such file or directory"),
+        (["language", "--text", "nowhere"], "nowhere: no such file"),
         (["language", "--prompt-tokens", "63"], "--prompt-tokens 63; expected at least 64"),
         (["quantize", "--columns", "-32"], "--columns: '-32'; expected a number of at least 1"),
         (["step", "--plot", "x.svg", "--no-nodes"], "--plot x.svg draws the times of nodes"),
         (
             ["step", "--plot", "no/x.svg"],
-            "--plot no/x.svg; expected the name of a file in a folder",
+            "--plot: 'no/x.svg'; expected a file in a folder that exists",
         ),
-        (["step", "--plot", "."], "--plot .; expected the name of a file in a folder"),
+        (["step", "--plot", "."], "--plot: '.' is a folder; expected the name of a file"),
         (["hip_port", "--tp", "8", "3"], "--tp 3; expected some of 1, 2, 4, 8"),
         (["hip_port", "--launches", "0"], "--launches: '0'; expected a number of at least 1"),
         (["hip_port", "--fault-launches", "-1"], "'-1'; expected a number of at least 0"),
-        (["--threads", "2"], "the following arguments are required: op"),
+        (["--threads", "2"], "the following arguments are required: OP"),
+        (
+            ["generate", "--prompt-tokens", "99999", "--new-tokens", "40000"],
+            "the context 32768; 40000",
+        ),
+        (["generate", "--draft-tokens", "99999"], "draft_tokens = 99999; expected at most 32768"),
+        (["language", "--draft-tokens", "99999"], "draft_tokens = 99999; expected at most 32768"),
+        (["language", "--temperature", "nan"], "temperature = nan; expected a number >= 0"),
+        (
+            ["exactness", "--prompt-tokens", "99999"],
+            "the prompt has 32769 tokens, the context 32768",
+        ),
+        (["exactness", "--new-tokens", "32768"], "the context 32768; 32768 are to follow"),
+        (["diff", "--lengths", "99999"], "--lengths 99999; the embedded model's context has 32768"),
+        (["diff", "--layers", "1001"], "--layers 1001; expected at most 1,000"),
+        (
+            ["diff", "--intermediate", "1000001"],
+            "--intermediate 1000001; expected at most 1,000,000",
+        ),
+        (["busy", "--busy", "1025"], "--busy: '1025'; expected a number of at most 1,024"),
+        (["ttft", "--tp", "4"], "--tp 4 goes with --config; a checkpoint is timed whole"),
+        (["ttft", "--lengths", "65"], "length 65; expected a multiple of 64, at most 32704"),
+        *((["mapped", "--repeats", text], "--repeats: ") for text in ("", "-1", "1000000000001")),
     ],
 )
 def test_it_is_one_line(
@@ -43,6 +66,9 @@ def test_it_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    for op in bench.OPS.values():
+        if hasattr(op, "load"):
+            monkeypatch.setattr(op, "load", lambda *_, **__: pytest.fail("the weights were read"))
     Path("empty").write_text("\n<|endoftext|>\n\n")
     monkeypatch.setattr(sys, "argv", ["bench", *words])
     threads = torch.get_num_threads()
@@ -82,3 +108,11 @@ def test_the_document_of_a_comparison_has_the_numbers_of_tokens(
         "prefill, ours", "prefill, transformers", "decode 1, ours", "decode 1, transformers",
         "decode, geometric mean",
     ]  # fmt: skip
+
+
+def test_a_difference_of_times_that_is_none_gives_no_speed() -> None:
+    """The time of the first token is subtracted. On a busy machine it may be the longer one."""
+    rows = generate._rows("decode", {"ours": [-0.5], "theirs": [1.0]}, 4)
+    assert [row["tokens_per_s"] for row in rows] == [None, 4.0] and rows[0]["times_faster"] is None
+    rows = generate._rows("decode", {"ours": [0.5], "theirs": [1.0]}, 4)
+    assert [row["tokens_per_s"] for row in rows] == [8.0, 4.0] and rows[0]["times_faster"] == 2

@@ -39,3 +39,12 @@ def test_numbers_of_a_table_have_the_same_digits(capsys: pytest.CaptureFixture[s
         "0.000",
         "1.500, 2",
     ]
+
+
+def test_what_is_no_figure_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the document it is null."""
+    rows = [{"name": "decode", "tokens_per_s": None}]
+    report.emit("x", {"chunk": None}, rows, only_json=False)
+    assert "chunk: -\n" in (out := capsys.readouterr().out) and out.splitlines()[-1] == "decode  -"
+    report.emit("x", {}, rows, only_json=True)
+    assert json.loads(capsys.readouterr().out)["rows"] == rows

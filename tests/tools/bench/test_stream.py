@@ -36,6 +36,24 @@ def test_nine_tenths_of_the_runs_reach_the_90th_percentile(count: int, place: in
     assert stream.ninetieth_percentile(times, more_is_slower=False) == count - 1 - place
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--new-tokens", "32768"), "the prompt has 10000 tokens, the context 32768; 32768 are to"),
+        (("--draft-tokens", "-1"), "draft_tokens = -1"),
+        (("--draft-tokens", "99999"), "draft_tokens = 99999"),
+        (("--prefill-chunk", "63"), "prefill_chunk = 63"),
+    ],
+)
+def test_it_is_said_before_the_weights_are_read(
+    words: tuple[str, ...], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A context that leaves room for one token alone would give no speed."""
+    monkeypatch.setattr(stream, "load", lambda *_, **__: pytest.fail("the weights were read"))
+    with pytest.raises(InputError, match=line):
+        stream.main(arguments(*words))
+
+
 def test_a_prompt_longer_than_the_text_is_refused() -> None:
     with pytest.raises(InputError, match=r"--prompt-tokens 9999999; the held-out text has \d+"):
         stream.main(arguments("--prompt-tokens", "9999999"))
