@@ -24,6 +24,7 @@ from qwen35.load import load
 from qwen35.logprobs import TokenLogprobs
 from qwen35.messages import Answer, parse_messages, parse_tools, split_reasoning
 from qwen35.prefix.cache import PrefixCache
+from qwen35.prefix.keys import identity
 from qwen35.sampling import Sampling
 from qwen35.swap import replaced
 from qwen35.tokenizer import Prompt, Tokenizer
@@ -343,6 +344,23 @@ def _beside(folder: Path, config: Config) -> tuple[Tokenizer | None, Defaults]:
     return tokenizer, Defaults.of_folder(folder, config, tokenizer)
 
 
+def _check_cache(prefix_cache: Any, model: Model) -> None:
+    """InputError unless a prefix cache was made for this model, or for one that computes the same bits:
+    it knows what it keeps by the name of its own model."""
+    if not isinstance(prefix_cache, PrefixCache):
+        raise InputError(f"prefix_cache = {shown(prefix_cache)}; expected a PrefixCache")
+    theirs = prefix_cache.model
+    if theirs is model:
+        return
+    kept, own = (identity(one, str(one.folder)) for one in (theirs, model))
+    for name in own:
+        there, here = kept.get(name), own[name]
+        if there != here:
+            raise InputError(
+                f"prefix_cache was made for a model with {name} {there}; this one has {here}"
+            )
+
+
 def generate(
     model: Model | str | Path,
     prompt: str | Sequence[int] | Tensor | list[dict[str, Any]],
@@ -371,10 +389,14 @@ def generate(
         known = ", ".join(Settings.__dataclass_fields__)
         raise InputError(f"unknown setting {min(unknown)!r}; known are {known}")
     chosen = Settings(**settings)
+    if on_text is not None and not callable(on_text):
+        raise InputError(f"on_text = {shown(on_text)}; expected a function of a text")
     if not isinstance(model, Model):
         model = load(model)
     if model.folder is None:
         raise InputError("the model was not loaded from a folder, so it has no tokenizer")
+    if prefix_cache is not None:
+        _check_cache(prefix_cache, model)
     completer = Completer(model, *_beside(model.folder, model.config), prefix_cache)
     completion = completer.complete(completer.prompt(prompt, chosen, tools=tools), chosen)
     for piece in completion:

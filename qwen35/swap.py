@@ -43,6 +43,8 @@ def matching(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
         raise InputError(
             f"model = {shown(model)}; expected a loaded model, as qwen35.load gives it"
         )
+    if not isinstance(pattern, str):
+        raise InputError(f"pattern = {shown(pattern)}; expected a text, as in 'layers.*.mlp'")
     named = {name: module for name, module in model.named_modules() if name}
     found = {name: module for name, module in named.items() if fnmatchcase(name, pattern)}
     if not found:
@@ -54,6 +56,8 @@ def matching(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
 def nodes(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
     """The modules whose name matches a glob and that run as such. Modules inside a routed expert are
     left out unless the pattern names it (`layers.3.mlp.experts.7.*`). InputError when there is none."""
+    if not isinstance(pattern, str):
+        matching(model, pattern)  # says so
     fits = re.compile(translate(pattern)).match
     inside = ".experts." in pattern  # the thousands of nodes in experts are walked only if wanted
     found: dict[str, nn.Module] = {}
@@ -180,6 +184,8 @@ def as_replacement(given: Replacement | str) -> Replacement:
 def as_swaps(swaps: Swaps | str) -> list[tuple[str, Replacement]]:
     """Pairs (pattern, class) from such pairs, or from the command line's `PATTERN=MODULE:CLASS`."""
     found: list[tuple[str, Replacement]] = []
+    if not isinstance(swaps, Sequence):
+        raise InputError(f"swaps = {shown(swaps)}; expected a list of pairs (PATTERN, class)")
     for given in [swaps] if isinstance(swaps, str) else swaps:
         if isinstance(given, str):
             found.append(parse_swap(given, "swaps"))

@@ -15,6 +15,7 @@ from qwen35.cli import (
     CHECKPOINT,
     Parser,
     at_least_one,
+    at_least_zero,
     counted,
     device,
     output_file,
@@ -38,6 +39,7 @@ from tools.report import page
 from weights.quantization import PREFIX
 from weights.storage import whole
 
+DECODED = 6  # default of --decode
 SHOWN = 20  # printed rows; up to twice as many if more of them fail; --json has all
 LISTED = 8  # printed names of nodes, per class
 FACTS = ("qwen35", "torch", "triton", "python", "system", "processor", "GPU")  # of `environment`
@@ -75,7 +77,7 @@ def build_parser() -> Parser:
     )
     add("--seed", type=int, metavar="S",
         help="draw the random ids with the seed S (default: 0)")  # fmt: skip
-    add("--decode", type=int, default=6, metavar="N",
+    add("--decode", type=at_least_zero, metavar="N",
         help="decode the last N ids one by one; those before them are the prompt (default: "
         "6)")  # fmt: skip
     add("--mode", choices=MODES,
@@ -221,13 +223,13 @@ def _few(names: list[str]) -> str:
 
 def main(args: argparse.Namespace) -> int:
     folder = locate(args.model)
-    if args.decode < 0:
-        raise InputError(f"--decode {args.decode}; expected an integer >= 0")
     is_trace = _is_trace(args.against)
     if args.ranks.size > 1 and (args.against == "transformers" or is_trace):
         raise InputError(f"--against {args.against} is not cut over ranks; --tp is {args.tp}")
     if args.mode == "local" and (args.against == "transformers" or is_trace):
         raise InputError(f"--mode local needs a model; {args.against} is compared in the mode free")
+    if args.decode is not None and (args.against == "transformers" or is_trace):
+        raise InputError(f"--decode {args.decode}: {args.against} is one pass over all ids")
     if args.seed is not None and (args.prompt is not None or args.ids is not None or is_trace):
         raise InputError(f"--seed {args.seed} draws random ids; the ids are given")
     candidate: Path | dict[str, Tensor] | None = None
@@ -238,8 +240,11 @@ def main(args: argparse.Namespace) -> int:
         Config.from_file(folder / "config.json").check_prompt(ids, new_tokens=0)
         candidate = trace_of_transformers(folder, ids, DTYPES[args.dtype or "bfloat16"])
     elif is_trace:
-        if args.prompt is not None or args.random is not None or args.swap or args.dtype:
-            raise InputError("a trace goes with none of --prompt, --random, --swap and --dtype")
+        given = {
+            "prompt": args.prompt, "random": args.random, "dtype": args.dtype, "swap": args.swap or None,
+        }  # fmt: skip
+        if others := [f"--{name}" for name, value in given.items() if value is not None]:
+            raise InputError(f"{others[0]} is no option beside a trace, {args.against}")
         candidate, ids = read_trace(Path(args.against), folder)
         if args.ids is not None and parse_ids(args.ids) != ids:
             raise InputError(f"{args.against}: traced with ids {ids}, asked for are {args.ids}")
@@ -254,9 +259,9 @@ def main(args: argparse.Namespace) -> int:
     with Progress("stages") as bar:
         report = diff(
             folder, ids, candidate=candidate, swaps=swaps, dtype=dtype,
-            mode=args.mode or "local", oracle_dtype=DTYPES[args.oracle], decode=args.decode,
-            stages=stages, device=args.device, progress=bar.at,
-            ranks=args.ranks,
+            mode=args.mode or "local", oracle_dtype=DTYPES[args.oracle],
+            decode=DECODED if args.decode is None else args.decode, stages=stages,
+            device=args.device, progress=bar.at, ranks=args.ranks,
         )  # fmt: skip
     against = args.against or ", ".join(args.swap) or (args.dtype or "the checkpoint's own dtype")
     if args.ranks.size > 1:

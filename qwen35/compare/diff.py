@@ -96,6 +96,8 @@ def diff(
         raise InputError(f"decode = {decode}; expected an integer >= 0")
     if stages is not None and not callable(stages):
         raise InputError(f"stages = {shown(stages)}; expected a function of a stage's name")
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress = {shown(progress)}; expected a function of two numbers")
     if isinstance(reference, Model):
         if candidate is not None or reference.folder is None:
             raise InputError("reference is a built model; expected 'tiny', a folder or a hub id")

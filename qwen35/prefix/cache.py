@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qwen35.arguments import shown
 from qwen35.cache import Cache, KVCache
+from qwen35.errors import InputError
 from qwen35.parallel.nodes import ranks_of
 from qwen35.prefix.keys import chained, identity, root_of
 from qwen35.prefix.store import Memory, Segment, Store
@@ -69,6 +71,8 @@ class PrefixCache:
         checkpoint: str = "",
         warn: Callable[[str], object] = lambda line: None,
     ) -> None:
+        if not isinstance(budget, int) or budget < 0:
+            raise InputError(f"budget = {shown(budget)}; expected a number of bytes >= 0")
         self.model, self.budget, self.interval = model, budget, interval
         self.store, self.checkpoint, self.warn = store or Memory(), checkpoint, warn
         self.evicted: dict[str, None] = {}  # keys, the latest last; used to explain misses

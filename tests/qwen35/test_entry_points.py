@@ -12,6 +12,7 @@ from qwen35.arguments import shown
 from qwen35.compare.trace import trace
 from qwen35.errors import InputError
 from qwen35.load import DTYPES, TINY, load
+from qwen35.prefix.cache import PrefixCache
 from qwen35.tokenizer import Tokenizer
 from reference.model import Model
 
@@ -71,6 +72,39 @@ def test_what_names_no_checkpoint(given: Any) -> None:
 
 
 # --- generate -------------------------------------------------------------------------------------
+
+
+def test_a_prefix_cache_of_another_model(model: Model) -> None:
+    """It finds what it keeps by its own model's name, so this one would go on from the other's states."""
+    other = load("tiny", dtype="float32")
+    for kept, message in (
+        (3, "prefix_cache = 3; expected a PrefixCache"),
+        (PrefixCache(other, budget=1 << 30),
+         "prefix_cache was made for a model with dtype float32; this one has bfloat16"),
+    ):  # fmt: skip
+        given: Any = kept
+        line = in_one_line(lambda given=given: qwen35.generate(model, TEXT, prefix_cache=given))
+        assert line == message
+    same = PrefixCache(load("tiny"), budget=1 << 30)
+    assert qwen35.generate(model, TEXT, prefix_cache=same, max_new_tokens=1).token_ids
+
+
+@pytest.mark.parametrize("budget", [-1, "4G", None, 1e9])
+def test_a_budget_that_is_no_number_of_bytes(model: Model, budget: Any) -> None:
+    message = in_one_line(lambda: PrefixCache(model, budget=budget))
+    assert message == f"budget = {shown(budget)}; expected a number of bytes >= 0"
+
+
+def test_arguments_of_another_kind(model: Model) -> None:
+    calls: dict[str, Callable[[], object]] = {
+        "on_text = 3; expected a function": lambda: qwen35.generate(model, TEXT, on_text=3),  # pyright: ignore
+        "progress = 3; expected a function": lambda: qwen35.diff("tiny", IDS, progress=3),  # pyright: ignore
+        "pattern = 3; expected a text": lambda: trace(model, TEXT, 3),  # pyright: ignore
+        "pattern = 4; expected a text": lambda: qwen35.swap(model, 4, 4),  # pyright: ignore
+        "swaps = 3; expected a list of pairs": lambda: load("tiny", swaps=3),  # pyright: ignore
+    }
+    for message, call in calls.items():
+        assert in_one_line(call).startswith(message)
 
 
 def test_a_model_by_its_name(model: Model) -> None:

@@ -292,6 +292,20 @@ def test_a_trace_of_a_model_without_mtp(tmp_path: Path, capsys: pytest.CaptureFi
         (("--swap", "layers.1=nowhere:X"), ["nowhere"]),
         (("--swap", f"layers.1={HERE}:IDS"), ["from_reference"]),
         (("--layers", "x"), ["'x'", "0-3"]),
+        (("--seed", "3"), ["--seed 3 draws random ids; the ids are given"]),
+        (("--seed", "3", "--against", "x.safetensors"), ["--seed 3 draws random ids"]),
+        (
+            ("--decode", "3", "--against", "x.safetensors"),
+            ["--decode 3: x.safetensors is one pass"],
+        ),
+        (("--decode", "3", "--against", "transformers"), ["--decode 3: transformers is one pass"]),
+        (
+            ("--dtype", "float32", "--against", "x.safetensors"),
+            ["--dtype is no option beside a trace"],
+        ),
+        (("--random", "99999999"), ["not allowed with argument --ids"]),
+        (("--report", ""), ["--report: ''; expected the name of a file"]),
+        (("--report", "/"), ["--report: '/' is a folder"]),
         (("--layers", "9" * 5000), ["--layers '999", "0-3"]),
         (("--mode", "local", "--against", "t.safetensors"), ["--mode local", "t.safetensors"]),
         (("--mode", "local", "--against", "transformers"), ["--mode local", "transformers"]),
@@ -310,3 +324,12 @@ def test_bad_input_is_one_line(
     status, out, err = command(capsys, folder, *ids, *arguments)
     assert (status, out, err.count("\n")) == (2, "", 1), err
     assert not [word for word in words if word not in err], err
+
+
+def test_more_random_ids_than_the_context_has(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are not drawn: a thousand million would take all memory."""
+    status, out, err = command(capsys, folder, "--random", 10**9)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"--random {10**9}; the context has " in err

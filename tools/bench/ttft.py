@@ -76,9 +76,9 @@ def add_arguments(parser: Parser) -> None:
     add("--lengths", type=int, nargs="+", default=[64, 256, 1024, 4096, 16384, 32000], metavar="N",
         help=f"measure prefixes of N tokens, multiples of {GRID} (default: 64 256 1024 4096 16384 "
         "32000)")  # fmt: skip
-    add("--repeats", type=int, default=5, metavar="R",
+    add("--repeats", type=at_least_one, default=5, metavar="R",
         help="time each way R times (default: 5)")  # fmt: skip
-    add("--cold-repeats", type=int, default=2, metavar="R",
+    add("--cold-repeats", type=at_least_one, default=2, metavar="R",
         help=f"time cold runs of {LONG} tokens or more only R times (default: 2)")  # fmt: skip
     add("--config", choices=[*SIZES],
         help="time a model of this size with random weights, on a GPU, in place of a "
@@ -282,9 +282,6 @@ def _ms(seconds: list[float]) -> float:
 def main(args: argparse.Namespace) -> int:
     if args.plot:
         _check_plot(args.plot)
-    for option, count in (("repeats", args.repeats), ("cold-repeats", args.cold_repeats)):
-        if count < 1:
-            raise InputError(f"--{option} {count}; expected at least 1")
     if args.prefill_chunk % GRID:
         raise InputError(f"--prefill-chunk {args.prefill_chunk}; expected a multiple of {GRID}")
     tail, context = args.tail, _config(args).max_position_embeddings
