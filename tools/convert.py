@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qwen35.cli import SIZE_RULE, Parser, counted, folder_name, print_json, run, size
+from qwen35.cli import SIZE_RULE, Parser, counted, print_json, run, size
 from qwen35.errors import InputError
 from qwen35.load import COPIES, TINY, lay_out, shapes, text_model, warn_of_problems
 from qwen35.progress import Progress
@@ -41,7 +41,7 @@ def build_parser() -> Parser:
     add("source", metavar="SRC",
         help="a checkpoint's folder, a hub id, `tiny` (the embedded model), or a folder with the "
         "folders of all ranks, which are then joined; nothing is written there")  # fmt: skip
-    add("target", metavar="DST", type=folder_name, help="a folder that is empty or not there yet")
+    add("target", metavar="DST", type=Path, help="a folder that is empty or not there yet")
     add("--to", choices=("mxfp4", "fp8", "bf16"), required=True, help="convert to this format")
     add("--what", choices=WHAT,
         help="convert only the trunk's experts, or all linear layers (default, as published: experts for "

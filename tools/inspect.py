@@ -284,13 +284,16 @@ def open_model(model: str) -> Inspected:
     """Inspect MODEL: a folder, `tiny`, a published size or a hub id. Of a hub repository only
     headers and small files are fetched. tokenizer.json is fetched only if no other file has the id
     of the end-of-text token. InputError if MODEL is none of these."""
+    if not model:  # which Python takes for the current folder
+        raise InputError("model = ''; expected 'tiny', a folder, a hub id or a published size")
     folder = TINY if model == "tiny" else Path(model)
     if not folder.is_dir():
         if model in PUBLISHED:
             return inspect_config(Config.published(model))
         if not is_hub_id(model):
             known = ", ".join(PUBLISHED)
-            raise InputError(f"{model}: no such folder, no hub id (owner/name), none of {known}")
+            what = "is a file, no folder" if folder.is_file() else "no such folder"
+            raise InputError(f"{model}: {what}, no hub id (owner/name), none of {known}")
         with tempfile.TemporaryDirectory() as headers:
             repository = Repository(model)
             repository.fetch_headers(Path(headers), HEADERS)

@@ -1,6 +1,8 @@
 """`load`, `generate`, `trace`, `diff` in Python: the command line's forms work, others are one line."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,9 +76,15 @@ def test_what_names_no_checkpoint(given: Any) -> None:
 # --- generate -------------------------------------------------------------------------------------
 
 
-def test_a_prefix_cache_of_another_model(model: Model) -> None:
+def test_a_prefix_cache_of_another_model(model: Model, tmp_path: Path) -> None:
     """It finds what it keeps by its own model's name, so this one would go on from the other's states."""
     other = load("tiny", dtype="float32")
+    shutil.copytree(TINY, tmp_path / "copy")
+    elsewhere = PrefixCache(load(tmp_path / "copy"), budget=1 << 30)
+    with pytest.raises(
+        InputError, match=f"a model with checkpoint {tmp_path / 'copy'}; this one has"
+    ):
+        qwen35.generate(model, TEXT, prefix_cache=elsewhere)
     for kept, message in (
         (3, "prefix_cache = 3; expected a PrefixCache"),
         (PrefixCache(other, budget=1 << 30),

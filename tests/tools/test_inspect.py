@@ -233,7 +233,12 @@ def test_nothing_but_headers_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "words"),
-    [("13B", ["13B", "397B-A17B"]), ("/nowhere/at/all", ["/nowhere/at/all"])],
+    [
+        ("13B", ["13B", "397B-A17B"]),
+        ("/nowhere/at/all", ["/nowhere/at/all: no such folder"]),
+        (__file__, [f"{__file__}: is a file, no folder"]),
+        ("", ["model = ''; expected 'tiny', a folder"]),
+    ],
 )
 def test_an_unknown_model_is_one_line(model: str, words: list[str]) -> None:
     """Neither a folder, nor a hub id, nor a size."""
@@ -242,6 +247,11 @@ def test_an_unknown_model_is_one_line(model: str, words: list[str]) -> None:
     assert out == ""
     assert len(err.splitlines()) == 1
     assert all(word in err for word in words)
+
+
+def test_a_model_may_be_named_by_the_option() -> None:
+    """`--model tiny` was two models, tiny and None."""
+    assert command("--model", "tiny") == command("tiny")
 
 
 def test_dtypes_are_counted_apart(tmp_path: Path) -> None:

@@ -288,7 +288,10 @@ def test_bad_input(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for arguments, words in (
         (["--prefix-cache", tmp_path / "absent"], [str(tmp_path / "absent"), "no such folder"]),
-        (["--prefix-cache", tmp_path / "file"], [str(tmp_path / "file"), "no such folder"]),
+        (
+            ["--prefix-cache", tmp_path / "file"],
+            [str(tmp_path / "file"), "is a file; expected the name of a folder"],
+        ),
         (["tiny", "--prefix-cache", tmp_path], ["MODEL", "--prefix-cache", "both"]),
         (["--nodes", "--prefix-cache", tmp_path], ["--nodes", "--prefix-cache"]),
         ([], ["MODEL", "--prefix-cache", "neither"]),

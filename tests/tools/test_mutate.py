@@ -248,3 +248,10 @@ def test_the_page_has_the_table() -> None:
         alive = one["run"] - one["killed"] - one["equivalent"]
         assert [*map(int, counts)] == [*(one[count] for count in mutate.COUNTS), alive]
         assert all(one["equivalents"].values())
+
+
+def test_a_seed_without_a_sample_chooses_nothing(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"--seed 3 chooses the mutants of a --sample; none is given"
+    ):
+        mutate.main(parsed(tmp_path, "--seed", "3"))

@@ -83,6 +83,10 @@ def test_what_is_written_loads_as_the_same_model(pair: tuple[Model, Model], tmp_
         (("--tokens", 1024), ["--length 512; expected 5 to 256", "--depths 3", "--tokens 1024"]),
         (("--length", 4), ["--length 4; expected 5 to 16384"]),
         (("--device", "cuda:99"), ["cuda:99"]),
+        *(
+            (("--lr", rate), [f"--lr {float(rate)}; expected a number above 0"])
+            for rate in ("0", "-1", "nan", "inf")
+        ),
         (("--device", "cpu"), ["train.txt: ", "tokens; expected more than 2048, a window"]),
     ],
 )

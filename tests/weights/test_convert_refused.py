@@ -333,3 +333,10 @@ def test_the_name_of_the_embedded_model_is_no_target(
         words = ["DST tiny: this name means the embedded checkpoint"]
         check_refused(capsys, TINY, Path(target), words=words)
     assert not Path("tiny").exists()
+
+
+def test_files_that_are_not_fetched_need_not_be_kept(
+    little: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"--keep-source is for the files of a hub id; {little} is none"]
+    check_refused(capsys, little, tmp_path / "out", "--keep-source", words=words)
