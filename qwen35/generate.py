@@ -47,7 +47,8 @@ def build_parser() -> Parser:
     parser = Parser(
         "python -m qwen35.generate",
         "Continue a prompt with Qwen3.5. The text goes to standard output, progress and a line of "
-        "figures to standard error.",
+        "figures to standard error. In a conversation (--chat, or messages in --requests), sampling "
+        "options that are not given are as generation_config.json advises.",
     )
     add = parser.add_argument
     add("prompt", metavar="PROMPT", nargs="?",
@@ -60,9 +61,7 @@ def build_parser() -> Parser:
         help=f"generate at most N tokens (default: {NEW_TOKENS}; in a conversation, as many as "
         "generation_config.json says or the context holds)")  # fmt: skip
     add("--temperature", type=float, metavar="T",
-        help="draw tokens at temperature T; 0 always takes the likeliest one (default: 0; in a "
-        "conversation, what generation_config.json advises, and likewise for the five options "
-        "below)")  # fmt: skip
+        help="draw tokens at temperature T; 0 always takes the likeliest one (default: 0)")  # fmt: skip
     add("--top-k", type=int, metavar="K",
         help="draw from the K likeliest tokens only (default: 0, from all)")  # fmt: skip
     add("--top-p", type=float, metavar="P",

@@ -1,4 +1,4 @@
-"""`python -m tools.convert SRC DST --to mxfp4|fp8|bf16`: convert a checkpoint, streaming.
+"""`python -m tools.convert SRC DST --to mxfp4|fp8|bf16`: convert a checkpoint, tensor by tensor.
 
 The result is a whole checkpoint, or one folder per rank. The source may be such folders of ranks
 too.

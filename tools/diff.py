@@ -1,4 +1,4 @@
-"""`python -m tools.diff MODEL`: which node differs from the reference, and by how much."""
+"""`python -m tools.diff MODEL`: find the nodes that differ from the reference, and by how much."""
 
 import argparse
 import random

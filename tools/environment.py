@@ -1,4 +1,4 @@
-"""`python -m tools.environment`: versions, processor and GPU of this machine, for a bug report."""
+"""`python -m tools.environment`: print versions, processor and GPU of this machine for a bug report."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""`python -m tools.fingerprint`: SHA-256 digests of all kinds of output, to check a refactor.
+"""`python -m tools.fingerprint`: hash all kinds of output, to check a refactor.
 
 Run it on both commits, on the same machine, and compare what it prints:
 

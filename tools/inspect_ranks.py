@@ -1,5 +1,5 @@
-"""The figures per rank that `tools.inspect` prints: which tensor-parallel sizes fit a model, as it
-is and converted, and what the folder of one rank holds."""
+"""The figures per rank that `tools.inspect` prints: which tensor-parallel sizes fit a model, before and
+after each conversion, and what the folder of one rank holds."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -3,18 +3,20 @@
 A round is drafts, verification and acceptance, as in `tools.bench step`, of one rank's share of a model,
 without the all-reduces between ranks. Each launch is compiled for gfx950, the emulator executes some of
 its workgroups, and `tools.gfx950.timeline` estimates its time from their instructions. Weights are zeros,
-which changes no time; the rows choose different experts. The columns of the table, in microseconds of one
-launch, without what a launch itself costs:
+which changes no time; the rows choose different experts.
 
-latency: loads, waits and instructions of a workgroup, one after the other, and as many rounds of
-workgroups as the grid needs. issue: all instructions on all SIMDs. loads: all loaded bytes through the
-compute units. memory: the bytes that must be moved, at the memory's bandwidth.
-us: the longest of them and the launch. limit: which one that is. all_us: of all launches of this kind.
+The columns of the table are microseconds of one launch. `latency` is the time of a workgroup's loads,
+waits and instructions, one after the other, times the rounds of workgroups that the grid needs. `issue`
+is the time of all instructions on all SIMDs, `loads` that of all loaded bytes through the compute units,
+and `memory` that of the bytes that must be moved, at the memory's bandwidth. `us` is the longest of these
+four, plus what an empty launch costs; `limit` says which one it is. `all_us` is `us` times the number of
+launches of this kind.
 
---measured FILE, a result of `python -m tools.bench step --json` on an H200, checks the model: it adds the
-time that the same kind of launch took there, and what the model says for an H200's clock, latency and
-bandwidth. The H200 runs its own machine code, in configurations of its own, so that the two differ where
-its code waits less often. A kind that runs once a round is measured with what a replay of a graph costs.
+--measured FILE checks the model with a result of `python -m tools.bench step --json` on an H200. It adds
+the time that the same kind of launch took there, and what the model says for an H200's clock, latency and
+bandwidth. The H200 runs its own machine code, in configurations of its own, so the two differ where its
+code waits less often. The measured time of a kind that runs once a round includes the cost of replaying a
+graph.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`python -m tools.trace MODEL (--prompt TEXT | --ids 1,2,3) -o FILE`: save node outputs.
+"""`python -m tools.trace MODEL (--prompt TEXT | --ids 1,2,3) -o FILE`: save the outputs of nodes.
 
 `--show FILE` prints statistics of such a file instead (trace_show.py).
 """
