@@ -86,7 +86,7 @@ class GatedDeltaNet(nn.Module):
                 "projected": projected, "taps": self.taps, "decay_log": self.decay_log,
                 "decay_bias": self.decay_bias, "norm": self.norm, "states": state.states,
                 "gated": scratch("delta gated", *read.shape, dtype=torch.float32),
-                "squares": scratch("delta squares", self.HV, blocks, 8, dtype=torch.float32),
+                "squares": scratch("delta squares", self.HV, blocks, MAX_ROWS, dtype=torch.float32),
                 "arrived": scratch("delta arrived", self.HV, dtype=torch.int32), "out": read,
                 "start": start, "rows": N, "slots": len(state.states),
                 "M": projected.shape[1], "eps": self.eps,

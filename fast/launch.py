@@ -17,7 +17,7 @@ OPTIONS = ("num_warps", "num_stages", "waves_per_eu", "maxnreg")
 # Tensors that kernels address with 64 bits wherever they may have more elements than NARROW, by the names
 # of parameters. Offsets into all others have 32 bits, which no kernel checks.
 WIDE = frozenset((
-    "weight", "scale", "table", "x", "out", "projected", "q", "qk", "v", "source", "wanted",
+    "weight", "scale", "table", "x", "out", "projected", "q", "qk", "v", "wanted",
     "erased", "memories", "corrections", "by_pair", "by_piece", "shared", "residual",
 ))  # fmt: skip
 NARROW = 2**31 - 1

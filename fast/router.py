@@ -14,7 +14,7 @@ from fast.linear import Stream, in_bf16, read_normed, stacked
 from fast.target import MAX_ROWS, ROWS, check_kernel, check_rows, target_of
 from qwen35.errors import InputError
 
-MAX_TOP_K = 16  # slots of the kernel that chooses
+MAX_TOP_K = 16  # the most slots that the kernels are tested with
 
 
 @dataclass(frozen=True)

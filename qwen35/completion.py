@@ -94,8 +94,11 @@ class Settings:
         self.sampling(Defaults(), None, conversation=False)  # for the ranges of its numbers
 
     def idle(self, temperature: float, *, conversation: bool) -> dict[str, str]:
-        """The settings that are given but change nothing, each with the reason. temperature: the one
-        that tokens are drawn at."""
+        """The settings that are given but change nothing, each with the reason.
+
+        temperature: the one that tokens are drawn at. Beside a temperature of 0 that is given, settings
+        of other temperatures are no error.
+        """
         found: dict[str, str] = {}
         if not conversation:
             defaults = {own.name: own.default for own in fields(self)} | {
@@ -105,9 +108,9 @@ class Settings:
                 name: "the prompt is no conversation; give messages" for name in OF_CONVERSATIONS
                 if getattr(self, name) != defaults[name]
             }  # fmt: skip
-        if temperature == 0:
+        if temperature == 0 and self.temperature is None:
             found |= {
-                name: "at temperature 0 the likeliest token is taken" for name, off in OF_DRAWS.items()
+                name: "the temperature is 0 unless it is given" for name, off in OF_DRAWS.items()
                 if getattr(self, name) not in (None, off)
             }  # fmt: skip
         return found
@@ -382,7 +385,7 @@ def generate(
         completion.text, completion.token_ids, completion.finish_reason
 
     InputError, one line, for an invalid prompt or setting, or one that has no effect (`thinking` with a
-    prompt that is no conversation, `top_p` at temperature 0).
+    prompt that is no conversation, `top_p` without a temperature).
     """
     unknown = settings.keys() - Settings.__dataclass_fields__
     if unknown:

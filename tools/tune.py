@@ -273,8 +273,8 @@ def of_route(sizes: router.Sizes, target: str, device: torch.device) -> Subject:
 
 def of_step(ops: list[str], tp: int, target: str, device: torch.device) -> Iterator[Subject]:
     """The subjects delta, attend, attend_fp8, combine and head. They run in a decode round of 8
-    layers, which have as many experts as a row chooses. With more, another order of summation may
-    choose another expert, and its logits are then 4% apart."""
+    layers. The model has only as many experts as a row chooses: with more, another order of
+    summation may choose another expert, and then the logits differ by 4%."""
     config = sliced(Config.published(PUBLISHED), tp)
     config = replace(
         config,

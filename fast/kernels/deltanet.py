@@ -5,7 +5,7 @@ import triton.language as tl
 
 from fast.kernels.common import stored
 
-MAX_ROWS = tl.constexpr(8)  # of a pass
+MAX_ROWS = tl.constexpr(8)  # rows of a pass; the same as fast.target.MAX_ROWS
 
 
 @triton.jit

@@ -56,7 +56,7 @@ def route(
 
 @triton.jit
 def _of_rows(x, LANES: tl.constexpr):
-    """A number for each row [TOGETHER] -> the same for each of its places [1, TOGETHER * LANES]."""
+    """Repeat each row's number [TOGETHER] for its LANES places, [1, TOGETHER * LANES]."""
     return tl.broadcast_to(x[:, None], TOGETHER, LANES).reshape(1, TOGETHER * LANES)
 
 
@@ -68,8 +68,8 @@ def choose_rows(
     """Choose and write the experts of TOGETHER rows from `first`, and their weights.
 
     Numbers are [BLOCK_E / LANES, TOGETHER * LANES]: expert e of a row is at (e // LANES, row * LANES +
-    e % LANES). So the compiler gives each warp a whole row, and a row's maximum needs no exchange between
-    warps.
+    e % LANES). So the compiler gives each of four warps a whole row, and a row's maximum needs no
+    exchange between warps.
     """
     WARP: tl.constexpr = 64 if is_hip() else 32  # pyright: ignore[reportAssignmentType]
     LANES: tl.constexpr = BLOCK_E if BLOCK_E < WARP else WARP

@@ -61,7 +61,6 @@ PRODUCTS: dict[str, list[Tiles]] = {
 SCANS: dict[str, list[Tiles]] = {
     "gfx950": [{"BLOCK_V": 32, "num_warps": 4, "num_stages": 1}],
     "sm_90": [
-        {"BLOCK_V": 64, "num_warps": 4, "num_stages": 3},
         {"BLOCK_V": 32, "num_warps": 4, "num_stages": 3},
         {"BLOCK_V": 16, "num_warps": 4, "num_stages": 4},
     ],

@@ -80,7 +80,7 @@ def bytes_of_a_word(launch: str, check: Check, what: str, op_sel: str) -> None:
 
 barriers("gate_up", experts, 0, 2)
 barriers("down", experts, 1, 4)
-barriers("route", choice, 0, 1, 9)
+barriers("route", choice, 0, 1, 7)
 barriers("attend", attention, 1, 2)
 barriers("combine", attention, 0)
 barriers("prefill delta_in", prefill_delta_net, 0, 1)

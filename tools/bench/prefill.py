@@ -101,7 +101,7 @@ def operations(launch: Launch, context: int) -> float:
     if kind in ("solve", "scan", "read"):
         chunks, K, V = a["qk"].shape[0] / 64, a["K"], a["V"]
         each = {
-            "solve": 64 * 64 * (2 * K + V) + 16 * 64**3,
+            "solve": 64 * 64 * (2 * K + V) + 14 * 64**3,
             "scan": 2 * 64 * K * V,
             "read": 64 * 64 * (K + V) + 64 * K * V,
         }[kind]

@@ -7,7 +7,7 @@ is passed from chunk to chunk (`scan`). Then the outputs of all chunks are compu
 Matrix products have fp16 inputs and fp32 accumulators. The inverse of a chunk's triangular system is
 computed with 22 bits, and used in fp16. The state that is carried from chunk to chunk is fp32.
 fp16 is sufficient because queries and keys have length one, and values come from a normalised row.
-Its rounding error is an eighth of that of bf16. With bf16 the seven roundings between the
+Its rounding error is an eighth of that of bf16. With bf16 the roundings between the
 projections would add up to twice the reference's error. A number beyond 65,504 becomes infinite,
 which generation reports.
 """
@@ -165,26 +165,27 @@ def solve(
     step = tl.load(gates + HV, mask=is_row, other=0.0).to(tl.float32) + tl.load(decay_bias + head)
     log_decay = tl.where(is_row, -tl.exp(tl.load(decay_log + head)) * softplus(step), 0.0)
     decay = tl.cumsum(log_decay, 0)  # [CHUNK]
-    total = head.to(tl.int64) * tl.num_programs(0) * CHUNK
+    own = head.to(tl.int64) * tl.num_programs(0) * CHUNK
     line = (chunk * CHUNK + i).to(tl.int64)
     key = tl.load(qk + (line * (2 * H) + H + key_head) * K + tl.arange(0, K)[None, :])  # [CHUNK, K]
     # exp could overflow above the diagonal, where the exponents are not negative.
     since = tl.minimum(decay[:, None] - decay[None, :], 0.0)
     overlap = strength[:, None] * tl.dot(key, tl.trans(key)) * tl.exp(since)
     inverse = _inverse(tl.where(i > j, overlap, 0.0), i, j) * strength[None, :]
-    tl.store(decays + total + token, decay)
-    strong = inverse.to(tl.float16)
+    tl.store(decays + own + token, decay)
+    # Columns that V or K lacks are zeros, as in `read`.
+    of_values = inverse.to(tl.float16)
     for left in tl.static_range(0, V, CHUNK):
         column = left + tl.arange(0, CHUNK)[None, :]
         value = tl.load(v + (line * HV + head) * V + column, mask=column < V, other=0.0)
-        new = tl.dot(strong, value)
-        tl.store(wanted + (total + line) * V + column, new.to(tl.float16), mask=column < V)
-    strong = (inverse * tl.exp(decay)[None, :]).to(tl.float16)
+        term = tl.dot(of_values, value)
+        tl.store(wanted + (own + line) * V + column, term.to(tl.float16), mask=column < V)
+    of_keys = (inverse * tl.exp(decay)[None, :]).to(tl.float16)
     for left in tl.static_range(0, K, CHUNK):
         column = left + tl.arange(0, CHUNK)[None, :]
         place = qk + (line * (2 * H) + H + key_head) * K + column
-        old = tl.dot(strong, tl.load(place, mask=column < K, other=0.0))
-        tl.store(erased + (total + line) * K + column, old.to(tl.float16), mask=column < K)
+        term = tl.dot(of_keys, tl.load(place, mask=column < K, other=0.0))
+        tl.store(erased + (own + line) * K + column, term.to(tl.float16), mask=column < K)
 
 
 @triton.jit(do_not_specialize=["chunks", "slots"])
@@ -254,9 +255,8 @@ def read(
     between = tl.where(i >= j, since - tl.load(decays + held * CHUNK + j), 0.0)
     inner = tl.where(i >= j, tl.dot(query, tl.trans(key)) * tl.exp(between), 0.0).to(tl.float16)
     decayed = (query.to(tl.float32) * tl.exp(since)).to(tl.float16)
-    # CHUNK columns at a time need fewer registers, so that more programs run beside each other. Besides,
-    # Triton 3.6 reads outside of the shared memory on Hopper if the matrices of a product have rows of
-    # unequal length, with one below 128 bytes, so columns that V lacks are added as zeros.
+    # CHUNK columns at a time need fewer registers, so that more programs run beside each other. Columns
+    # that V lacks are zeros: with fewer than 64, Triton 3.6 has read outside of the shared memory here.
     parts = ()
     squares = tl.zeros((CHUNK, 1), tl.float32)
     for left in tl.static_range(0, V, CHUNK):

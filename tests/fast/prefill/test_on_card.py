@@ -52,6 +52,17 @@ def test_a_delta_net_of_any_head_sizes(K: int, V: int):
     assert not findings(a_pass("linear_attn", 130, **sizes))
 
 
+@pytest.mark.parametrize("K", SIZES)
+@pytest.mark.parametrize("one", tiles.SCANS["sm_90"], ids=lambda one: str(one["BLOCK_V"]))
+def test_a_delta_net_with_each_of_the_blocks_that_scan_has(
+    one: tiles.Tiles, K: int, monkeypatch: pytest.MonkeyPatch
+):
+    """This model's few heads would take the narrowest blocks alone."""
+    monkeypatch.setitem(tiles.SCANS, "sm_90", [one])
+    sizes = {"linear_key_head_dim": K, "linear_value_head_dim": 128}
+    assert not findings(a_pass("linear_attn", 300, **sizes))
+
+
 @pytest.mark.parametrize("K", [32, 64, 128, 256])
 def test_attention_of_any_head_size(K: int):
     assert not findings(a_pass("self_attn", 130, length=64, head_dim=K))
