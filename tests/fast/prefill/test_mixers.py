@@ -5,9 +5,22 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
+from fast.kernels.prefill.deltanet import _product
+from fast.launch import Launch
 from fast.prefill import attention
 from tests.support.fast_nodes import a_pass
 from tests.support.prefill_nodes import cut_findings, prefill_findings, prefilled
+from tools.gfx950.target import emulate
+
+
+@triton.jit
+def multiply(a, b, out, SIZE: tl.constexpr):
+    """out = a @ b, all [SIZE, SIZE] fp32."""
+    place = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(out + place, _product(tl.load(a + place), tl.load(b + place)))
 
 
 @pytest.mark.parametrize("rows, scale", [(9, 1.0), (64, 1.0), (65, 0.01), (130, 1.0)])
@@ -17,6 +30,7 @@ def test_a_delta_nets_outputs_and_the_state_it_leaves(rows: int, scale: float):
 
 @pytest.mark.parametrize("sizes", [
     {"linear_key_head_dim": 64, "linear_value_head_dim": 16},
+    {"linear_key_head_dim": 128, "linear_value_head_dim": 128},  # as published
     {"linear_conv_kernel_dim": 2}, {"linear_conv_kernel_dim": 8},
     {"output_gate_type": "sigmoid"}, {"rms_norm_eps": 0.5},
 ])  # fmt: skip
@@ -30,6 +44,17 @@ def test_keys_that_are_all_alike():
     what = a_pass("linear_attn", 70)
     what.x[:] = what.x[:1]
     assert not prefill_findings(what)
+
+
+def test_the_product_for_the_inverse_has_22_bits_of_each_number():
+    """Also of numbers whose second half would be subnormal in fp16."""
+    torch.manual_seed(0)
+    a, b = (torch.randn(64, 64) * torch.logspace(-4, 0, 64) for _ in range(2))
+    out = torch.full((64, 64), float("nan"))
+    arguments = {"a": a, "b": b, "out": out, "SIZE": 64}
+    emulate([Launch("multiply", multiply, (1, 1, 1), arguments, {"num_warps": 4})])
+    wide = a.double() @ b.double()
+    assert ((out - wide).abs() <= 2**-20 * (a.double().abs() @ b.double().abs())).all()
 
 
 def test_a_delta_nets_bits_are_the_same_in_one_pass_and_in_several():

@@ -149,6 +149,8 @@ def test_memory_is_scanned_by_the_widest_blocks_of_which_there_are_80(heads: int
     assert scan.grid == (heads, 32 // width, 1)
     assert scan.arguments["BLOCK_V"] == width
     assert scan.options == {name: known[name] for name in ("num_warps", "num_stages")}
+    (read,) = (one for one in launches(work) if "read" in one.name.split())
+    assert read.options == {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
 
 
 @pytest.mark.parametrize(("room", "names"), [
