@@ -123,22 +123,7 @@ def add_arguments(parser: Parser) -> None:
     add("--tp", type=int, nargs="+", default=[8, 4, 2, 1], metavar="N",
         help="check the shapes of one of N ranks, which share each expert (default: 8 4 2 "
         "1)")  # fmt: skip
-    add(
-        "--rows",
-        type=int,
-        default=4,
-        metavar="N",
-        help="check passes of N rows (tokens), 1 to 8 (default: 4)",
-    )
-    add(
-        "--experts",
-        type=int,
-        default=512,
-        metavar="E",
-        help="let a layer have E experts (default: 512)",
-    )
-    add("--top-k", type=int, default=10, metavar="K",
-        help="let each row choose K experts (default: 10)")  # fmt: skip
+    mixture.add_sizes(parser)
     add("--repeats", type=int, default=50, metavar="R",
         help="time R replays of each graph (default: 50)")  # fmt: skip
     add("--launches", type=at_least_one, default=5000, metavar="N",

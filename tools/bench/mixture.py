@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fast.moe import MAX_PAIRS
 from fast.target import MAX_ROWS
+from qwen35.cli import Parser
 from qwen35.compare import judge
 from qwen35.errors import InputError
 from reference.activation import silu
@@ -21,6 +22,17 @@ from weights import mxfp4, words
 HIDDEN, INTERMEDIATE = 4096, 1024  # of the 397B model; ranks share the intermediate size
 SCALES = (116, 122)  # random e8m0 codes: 2^-11 to 2^-6
 CALLS = 8  # minimum number of routings in one captured graph
+
+
+def add_sizes(parser: Parser) -> None:
+    """Add the options with the sizes of a pass through a layer: --rows, --experts and --top-k."""
+    add = parser.add_argument
+    add("--rows", type=int, default=4, metavar="N",
+        help="let a pass have N rows (tokens), 1 to 8 (default: 4)")  # fmt: skip
+    add("--experts", type=int, default=512, metavar="E",
+        help="let a layer have E experts (default: 512)")  # fmt: skip
+    add("--top-k", type=int, default=10, metavar="K",
+        help="let each row choose K experts (default: 10)")  # fmt: skip
 
 
 @dataclass(frozen=True)

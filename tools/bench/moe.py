@@ -42,22 +42,7 @@ def add_arguments(parser: Parser) -> None:
     add("--tp", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N",
         help="time the shapes of one of N ranks, which share each expert (default: 1 2 4 "
         "8)")  # fmt: skip
-    add(
-        "--rows",
-        type=int,
-        default=4,
-        metavar="N",
-        help="time a pass of N rows (tokens), 1 to 8 (default: 4)",
-    )
-    add(
-        "--experts",
-        type=int,
-        default=512,
-        metavar="E",
-        help="let a layer have E experts (default: 512)",
-    )
-    add("--top-k", type=int, default=10, metavar="K",
-        help="let each row choose K experts (default: 10)")  # fmt: skip
+    mixture.add_sizes(parser)
     add("--repeats", type=int, default=50, metavar="R",
         help="time R replays of each graph, in each pass (default: 50)")  # fmt: skip
     add("--moe-kernel", choices=KERNELS, default="triton",
